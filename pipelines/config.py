@@ -1,0 +1,272 @@
+"""The configuration of a run: one strict YAML file, one frozen model per part of the product.
+
+`load_config("tiny", ["train.learning_rate=1e-4"])` reads a preset of `pipelines/configs/` or any YAML file, applies
+the overrides, resolves `${...}` references and checks every key and value.
+"""
+
+import difflib
+import types
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from prophy.errors import ProPhyError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every part: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RayConfig(Section):
+    """What a local Ray instance is started with; a cluster that is already there keeps its own."""
+
+    num_cpus: PositiveInt = Field(description="logical CPUs; more than the cores, or small machines deadlock")
+
+
+class PoolConfig(Section):
+    """One pool of Ray actors: how many, and what each reserves."""
+
+    size: PositiveInt = 1
+    num_cpus: NonNegativeFloat = 1.0
+    num_gpus: NonNegativeFloat = 0.0
+
+
+class BackboneConfig(Section):
+    """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
+
+    family: Literal["wan"]
+    pretrained: str = Field(description="hub id or folder of a diffusers pipeline; 'tiny' is the embedded one")
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    autocast: Literal["bfloat16"] | None = None
+    num_frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    fps: PositiveFloat
+    max_sequence_length: PositiveInt = Field(description="text tokens; the same in training as at inference")
+
+
+class VlmConfig(Section):
+    """The Qwen2.5-VL that teaches: what it sees, and which of its attention is kept."""
+
+    pretrained: str = Field(description="hub id or folder; 'tiny' is the embedded one")
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device_map: str | None = None
+    num_frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    layers: list[NonNegativeInt] | None = Field(None, description="layers whose attention is kept; all if null")
+    max_new_tokens: PositiveInt = 64
+
+
+class PhysicsConfig(Section):
+    """The Physical Branch: where it acts and how many experts it has."""
+
+    physics_layers: list[NonNegativeInt] = Field(min_length=1)
+    num_semantic_experts: PositiveInt = 8
+    num_refinement_experts: PositiveInt = 8
+    top_k: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.num_refinement_experts:
+            raise ValueError(
+                f"top_k ({self.top_k}) must not exceed num_refinement_experts ({self.num_refinement_experts})"
+            )
+        if sorted(set(self.physics_layers)) != self.physics_layers:
+            raise ValueError(f"physics_layers ({self.physics_layers}) must be ascending, each layer once")
+        return self
+
+
+class SimulateConfig(Section):
+    """The simulated physics clips."""
+
+    output: Path
+    num_clips: PositiveInt
+    seed: int = 0
+    num_frames: PositiveInt
+    fps: PositiveFloat
+    size: PositiveInt = Field(description="height and width in pixels")
+
+
+class VideoLimits(Section):
+    """What a video may be before it goes to quarantine."""
+
+    max_bytes: PositiveInt = 2_000_000_000
+    max_pixels: PositiveInt = Field(3840 * 2160, description="per frame")
+    max_duration_s: PositiveFloat = 3600.0
+
+
+class CacheConfig(Section):
+    """Offline prior caching: which videos, into which folder, with which pools."""
+
+    input: str = Field(description="folder of videos, or a Parquet manifest with `path` and optional labels")
+    output: str
+    clip_duration_s: PositiveFloat = Field(description="videos are cut into clips of this length")
+    limits: VideoLimits = VideoLimits()
+    rows_per_file: PositiveInt = 32
+    read: PoolConfig = PoolConfig()
+    extract: PoolConfig = PoolConfig()
+    encode: PoolConfig = PoolConfig()
+
+
+class LossWeights(Section):
+    """The weights of Eq. 6."""
+
+    semantic_alignment: NonNegativeFloat = 0.1
+    token_alignment: NonNegativeFloat = 0.02
+    load_balancing: NonNegativeFloat = 0.01
+
+
+class TrainConfig(Section):
+    """Training of the branch with Ray Train and DeepSpeed."""
+
+    num_steps: PositiveInt
+    micro_batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt = 1
+    num_workers: PositiveInt
+    cpus_per_worker: NonNegativeFloat = 1.0
+    gpus_per_worker: NonNegativeFloat = 0.0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "bf16"
+    learning_rate: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 200
+    weight_decay: NonNegativeFloat = 0.01
+    gradient_clipping: PositiveFloat = 1.0
+    caption_dropout: Fraction = 0.1
+    recipe: str = Field("minus_background", description="how raw maps become targets: prophy/priors/grounding.py")
+    negatives: Literal["ignore", "zero"] = "ignore"
+    reduction: Literal["mean", "sum"] = "mean"
+    loss_weights: LossWeights = LossWeights()
+    seed: int = 0
+    log_every: PositiveInt = 10
+    save_every: PositiveInt = 500
+    num_to_keep: PositiveInt = 2
+
+
+class SamplingConfig(Section):
+    """How a video is sampled where a request does not say."""
+
+    num_inference_steps: PositiveInt = 50
+    guidance_scale: NonNegativeFloat = 5.0
+    negative_prompt: str = ""
+
+
+class ServeConfig(Section):
+    """The HTTP endpoint and its replicas."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    output: Path = Field(description="folder of the job database and the videos")
+    max_queued: PositiveInt = 100
+    min_replicas: NonNegativeInt = 0
+    max_replicas: PositiveInt = 1
+    num_cpus: NonNegativeFloat = 1.0
+    num_gpus: NonNegativeFloat = 0.0
+    upscale_delay_s: NonNegativeFloat = 30.0
+    downscale_delay_s: NonNegativeFloat = 600.0
+
+
+class GenerateConfig(Section):
+    """Offline generation."""
+
+    output: Path
+    seed: int = 0
+    pool: PoolConfig = PoolConfig()
+
+
+class Config(Section):
+    """Everything a run needs."""
+
+    run_dir: Path = Field(description="folder of this run; other folders default to places inside it")
+    checkpoint: Path | None = Field(
+        None, description="folder of a trained branch, for serve and generate; null is the bare backbone"
+    )
+    ray: RayConfig
+    backbone: BackboneConfig
+    vlm: VlmConfig
+    physics: PhysicsConfig
+    simulate: SimulateConfig
+    cache: CacheConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    serve: ServeConfig
+    generate: GenerateConfig
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as a file that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Names of the configurations that come with the product."""
+    folder = resources.files("pipelines") / "configs"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:
+    """Reads, overrides, resolves and checks a configuration.
+
+    Args:
+        name_or_path: a preset's name, or the path of a YAML file.
+        overrides: `section.key=value` each; the value is read as YAML.
+
+    Raises:
+        ProPhyError: no such file, not YAML, an unknown key (names the nearest one), or a bad value.
+    """
+    path = _find(name_or_path)
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ProPhyError(f"{path} is not a valid configuration: {' '.join(str(error).split())}") from None
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ProPhyError(_explain(error, path)) from None
+
+
+def _find(name_or_path: str) -> Path:
+    if name_or_path in preset_names():
+        return Path(str(resources.files("pipelines") / "configs" / f"{name_or_path}.yaml"))
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ProPhyError(
+            f"no configuration {name_or_path!r}; give a YAML file or one of: {', '.join(preset_names())}"
+        )
+    return path
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    """One sentence about the first thing that is wrong, with the nearest valid key where a key is unknown."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        valid = list(_section(first["loc"][:-1]).model_fields)
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1, cutoff=0.0)[0]
+        return f"unknown key {key!r} in {path}; did you mean {'.'.join([*map(str, first['loc'][:-1]), nearest])!r}?"
+    if first["type"] == "missing":
+        return f"missing key {key!r} in {path}; add it"
+    return f"bad value for {key!r} in {path}: {first['msg']} (got {first['input']!r})"
+
+
+def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that a location of a validation error lies in."""
+    model: Any = Config
+    for part in location:
+        model = model.model_fields[part].annotation
+        if get_origin(model) is types.UnionType:
+            model = get_args(model)[0]
+    return model

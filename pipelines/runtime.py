@@ -1,0 +1,106 @@
+"""What every command shares: the run folder, a connection to Ray, and errors that reach the user as one sentence."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray.exceptions import RayTaskError
+from ray.train import TrainingFailedError
+
+from pipelines.config import Config
+from prophy.errors import ProPhyError
+
+LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow", "prophy-ray")
+
+# Sections that may change between two commands in one run folder: they say how to run, not what is made.
+_FREE_SECTIONS = {"ray", "checkpoint", "sampling", "serve", "generate"}
+_FREE_KEYS = {
+    "cache": {"input", "limits", "rows_per_file", "read", "extract", "encode"},
+    "train": {
+        "num_steps",
+        "num_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "log_every",
+        "save_every",
+        "num_to_keep",
+    },
+}
+
+
+def open_run(config: Config) -> Path:
+    """Creates the run folder, or checks that the one there belongs to this configuration.
+
+    Writes `config.yaml` (resolved) and `versions.yaml`.
+
+    Raises:
+        ProPhyError: the folder holds a run whose results would not fit this configuration, or cannot be written.
+    """
+    folder = config.run_dir
+    saved = folder / "config.yaml"
+    if saved.exists():
+        _check_same_run(yaml.safe_load(saved.read_text()), config, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config.to_yaml())
+        versions = {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
+        (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False))
+    except OSError as error:
+        raise ProPhyError(f"cannot write to run_dir {folder}: {error.strerror}; choose another run_dir") from None
+    return folder
+
+
+def _check_same_run(saved: dict[str, Any], config: Config, folder: Path) -> None:
+    current = config.model_dump(mode="json")
+    for section, values in current.items():
+        if section in _FREE_SECTIONS or section == "run_dir":
+            continue
+        for key, value in values.items():
+            before = saved.get(section, {}).get(key)
+            if key not in _FREE_KEYS.get(section, ()) and before != value:
+                raise ProPhyError(
+                    f"{folder} belongs to another run: {section}.{key} is {before!r} there and {value!r} here; "
+                    f"choose another run_dir, or set it back"
+                )
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Uses the Ray that is already there (this process's, or the cluster of RAY_ADDRESS), else starts a local one.
+
+    A local instance ends with the block. A `ProPhyError` raised inside a worker comes out as itself.
+    """
+    started = not ray.is_initialized()
+    if started:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init()
+        else:
+            ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)
+    try:
+        yield
+    except Exception as error:
+        user_error = find_user_error(error)
+        if user_error is None:
+            raise
+        raise user_error from None
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def find_user_error(error: BaseException | None) -> ProPhyError | None:
+    """The `ProPhyError` at the root of what Ray wrapped, if there is one."""
+    if error is None or isinstance(error, ProPhyError):
+        return error
+    inner = [error.__cause__]
+    if isinstance(error, RayTaskError):
+        inner.append(error.cause)
+    if isinstance(error, TrainingFailedError):
+        inner += list(getattr(error, "worker_failures", {}).values())
+    return next((found for cause in inner if (found := find_user_error(cause)) is not None), None)

@@ -1,0 +1,1 @@
+"""The method: experts, branch, losses, priors, the sandbox. Knows nothing of Ray, DeepSpeed or HTTP."""

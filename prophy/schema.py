@@ -1,0 +1,80 @@
+"""The two tables of the cache, as pyarrow schemas, and the plain columns that hold a tensor.
+
+Both tables join on `sample_id`. Small vectors are lists; large tensors are three columns, `x` (raw bytes, C order,
+little endian), `x_shape` and `x_dtype`, because list columns of that size read many times slower. Anything that
+reads Parquet reads this cache without this project.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+SCHEMA_VERSION = 1
+
+_TENSOR_SUFFIXES = ("", "_shape", "_dtype")
+
+
+def _tensor_fields(name: str) -> list[pa.Field]:
+    types = (pa.binary(), pa.list_(pa.int32()), pa.string())
+    return [
+        pa.field(name + suffix, kind, nullable=False)
+        for suffix, kind in zip(_TENSOR_SUFFIXES, types, strict=True)
+    ]
+
+
+SOURCE = pa.struct([("uri", pa.string()), ("size", pa.int64()), ("modified", pa.float64())])
+
+PRIORS = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("source", SOURCE, nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),  # sha256 of the video file
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        pa.field("fps", pa.float64(), nullable=False),  # of the source, as are the three below
+        pa.field("num_frames", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("caption", pa.string()),  # given; null when the source has none
+        pa.field("vlm_caption", pa.string(), nullable=False),
+        pa.field("answers", pa.map_(pa.string(), pa.string()), nullable=False),  # question id -> as said
+        pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; given labels, else the answers'
+        pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K taxonomy indices
+        pa.field("maps", pa.list_(pa.float32()), nullable=False),  # raw, K phenomena then 1 background
+        pa.field("maps_shape", pa.list_(pa.int32()), nullable=False),  # [K + 1, T, H, W] on the VLM's grid
+    ]
+)
+
+ENCODINGS = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("source", SOURCE, nullable=False),
+        pa.field("caption", pa.string(), nullable=False),  # the text that `text_embeds` encodes
+        *_tensor_fields("latents"),
+        *_tensor_fields("text_embeds"),
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("source", SOURCE, nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error_type", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("attempts", pa.int32(), nullable=False),
+    ]
+)
+
+
+def tensor_columns(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """The three column values that hold `tensor` under `name`."""
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {name: raw, f"{name}_shape": list(tensor.shape), f"{name}_dtype": dtype}
+
+
+def tensor_from_columns(name: str, row: dict[str, Any]) -> torch.Tensor:
+    """The tensor that `row` holds under `name`: the inverse of `tensor_columns`."""
+    dtype = getattr(torch, row[f"{name}_dtype"])
+    return torch.frombuffer(bytearray(row[name]), dtype=dtype).reshape(tuple(row[f"{name}_shape"]))

@@ -1,0 +1,48 @@
+"""What tests share: a tmp home, one Ray instance per session, and small configurations of the real thing."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set before torch, ray or transformers are imported. Ray's sockets need a short path, hence not pytest's tmp folder.
+_SCRATCH = Path(tempfile.mkdtemp(prefix="prophy-"))
+os.environ |= {
+    "PROPHY_HOME": str(_SCRATCH / "home"),
+    "RAY_TMPDIR": str(_SCRATCH),
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "2",
+}
+os.environ.pop("RAY_ADDRESS", None)
+
+from pipelines.config import Config, load_config  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+def tiny_config(run_dir: Path, *overrides: str) -> Config:
+    """The embedded default with everything inside `run_dir`."""
+    return load_config("tiny", [f"run_dir={run_dir}", *overrides])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """The embedded default, in this test's tmp folder."""
+    return tiny_config(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the whole session, with the dashboard that Ray Train's state API wants."""
+    import ray
+
+    ray.init("local", num_cpus=16, include_dashboard=True)
+    yield
+    ray.shutdown()
