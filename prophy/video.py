@@ -1,0 +1,201 @@
+"""Video files: probe, cut into clips, read frames by time, write. Knows nothing of models or tables.
+
+Times are seconds since the first frame of the file. Frames are picked by their timestamps, so that variable
+frame rates are read right. A frame is always the whole picture, scaled: whatever is computed from one clip at two
+resolutions covers the same picture.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import Interpolation
+from av.video.stream import VideoStream
+
+from prophy.errors import ProPhyError
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+
+# Demuxers of the suffixes above. Playlists and network protocols, which open other files, are not among them.
+_OPEN_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+    "protocol_whitelist": "file",
+}
+
+
+class VideoError(ProPhyError):
+    """A video that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` measured, from the packets that are really there.
+
+    Attributes:
+        fps: mean frame rate.
+        num_frames: number of frames.
+        duration_s: from the first frame's timestamp to the end of the last frame.
+        height: rows of a frame.
+        width: columns of a frame.
+    """
+
+    fps: float
+    num_frames: int
+    duration_s: float
+    height: int
+    width: int
+
+
+def probe(
+    path: str | Path,
+    *,
+    max_bytes: int | None = None,
+    max_pixels: int | None = None,
+    max_duration_s: float | None = None,
+) -> VideoInfo:
+    """Measures a video without decoding it.
+
+    Args:
+        path: a local file.
+        max_bytes: limit of the file's size.
+        max_pixels: limit of height times width.
+        max_duration_s: limit of the duration.
+
+    Raises:
+        VideoError: not a video, cut short, fewer than two frames, or over a limit.
+    """
+    with _open(path) as (container, stream):
+        height, width = stream.codec_context.height, stream.codec_context.width
+        _check_limit(path, "size", container.size, max_bytes, "bytes")
+        _check_limit(path, "frame", height * width, max_pixels, "pixels")
+        unit, start = _clock(stream)
+        times = [
+            (packet.pts * unit - start, packet.duration * unit) for packet in _packets(container, stream)
+        ]
+        declared_s = (stream.duration or 0) * unit
+    if len(times) < 2:
+        raise VideoError(f"{path} has {len(times)} readable frame(s); a clip needs at least 2")
+    interval = (max(times)[0] - min(times)[0]) / (len(times) - 1)
+    if interval <= 0:
+        raise VideoError(f"{path} gives all {len(times)} frames one timestamp; write it anew")
+    duration_s = max(time + (duration or interval) for time, duration in times)
+    if declared_s - duration_s > 1.5 * interval:
+        raise VideoError(
+            f"{path} ends after {duration_s:.2f} s although its header promises {declared_s:.2f} s; "
+            f"it was cut short, copy it anew"
+        )
+    _check_limit(path, "duration", duration_s, max_duration_s, "s")
+    return VideoInfo(1 / interval, len(times), duration_s, height, width)
+
+
+def clip_spans(duration_s: float, clip_duration_s: float) -> list[tuple[float, float]]:
+    """Cuts a video into clips of one length, as (start, end) in seconds; the rest at the end is left out.
+
+    Empty where the video is shorter than one clip.
+    """
+    count = math.floor(duration_s / clip_duration_s + 1e-6)
+    return [(index * clip_duration_s, (index + 1) * clip_duration_s) for index in range(count)]
+
+
+def read_frames(
+    path: str | Path, start_s: float, end_s: float, num_frames: int, height: int, width: int
+) -> np.ndarray:
+    """Decodes the frames nearest to `num_frames` equally spaced moments, from `start_s` to `end_s` inclusive.
+
+    Returns:
+        RGB frames, uint8 `[num_frames, height, width, 3]`: the whole picture, scaled.
+
+    Raises:
+        VideoError: the file cannot be decoded up to `end_s`.
+    """
+    times = np.linspace(start_s, end_s, num_frames)
+    with _open(path) as (container, stream):
+        chosen = list(_nearest_frames(path, container, stream, times))
+    scaled: dict[int, np.ndarray] = {}  # by object: a slow source gives one frame several times
+    for frame in chosen:
+        if id(frame) not in scaled:
+            scaled[id(frame)] = frame.to_ndarray(
+                width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC
+            )
+    return np.stack([scaled[id(frame)] for frame in chosen])
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 10) -> None:
+    """Writes an mp4 that every player opens: h264, yuv420p, index at the front.
+
+    Args:
+        path: the file to write.
+        frames: RGB, uint8 `[T, H, W, 3]`; H and W even, since colour is stored at half resolution.
+        fps: frame rate.
+        crf: quality of x264, lower is better; 10 keeps frames of 64 pixels clean.
+
+    Raises:
+        ProPhyError: odd height or width.
+    """
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise ProPhyError(f"cannot write {height}x{width} frames as yuv420p; choose an even height and width")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": str(crf)}
+        for frame in frames:
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            )
+        container.mux(stream.encode(None))
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first video stream; whatever FFmpeg refuses becomes a VideoError."""
+    try:
+        with av.open(str(path), options=_OPEN_OPTIONS) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} has no video stream; remove it")
+            yield container, container.streams.video[0]
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{path} cannot be read as a video ({error.strerror}); convert or remove it"
+        ) from None
+
+
+def _clock(stream: VideoStream) -> tuple[float, float]:
+    """Seconds per tick of the stream's timestamps, and the second at which it starts."""
+    unit = float(stream.time_base or 0)
+    return unit, (stream.start_time or 0) * unit
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
+    """The packets of frames that are shown; a flush packet and what an edit list cuts off are not."""
+    return (packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard)
+
+
+def _nearest_frames(
+    path: str | Path, container: InputContainer, stream: VideoStream, times: np.ndarray
+) -> Iterator[av.VideoFrame]:
+    """The frame nearest to each of the ascending `times`, decoding from the key frame before the first."""
+    unit, start = _clock(stream)
+    container.seek(int((times[0] + start) / unit), stream=stream)
+    timed = ((frame.pts * unit - start, frame) for frame in container.decode(stream) if frame.pts is not None)
+    before = after = next(timed, None)
+    for time in times:
+        while after is not None and after[0] < time:
+            before, after = after, next(timed, None)
+        if before is None:
+            raise VideoError(f"{path} has no readable frame at {time:.2f} s; convert or remove it")
+        if after is None and time > before[0] + 1.5 * before[1].duration * unit + 1e-6:
+            raise VideoError(f"{path} cannot be decoded up to {time:.2f} s; convert or remove it")
+        yield min(before, after or before, key=lambda timed_frame: abs(timed_frame[0] - time))[1]
+
+
+def _check_limit(path: str | Path, what: str, value: float, limit: float | None, unit: str) -> None:
+    if limit is not None and value > limit:
+        raise VideoError(f"{path} is over the limit: its {what} is {value:g} {unit}, allowed are {limit:g}")
