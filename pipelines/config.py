@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from prophy.errors import ProPhyError
 
@@ -46,7 +54,9 @@ class BackboneConfig(Section):
     """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
 
     family: Literal["wan"]
-    pretrained: str = Field(description="hub id or folder of a diffusers pipeline; 'tiny' is the embedded one")
+    pretrained: str = Field(
+        description="hub id or folder of a diffusers pipeline; 'tiny' is the embedded one"
+    )
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     autocast: Literal["bfloat16"] | None = None
@@ -67,7 +77,9 @@ class VlmConfig(Section):
     num_frames: PositiveInt
     height: PositiveInt
     width: PositiveInt
-    layers: list[NonNegativeInt] | None = Field(None, description="layers whose attention is kept; all if null")
+    layers: list[NonNegativeInt] | None = Field(
+        None, description="layers whose attention is kept; all if null"
+    )
     max_new_tokens: PositiveInt = 64
 
 
@@ -146,7 +158,9 @@ class TrainConfig(Section):
     weight_decay: NonNegativeFloat = 0.01
     gradient_clipping: PositiveFloat = 1.0
     caption_dropout: Fraction = 0.1
-    recipe: str = Field("minus_background", description="how raw maps become targets: prophy/priors/grounding.py")
+    recipe: str = Field(
+        "minus_background", description="how raw maps become targets: prophy/priors/grounding.py"
+    )
     negatives: Literal["ignore", "zero"] = "ignore"
     reduction: Literal["mean", "sum"] = "mean"
     loss_weights: LossWeights = LossWeights()

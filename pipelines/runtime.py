@@ -52,7 +52,9 @@ def open_run(config: Config) -> Path:
         versions = {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
         (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False))
     except OSError as error:
-        raise ProPhyError(f"cannot write to run_dir {folder}: {error.strerror}; choose another run_dir") from None
+        raise ProPhyError(
+            f"cannot write to run_dir {folder}: {error.strerror}; choose another run_dir"
+        ) from None
     return folder
 
 
@@ -96,11 +98,11 @@ def ray_session(config: Config) -> Iterator[None]:
 
 def find_user_error(error: BaseException | None) -> ProPhyError | None:
     """The `ProPhyError` at the root of what Ray wrapped, if there is one."""
+    if isinstance(error, RayTaskError):  # first: Ray makes it a subclass of its cause, with a longer message
+        return find_user_error(error.cause)
     if error is None or isinstance(error, ProPhyError):
         return error
     inner = [error.__cause__]
-    if isinstance(error, RayTaskError):
-        inner.append(error.cause)
     if isinstance(error, TrainingFailedError):
         inner += list(getattr(error, "worker_failures", {}).values())
     return next((found for cause in inner if (found := find_user_error(cause)) is not None), None)

@@ -1,0 +1,27 @@
+# `make demo` and `make test` work on a fresh clone: the first run sets up .venv, later runs skip that.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# torch comes first and alone: as a dependency of another package pip may take a build with CUDA libraries.
+TORCH := $(shell grep -m1 '^torch==' constraints.txt)
+
+.PHONY: demo test check bench
+
+demo: .venv/installed
+	$(BIN)/prophy demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	for file in tests/benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,138 @@
+"""`prophy <command>`: one command per step of the product. Nothing but argument parsing.
+
+Each command imports its module only after its configuration is known to be right: torch and Ray take seconds.
+
+Mistakes of the user end with one sentence and exit code 2; anything else is a bug and shows its traceback.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pipelines.config import Config, load_config, preset_names
+from prophy.errors import ProPhyError
+
+app = typer.Typer(
+    name="prophy",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train and run physics-aware video generation. Start with `prophy demo`; every command takes --config "
+    "(a preset or a YAML file) and any number of --set section.key=value.",
+)
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help=f"Preset ({', '.join(preset_names())}) or path of a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override, e.g. train.learning_rate=1e-4. Repeatable."
+    ),
+]
+PrintOption = Annotated[bool, typer.Option("--print-config", help="Print what would run, and stop.")]
+
+
+def _configure(name: str, overrides: list[str] | None, print_config: bool) -> Config:
+    config = load_config(name, overrides)
+    if print_config:
+        typer.echo(config.to_yaml(), nl=False)
+        raise typer.Exit
+    return config
+
+
+@app.command()
+def simulate(
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Also write a picture of the first clips and their masks.")
+    ] = None,
+) -> None:
+    """Write simulated physics clips: mp4 files and a manifest with captions, phenomena, masks and tracks."""
+    resolved = _configure(config, set_, print_config)
+    from pipelines import simulate
+
+    simulate.run(resolved, contact_sheet)
+
+
+@app.command()
+def cache(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
+    """Cache physics priors (VLM) and encodings (VAE, text) of all videos to Parquet. Resumes by itself."""
+    resolved = _configure(config, set_, print_config)
+    from pipelines import cache
+
+    cache.run(resolved)
+
+
+@app.command()
+def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
+    """Train the Physical Branch on the cache with Ray Train and DeepSpeed. Resumes by itself."""
+    resolved = _configure(config, set_, print_config)
+    from pipelines import train
+
+    train.run(resolved)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt. Repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+) -> None:
+    """Make videos from prompts, offline, with Ray Data."""
+    resolved = _configure(config, set_, print_config)
+    texts = list(prompt or [])
+    if prompts is not None:
+        if not prompts.is_file():
+            raise ProPhyError(f"no prompt file {prompts}; give a text file with one prompt per line")
+        texts += [line for line in prompts.read_text().splitlines() if line.strip()]
+    from pipelines import generate
+
+    generate.run(resolved, texts)
+
+
+@app.command()
+def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
+    """Serve the OpenAI Videos API over HTTP with replicas that scale by themselves, until Ctrl-C."""
+    resolved = _configure(config, set_, print_config)
+    from pipelines import serve
+
+    serve.run(resolved)
+
+
+@app.command()
+def demo(
+    config: ConfigOption = "tiny",
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE")] = None,
+    print_config: PrintOption = False,
+) -> None:
+    """Do all of it on the small default, in order, and write a report with pictures."""
+    resolved = _configure(config, ["run_dir=runs/demo", *(set_ or [])], print_config)
+    from pipelines import demo
+
+    demo.run(resolved)
+
+
+def main() -> None:
+    """Entry point of the `prophy` script."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", datefmt="%X", handlers=[RichHandler(show_path=False)]
+    )
+    try:
+        app()
+    except ProPhyError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

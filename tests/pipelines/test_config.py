@@ -1,0 +1,61 @@
+"""The configuration: strict keys, overrides, presets."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import Config, load_config, preset_names
+from prophy.errors import ProPhyError
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_and_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    (tmp_path / "copy.yaml").write_text(config.to_yaml())
+    assert load_config(str(tmp_path / "copy.yaml")) == config
+
+
+def test_override_wins_and_is_typed() -> None:
+    config = load_config(
+        "tiny", ["train.learning_rate=1e-4", "physics.physics_layers=[1,3]", "run_dir=elsewhere"]
+    )
+    assert config.train.learning_rate == 1e-4
+    assert config.physics.physics_layers == [1, 3]
+    assert config.cache.output == "elsewhere/cache"  # references follow the override
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.learing_rate=1",
+            "unknown key 'train.learing_rate' in .*; did you mean 'train.learning_rate'",
+        ),
+        ("cache.read.sise=2", "did you mean 'cache.read.size'"),
+        ("trian=1", "did you mean 'train'"),
+        ("train.num_steps=0", "bad value for 'train.num_steps'.*greater than 0"),
+        ("physics.top_k=9", r"top_k \(9\) must not exceed num_refinement_experts \(8\)"),
+        ("cache.input=${nowhere}", "nowhere"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_cure(override: str, message: str) -> None:
+    with pytest.raises(ProPhyError, match=message):
+        load_config("tiny", [override])
+
+
+def test_missing_file_lists_the_presets() -> None:
+    with pytest.raises(ProPhyError, match="no configuration 'tinny'.*tiny"):
+        load_config("tinny")
+
+
+def test_broken_yaml_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("train: [1, 2")
+    with pytest.raises(ProPhyError, match="not a valid configuration") as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_configuration_is_frozen(config: Config) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.num_steps = 1  # type: ignore[misc]

@@ -1,0 +1,60 @@
+"""The one direction in which imports run."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diffusers import pipelines as diffusers_pipelines
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*(ROOT / "prophy").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
+
+# What a layer of prophy may import of prophy: everything below its own line.
+LAYERS = (
+    ("evaluation",),
+    ("train_module", "tiny"),
+    ("generation", "data", "backbones", "encoding"),
+    ("models", "priors", "losses", "objectives", "sandbox"),
+    ("schema", "video", "taxonomy", "device", "errors"),
+)
+"""Topmost first."""
+
+
+def imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_method_does_not_know_the_product(file: Path) -> None:
+    if file.is_relative_to(ROOT / "prophy"):
+        roots = {module.split(".")[0] for module in imported(file)}
+        assert not roots & {"ray", "deepspeed", "fastapi", "pipelines"}
+
+
+def layer_of(part: str) -> int | None:
+    return next((level for level, names in enumerate(LAYERS) if part in names), None)
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if "prophy" in f.parts], ids=lambda f: str(f.relative_to(ROOT))
+)
+def test_layers_import_downwards(file: Path) -> None:
+    own = layer_of(file.relative_to(ROOT / "prophy").parts[0].removesuffix(".py"))
+    for module in imported(file):
+        parts = module.split(".")
+        if own is not None and parts[0] == "prophy" and len(parts) > 1:
+            other = layer_of(parts[1])
+            assert other is None or other >= own, f"{file.name} imports {module}"
+
+
+def test_no_folder_is_named_like_a_diffusers_pipeline() -> None:
+    """Diffusers would save a component in such a folder under the wrong module, and fail to load it."""
+    taken = {path.name for path in Path(diffusers_pipelines.__file__).parent.iterdir() if path.is_dir()}
+    ours = {path.name for path in (ROOT / "prophy").rglob("*") if path.is_dir()}
+    assert not (taken & ours) - {"__pycache__"}
