@@ -1,0 +1,69 @@
+"""Pictures for people: film strips, maps over frames, curves. All return something that HTML can embed."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+def heat_overlay(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lays a map over frames; the more heat, the more opaque.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`.
+        heat: `[t, h, w]` on any grid; resampled to the frames and scaled to its own range.
+
+    Returns:
+        uint8 `[T, H, W, 3]`.
+    """
+    resampled = torch.nn.functional.interpolate(
+        torch.from_numpy(heat).float()[None, None], frames.shape[:3], mode="trilinear", align_corners=False
+    )[0, 0].numpy()
+    low, high = resampled.min(), resampled.max()
+    scaled = (resampled - low) / max(high - low, 1e-12)
+    opacity = 0.75 * scaled[..., None]
+    colours = mpl.colormaps["inferno"](scaled)[..., :3] * 255
+    return (frames * (1 - opacity) + colours * opacity).astype(np.uint8)
+
+
+def film_strip(frames: np.ndarray, columns: int = 8, scale: int = 2) -> np.ndarray:
+    """Evenly spaced frames side by side, enlarged: uint8 `[H * scale, columns * W * scale, 3]`."""
+    chosen = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+    strip = np.concatenate(list(chosen), axis=1)
+    return strip.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def curves(steps: Sequence[float], series: dict[str, Sequence[float]]) -> Figure:
+    """One small plot per series over the same steps."""
+    figure = Figure(figsize=(3.2 * len(series), 2.4), layout="constrained")
+    for axes, (name, values) in zip(
+        figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True
+    ):
+        axes.plot(steps, values, color="#3366aa")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def png_uri(picture: np.ndarray | Image.Image | Figure) -> str:
+    """A picture as a `data:` URI."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=110)
+    else:
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        image.save(buffer, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def mp4_uri(path: Path) -> str:
+    """A video file as a `data:` URI."""
+    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,44 @@
+"""The report and its pictures."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from prophy.evaluation.pictures import curves, film_strip, heat_overlay, png_uri
+from prophy.evaluation.report import Picture, Section, Table, write_report
+
+
+def decode(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_overlay_lights_up_the_hot_cell_only() -> None:
+    heat = np.zeros((2, 4, 4))
+    heat[:, 0, 0] = 1.0
+    frames = np.full((4, 32, 32, 3), 60, np.uint8)
+    overlaid = heat_overlay(frames, heat)
+    assert overlaid.shape == frames.shape
+    assert (overlaid[:, 2, 2] != 60).any()
+    np.testing.assert_array_equal(overlaid[:, 24:, 24:], 60)
+
+
+def test_film_strip_begins_and_ends_with_the_video() -> None:
+    frames = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8)
+    strip = film_strip(frames, columns=3, scale=2)
+    assert strip.shape == (8, 36, 3)
+    assert [strip[0, x, 0] for x in (0, 12, 24)] == [0, 4, 8]
+
+
+def test_report_is_self_contained_and_escapes(tmp_path: Path) -> None:
+    picture = Picture(uri=png_uri(curves([1, 2], {"loss": [2.0, 1.0], "lr": [0.1, 0.1]})), caption="<losses>")
+    table = Table(header=["a"], rows=[["b & c"]])
+    write_report(
+        tmp_path / "r.html", "Title", [Section(title="S", text="T", pictures=[picture], table=table)]
+    )
+    html = (tmp_path / "r.html").read_text()
+    assert "&lt;losses&gt;" in html and "b &amp; c" in html
+    assert "http" not in html
+    assert decode(picture.uri).width > 300
