@@ -1,7 +1,7 @@
 """Video files: probe, cut into clips, read frames by time, write. Knows nothing of models or tables.
 
 Times are seconds since the first frame of the file. Frames are picked by their timestamps, so that variable
-frame rates are read right. A frame is always the whole picture, scaled: whatever is computed from one clip at two
+frame rates are read right. A frame is always the whole picture, scaled: what is computed from one clip at two
 resolutions covers the same picture.
 """
 
@@ -39,18 +39,21 @@ class VideoInfo:
     """What `probe` measured, from the packets that are really there.
 
     Attributes:
-        fps: mean frame rate.
+        fps: mean frame rate, by timestamps.
         num_frames: number of frames.
-        duration_s: from the first frame's timestamp to the end of the last frame.
         height: rows of a frame.
         width: columns of a frame.
     """
 
     fps: float
     num_frames: int
-    duration_s: float
     height: int
     width: int
+
+    @property
+    def duration_s(self) -> float:
+        """How long the frames last; the last one counts as long as the mean."""
+        return self.num_frames / self.fps
 
 
 def probe(
@@ -76,23 +79,23 @@ def probe(
         _check_limit(path, "size", container.size, max_bytes, "bytes")
         _check_limit(path, "frame", height * width, max_pixels, "pixels")
         unit, start = _clock(stream)
-        times = [
-            (packet.pts * unit - start, packet.duration * unit) for packet in _packets(container, stream)
-        ]
+        spans = [(packet.pts, packet.pts + packet.duration) for packet in _packets(container, stream)]
         declared_s = (stream.duration or 0) * unit
+    times = [shown * unit - start for shown, _ in spans]
     if len(times) < 2:
         raise VideoError(f"{path} has {len(times)} readable frame(s); a clip needs at least 2")
-    interval = (max(times)[0] - min(times)[0]) / (len(times) - 1)
+    interval = (max(times) - min(times)) / (len(times) - 1)
     if interval <= 0:
-        raise VideoError(f"{path} gives all {len(times)} frames one timestamp; write it anew")
-    duration_s = max(time + (duration or interval) for time, duration in times)
-    if declared_s - duration_s > 1.5 * interval:
+        raise VideoError(f"{path} gives all of its {len(times)} frames one timestamp; write it anew")
+    info = VideoInfo(1 / interval, len(times), height, width)
+    end_s = max(end for _, end in spans) * unit - start
+    if declared_s > end_s + 1.5 * interval:
         raise VideoError(
-            f"{path} ends after {duration_s:.2f} s although its header promises {declared_s:.2f} s; "
+            f"{path} ends after {end_s:.2f} s although its header promises {declared_s:.2f} s; "
             f"it was cut short, copy it anew"
         )
-    _check_limit(path, "duration", duration_s, max_duration_s, "s")
-    return VideoInfo(1 / interval, len(times), duration_s, height, width)
+    _check_limit(path, "duration", info.duration_s, max_duration_s, "s")
+    return info
 
 
 def clip_spans(duration_s: float, clip_duration_s: float) -> list[tuple[float, float]]:
