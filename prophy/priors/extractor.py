@@ -1,0 +1,150 @@
+"""One clip in, its priors out: caption, answers, phenomena and raw attention maps.
+
+Does not know where clips come from, how priors are stored, or what targets are made of the maps.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from prophy.errors import ProPhyError
+from prophy.priors.questionnaire import (
+    BACKGROUND,
+    CAPTION,
+    PRESENCE,
+    QUESTIONNAIRE,
+    Question,
+    describe,
+    parse_presence,
+)
+from prophy.priors.vlm import Answer, VideoLanguageModel
+from prophy.taxonomy import Phenomenon
+
+EXTRACTION_VERSION = 1  # raise it when the same model and questions would give other maps or answers
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What the VLM knows about one clip.
+
+    Attributes:
+        vlm_caption: the VLM's own caption.
+        answers: question id -> answer, as said.
+        phenomena: those given, else those that the VLM names; taxonomy order.
+        unparsed: pieces of the presence answer that are no phenomenon's name; they were not used.
+        map_phenomena: taxonomy indices of the K phenomena that have a map, in the maps' order.
+        maps: `[K + 1, T, H, W]` float32 on the VLM's grid: attention of each answer to the video, raw; the
+            background's is the last.
+    """
+
+    vlm_caption: str
+    answers: dict[str, str]
+    phenomena: tuple[Phenomenon, ...]
+    unparsed: tuple[str, ...]
+    map_phenomena: list[int]
+    maps: np.ndarray
+
+
+class PriorExtractor:
+    """Asks a Qwen2.5-VL the questionnaire about a clip, from one prefill of the video.
+
+    Args:
+        pretrained: hub id or folder; "tiny" is the embedded one.
+        revision: of a hub id.
+        dtype: "float32" or "bfloat16".
+        device_map: as in transformers; None is this process's device.
+        layers: language layers whose attention is kept; None is all.
+        max_new_tokens: longest answer.
+
+    Raises:
+        ProPhyError: the model cannot be loaded, or has no such layer.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        dtype: str = "bfloat16",
+        device_map: str | None = None,
+        layers: list[int] | None = None,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self.vlm = VideoLanguageModel(pretrained, revision, dtype, device_map)
+        self.layers = frozenset(range(self.vlm.num_layers) if layers is None else layers)
+        if not self.layers or max(self.layers) >= self.vlm.num_layers:
+            raise ProPhyError(
+                f"vlm.layers ({layers}) must name language layers of {pretrained}, "
+                f"which has 0 to {self.vlm.num_layers - 1}"
+            )
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(
+        self, frames: np.ndarray, fps: float, phenomena: tuple[Phenomenon, ...] | None = None
+    ) -> Priors:
+        """Extracts the priors of one clip.
+
+        Args:
+            frames: `[T, H, W, 3]` uint8 RGB, T, H and W as the VLM can divide them into patches.
+            fps: frame rate of these frames.
+            phenomena: the clip's labels; None lets the VLM name them.
+        """
+        prefix = self.vlm.watch(frames, fps)
+
+        def ask(*questions: Question) -> dict[str, Answer]:
+            texts = [question.text for question in questions]
+            answers = self.vlm.answer(prefix, texts, self.max_new_tokens, self.layers)
+            return {question.id: answer for question, answer in zip(questions, answers, strict=True)}
+
+        unparsed: tuple[str, ...] = ()
+        if phenomena is None:
+            answers = ask(CAPTION, PRESENCE, BACKGROUND)
+            phenomena, unparsed = parse_presence(answers[PRESENCE.id].text)
+            if phenomena:
+                answers |= ask(*map(describe, phenomena))
+        else:
+            answers = ask(CAPTION, BACKGROUND, *map(describe, phenomena))
+        mapped = [*map(describe, phenomena), BACKGROUND]
+        return Priors(
+            vlm_caption=answers[CAPTION.id].text,
+            answers={key: answer.text for key, answer in answers.items()},
+            phenomena=phenomena,
+            unparsed=unparsed,
+            map_phenomena=[phenomenon.index for phenomenon in phenomena],
+            maps=torch.stack([answers[question.id].attention for question in mapped]).numpy(),
+        )
+
+
+def priors_fingerprint(
+    *,
+    model: str,
+    dtype: str,
+    layers: list[int] | None,
+    max_new_tokens: int,
+    num_frames: int,
+    height: int,
+    width: int,
+) -> str:
+    """Names everything that the priors of a clip depend on, besides the clip: sha256 in hexadecimal.
+
+    Args:
+        model: fingerprint of the VLM's files or its resolved commit.
+        dtype: precision of the VLM.
+        layers: as given to `PriorExtractor`.
+        max_new_tokens: as given to `PriorExtractor`.
+        num_frames: frames that the VLM sees.
+        height: of these frames, in pixels.
+        width: of these frames, in pixels.
+    """
+    parts = {
+        "version": EXTRACTION_VERSION,
+        "questions": [[question.id, question.text] for question in QUESTIONNAIRE],
+        "model": model,
+        "dtype": dtype,
+        "layers": layers,
+        "max_new_tokens": max_new_tokens,
+        "frames": [num_frames, height, width],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

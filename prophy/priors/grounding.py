@@ -1,0 +1,124 @@
+"""From raw attention maps to the targets of the token alignment loss: recipes, resampling, scaling, mask.
+
+Knows no model: it works on one row of the priors table, at load, so that another recipe never reruns the VLM.
+Equations: METHOD.md section 4, steps 3 and 4.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from prophy.errors import ProPhyError
+from prophy.taxonomy import NUM_PHENOMENA
+
+Recipe = Callable[[torch.Tensor], torch.Tensor]
+"""Raw maps `[K + 1, T, H, W]`, the background's last, to signed maps `[K, T, H, W]`: positive is 'here'."""
+
+_FRAMES_PER_SLICE = 2  # Qwen2.5-VL's temporal patch: each slice of a map is a pair of frames
+
+
+def _none(maps: torch.Tensor) -> torch.Tensor:
+    return maps[:-1]
+
+
+def _minus_background(maps: torch.Tensor) -> torch.Tensor:
+    return maps[:-1] - maps[-1]
+
+
+def _minus_others(maps: torch.Tensor) -> torch.Tensor:
+    phenomena = maps[:-1]
+    if len(phenomena) < 2:
+        return phenomena
+    return phenomena - (phenomena.sum(0) - phenomena) / (len(phenomena) - 1)
+
+
+def _blur(maps: torch.Tensor) -> torch.Tensor:
+    """Mean over the 3x3 cells around each cell, of those that exist."""
+    return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+
+
+_SUBTRACTIONS: dict[str, Recipe] = {
+    "none": _none,
+    "minus_background": _minus_background,  # the paper's
+    "minus_others": _minus_others,
+}
+
+
+def _blurred(subtract: Recipe) -> Recipe:
+    return lambda maps: subtract(_blur(maps))
+
+
+RECIPES: dict[str, Recipe] = _SUBTRACTIONS | {
+    f"{name}_blur": _blurred(subtract) for name, subtract in _SUBTRACTIONS.items()
+}
+
+
+def resample(maps: torch.Tensor, grid: tuple[int, int, int], num_frames: int) -> torch.Tensor:
+    """Maps on the transformer's token grid: bilinear in space (averaging where it shrinks), linear in time.
+
+    Both models see frames evenly spaced over the clip, its first and last included. A slice of a map is centred
+    on its pair of frames. The first token in time holds frame 0 alone, every other one the next c frames.
+
+    Args:
+        maps: `[K, T, H, W]`, K at least 1.
+        grid: `(T', H', W')`.
+        num_frames: frames that the video model sees, `1 + c (T' - 1)`.
+
+    Returns:
+        `[K, T', H', W']`.
+    """
+    num_slices = maps.shape[1]
+    frames_per_token = (num_frames - 1) / max(grid[0] - 1, 1)
+    frame = (torch.arange(grid[0]) * frames_per_token - (frames_per_token - 1) / 2).clamp(min=0)
+    vlm_frame = frame / max(num_frames - 1, 1) * (num_slices * _FRAMES_PER_SLICE - 1)
+    position = ((vlm_frame + 0.5) / _FRAMES_PER_SLICE - 0.5).clamp(0, num_slices - 1)
+    weights = (1 - (position[:, None] - torch.arange(num_slices)).abs()).clamp(min=0)
+    in_time = torch.einsum("js,kshw->kjhw", weights, maps)
+    return F.interpolate(in_time, size=grid[1:], mode="bilinear", antialias=True)
+
+
+def make_targets(
+    maps: torch.Tensor,
+    map_phenomena: Sequence[int],
+    *,
+    grid: tuple[int, int, int],
+    num_frames: int,
+    recipe: str,
+    negatives: Literal["ignore", "zero"] = "ignore",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets `Q_r` and mask `M` of Eq. 5 for one clip.
+
+    Each phenomenon's map (by the recipe, on the token grid) keeps its positive part, divided by its maximum.
+    `M` is true where that map is positive; with `negatives="zero"` also where it is not, with target 0. It is
+    false for phenomena without a map, and for a map without any positive cell: that says nothing about where.
+
+    Args:
+        maps: raw maps `[K + 1, T, H, W]` on the VLM's grid, the background's last.
+        map_phenomena: taxonomy indices of the first K maps.
+        grid: tokens of the video model, `(T', H', W')`.
+        num_frames: frames that the video model sees, `1 + c (T' - 1)`.
+        recipe: a key of `RECIPES`.
+        negatives: what cells outside the positive part say: nothing, or "not here".
+
+    Returns:
+        `Q_r [N, 17]` float32 in [0, 1], and `M [N, 17]` bool; `N = T' H' W'`, t slowest.
+
+    Raises:
+        ProPhyError: there is no such recipe.
+    """
+    if recipe not in RECIPES:
+        raise ProPhyError(
+            f"no recipe {recipe!r} for targets; set train.recipe to one of: {', '.join(RECIPES)}"
+        )
+    num_tokens = grid[0] * grid[1] * grid[2]
+    targets = torch.zeros(num_tokens, NUM_PHENOMENA)
+    mask = torch.zeros(num_tokens, NUM_PHENOMENA, dtype=torch.bool)
+    if map_phenomena:
+        signed = resample(RECIPES[recipe](maps), grid, num_frames).flatten(1).T
+        positive = signed.clamp(min=0)
+        peak = positive.amax(0)
+        targets[:, map_phenomena] = positive / peak.clamp(min=torch.finfo(peak.dtype).tiny)
+        mask[:, map_phenomena] = (signed > 0) if negatives == "ignore" else (peak > 0).expand_as(signed)
+    return targets, mask
