@@ -1,23 +1,41 @@
-"""From the cache to training batches: which samples make up a step, and everything that a step draws by chance.
+"""From the cache to training batches: which samples make up a step, and what a step draws by chance.
 
-Nothing here depends on the number of workers, on the engine, or on what happened in earlier steps: a restart needs
+Nothing here depends on the number of workers, on the engine, or on earlier steps: a restart needs
 only the number of the step. It does not know Ray, DeepSpeed or the model.
 """
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from torch.utils.data import Dataset
+
+from prophy.errors import ProPhyError
+from prophy.priors.grounding import make_targets
+from prophy.schema import tensor_from_columns
+
+INDEX = "index.parquet"
+EMPTY_PROMPT = "empty_prompt.parquet"
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One micro-batch. `B` samples of one shape; `N` tokens in the order of the transformer's grid, time slowest.
+    """One micro-batch: `B` samples of one shape, `N` tokens in the order of the transformer's grid.
 
     Attributes:
         sample_ids: `B` keys of the cache.
         latents: `[B, C, T, H, W]`, normalised as the backbone's pipeline has them.
         encoder_hidden_states: `[B, L, D]`, embeddings of the true captions.
-        drop_caption: `[B]`, bool: the diffusion loss sees the empty prompt instead (classifier-free guidance).
+        drop_caption: `[B]`, bool: the diffusion loss sees the empty prompt (classifier-free guidance).
         phenomena: `[B, 17]`, label vectors `q_s`.
         target_maps: `[B, N, 17]`, the targets `Q_r` of Eq. 5.
         target_mask: `[B, N, 17]`, bool: the mask `M` of Eq. 5.
@@ -43,7 +61,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class SemanticBatch:
-    """All captions and labels of one rank's accumulation step, for the semantic alignment over the global batch.
+    """Captions and labels of one rank's whole accumulation step, for Eq. 3 over the global batch.
 
     Attributes:
         encoder_hidden_states: `[M, L, D]`, `M` = micro-batch size times accumulation steps.
@@ -56,3 +74,241 @@ class SemanticBatch:
     def to(self, device: torch.device) -> "SemanticBatch":
         """The same batch on `device`."""
         return SemanticBatch(self.encoder_hidden_states.to(device), self.phenomena.to(device))
+
+
+class BatchPlan:
+    """Which samples make up the global batch of a step: a pure function of the step.
+
+    Every latent shape has an endless stream of its own samples: epoch after epoch, each in an order of its
+    own, so that none is dropped and none padded. All samples of a step have one shape; over a cycle of steps
+    each shape comes as often as it has samples. The number of workers plays no part.
+
+    Args:
+        shapes: latent shape of each sample id.
+        batch_size: samples in a global batch.
+        seed: of all orders.
+
+    Raises:
+        ProPhyError: there are fewer samples of a shape than a batch holds.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], batch_size: int, seed: int) -> None:
+        self.batch_size = batch_size
+        self._seed = seed
+        groups: dict[Shape, list[str]] = {}
+        for sample_id in sorted(shapes):
+            groups.setdefault(shapes[sample_id], []).append(sample_id)
+        for shape, samples in groups.items():
+            if len(samples) < batch_size:
+                raise ProPhyError(
+                    f"the cache holds {len(samples)} samples with latents of shape {shape}, fewer than the "
+                    f"global batch of {batch_size}; cache more videos, or lower the batch"
+                )
+        self._groups = sorted(groups.items())
+        counts = np.array([len(samples) for _, samples in self._groups])
+        self._steps_per_cycle = counts // np.gcd.reduce(counts)  # of each shape
+
+    def __call__(self, step: int) -> list[str]:
+        """The sample ids of the global batch of `step`, counted from 0, in the order that ranks share out."""
+        cycle, place = divmod(step, int(self._steps_per_cycle.sum()))
+        turns = np.repeat(np.arange(len(self._groups)), self._steps_per_cycle)
+        np.random.default_rng(_seed(self._seed, "shapes", cycle)).shuffle(turns)
+        turn = turns[place]
+        batch = cycle * self._steps_per_cycle[turn] + np.count_nonzero(turns[:place] == turn)
+
+        shape, samples = self._groups[turn]
+        epochs, places = np.divmod(batch * self.batch_size + np.arange(self.batch_size), len(samples))
+        orders = {
+            epoch: np.random.default_rng(_seed(self._seed, shape, epoch)).permutation(len(samples))
+            for epoch in set(epochs.tolist())
+        }
+        return [samples[orders[epoch][place]] for epoch, place in zip(epochs.tolist(), places, strict=True)]
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """One shape of clip that a backbone is trained on.
+
+    Attributes:
+        num_frames: pixel frames.
+        latents: `(C, T, H, W)`.
+        token_grid: `(T', H', W')`.
+    """
+
+    num_frames: int
+    latents: Shape
+    token_grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PriorSample:
+    """One clip of the cache: what both tables say of it."""
+
+    latents: torch.Tensor
+    text_embeds: torch.Tensor
+    phenomena: torch.Tensor
+    maps: torch.Tensor
+    map_phenomena: list[int]
+
+
+class PriorCache:
+    """The samples that both tables of a cache have, read one at a time.
+
+    Args:
+        folder: of the cache.
+        encodings: name of the folder of encodings in it that belong to the backbone.
+
+    Raises:
+        ProPhyError: a table is missing, or the two have no sample in common.
+    """
+
+    def __init__(self, folder: Path, encodings: str) -> None:
+        self._priors = folder / "priors"
+        self._encodings = folder / "encodings" / encodings
+        if not (self._encodings / INDEX).is_file() and any(folder.glob(f"encodings/*/{INDEX}")):
+            raise ProPhyError(
+                f"the encodings in {folder} were made for another backbone or clip size; "
+                f"run `prophy cache` with this configuration"
+            )
+        priors = _read_index(self._priors, [])
+        encodings_ = _read_index(self._encodings, ["latents_shape"])
+        self._rows = {
+            sample_id: (priors[sample_id], encodings_[sample_id])
+            for sample_id in priors.keys() & encodings_.keys()
+        }
+        if not self._rows:
+            raise ProPhyError(
+                f"no sample in {folder} has both priors and encodings; "
+                f"run `prophy cache` with this configuration"
+            )
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of the latents, `(C, T, H, W)`, of each sample id."""
+        return {key: tuple(encoding["latents_shape"]) for key, (_, encoding) in self._rows.items()}
+
+    def null_text_embeds(self) -> torch.Tensor:
+        """Embedding of the empty prompt, `[L, D]`."""
+        [row] = pq.read_table(self._encodings / EMPTY_PROMPT).to_pylist()
+        return tensor_from_columns("text_embeds", row)
+
+    def read(self, sample_id: str) -> PriorSample:
+        """One sample."""
+        prior, encoding = self._rows[sample_id]
+        labels = _read_row(self._priors, prior, ["phenomena", "map_phenomena", "maps", "maps_shape"])
+        names = [name + suffix for name in ("latents", "text_embeds") for suffix in ("", "_shape", "_dtype")]
+        tensors = _read_row(self._encodings, encoding, names).to_pylist()[0]
+        maps = labels["maps"].combine_chunks().values.to_numpy(zero_copy_only=False).copy()
+        return PriorSample(
+            latents=tensor_from_columns("latents", tensors),
+            text_embeds=tensor_from_columns("text_embeds", tensors),
+            phenomena=torch.tensor(labels["phenomena"][0].as_py()),
+            maps=torch.from_numpy(maps).reshape(labels["maps_shape"][0].as_py()),
+            map_phenomena=labels["map_phenomena"][0].as_py(),
+        )
+
+
+class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
+    """The share of one rank in each step: item `step` is the micro-batches of that step and their captions.
+
+    Noise, timestep and caption dropout of a sample are functions of the seed, the step and the sample's id.
+
+    Args:
+        cache: the samples.
+        plan: which samples make up a step.
+        clip_shapes: every shape of clip that may occur.
+        micro_batch_size: samples in a micro-batch; times `world_size` it divides the plan's batch.
+        rank: of this worker.
+        world_size: number of workers.
+        recipe: how maps become targets (`prophy.priors.grounding.RECIPES`).
+        negatives: what cells without the phenomenon say (`make_targets`).
+        caption_dropout: share of captions that are replaced by the empty prompt.
+        seed: of noise, timesteps and dropout.
+
+    Raises:
+        ProPhyError: the cache holds latents of a shape that is not listed.
+    """
+
+    def __init__(
+        self,
+        cache: PriorCache,
+        plan: BatchPlan,
+        clip_shapes: Iterable[ClipShape],
+        *,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        recipe: str,
+        negatives: Literal["ignore", "zero"],
+        caption_dropout: float,
+        seed: int,
+    ) -> None:
+        self._cache = cache
+        self._plan = plan
+        self._clip_shapes = {shape.latents: shape for shape in clip_shapes}
+        for sample_id, shape in cache.shapes.items():
+            if shape not in self._clip_shapes:
+                raise ProPhyError(
+                    f"the cached latents of {sample_id} have shape {shape}, the configured backbone makes "
+                    f"{' or '.join(map(str, self._clip_shapes))}; run `prophy cache` with this configuration"
+                )
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+        self._stride = micro_batch_size * world_size
+        self._make_targets = partial(make_targets, recipe=recipe, negatives=negatives)
+        self._caption_dropout = caption_dropout
+        self._seed = seed
+
+    def __getitem__(self, step: int) -> tuple[list[TrainBatch], SemanticBatch]:
+        """The micro-batches of this rank in `step`, and all their captions."""
+        sample_ids = self._plan(step)
+        first = range(self._rank * self._micro_batch_size, self._plan.batch_size, self._stride)
+        batches = [self._batch(step, sample_ids[start : start + self._micro_batch_size]) for start in first]
+        semantic = SemanticBatch(
+            encoder_hidden_states=torch.cat([batch.encoder_hidden_states for batch in batches]),
+            phenomena=torch.cat([batch.phenomena for batch in batches]),
+        )
+        return batches, semantic
+
+    def _batch(self, step: int, sample_ids: list[str]) -> TrainBatch:
+        columns: dict[str, list[torch.Tensor]] = {}
+        for sample_id in sample_ids:
+            for name, value in self._row(step, sample_id).items():
+                columns.setdefault(name, []).append(value)
+        return TrainBatch(sample_ids, **{name: torch.stack(values) for name, values in columns.items()})
+
+    def _row(self, step: int, sample_id: str) -> dict[str, torch.Tensor]:
+        sample = self._cache.read(sample_id)
+        shape = self._clip_shapes[tuple(sample.latents.shape)]
+        targets, mask = self._make_targets(
+            sample.maps, sample.map_phenomena, grid=shape.token_grid, num_frames=shape.num_frames
+        )
+        generator = torch.Generator().manual_seed(_seed(self._seed, step, sample_id))
+        return {
+            "latents": sample.latents,
+            "encoder_hidden_states": sample.text_embeds,
+            "drop_caption": torch.rand((), generator=generator) < self._caption_dropout,
+            "phenomena": sample.phenomena,
+            "target_maps": targets,
+            "target_mask": mask,
+            "noise": torch.randn(shape.latents, generator=generator),
+            "timestep_quantile": torch.rand((), generator=generator).clamp(min=1e-7),
+        }
+
+
+def _seed(*parts: object) -> int:
+    """A seed of 64 bits for what `parts` name."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
+
+
+def _read_index(table: Path, columns: list[str]) -> dict[str, dict[str, Any]]:
+    """Where the row of each sample lies: `file` and `row_group`; and `columns` of it."""
+    if not (table / INDEX).is_file():
+        raise ProPhyError(f"no cache in {table}; run `prophy cache` with this configuration first")
+    rows = pq.read_table(table / INDEX, columns=["sample_id", "file", "row_group", *columns]).to_pylist()
+    return {row["sample_id"]: row for row in rows}
+
+
+def _read_row(table: Path, row: dict[str, Any], columns: list[str]) -> pa.Table:
+    with pq.ParquetFile(table / row["file"]) as file:
+        return file.read_row_group(row["row_group"], columns=columns, use_threads=False)

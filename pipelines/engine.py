@@ -1,0 +1,96 @@
+"""Everything DeepSpeed: configuration, initialisation, checkpoints, and weights gathered from shards.
+
+It does not know Ray, the cache, or what the module computes.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch.optim.lr_scheduler import LambdaLR
+
+from pipelines.config import TrainConfig
+from prophy.errors import ProPhyError
+
+# The one op that DeepSpeed would compile on a CPU (40 s, needs g++) serves tensor-parallel inference only.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets.
+
+    Parameters keep the precision that they are loaded with; `bf16` is autocast; gradients are reduced in float32.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": train.gradient_clipping,
+        "zero_optimization": {"stage": train.zero_stage},
+        "torch_autocast": {
+            "enabled": train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": train.learning_rate, "weight_decay": train.weight_decay, "torch_adam": True},
+        },
+    }
+
+
+def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
+    """Wraps `module` for this rank of the process group; optimises the parameters that require gradients.
+
+    The learning rate rises linearly over `warmup_steps` and stays.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, train.warmup_steps)))
+
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr_scheduler=schedule,
+        config=deepspeed_config(train),
+    )
+    return engine
+
+
+def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: dict[str, Any]) -> None:
+    """Saves this rank's share of trained parameters, optimiser and schedule; call it on every rank.
+
+    Args:
+        engine: what to save.
+        folder: of this rank; the folders of all ranks together are the checkpoint.
+        state: plain values that `load_checkpoint` gives back.
+    """
+    engine.save_checkpoint(str(folder), client_state=state, exclude_frozen_parameters=True)
+
+
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Restores what `save_checkpoint` saved, and returns its `state`; call it on every rank.
+
+    Raises:
+        ProPhyError: the folder holds no checkpoint.
+    """
+    path, state = engine.load_checkpoint(str(folder), load_module_strict=False)
+    if path is None:
+        raise ProPhyError(
+            f"{folder} holds no checkpoint of DeepSpeed; remove it, or start in another run_dir"
+        )
+    return state
+
+
+@contextmanager
+def gathered_parameters(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Within the block the trained parameters are whole on every rank, for any ZeRO stage; a collective."""
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    with deepspeed.zero.GatheredParameters(trained, enabled=engine.zero_optimization_stage() == 3):
+        yield
