@@ -1,14 +1,16 @@
 """The two tables of the cache, as pyarrow schemas, and the plain columns that hold a tensor.
 
-Both tables join on `sample_id`. Small vectors are lists; large tensors are three columns, `x` (raw bytes, C order,
-little endian), `x_shape` and `x_dtype`, because list columns of that size read many times slower. Anything that
-reads Parquet reads this cache without this project.
+Both tables join on `sample_id`. Small vectors are lists; large tensors are three columns, `x` (raw bytes, C
+order, little endian), `x_shape` and `x_dtype`, because list columns of that size read many times slower. Anything
+that reads Parquet reads this cache without this project.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
+
+if TYPE_CHECKING:  # processes that only move rows need no torch, which takes seconds to import
+    import torch
 
 SCHEMA_VERSION = 1
 
@@ -39,7 +41,7 @@ PRIORS = pa.schema(
         pa.field("caption", pa.string()),  # given; null when the source has none
         pa.field("vlm_caption", pa.string(), nullable=False),
         pa.field("answers", pa.map_(pa.string(), pa.string()), nullable=False),  # question id -> as said
-        pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; given labels, else the answers'
+        pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; as given, else as answered
         pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K taxonomy indices
         pa.field("maps", pa.list_(pa.float32()), nullable=False),  # raw, K phenomena then 1 background
         pa.field("maps_shape", pa.list_(pa.int32()), nullable=False),  # [K + 1, T, H, W] on the VLM's grid
@@ -59,6 +61,8 @@ ENCODINGS = pa.schema(
 QUARANTINE = pa.schema(
     [
         pa.field("source", SOURCE, nullable=False),
+        pa.field("sample_id", pa.string()),  # the clip, of so many in its video; null is the whole video
+        pa.field("num_clips", pa.int32()),
         pa.field("stage", pa.string(), nullable=False),
         pa.field("error_type", pa.string(), nullable=False),
         pa.field("message", pa.string(), nullable=False),
@@ -67,14 +71,18 @@ QUARANTINE = pa.schema(
 )
 
 
-def tensor_columns(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+def tensor_columns(name: str, tensor: "torch.Tensor") -> dict[str, Any]:
     """The three column values that hold `tensor` under `name`."""
+    import torch
+
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return {name: raw, f"{name}_shape": list(tensor.shape), f"{name}_dtype": dtype}
 
 
-def tensor_from_columns(name: str, row: dict[str, Any]) -> torch.Tensor:
+def tensor_from_columns(name: str, row: dict[str, Any]) -> "torch.Tensor":
     """The tensor that `row` holds under `name`: the inverse of `tensor_columns`."""
+    import torch
+
     dtype = getattr(torch, row[f"{name}_dtype"])
     return torch.frombuffer(bytearray(row[name]), dtype=dtype).reshape(tuple(row[f"{name}_shape"]))

@@ -1,0 +1,269 @@
+"""`prophy cache`: videos in; priors of the VLM and encodings for the backbone out, by Ray Data.
+
+Two graphs, one after the other: where a video has no caption, the VLM's is what gets encoded. Priors do not
+depend on the backbone, so another backbone or resolution adds a folder of encodings and never asks the VLM
+again. What is done already is read from the files themselves; so the same command resumes.
+"""
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from prophy.backbones import fingerprint
+from ray.data import ActorPoolStrategy, Dataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as Grid
+
+from pipelines.config import Config, PoolConfig
+from pipelines.runtime import open_run, ray_session
+from pipelines.sink import (
+    Table,
+    WriteRows,
+    drop_samples,
+    exclusive,
+    fingerprint_of,
+    read_quarantine,
+    update_index,
+)
+from pipelines.sources import Video, changed, clips_left, find_videos, of_videos, videos_left
+from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
+from prophy.errors import ProPhyError
+from prophy.priors.extractor import priors_fingerprint
+from prophy.schema import ENCODINGS, PRIORS
+from prophy.taxonomy import from_multi_hot
+from prophy.tiny.vlm import vlm_folder
+
+_ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
+_MAX_BLOCKS = 4096  # of a work list: the smaller a block, the sooner its rows move on
+_IO: dict[str, Any] = {"num_cpus": 0.25, "batch_format": "pyarrow"}  # tasks that mostly wait for the disk
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What one graph did: rows written, videos or clips refused, seconds taken."""
+
+    written: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What the cache holds of the input after a run.
+
+    Attributes:
+        num_videos: of the input.
+        num_priors: clips of these videos in the priors.
+        num_encodings: clips of these videos in the encodings of this backbone.
+        quarantined: why a video or clip of the input cannot be used, each.
+        phenomena: number of clips by phenomenon.
+        added_priors: what this run did to the priors.
+        added_encodings: what this run did to the encodings.
+    """
+
+    num_videos: int
+    num_priors: int
+    num_encodings: int
+    quarantined: list[str]
+    phenomena: dict[str, int]
+    added_priors: GraphReport
+    added_encodings: GraphReport
+
+
+def run(config: Config) -> CacheSummary:
+    """Adds to the cache what it lacks of the input, and prints what it then holds.
+
+    Raises:
+        ProPhyError: no video that can be used, another run at work, or a cache made with other settings.
+    """
+    _check_durations(config)
+    videos = find_videos(config.cache.input)
+    open_run(config)
+    with exclusive(Path(config.cache.output)):
+        summary = _fill(config, videos)
+    if not summary.num_priors:
+        raise ProPhyError(
+            f"none of the {len(videos)} videos in {config.cache.input} can be used; the first: "
+            f"{summary.quarantined[0]}"
+        )
+    _print(summary, config)
+    return summary
+
+
+def priors_table(config: Config) -> Table:
+    """The priors of this VLM and these questions."""
+    vlm = config.vlm
+    folder = str(vlm_folder()) if vlm.pretrained == "tiny" else vlm.pretrained
+    parts = {
+        "model": fingerprint(folder, vlm.revision),
+        **vlm.model_dump(include={"dtype", "layers", "max_new_tokens", "num_frames", "height", "width"}),
+    }
+    settings = parts | {
+        "clip_duration_s": config.cache.clip_duration_s,
+        "extraction": priors_fingerprint(**parts),
+    }
+    return Table(Path(config.cache.output) / "priors", PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
+
+
+def encodings_table(config: Config) -> Table:
+    """The encodings for this backbone, at this resolution and frame rate."""
+    backbone = config.backbone
+    settings = {
+        "model": fingerprint(backbone.pretrained, backbone.revision),
+        **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
+        "clip_duration_s": config.cache.clip_duration_s,
+        "version": _ENCODING_VERSION,
+    }
+    folder = Path(config.cache.output) / "encodings" / fingerprint_of(settings)
+    return Table(folder, ENCODINGS, settings, {"backbone": backbone.model_dump(mode="json")})
+
+
+def priors_folder(config: Config) -> str:
+    """Where the priors lie."""
+    return str(priors_table(config).folder)
+
+
+def encodings_folder(config: Config) -> str:
+    """Where the encodings for this backbone lie."""
+    return str(encodings_table(config).folder)
+
+
+def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
+    """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
+    cache, vlm = config.cache, config.vlm
+    rows: Dataset = ray.data.from_arrow(_blocks(work))
+    # Probe, limits, content hash: one row per clip from here on.
+    rows = rows.map_batches(CutVideo(cache.clip_duration_s, cache.limits), batch_size=1, **_IO)
+    # Decode what the VLM sees.
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, vlm.num_frames, vlm.height, vlm.width))
+    # The costly stage: each actor holds a VLM.
+    rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm))
+    # Good rows go into a file of the table, errors into one of the quarantine.
+    return rows.map_batches(WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_IO)
+
+
+def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
+    """Clips with their captions (`stages.CLIPS`) -> files of encodings; counts of rows come out."""
+    cache, backbone = config.cache, config.backbone
+    rows: Dataset = ray.data.from_arrow(_blocks(work))
+    # Decode at the backbone's resolution and number of frames.
+    rows = rows.map_batches(
+        ReadClip, **_pool(cache.read, backbone.num_frames, backbone.height, backbone.width)
+    )
+    # Each actor holds the VAE and the text encoder.
+    rows = rows.map_batches(EncodeClip, **_pool(cache.encode, backbone, table))
+    # Good rows go into a file of the table, errors into one of the quarantine.
+    return rows.map_batches(WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_IO)
+
+
+def _blocks(work: pa.Table) -> list[pa.Table]:
+    size = math.ceil(len(work) / _MAX_BLOCKS)
+    return [work.slice(start, size) for start in range(0, len(work), size)]
+
+
+def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
+    """A pool of actors that take one clip at a time, and the arguments of their constructor."""
+    return {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "compute": ActorPoolStrategy(size=pool.size),
+        "num_cpus": pool.num_cpus,
+        "num_gpus": pool.num_gpus,
+        "fn_constructor_args": arguments,
+    }
+
+
+def _quarantine(config: Config) -> Path:
+    return Path(config.cache.output) / "quarantine"
+
+
+def _check_durations(config: Config) -> None:
+    """The VLM and the backbone must see the same seconds of a clip, or maps and latents differ in time."""
+    backbone, clip_duration_s = config.backbone, config.cache.clip_duration_s
+    lasts = (backbone.num_frames - 1) / backbone.fps
+    if abs(lasts - clip_duration_s) > 0.5 / backbone.fps:
+        raise ProPhyError(
+            f"cache.clip_duration_s is {clip_duration_s:g}, but backbone.num_frames ({backbone.num_frames}) "
+            f"at backbone.fps ({backbone.fps:g}) last {lasts:g} s; make them equal"
+        )
+
+
+def _fill(config: Config, videos: list[Video]) -> CacheSummary:
+    """Runs both graphs on what is left to do; where that is nothing, Ray is not even started."""
+    priors, encodings = priors_table(config), encodings_table(config)
+    for table in (priors, encodings):
+        drop_samples(table, changed(update_index(table), videos))
+
+    def left() -> tuple[pa.Table, pa.Table]:
+        index, refused = update_index(priors), read_quarantine(_quarantine(config))
+        return (
+            videos_left(videos, index, refused, config.cache.clip_duration_s),
+            clips_left(videos, index, update_index(encodings), refused),
+        )
+
+    added_priors = added_encodings = GraphReport()
+    if any(map(len, left())):
+        with ray_session(config):
+            if new_videos := left()[0]:
+                added_priors = _execute(build_priors_graph(config, priors, new_videos), "priors", None)
+            if new_clips := left()[1]:
+                graph = build_encodings_graph(config, encodings, new_clips)
+                added_encodings = _execute(graph, "encodings", len(new_clips))
+    clips = of_videos(update_index(priors), videos)
+    labels = Counter(label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row))
+    return CacheSummary(
+        num_videos=len(videos),
+        num_priors=len(clips),
+        num_encodings=len(of_videos(update_index(encodings), videos)),
+        quarantined=of_videos(read_quarantine(_quarantine(config)), videos)["message"].to_pylist(),
+        phenomena={str(label): count for label, count in labels.most_common()},
+        added_priors=added_priors,
+        added_encodings=added_encodings,
+    )
+
+
+def _execute(graph: Dataset, name: str, total: int | None) -> GraphReport:
+    """Runs a graph to its end. The progress bar counts clips; Ray's own count blocks per operator."""
+    written = failed = 0
+    start = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=total)
+        for counts in graph.iter_batches(batch_size=None, batch_format="pyarrow"):
+            written += pc.sum(counts["written"]).as_py()
+            failed += pc.sum(counts["failed"]).as_py()
+            speed = written / (time.perf_counter() - start)
+            description = f"{name}: {speed:.2f} clips/s, {failed} quarantined"
+            progress.update(task, completed=written + failed, description=description)
+    return GraphReport(written, failed, time.perf_counter() - start)
+
+
+def _print(summary: CacheSummary, config: Config) -> None:
+    console = Console()
+    grid = Grid(
+        "table", "clips", "added", "quarantined", "seconds", "clips/s", title=f"cache of {config.cache.input}"
+    )
+    rows = [
+        ("priors", summary.num_priors, summary.added_priors),
+        ("encodings", summary.num_encodings, summary.added_encodings),
+    ]
+    for name, clips, added in rows:
+        speed = f"{added.written / added.seconds:.2f}" if added.written else "-"
+        grid.add_row(name, str(clips), str(added.written), str(added.failed), f"{added.seconds:.1f}", speed)
+    console.print(grid)
+    widest = max(summary.phenomena.values(), default=0)
+    for phenomenon, count in summary.phenomena.items():
+        console.print(f"{phenomenon:>26} {count:5d} " + "█" * math.ceil(30 * count / widest), highlight=False)
+    if not (summary.added_priors.written or summary.added_encodings.written):
+        console.print("nothing new: all clips were cached before")
+    for message in summary.quarantined:
+        console.print(f"[yellow]quarantined:[/] {message}", highlight=False, soft_wrap=True)
+    if summary.quarantined:
+        console.print(f"delete {_quarantine(config)} to try these again", highlight=False, soft_wrap=True)

@@ -1,0 +1,223 @@
+"""The cache's files: written whole or not at all, named by their content, indexed, checked when read.
+
+A table is a folder of Parquet files with one row per row group, so that training reads one sample at a time.
+Writing under a temporary name and renaming makes a file atomic; what a killed run leaves behind is ignored.
+The footer of each file says which schema, models and settings made it. `index.parquet` is derived from the
+files and may be deleted. Does not know Ray, the models, or how a row is made.
+"""
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from prophy.errors import ProPhyError
+from prophy.schema import QUARANTINE, SCHEMA_VERSION
+
+INDEX = "index.parquet"
+
+_CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
+_LARGE_COLUMNS = {"maps", "answers", "latents", "text_embeds"}  # left out of the index
+
+_VERSION_FOOTER = {b"prophy.schema_version": str(SCHEMA_VERSION).encode()}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the cache: where it lies, what a row is, and what made it.
+
+    Attributes:
+        folder: holds the files.
+        schema: of a row.
+        settings: everything that decides the content of a row, besides the video, as JSON values.
+        provenance: what else a reader wants to know: names and versions. Two runs may differ in it.
+    """
+
+    folder: Path
+    schema: pa.Schema
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def footer(self) -> dict[bytes, bytes]:
+        """The key-value metadata of each file."""
+        return _VERSION_FOOTER | {
+            b"prophy.fingerprint": fingerprint_of(self.settings).encode(),
+            b"prophy.provenance": json.dumps(self.settings | self.provenance, sort_keys=True).encode(),
+        }
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """Short name of a JSON tree; changes whenever anything in it changes."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the cache folder for one writer and clears away what a killed one left half written.
+
+    Raises:
+        ProPhyError: another run writes to it, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            for leftover in folder.rglob(".*.tmp"):
+                leftover.unlink()
+            yield
+    except Timeout:
+        raise ProPhyError(
+            f"another run is writing to {folder}; wait for it, or choose another cache.output"
+        ) from None
+    except PermissionError as error:
+        raise ProPhyError(
+            f"cannot write to {error.filename or folder}; choose another cache.output"
+        ) from None
+
+
+def write_file(
+    folder: Path,
+    rows: pa.Table,
+    footer: dict[bytes, bytes],
+    *,
+    name: str = "",
+    row_group_size: int | None = None,
+) -> Path:
+    """Writes one Parquet file that appears whole or not at all.
+
+    Args:
+        folder: created if missing.
+        rows: its content.
+        footer: key-value metadata.
+        name: of the file; without one it is the sha256 of the bytes.
+        row_group_size: rows per row group.
+    """
+    buffer = pa.BufferOutputStream()
+    pq.write_table(
+        rows.replace_schema_metadata(footer), buffer, row_group_size=row_group_size, use_dictionary=False
+    )
+    content = buffer.getvalue()
+    path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class WriteRows:
+    """The last stage: good rows into one file of `table`, failed ones into one file of `quarantine`."""
+
+    table: Table
+    quarantine: Path
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Takes the table's columns and `error`; returns the numbers of rows `written` and `failed`."""
+        rows = batch.filter(pc.is_null(batch["error"]))
+        good = rows.select(self.table.schema.names).cast(self.table.schema)  # a null where none may be raises
+        errors = batch["error"].drop_null().to_pylist()
+        if good.num_rows:
+            write_file(self.table.folder, good, self.table.footer, row_group_size=1)
+        if errors:
+            write_file(self.quarantine, pa.Table.from_pylist(errors, QUARANTINE), _VERSION_FOOTER)
+        return pa.table({"written": [good.num_rows], "failed": [len(errors)]})
+
+
+def read_quarantine(folder: Path) -> pa.Table:
+    """Everything that could not be used so far."""
+    files = [folder / name for name in _file_names(folder)]
+    return pa.concat_tables([QUARANTINE.empty_table(), *map(pq.read_table, files)])
+
+
+def update_index(table: Table) -> pa.Table:
+    """Brings a table's `index.parquet` up to date; reads only the files that it does not know yet.
+
+    Returns:
+        One row per sample, ordered by `sample_id`: the table's small columns, `file` and `row_group`.
+
+    Raises:
+        ProPhyError: a file is damaged, or was made with other models or settings.
+    """
+    names = _file_names(table.folder)
+    stored = None
+    parts = [_index_schema(table).empty_table()]
+    if (table.folder / INDEX).exists():
+        stored = _open(table, INDEX).read()
+        parts.append(stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string()))))
+    known = set(parts[-1]["file"].to_pylist())
+    parts += [_index_file(table, name) for name in names if name not in known]
+    index = _first_of_each(pa.concat_tables(parts), "sample_id").sort_by("sample_id")
+    if names and (stored is None or not index.equals(stored)):
+        write_file(table.folder, index, table.footer, name=INDEX)
+    return index
+
+
+def drop_samples(table: Table, sample_ids: list[str]) -> None:
+    """Takes samples out of a table, by writing the files that hold them anew."""
+    index = update_index(table)
+    dropped = pa.array(sample_ids, pa.string())
+    files = index.filter(pc.is_in(index["sample_id"], dropped))["file"]
+    for name in files.unique().to_pylist():
+        rows = _open(table, name).read()
+        kept = rows.filter(pc.invert(pc.is_in(rows["sample_id"], dropped)))
+        if kept.num_rows:
+            write_file(table.folder, kept, table.footer, row_group_size=1)
+        (table.folder / name).unlink()
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.parquet") if _CONTENT_NAME.fullmatch(file.name))
+
+
+def _index_schema(table: Table) -> pa.Schema:
+    small = [field for field in table.schema if field.name not in _LARGE_COLUMNS]
+    return pa.schema([*small, pa.field("file", pa.string()), pa.field("row_group", pa.int32())])
+
+
+def _index_file(table: Table, name: str) -> pa.Table:
+    file = _open(table, name)
+    rows = file.read(columns=_index_schema(table).names[:-2])
+    located = rows.append_column("file", pa.array([name] * len(rows)))
+    located = located.append_column("row_group", pa.array(range(len(rows)), pa.int32()))
+    return located.cast(_index_schema(table))
+
+
+def _open(table: Table, name: str) -> pq.ParquetFile:
+    """A file of the table, after its footer was found to be of this table."""
+    path = table.folder / name
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid:
+        raise ProPhyError(f"{path} is damaged; delete it and run `prophy cache` again") from None
+    footer = file.metadata.metadata or {}
+    if any(footer.get(key) != table.footer[key] for key in (*_VERSION_FOOTER, b"prophy.fingerprint")):
+        made = json.loads(footer.get(b"prophy.provenance", b"{}"))
+        differing = [key for key, value in table.settings.items() if made.get(key) != value]
+        raise ProPhyError(
+            f"{path} was made with other settings ({', '.join(differing) or 'schema version'}); "
+            f"set them back, or choose another cache.output"
+        )
+    return file
+
+
+def _first_of_each(rows: pa.Table, key: str) -> pa.Table:
+    """Drops later rows with a key that was there before."""
+    first = rows.append_column("row", pa.array(range(len(rows)))).group_by(key).aggregate([("row", "min")])
+    return rows.take(first["row_min"])

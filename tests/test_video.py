@@ -1,0 +1,155 @@
+"""Real files, written and damaged here."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from prophy.errors import ProPhyError
+from prophy.video import VideoError, clip_spans, probe, read_frames, write_video
+
+FPS = 8.0
+
+
+def counting_frames(num_frames: int, size: int = 64) -> np.ndarray:
+    """Frame `t` has brightness `6 t` and a red bar at column `t`."""
+    frames = np.empty((num_frames, size, size, 3), np.uint8)
+    for t, frame in enumerate(frames):
+        frame[:] = 6 * t
+        frame[:, t : t + 8] = (255, 60, 20)
+    return frames
+
+
+def number_of(frames: np.ndarray) -> list[int]:
+    """Which of the counting frames each frame is."""
+    return np.rint(frames[:, 40, -8].astype(float).mean(-1) / 6).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "a.mp4"
+    write_video(path, counting_frames(34), FPS)
+    return path
+
+
+def test_a_written_video_is_playable_and_keeps_its_pictures(video: Path) -> None:
+    with av.open(str(video)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+    content = video.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")  # the index comes first: players start at once
+    frames = read_frames(video, 0.0, 33 / FPS, 34, 64, 64)
+    assert np.abs(frames.astype(float) - counting_frames(34)).mean() < 3
+
+
+def test_probe_measures(video: Path) -> None:
+    info = probe(video)
+    assert (info.fps, info.num_frames, info.height, info.width) == (FPS, 34, 64, 64)
+    assert info.duration_s == 34 / FPS
+
+
+def test_clips_have_one_length_and_leave_the_rest_out() -> None:
+    assert clip_spans(4.25, 2.0) == [(0.0, 2.0), (2.0, 4.0)]
+    assert clip_spans(59 / 29.5, 2.0) == [(0.0, 2.0)]
+    assert clip_spans(1.9, 2.0) == []
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "expected"),
+    [
+        (0.0, 2.0, list(range(17))),
+        (2.0, 4.0, list(range(16, 33))),  # from within the file: seeking must land right
+        (0.0, 4.0, list(range(0, 33, 2))),
+        (0.0, 1.0, [t // 2 for t in range(17)]),  # slower than sampled: the nearest frame, several times
+    ],
+)
+def test_frames_are_those_of_their_moments(
+    video: Path, start_s: float, end_s: float, expected: list[int]
+) -> None:
+    found = number_of(read_frames(video, start_s, end_s, 17, 64, 64))
+    assert found == expected
+
+
+def test_variable_frame_rates_are_read_by_time(tmp_path: Path) -> None:
+    path = tmp_path / "variable.mp4"
+    times_ms = np.cumsum([0, *(50 if t % 2 else 200 for t in range(33))])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, width=64, height=64, options={"crf": "10"})
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time_ms, pixels in zip(times_ms, counting_frames(34), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = int(time_ms), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    nearest = [int(np.abs(times_ms - 1000 * time).argmin()) for time in np.linspace(0.11, 4.01, 14)]
+    assert number_of(read_frames(path, 0.11, 4.01, 14, 64, 64)) == nearest
+
+
+def test_scales_the_whole_picture(tmp_path: Path) -> None:
+    frames = np.zeros((4, 48, 96, 3), np.uint8)
+    frames[:, :, 48:] = 255
+    write_video(tmp_path / "wide.mp4", frames, FPS)
+    read = read_frames(tmp_path / "wide.mp4", 0.0, 3 / FPS, 4, 32, 32)
+    assert read.shape == (4, 32, 32, 3)
+    assert read[:, :, :14].max() < 20 and read[:, :, 18:].min() > 235
+
+
+def _cut(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def _index_last_and_lost(content: bytes) -> bytes:
+    return content[: content.index(b"moov") + 40]
+
+
+BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda content: b"", "cannot be read as a video"),
+    "text": (lambda content: b"not a video\n" * 100, "cannot be read as a video"),
+    "playlist": (
+        lambda content: b"#EXTM3U\n#EXTINF:2,\na.mp4\n#EXT-X-ENDLIST\n",
+        "cannot be read as a video",
+    ),
+    "cut short": (_cut, "cut short"),
+    "no index": (_index_last_and_lost, "a.mp4"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_no_video_is_refused_in_one_sentence(video: Path, tmp_path: Path, kind: str) -> None:
+    damage, message = BROKEN[kind]
+    (tmp_path / "a.mp4").write_bytes(damage(video.read_bytes()))
+    with pytest.raises(VideoError, match=message) as refusal:
+        probe(tmp_path / "a.mp4")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(VideoError):
+        read_frames(tmp_path / "a.mp4", 0.0, 4.0, 17, 64, 64)
+
+
+def test_a_single_frame_is_no_clip(tmp_path: Path) -> None:
+    write_video(tmp_path / "one.mp4", counting_frames(1), FPS)
+    with pytest.raises(VideoError, match=r"one.mp4 has 1 readable frame"):
+        probe(tmp_path / "one.mp4")
+
+
+def test_missing_file_and_missing_end(video: Path) -> None:
+    with pytest.raises(VideoError, match="No such file"):
+        probe(video.with_name("none.mp4"))
+    with pytest.raises(VideoError, match=r"cannot be decoded up to"):
+        read_frames(video, 3.0, 5.0, 17, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [("max_bytes", "size"), ("max_pixels", "frame"), ("max_duration_s", "duration")]
+)
+def test_limits(video: Path, limit: str, what: str) -> None:
+    with pytest.raises(VideoError, match=f"over the limit: its {what}"):
+        probe(video, **{limit: 3})
+    assert probe(video, max_bytes=10**6, max_pixels=64 * 64, max_duration_s=5.0).num_frames == 34
+
+
+def test_odd_sizes_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="33x64"):
+        write_video(tmp_path / "odd.mp4", np.zeros((2, 33, 64, 3), np.uint8), FPS)
