@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.config import TrainConfig
+from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 
 # The one op that DeepSpeed would compile on a CPU (40 s, needs g++) serves tensor-parallel inference only.
@@ -25,7 +26,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
     """The configuration that DeepSpeed gets.
 
-    Parameters keep the precision that they are loaded with; `bf16` is autocast; gradients are reduced in float32.
+    Parameters keep the precision they are loaded with; `bf16` is autocast; gradients are reduced in float32.
     """
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -33,7 +34,7 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
         "gradient_clipping": train.gradient_clipping,
         "zero_optimization": {"stage": train.zero_stage},
         "torch_autocast": {
-            "enabled": train.precision == "bf16",
+            "enabled": train.precision == "bf16" and has_bfloat16(default_device()),
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },
@@ -61,6 +62,24 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
         config=deepspeed_config(train),
     )
     return engine
+
+
+def backward_and_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
+    """Accumulates the gradients of one micro-batch; the last one of a step clips them and updates.
+
+    Returns:
+        Norm of all gradients before clipping, after the last micro-batch of a step; None after the others.
+    """
+    last = engine.is_gradient_accumulation_boundary()
+    engine.backward(loss)
+    norm = None
+    if last and not engine.zero_optimization():  # which DeepSpeed clips without keeping the norm
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    if last and engine.zero_optimization():
+        norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
 
 
 def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: dict[str, Any]) -> None:

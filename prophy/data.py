@@ -155,32 +155,29 @@ class PriorCache:
     """The samples that both tables of a cache have, read one at a time.
 
     Args:
-        folder: of the cache.
-        encodings: name of the folder of encodings in it that belong to the backbone.
+        priors: folder of that table.
+        encodings: folder of the encodings that belong to the backbone.
 
     Raises:
         ProPhyError: a table is missing, or the two have no sample in common.
     """
 
-    def __init__(self, folder: Path, encodings: str) -> None:
-        self._priors = folder / "priors"
-        self._encodings = folder / "encodings" / encodings
-        if not (self._encodings / INDEX).is_file() and any(folder.glob(f"encodings/*/{INDEX}")):
+    def __init__(self, priors: Path, encodings: Path) -> None:
+        self._priors, self._encodings = priors, encodings
+        if not (encodings / INDEX).is_file() and any(encodings.parent.glob(f"*/{INDEX}")):
             raise ProPhyError(
-                f"the encodings in {folder} were made for another backbone or clip size; "
+                f"the encodings in {encodings.parent} were made for another backbone or other clips; "
                 f"run `prophy cache` with this configuration"
             )
-        priors = _read_index(self._priors, [])
-        encodings_ = _read_index(self._encodings, ["latents_shape"])
-        self._rows = {
-            sample_id: (priors[sample_id], encodings_[sample_id])
-            for sample_id in priors.keys() & encodings_.keys()
-        }
-        if not self._rows:
+        prior_rows = _read_index(priors, [])
+        encoding_rows = _read_index(encodings, ["latents_shape"])
+        common = prior_rows.keys() & encoding_rows.keys()
+        if not common:
             raise ProPhyError(
-                f"no sample in {folder} has both priors and encodings; "
+                f"{priors} and {encodings} have no sample in common; "
                 f"run `prophy cache` with this configuration"
             )
+        self._rows = {key: (prior_rows[key], encoding_rows[key]) for key in sorted(common)}
 
     @property
     def shapes(self) -> dict[str, Shape]:
