@@ -1,0 +1,146 @@
+"""One simulated clip: which scenes, where, and everything that is true of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prophy.sandbox import dynamics, optics, thermodynamics
+from prophy.sandbox.drawing import COLOURS, WORLD_M, Canvas
+from prophy.sandbox.scene import SIDES, Part, Scene, describe, words_of
+from prophy.sandbox.splits import Split, split_of
+from prophy.taxonomy import PHENOMENA, Phenomenon
+
+SCENES: tuple[Scene, ...] = dynamics.SCENES + thermodynamics.SCENES + optics.SCENES
+
+SHOWN: tuple[Phenomenon, ...] = tuple(p for p in PHENOMENA if any(s.phenomenon is p for s in SCENES))
+"""The phenomena that have a scene."""
+
+_ARRANGEMENTS = (("left",), ("right",), ("middle",), ("left", "right"))
+_ARRANGEMENT_SHARES = (0.2, 0.2, 0.1, 0.5)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where one object is in each frame, whether it is visible or not.
+
+    Attributes:
+        name: the object.
+        position_m: float64 `[T, 2]`, metres from the frame's lower left corner, y up.
+    """
+
+    name: str
+    position_m: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTruth:
+    """What is true of a clip, without its frames.
+
+    Attributes:
+        fps: frame rate.
+        parts: the scenes by name, colour and side, from left to right.
+        caption: one of `captions`, drawn at random.
+        captions: every wording, in every order.
+        phenomena: what happens, in taxonomy order.
+        masks: per phenomenon where it happens, bool `[T, H, W]`.
+        tracks: the objects' true ways.
+        constants: of the laws, in SI units; the key carries the unit.
+        pixels_per_m: scale.
+    """
+
+    fps: float
+    parts: tuple[Part, ...]
+    caption: str
+    captions: tuple[str, ...]
+    phenomena: tuple[Phenomenon, ...]
+    masks: dict[Phenomenon, np.ndarray]
+    tracks: tuple[Track, ...]
+    constants: dict[str, float]
+    pixels_per_m: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedClip(ClipTruth):
+    """A clip in memory.
+
+    Attributes:
+        frames: RGB, uint8 `[T, H, W, 3]`.
+    """
+
+    frames: np.ndarray
+
+
+def simulate_clip(
+    seed: int,
+    *,
+    num_frames: int,
+    fps: float,
+    size: int,
+    split: Split = "train",
+    phenomena: Sequence[Phenomenon] = SHOWN,
+) -> SimulatedClip:
+    """Simulates one or two scenes: on the left, on the right, on both, or one in the middle.
+
+    The same arguments give the same bytes.
+
+    Args:
+        seed: what varies: scenes, colours, sides, sizes, speeds, background, wording.
+        num_frames: frames; the first one at time 0.
+        fps: frame rate.
+        size: height and width in pixels.
+        split: `train` never holds a combination that `prophy.sandbox.splits` names, `held_out` always does.
+        phenomena: what the scenes are drawn from.
+    """
+    rng = np.random.default_rng(seed)
+    parts = _draw_parts(rng, phenomena)
+    while split_of(parts) != split:
+        parts = _draw_parts(rng, phenomena)
+
+    times_s = np.arange(num_frames) / fps
+    top, bottom = rng.uniform(14, 62, 3), rng.uniform(14, 62, 3)
+    gradient = np.linspace(top, bottom, size, dtype=np.float32)[:, None]
+    frames = np.tile(gradient, (num_frames, 1, size, 1))
+
+    masks: dict[Phenomenon, np.ndarray] = {}
+    tracks: list[Track] = []
+    constants: dict[str, float] = {}
+    for part in parts:
+        columns = slice(*(round(share * size) for share in SIDES[part.side]))
+        canvas = Canvas(frames[:, :, columns], times_s, size / WORLD_M)
+        positions, laws = part.scene.play(canvas, rng, COLOURS[part.colour])
+        masks[part.phenomenon] = np.zeros(frames.shape[:3], bool)
+        masks[part.phenomenon][:, :, columns] = canvas.mask
+        centre = np.array([(columns.start + columns.stop) / 2 / canvas.pixels_per_m, 0.0])
+        tracks += [Track(name, position + centre) for name, position in positions.items()]
+        constants |= laws
+
+    captions = describe(parts)
+    return SimulatedClip(
+        frames=np.clip(frames + 0.5, 0, 255).astype(np.uint8),
+        fps=fps,
+        parts=parts,
+        caption=captions[rng.integers(len(captions))],
+        captions=captions,
+        phenomena=tuple(phenomenon for phenomenon in PHENOMENA if phenomenon in masks),
+        masks=masks,
+        tracks=tuple(tracks),
+        constants={key: float(value) for key, value in constants.items()},
+        pixels_per_m=size / WORLD_M,
+    )
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a caption can contain, sorted."""
+    return words_of(SCENES)
+
+
+def _draw_parts(rng: np.random.Generator, phenomena: Sequence[Phenomenon]) -> tuple[Part, ...]:
+    sides = _ARRANGEMENTS[rng.choice(len(_ARRANGEMENTS), p=_ARRANGEMENT_SHARES)][: len(phenomena)]
+    chosen = rng.permutation(len(phenomena))[: len(sides)]
+    parts = []
+    for index, side in zip(chosen, sides, strict=True):
+        scenes = [scene for scene in SCENES if scene.phenomenon is phenomena[index]]
+        scene = scenes[rng.integers(len(scenes))]
+        parts.append(Part(scene, list(COLOURS)[rng.integers(len(COLOURS))], side))
+    return tuple(parts)

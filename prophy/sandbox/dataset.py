@@ -1,0 +1,127 @@
+"""Clips on disk: mp4 files, and a Parquet manifest that holds everything true of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, simulate_clip
+from prophy.sandbox.scene import Part, describe
+from prophy.sandbox.splits import Split
+from prophy.taxonomy import Phenomenon
+from prophy.video import read_frames, write_video
+
+MANIFEST = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),  # relative to the manifest
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("phenomena", pa.list_(pa.string()), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("fps", pa.float64(), nullable=False),
+        pa.field("num_frames", pa.int32(), nullable=False),
+        pa.field("size", pa.int32(), nullable=False),
+        pa.field("pixels_per_m", pa.float64(), nullable=False),
+        pa.field(
+            "parts", pa.list_(pa.struct({"scene": pa.string(), "colour": pa.string(), "side": pa.string()}))
+        ),
+        pa.field("masks", pa.list_(pa.binary()), nullable=False),  # per phenomenon, bits of [T, H, W]
+        pa.field(
+            "tracks", pa.map_(pa.string(), pa.list_(pa.float64())), nullable=False
+        ),  # x, y of each frame
+        pa.field("constants", pa.map_(pa.string(), pa.float64()), nullable=False),
+    ]
+)
+
+_SEEDS_PER_DATASET = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredClip(ClipTruth):
+    """A clip on disk.
+
+    Attributes:
+        path: its video.
+    """
+
+    path: Path
+
+    @property
+    def frames(self) -> np.ndarray:
+        """The video's frames as they were written, uint8 `[T, H, W, 3]`."""
+        num_frames, height, width = next(iter(self.masks.values())).shape
+        return read_frames(self.path, 0.0, (num_frames - 1) / self.fps, num_frames, height, width)
+
+
+def write_dataset(
+    folder: Path, *, num_clips: int, seed: int, num_frames: int, fps: float, size: int, split: Split = "train"
+) -> Path:
+    """Simulates clips and writes them as `clips/*.mp4` and `manifest.parquet`, the manifest last.
+
+    Args:
+        folder: where; made if it is not there.
+        num_clips: how many, at most a million.
+        seed: of the data set; no two data sets share a clip's seed.
+        num_frames: frames of each clip.
+        fps: frame rate.
+        size: height and width in pixels, even.
+        split: as in `simulate_clip`.
+
+    Returns:
+        The path of the manifest.
+    """
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(num_clips):
+        clip_seed = seed * _SEEDS_PER_DATASET + index
+        clip = simulate_clip(clip_seed, num_frames=num_frames, fps=fps, size=size, split=split)
+        path = f"clips/{index:06d}.mp4"
+        write_video(folder / path, clip.frames, fps)
+        rows.append(_row(clip) | {"path": path, "seed": clip_seed, "split": split})
+    manifest = folder / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, MANIFEST), manifest, row_group_size=256)
+    return manifest
+
+
+def read_truth(manifest: Path) -> list[StoredClip]:
+    """What is true of each clip of a data set, in the order of writing; frames are read when asked for."""
+    return [_stored_clip(row, manifest.parent) for row in pq.read_table(manifest).to_pylist()]
+
+
+def _row(clip: SimulatedClip) -> dict[str, Any]:
+    num_frames, size, _, _ = clip.frames.shape
+    return {
+        "caption": clip.caption,
+        "phenomena": [str(phenomenon) for phenomenon in clip.phenomena],
+        "fps": clip.fps,
+        "num_frames": num_frames,
+        "size": size,
+        "pixels_per_m": clip.pixels_per_m,
+        "parts": [{"scene": p.scene.name, "colour": p.colour, "side": p.side} for p in clip.parts],
+        "masks": [np.packbits(clip.masks[phenomenon]).tobytes() for phenomenon in clip.phenomena],
+        "tracks": [(track.name, track.position_m.ravel().tolist()) for track in clip.tracks],
+        "constants": list(clip.constants.items()),
+    }
+
+
+def _stored_clip(row: dict[str, Any], folder: Path) -> StoredClip:
+    scenes = {scene.name: scene for scene in SCENES}
+    parts = tuple(Part(scenes[p["scene"]], p["colour"], p["side"]) for p in row["parts"])
+    shape = (row["num_frames"], row["size"], row["size"])
+    phenomena = tuple(map(Phenomenon, row["phenomena"]))
+    bits = [np.unpackbits(np.frombuffer(mask, np.uint8), count=np.prod(shape)) for mask in row["masks"]]
+    return StoredClip(
+        path=folder / row["path"],
+        fps=row["fps"],
+        parts=parts,
+        caption=row["caption"],
+        captions=describe(parts),
+        phenomena=phenomena,
+        masks={p: mask.astype(bool).reshape(shape) for p, mask in zip(phenomena, bits, strict=True)},
+        tracks=tuple(Track(name, np.reshape(position, (-1, 2))) for name, position in row["tracks"]),
+        constants=dict(row["constants"]),
+        pixels_per_m=row["pixels_per_m"],
+    )

@@ -1,0 +1,88 @@
+"""What a scene is: a phenomenon, the words for it, and a function that plays it on a canvas.
+
+A scene's function states its law in its docstring, computes the motion, paints it, and returns the true
+tracks (in the canvas's metres, float64 `[T, 2]`) and the constants of the law (SI, the key carries the unit).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from prophy.sandbox.drawing import COLOURS, Canvas, Colour
+from prophy.taxonomy import Phenomenon
+
+Outcome: TypeAlias = tuple[dict[str, np.ndarray], dict[str, float]]
+Play: TypeAlias = Callable[[Canvas, np.random.Generator, Colour], Outcome]
+
+GRAVITY_M_S2 = 9.81
+
+SIDES: dict[str, tuple[float, float]] = {"left": (0.0, 0.5), "right": (0.5, 1.0), "middle": (0.1, 0.9)}
+"""Where a scene can happen: from and to which share of the frame's width."""
+
+_SIDE_WORDS = {"left": " on the left", "right": " on the right", "middle": ""}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One way in which a phenomenon shows.
+
+    Attributes:
+        name: the function's name.
+        phenomenon: its label.
+        wordings: sentences without a side, each with the field `{colour}`.
+        play: paints the scene and returns its tracks and constants.
+    """
+
+    name: str
+    phenomenon: Phenomenon
+    wordings: tuple[str, ...]
+    play: Play
+
+
+def scene(phenomenon: Phenomenon, *wordings: str) -> Callable[[Play], Scene]:
+    """Makes a function a scene of `phenomenon`."""
+    return lambda play: Scene(play.__name__, phenomenon, wordings, play)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A scene in a clip, by what a caption says of it: which, in which colour, on which side."""
+
+    scene: Scene
+    colour: str
+    side: str
+
+    @property
+    def phenomenon(self) -> Phenomenon:
+        """What happens."""
+        return self.scene.phenomenon
+
+
+def describe(parts: tuple[Part, ...]) -> tuple[str, ...]:
+    """All captions of a clip: each wording of each part, in each order."""
+    captions = [""]
+    for part in parts:
+        said = [
+            wording.format(colour=part.colour) + _SIDE_WORDS[part.side] for wording in part.scene.wordings
+        ]
+        captions = [
+            joined
+            for caption in captions
+            for words in said
+            for joined in ([f"{caption} and {words}", f"{words} and {caption}"] if caption else [words])
+        ]
+    return tuple(captions)
+
+
+def words_of(scenes: tuple[Scene, ...]) -> tuple[str, ...]:
+    """Every word that a caption of these scenes can contain, sorted."""
+    captions = [
+        caption
+        for scene in scenes
+        for colour in COLOURS
+        for side in SIDES
+        for caption in describe((Part(scene, colour, side),))
+    ]
+    return tuple(sorted({"and", *" ".join(captions).split()}))
