@@ -168,6 +168,12 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10
     save_every: PositiveInt = 500
     num_to_keep: PositiveInt = 2
+    max_failures: NonNegativeInt = Field(2, description="restarts from the last checkpoint when a worker dies")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in a step."""
+        return self.micro_batch_size * self.num_workers * self.gradient_accumulation_steps
 
 
 class SamplingConfig(Section):
@@ -189,6 +195,11 @@ class ServeConfig(Section):
     max_replicas: PositiveInt = 1
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
+    max_pixels: PositiveInt | None = Field(None, description="per frame; null: as many as the backbone's clips")
+    max_num_frames: PositiveInt | None = Field(None, description="null: as many as the backbone's clips")
+    drain_timeout_s: PositiveFloat = Field(
+        3600.0, description="how long a replica that is scaled away may go on with its video"
+    )
     upscale_delay_s: NonNegativeFloat = 30.0
     downscale_delay_s: NonNegativeFloat = 600.0
 
@@ -268,19 +279,18 @@ def _explain(error: ValidationError, path: Path) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        valid = list(_section(first["loc"][:-1]).model_fields)
-        nearest = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1, cutoff=0.0)[0]
-        return f"unknown key {key!r} in {path}; did you mean {'.'.join([*map(str, first['loc'][:-1]), nearest])!r}?"
+        return f"unknown key {key!r} in {path}; did you mean {nearest_key(Config, first['loc'])!r}?"
     if first["type"] == "missing":
         return f"missing key {key!r} in {path}; add it"
     return f"bad value for {key!r} in {path}: {first['msg']} (got {first['input']!r})"
 
 
-def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The model that a location of a validation error lies in."""
-    model: Any = Config
-    for part in location:
-        model = model.model_fields[part].annotation
-        if get_origin(model) is types.UnionType:
-            model = get_args(model)[0]
-    return model
+def nearest_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """The valid key, dotted, that is nearest to the unknown one at `location` in data for `model`."""
+    section: Any = model
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+        if get_origin(section) is types.UnionType:
+            section = get_args(section)[0]
+    nearest = difflib.get_close_matches(str(location[-1]), list(section.model_fields), n=1, cutoff=0.0)[0]
+    return ".".join([*map(str, location[:-1]), nearest])

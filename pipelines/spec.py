@@ -1,0 +1,90 @@
+"""What a video is asked to be, and which shapes a model can make. Knows no HTTP, no Ray and no torch."""
+
+import math
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from prophy.errors import ProPhyError
+from prophy.taxonomy import Phenomenon, parse_phenomena
+
+KnobFactor = Annotated[float, Field(ge=0.0, le=10.0)]
+PhenomenonName = Annotated[Phenomenon, BeforeValidator(lambda name: parse_phenomena([name])[0])]
+
+
+class PhysicsSpec(BaseModel):
+    """The physics knobs of one video; the defaults leave the model as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: KnobFactor = Field(
+        1.0, description="factor on all that the Physical Branch adds; 0 switches it off"
+    )
+    strength: dict[PhenomenonName, KnobFactor] = Field(
+        {}, description="factor per phenomenon on what the refinement experts add where it acts"
+    )
+    invert_refinement: bool = Field(False, description="route every token to the experts that fit it least")
+
+
+class VideoSpec(BaseModel):
+    """Everything that decides a video, given the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    physics: PhysicsSpec | None = None
+
+    @property
+    def seconds(self) -> str:
+        """Length of the video in seconds, as the Videos API writes it: a string, without trailing zeros."""
+        return f"{self.num_frames / self.fps:.3f}".rstrip("0").rstrip(".")
+
+
+class ShapeLimits(BaseModel):
+    """The shapes that a model can make and an operator allows: `k * frame_multiple + 1` frames."""
+
+    model_config = ConfigDict(frozen=True)
+
+    frame_multiple: int
+    height_multiple: int
+    width_multiple: int
+    max_num_frames: int
+    max_pixels: int
+
+    def num_frames(self, duration_s: float, fps: float) -> int:
+        """The number of frames, among those that the model can make, that comes nearest to `duration_s`.
+
+        Raises:
+            ProPhyError: longer than allowed.
+        """
+        frames = math.floor(duration_s * fps / self.frame_multiple + 0.5) * self.frame_multiple + 1
+        if frames > self.max_num_frames:
+            raise ProPhyError(
+                f"{duration_s:g} s at {fps:g} frames/s are {frames} frames; this model makes at most "
+                f"{self.max_num_frames}, that is {self.max_num_frames / fps:.3g} s"
+            )
+        return frames
+
+    def check_size(self, height: int, width: int) -> None:
+        """Checks a frame.
+
+        Raises:
+            ProPhyError: not made of whole tokens, or larger than allowed.
+        """
+        if height % self.height_multiple or width % self.width_multiple:
+            raise ProPhyError(
+                f"size {width}x{height} does not fit this model; choose a width that is a multiple of "
+                f"{self.width_multiple} and a height that is a multiple of {self.height_multiple}"
+            )
+        if height * width > self.max_pixels:
+            raise ProPhyError(
+                f"size {width}x{height} has {height * width} pixels; choose one of at most {self.max_pixels}"
+            )
