@@ -13,9 +13,6 @@ from prophy.taxonomy import PHENOMENA, Phenomenon
 
 SCENES: tuple[Scene, ...] = dynamics.SCENES + thermodynamics.SCENES + optics.SCENES
 
-SHOWN: tuple[Phenomenon, ...] = tuple(p for p in PHENOMENA if any(s.phenomenon is p for s in SCENES))
-"""The phenomena that have a scene."""
-
 _ARRANGEMENTS = (("left",), ("right",), ("middle",), ("left", "right"))
 _ARRANGEMENT_SHARES = (0.2, 0.2, 0.1, 0.5)
 
@@ -78,9 +75,9 @@ def simulate_clip(
     fps: float,
     size: int,
     split: Split = "train",
-    phenomena: Sequence[Phenomenon] = SHOWN,
+    phenomena: Sequence[Phenomenon] = PHENOMENA,
 ) -> SimulatedClip:
-    """Simulates one or two scenes: on the left, on the right, on both, or one in the middle.
+    """Simulates one or two scenes: on the left, on the right, on both, or one over the whole frame.
 
     The same arguments give the same bytes.
 
@@ -98,7 +95,7 @@ def simulate_clip(
         parts = _draw_parts(rng, phenomena)
 
     times_s = np.arange(num_frames) / fps
-    top, bottom = rng.uniform(14, 62, 3), rng.uniform(14, 62, 3)
+    top, bottom = rng.uniform(12, 80, 3), rng.uniform(12, 80, 3)
     gradient = np.linspace(top, bottom, size, dtype=np.float32)[:, None]
     frames = np.tile(gradient, (num_frames, 1, size, 1))
 

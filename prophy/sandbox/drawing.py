@@ -85,10 +85,15 @@ class Canvas:
         u, v = (self.x - over_time(x)) / a, (self.y - over_time(y)) / b
         return (u * u + v * v - 1) / (2 * np.hypot(u / a, v / b) + 1e-6)
 
-    def box(self, left: Length, right: Length, bottom: Length, top: Length) -> np.ndarray:
-        """Distance to an upright rectangle (its corners stay square)."""
-        horizontal = np.maximum(over_time(left) - self.x, self.x - over_time(right))
-        return np.maximum(horizontal, np.maximum(over_time(bottom) - self.y, self.y - over_time(top)))
+    def box(
+        self, left: Length, right: Length, bottom: Length, top: Length, rounding: Length = 0.0
+    ) -> np.ndarray:
+        """Distance to an upright rectangle whose corners are rounded with radius `rounding`."""
+        radius = over_time(rounding)
+        horizontal = np.maximum(over_time(left) - self.x, self.x - over_time(right)) + radius
+        vertical = np.maximum(over_time(bottom) - self.y, self.y - over_time(top)) + radius
+        outside = np.hypot(np.maximum(horizontal, 0), np.maximum(vertical, 0))
+        return outside + np.minimum(np.maximum(horizontal, vertical), 0) - radius
 
     def line(self, start: tuple[Length, Length], end: tuple[Length, Length], thickness: Length) -> np.ndarray:
         """Distance to a line with round ends."""

@@ -18,7 +18,7 @@ Play: TypeAlias = Callable[[Canvas, np.random.Generator, Colour], Outcome]
 
 GRAVITY_M_S2 = 9.81
 
-SIDES: dict[str, tuple[float, float]] = {"left": (0.0, 0.5), "right": (0.5, 1.0), "middle": (0.1, 0.9)}
+SIDES: dict[str, tuple[float, float]] = {"left": (0.0, 0.5), "right": (0.5, 1.0), "middle": (0.0, 1.0)}
 """Where a scene can happen: from and to which share of the frame's width."""
 
 _SIDE_WORDS = {"left": " on the left", "right": " on the right", "middle": ""}

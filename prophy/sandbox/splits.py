@@ -1,7 +1,7 @@
 """Which combinations are held out: never in a clip of the train split, at least one in each held-out clip.
 
-This file is the only one that names them. Each colour of a held-out triple is seen with the same phenomenon on
-another side, and each phenomenon of a held-out pair with others, so that the combination is what is tested.
+This file is the only one that names them. Each colour of a held-out triple is seen with the same phenomenon
+on another side, and each phenomenon of a held-out pair with others: the combination is what is tested.
 """
 
 from typing import Literal, TypeAlias
