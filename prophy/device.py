@@ -13,7 +13,7 @@ def default_device() -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 natively.
 
-    A CPU without the instructions (AVX-512 BF16, AMX, Arm BF16) emulates it, some fifty times slower than float32.
+    A CPU without the instructions (AVX-512 BF16, AMX, Arm BF16) emulates it, fifty times slower than float32.
     """
     if device.type != "cpu":
         return True
@@ -21,7 +21,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager:
-    """Computes in `dtype` ("bfloat16") on `device`, or leaves precision alone: for None, or without native bfloat16.
+    """Computes in `dtype` ("bfloat16") on `device`; leaves precision alone for None, or where it is emulated.
 
     Where a CPU has it, small 3-D convolutions run about ten times faster in bfloat16 than in float32.
     """

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl
@@ -17,17 +16,17 @@ class ProPhyWanPipeline(WanPipeline):
     """`WanPipeline` whose transformer may carry a Physical Branch.
 
     Args beside upstream's:
-        max_sequence_length: text tokens, saved in the pipeline's configuration. Wan's cross-attention has no mask, so
-            the length is one and the same in training and at inference.
+        max_sequence_length: text tokens, saved in the pipeline's configuration. Wan's cross-attention has no
+            mask, so the length is one and the same in training and at inference.
     """
 
     # Written out in full: diffusers reads the components of a pipeline from this signature.
     def __init__(
         self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
         vae: AutoencoderKLWan,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         transformer: WanTransformer3DModel | None = None,
         transformer_2: WanTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
@@ -35,7 +34,14 @@ class ProPhyWanPipeline(WanPipeline):
         max_sequence_length: int = 512,
     ) -> None:
         super().__init__(
-            tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
+            tokenizer,
+            text_encoder,
+            vae,
+            scheduler,
+            transformer,
+            transformer_2,
+            boundary_ratio,
+            expand_timesteps,
         )
         self.register_to_config(max_sequence_length=max_sequence_length)
 
@@ -68,7 +74,9 @@ class ProPhyWanPipeline(WanPipeline):
         """
         if physics is not None:
             if not isinstance(self.transformer, ProPhyWanTransformer3DModel):
-                raise ProPhyError("this model has no Physical Branch to control; load a checkpoint, or leave physics out")
+                raise ProPhyError(
+                    "this model has no Physical Branch to control; load a checkpoint, or leave physics out"
+                )
             kwargs["attention_kwargs"] = {**(kwargs.get("attention_kwargs") or {}), "physics": physics}
         length = max_sequence_length or self.config.max_sequence_length
         return super().__call__(prompt, *args, max_sequence_length=length, **kwargs)

@@ -1,1 +1,1 @@
-"""The networks: experts, the Physical Branch, and the backbones that carry it. They score nothing: see losses."""
+"""The networks: experts, the Physical Branch, and the backbones that carry it. They compute no losses."""

@@ -1,6 +1,7 @@
 """Physics knobs of one request, and the trace that collects what the routers said during it.
 
-Both belong to the request and travel as `attention_kwargs={"physics": PhysicsControl(...)}`; the model keeps no state.
+Both belong to the request and travel as `attention_kwargs={"physics": PhysicsControl(...)}`: the model keeps
+no state.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ class PhysicsTrace:
         self._timestep: float | None = None
 
     def record(self, timestep: float, routing: RoutingOutput, token_grid: tuple[int, int, int]) -> None:
-        """Adds one forward pass. The first at a timestep is the prompt's; what follows at the same one is guidance."""
+        """Adds a forward pass. The first at a timestep is the prompt's; a second one there is guidance."""
         if timestep == self._timestep:
             return
         self._timestep = timestep
@@ -63,8 +64,8 @@ class PhysicsControl:
 
     Attributes:
         scale: factor on everything that the branch injects; 0 skips the branch.
-        strength: factor per phenomenon on what the refinement experts inject, 1 where not given. At token n the
-            injection is multiplied by sum_p w[n, p] strength[p], w = the phenomenon maps normalised over p.
+        strength: factor per phenomenon on what the refinement experts inject, 1 where not given. At token n
+            it is multiplied by sum_p w[n, p] strength[p], w = the phenomenon maps normalised over p.
         invert_refinement: routes by the negated logits of the refinement router.
         trace: collects the routing, if given.
     """
@@ -75,7 +76,7 @@ class PhysicsControl:
     trace: PhysicsTrace | None = None
 
     def token_gain(self, phenomenon_maps: torch.Tensor) -> torch.Tensor:
-        """Factor `[B, N, 1]` on the refinement of each token, from maps `[B, N, E_phys]`; exactly 1 at strength 1."""
+        """Factor `[B, N, 1]` on each token's refinement, from maps `[B, N, E_phys]`; 1 at strength 1."""
         excess = phenomenon_maps.new_zeros(phenomenon_maps.shape[-1])
         for phenomenon, strength in self.strength.items():
             excess[phenomenon.index] = strength - 1.0

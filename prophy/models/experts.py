@@ -1,7 +1,8 @@
 """Semantic and refinement experts with their routers (ProPhy, Eq. 1 and 2).
 
-Shape suffixes: B batch, L text tokens, D text or hidden width, N transformer tokens, E experts of the block at hand,
-P phenomena, K chosen experts. Routing is computed in float32 whatever the precision around it.
+Shape suffixes: B batch, L text tokens, D text or hidden width, N transformer tokens, T tokens of the whole
+batch, E experts of the block at hand, P phenomena, K chosen experts. Routing weights are computed in float32
+whatever the precision around them.
 """
 
 import math
@@ -15,8 +16,8 @@ from torch import nn
 class SemanticRouter(nn.Module):
     """Which physics the text speaks of: normalised weights over the semantic experts.
 
-    The cached text carries no mask, so the tokens are pooled by attention with one learned query, which starts as
-    the mean over tokens. Every expert contributes: a hard top-k collapses with the small batches of video training.
+    The cached text carries no mask, so the tokens are pooled by attention with one learned query, which
+    starts as the mean over tokens. Every expert contributes: a hard top-k collapses with small batches.
     """
 
     def __init__(self, text_dim: int, num_experts: int) -> None:
@@ -24,7 +25,10 @@ class SemanticRouter(nn.Module):
         self.norm = FP32LayerNorm(text_dim)
         self.query = nn.Parameter(torch.zeros(text_dim))
         self.mlp = nn.Sequential(
-            FP32LayerNorm(text_dim), nn.Linear(text_dim, text_dim // 4), nn.SiLU(), nn.Linear(text_dim // 4, num_experts)
+            FP32LayerNorm(text_dim),
+            nn.Linear(text_dim, text_dim // 4),
+            nn.SiLU(),
+            nn.Linear(text_dim // 4, num_experts),
         )
 
     def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
@@ -39,17 +43,21 @@ class SemanticRouter(nn.Module):
 class SemanticExpertBlock(nn.Module):
     """Video level: adds a text-weighted mixture of learned basis maps to the latent (Eq. 1).
 
-    The maps have the latent's native shape and are resampled trilinearly for any other; at the native shape the
-    resampling is the identity. They start from N(0, 0.02), not zero: the injections start at zero already, and two
+    The maps have the latent's native shape and are resampled trilinearly for any other; at the native shape
+    that is the identity. They start from N(0, 0.02), not zero: the injections start at zero already, and two
     zeros in a row would starve the router of gradient.
     """
 
-    def __init__(self, text_dim: int, num_experts: int, latent_channels: int, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, text_dim: int, num_experts: int, latent_channels: int, latent_shape: tuple[int, int, int]
+    ) -> None:
         super().__init__()
         self.router = SemanticRouter(text_dim, num_experts)
         self.basis_maps = nn.Parameter(torch.randn(num_experts, latent_channels, *latent_shape) * 0.02)
 
-    def forward(self, latents: torch.Tensor, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, latents: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mixes the maps into the latent.
 
         Args:
@@ -70,8 +78,8 @@ class SemanticExpertBlock(nn.Module):
 class RefinementRouter(nn.Module):
     """Which physics acts at a token: logits over the refinement experts, and maps over the phenomena.
 
-    The maps are P' of Eq. 5: a small MLP widens the E logits to the P phenomena and softens the conflict between
-    alignment and routing; a sigmoid puts them on the scale of the targets, [0, 1].
+    The maps are P' of Eq. 5: a small MLP widens the E logits to the P phenomena and softens the conflict
+    between alignment and routing; a sigmoid puts them on the scale of the targets, [0, 1].
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, num_phenomena: int) -> None:
@@ -83,7 +91,7 @@ class RefinementRouter(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `[B, N, D]` -> logits `[B, N, E]` and phenomenon maps `[B, N, P]` in (0, 1), both float32."""
+        """Tokens `[B, N, D]` -> logits `[B, N, E]` and phenomenon maps `[B, N, P]` in (0, 1), float32."""
         logits_BNE = self.gate(self.norm(hidden_states)).float()
         log_weights_BNE = logits_BNE.log_softmax(dim=-1).to(self.mlp[0].weight.dtype)
         return logits_BNE, self.mlp(log_weights_BNE).float().sigmoid()
@@ -110,16 +118,20 @@ class RefinementExpertBlock(nn.Module):
             invert: routes by the negated logits (expert inversion, an experiment at inference).
 
         Returns:
-            sum over the chosen i of rho_r[i] e_i(x~) `[B, N, D]`, where rho_r is the softmax over all experts and is
-            not renormalised over the chosen ones; the router's logits `[B, N, E]` and phenomenon maps `[B, N, P]`,
-            neither of them inverted.
+            sum over the chosen i of rho_r[i] e_i(x~) `[B, N, D]`, where rho_r is the softmax over all experts
+            and is not renormalised over the chosen ones; the router's logits `[B, N, E]` and phenomenon maps
+            `[B, N, P]`, neither of them inverted.
         """
         logits_BNE, maps_BNP = self.router(hidden_states)
         weights_BNE = (-logits_BNE if invert else logits_BNE).softmax(dim=-1)
-        refined = self._apply_experts(hidden_states.flatten(0, 1), *weights_BNE.flatten(0, 1).topk(self.top_k))
+        refined = self._apply_experts(
+            hidden_states.flatten(0, 1), *weights_BNE.flatten(0, 1).topk(self.top_k)
+        )
         return refined.view_as(hidden_states), logits_BNE, maps_BNP
 
-    def _apply_experts(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+    def _apply_experts(
+        self, x_TD: torch.Tensor, weights_TK: torch.Tensor, experts_TK: torch.Tensor
+    ) -> torch.Tensor:
         """Runs each expert on the tokens that chose it, and on no others."""
         refined_TD = torch.zeros_like(x_TD)
         for expert, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):

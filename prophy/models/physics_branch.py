@@ -1,7 +1,8 @@
 """The Physical Branch: from noisy latents, text and time to one residual per listed block of the backbone.
 
-It knows no family: the backbone hands it copies of its blocks, its patch embedding and its embedded conditions, and
-adds the residuals. It never reads the backbone's hidden states, so it runs before the backbone's first block.
+It knows no family: the backbone hands it copies of its blocks, its patch embedding and its embedded
+conditions, and adds the residuals. It never reads the backbone's hidden states, so it runs before the first
+block.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ class PhysicalBlock(nn.Module):
         self.injection = ZeroLinear(hidden_dim, hidden_dim)
 
     def forward(self, hidden_states: torch.Tensor, *conditions: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `[B, N, D]` and what the block takes beside them -> the new tokens, and the residual, both alike."""
+        """Tokens `[B, N, D]` and what a block takes beside them -> new tokens and residual, both alike."""
         hidden_states = self.block(hidden_states, *conditions)
         return hidden_states, self.injection(hidden_states)
 
@@ -51,6 +52,8 @@ class PhysicsBranch(nn.Module):
         num_phenomena: E_phys.
     """
 
+    _gradient_checkpointing_func: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
     def __init__(
         self,
         blocks: Sequence[nn.Module],
@@ -69,7 +72,9 @@ class PhysicsBranch(nn.Module):
         self.blocks = nn.ModuleList(PhysicalBlock(block, hidden_dim) for block in blocks)
         self.refinement = RefinementExpertBlock(hidden_dim, num_refinement_experts, top_k, num_phenomena)
         self.refinement_injection = ZeroLinear(hidden_dim, hidden_dim)
-        self.gradient_checkpointing = False  # diffusers switches it on, and sets `_gradient_checkpointing_func`
+        self.gradient_checkpointing = (
+            False  # diffusers switches it on, and sets `_gradient_checkpointing_func`
+        )
 
     def forward(
         self,
@@ -103,7 +108,9 @@ class PhysicsBranch(nn.Module):
         if control.strength:
             refinement = (refinement * control.token_gain(maps)).to(refinement.dtype)
         residuals[-1] = residuals[-1] + refinement
-        routing = RoutingOutput(semantic_weights=semantic_weights, refinement_logits=logits, phenomenon_maps=maps)
+        routing = RoutingOutput(
+            semantic_weights=semantic_weights, refinement_logits=logits, phenomenon_maps=maps
+        )
         return [residual * control.scale for residual in residuals], routing
 
     def _run(self, block: nn.Module, *inputs: object) -> tuple[torch.Tensor, torch.Tensor]:

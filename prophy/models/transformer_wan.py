@@ -1,8 +1,8 @@
-"""Wan's transformer with a Physical Branch beside it: upstream's forward plus one addition per listed block."""
+"""Wan's transformer with a Physical Branch beside it: upstream's forward and an addition per listed block."""
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -30,7 +30,7 @@ class ProPhyTransformerOutput(BaseOutput):
 
 
 class ProPhyWanTransformer3DModel(WanTransformer3DModel):
-    """`WanTransformer3DModel` (text to video) with a Physical Branch under `physics_branch.`
+    """`WanTransformer3DModel` (text to video) with a Physical Branch, `physics_branch`, beside its blocks.
 
     Before any training its output equals the backbone's bit for bit. The arguments are upstream's, then:
 
@@ -43,7 +43,7 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
         num_phenomena: E_phys.
     """
 
-    _no_split_modules = ["WanTransformerBlock", "PhysicalBlock"]
+    _no_split_modules: ClassVar = ["WanTransformerBlock", "PhysicalBlock"]
 
     # Written out in full: with **kwargs, `from_pretrained` would lose upstream's part of the configuration.
     @register_to_config
@@ -119,7 +119,9 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
         for name, module in backbone.named_children():
             setattr(model, name, module)
         model.physics_branch = model._new_branch().to(backbone.device, backbone.dtype)
-        for physical_block, layer in zip(model.physics_branch.blocks, model.config.physics_layers, strict=True):
+        for physical_block, layer in zip(
+            model.physics_branch.blocks, model.config.physics_layers, strict=True
+        ):
             physical_block.block = copy.deepcopy(backbone.blocks[layer])
         return model
 

@@ -1,4 +1,4 @@
-"""The embedded default: the real model classes in small configurations, built on first use on this machine."""
+"""The embedded default: the real model classes in small configurations, built on a machine's first use."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def build_once(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
-    """The folder `$PROPHY_HOME/<name>-<fingerprint of recipe>` (default `~/.cache/prophy`), built if it is missing.
+    """The folder `$PROPHY_HOME/<name>-<hash of recipe>` (home: ~/.cache/prophy by default), built if missing.
 
     Args:
         name: what is built.

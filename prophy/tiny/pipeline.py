@@ -1,7 +1,7 @@
 """The embedded text-to-video pipeline: a small Wan 2.1 stack with a pretrained MiniLM as text encoder.
 
-17 frames of 64x64 become latents of 16x5x16x16 (VAE 4x in space and time) and 5x8x8 tokens. VAE and transformer have
-random weights under a fixed seed.
+17 frames of 64x64 become latents of 16x5x16x16 (VAE 4x in space and time) and 5x8x8 tokens. VAE and
+transformer have random weights under a fixed seed.
 """
 
 import inspect

@@ -1,0 +1,59 @@
+"""Videos to latents and prompts to text embeddings, exactly as the backbone's pipeline has them."""
+
+import numpy as np
+import torch
+
+from prophy.backbones import load_pipeline
+from prophy.device import autocast, default_device
+
+
+class VideoEncoder:
+    """VAE and text encoder of a backbone, without its transformer.
+
+    Args:
+        pretrained: folder, hub id or "tiny".
+        revision: of a hub id.
+        dtype: "float32" or "bfloat16", of the text encoder; the VAE stays in float32.
+        autocast: "bfloat16", or None.
+        max_sequence_length: text tokens; the same in training as at inference.
+        family: key of `BACKBONES`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None,
+        dtype: str,
+        autocast: str | None,
+        max_sequence_length: int,
+        family: str,
+    ) -> None:
+        self._device = default_device()
+        self._autocast = autocast
+        self._max_sequence_length = max_sequence_length
+        self._pipeline = load_pipeline(
+            family, pretrained, revision, getattr(torch, dtype), None, transformer=None
+        ).to(self._device)
+        config = self._pipeline.vae.config
+        self._mean = torch.tensor(config.latents_mean, device=self._device).view(-1, 1, 1, 1)
+        self._std = torch.tensor(config.latents_std, device=self._device).view(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray) -> torch.Tensor:
+        """RGB frames, uint8 `[B, T, H, W, 3]` -> latents `[B, C, T', H', W']`, float32, on the CPU.
+
+        The posterior's mean, normalised as the pipeline de-normalises before it decodes.
+        """
+        pixels = torch.tensor(frames, device=self._device).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
+        with autocast(self._device, self._autocast):
+            latents = self._pipeline.vae.encode(pixels).latent_dist.mode()
+        return ((latents.float() - self._mean) / self._std).cpu()
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> torch.Tensor:
+        """Prompts -> embeddings `[B, L, D]` as the pipeline's `encode_prompt` returns them, on the CPU."""
+        with autocast(self._device, self._autocast):
+            embeds, _ = self._pipeline.encode_prompt(
+                prompts, do_classifier_free_guidance=False, max_sequence_length=self._max_sequence_length
+            )
+        return embeds.cpu()
