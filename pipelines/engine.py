@@ -82,29 +82,25 @@ def backward_and_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | No
     return None if norm is None else float(norm)
 
 
-def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
     """Saves this rank's share of trained parameters, optimiser and schedule; call it on every rank.
 
-    Args:
-        engine: what to save.
-        folder: of this rank; the folders of all ranks together are the checkpoint.
-        state: plain values that `load_checkpoint` gives back.
+    The folders of all ranks together are the checkpoint.
     """
-    engine.save_checkpoint(str(folder), client_state=state, exclude_frozen_parameters=True)
+    engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Restores what `save_checkpoint` saved, and returns its `state`; call it on every rank.
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Restores what as many ranks saved, `engine.global_steps` included; call it on every rank.
 
     Raises:
         ProPhyError: the folder holds no checkpoint.
     """
-    path, state = engine.load_checkpoint(str(folder), load_module_strict=False)
+    path, _ = engine.load_checkpoint(str(folder), load_module_strict=False)
     if path is None:
         raise ProPhyError(
             f"{folder} holds no checkpoint of DeepSpeed; remove it, or start in another run_dir"
         )
-    return state
 
 
 @contextmanager
