@@ -50,7 +50,8 @@ def _wan_latent_shape(num_frames: int, height: int, width: int, vae_config: Mapp
     Raises:
         ProPhyError: the VAE cannot encode clips of this length or size.
     """
-    time, space = vae_config["scale_factor_temporal"], vae_config["scale_factor_spatial"]
+    # Configurations of older diffusers leave these two out.
+    time, space = vae_config.get("scale_factor_temporal", 4), vae_config.get("scale_factor_spatial", 8)
     if num_frames % time != 1 or height % space or width % space:
         raise ProPhyError(
             f"the VAE cannot encode {num_frames} frames of {height}x{width}; "
@@ -204,6 +205,6 @@ def load_pipeline(
 
 def _unloadable(pretrained: str) -> ProPhyError:
     return ProPhyError(
-        f"cannot load {pretrained}: no complete model of this name in a folder, in the local hub cache or on the "
-        f"hub; check the name and the revision"
+        f"cannot load {pretrained}: no complete model of this name in a folder, in the local hub cache or on "
+        f"the hub; check the name and the revision"
     )

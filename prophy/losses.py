@@ -1,0 +1,66 @@
+"""What trains the routers: Eq. 3 to 5 and the load balancing of a mixture of experts. Pure functions, float32."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Reduction = Literal["mean", "sum"]
+
+
+def semantic_alignment_loss(
+    weights: torch.Tensor, labels: torch.Tensor, reduction: Reduction = "mean"
+) -> torch.Tensor:
+    """Relative alignment of videos (Eq. 3 and 4): sum over i < j of |cos(rho_i, rho_j) - cos(q_i, q_j)|.
+
+    Args:
+        weights: semantic routing weights rho_s `[B, E_s]`.
+        labels: label vectors q_s `[B, E_phys]`; videos without any are left out: their cosine is undefined.
+        reduction: "mean" over the pairs, or "sum" as in the formula. 0 where there is no pair.
+    """
+    labelled = labels.any(dim=1)
+    weights = F.normalize(weights[labelled].float(), dim=1)
+    labels = F.normalize(labels[labelled].float(), dim=1)
+    i, j = torch.triu_indices(len(weights), len(weights), offset=1, device=weights.device)
+    difference = (weights @ weights.T - labels @ labels.T)[i, j]
+    return difference.abs().sum() / (max(1, len(i)) if reduction == "mean" else 1)
+
+
+def token_alignment_loss(
+    maps: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, reduction: Reduction = "mean"
+) -> torch.Tensor:
+    """Alignment of tokens (Eq. 5): sum over M[n, e] = 1 of |P'[n, e] - Q[n, e]|.
+
+    Args:
+        maps: phenomenon maps P' `[B, N, E_phys]`.
+        targets: Q_r `[B, N, E_phys]`.
+        mask: M `[B, N, E_phys]`, bool. What it leaves out gets no gradient.
+        reduction: "mean" over each video's masked entries, then over the videos, so that the loss of a batch is
+            the mean over its micro-batches; or "sum" as in the formula. A video without such entries counts as 0.
+    """
+    difference = torch.where(mask, (maps.float() - targets.float()).abs(), 0.0).sum(dim=(1, 2))
+    if reduction == "sum":
+        return difference.sum()
+    return (difference / mask.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+
+def load_balancing_loss(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The auxiliary loss of Switch Transformers (Fedus et al., 2021, Eq. 4), for k experts per token.
+
+    E * sum_i f_i P_i, where f_i is the share of all tokens' choices that falls on expert i (each of a token's k
+    choices counts alike; no gradient) and P_i the mean of its softmax probability. Equal shares give 1, whatever
+    E and k; the same k experts for every token give up to E / k.
+
+    Args:
+        router_logits: refinement logits `[..., E]`; all tokens of the batch count alike.
+        top_k: experts per token.
+    """
+    logits = router_logits.float().flatten(0, -2)
+    return logits.shape[-1] * (expert_load(logits, top_k) * logits.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def expert_load(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Share of all tokens' choices that falls on each expert: logits `[..., E]` -> `[E]`, summing to 1."""
+    num_experts = router_logits.shape[-1]
+    chosen = router_logits.topk(top_k, dim=-1).indices.flatten()
+    return torch.bincount(chosen, minlength=num_experts) / chosen.numel()
