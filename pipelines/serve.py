@@ -139,6 +139,7 @@ def build_app(config: Config) -> serve.Application:
             "upscale_delay_s": settings.upscale_delay_s,
             "downscale_delay_s": settings.downscale_delay_s,
         },
+        graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
     )(VideoGenerator).bind(config)
     api = serve.deployment(
@@ -169,7 +170,7 @@ def serving(config: Config) -> Iterator[str]:
             raise ProPhyError(f"Ray Serve already runs here, with {running}; stop it, or use another cluster")
         serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": port})
         try:
-            serve.run(app, name=APP_NAME)
+            serve.run(app, name=APP_NAME, logging_config={"enable_access_log": False})
             yield f"http://{config.serve.host}:{port}"
         finally:
             serve.shutdown()
