@@ -1,4 +1,4 @@
-"""What trains the routers: Eq. 3 to 5 and the load balancing of a mixture of experts. Pure functions, float32."""
+"""What trains the routers: Eq. 3 to 5, and load balancing. Pure functions that compute in float32."""
 
 from typing import Literal
 
@@ -15,14 +15,13 @@ def semantic_alignment_loss(
 
     Args:
         weights: semantic routing weights rho_s `[B, E_s]`.
-        labels: label vectors q_s `[B, E_phys]`; videos without any are left out: their cosine is undefined.
+        labels: label vectors q_s `[B, E_phys]`; videos without any are left out, their cosine is undefined.
         reduction: "mean" over the pairs, or "sum" as in the formula. 0 where there is no pair.
     """
     labelled = labels.any(dim=1)
-    weights = F.normalize(weights[labelled].float(), dim=1)
-    labels = F.normalize(labels[labelled].float(), dim=1)
+    weights, labels = weights[labelled].float(), labels[labelled].float()
     i, j = torch.triu_indices(len(weights), len(weights), offset=1, device=weights.device)
-    difference = (weights @ weights.T - labels @ labels.T)[i, j]
+    difference = F.cosine_similarity(weights[i], weights[j]) - F.cosine_similarity(labels[i], labels[j])
     return difference.abs().sum() / (max(1, len(i)) if reduction == "mean" else 1)
 
 
@@ -35,8 +34,8 @@ def token_alignment_loss(
         maps: phenomenon maps P' `[B, N, E_phys]`.
         targets: Q_r `[B, N, E_phys]`.
         mask: M `[B, N, E_phys]`, bool. What it leaves out gets no gradient.
-        reduction: "mean" over each video's masked entries, then over the videos, so that the loss of a batch is
-            the mean over its micro-batches; or "sum" as in the formula. A video without such entries counts as 0.
+        reduction: "mean" over each video's masked entries, then over the videos, so that the loss of a batch
+            is the mean over its micro-batches; or "sum" as in the formula. A video without any counts as 0.
     """
     difference = torch.where(mask, (maps.float() - targets.float()).abs(), 0.0).sum(dim=(1, 2))
     if reduction == "sum":
@@ -47,9 +46,9 @@ def token_alignment_loss(
 def load_balancing_loss(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """The auxiliary loss of Switch Transformers (Fedus et al., 2021, Eq. 4), for k experts per token.
 
-    E * sum_i f_i P_i, where f_i is the share of all tokens' choices that falls on expert i (each of a token's k
-    choices counts alike; no gradient) and P_i the mean of its softmax probability. Equal shares give 1, whatever
-    E and k; the same k experts for every token give up to E / k.
+    E * sum_i f_i P_i, where f_i is the share of all tokens' choices that falls on expert i (each of a token's
+    k choices counts alike; no gradient) and P_i the mean of its softmax probability. Equal shares give 1,
+    whatever E and k; the same k experts for every token give up to E / k.
 
     Args:
         router_logits: refinement logits `[..., E]`; all tokens of the batch count alike.

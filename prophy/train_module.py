@@ -1,7 +1,7 @@
-"""From a batch to a loss: noise, forward, and the four losses of Eq. 6. Trains in bare torch as under an engine.
+"""From a batch to a loss: noise, forward, and the four losses of Eq. 6. Trains in bare torch too.
 
-It knows no engine; only that gradients are averaged over the ranks of torch.distributed and over the micro-steps of
-an accumulation.
+It knows no engine; only that gradients are averaged over the ranks of torch.distributed and over the
+micro-steps of an accumulation.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class LossWeights(Protocol):
 class LossOutput(BaseOutput):
     """Losses and router statistics of a micro-batch: scalars, float32, detached but for `loss`.
 
-    A dictionary too (diffusers' BaseOutput), since ZeRO-3 finds tensors in dictionaries but not in dataclasses.
+    A dictionary too (diffusers' BaseOutput): ZeRO-3 finds tensors in dictionaries, but not in dataclasses.
 
     Attributes:
         loss: what to call `backward` on.
@@ -102,8 +102,8 @@ class ProPhyTrainModule(nn.Module):
 
         Args:
             batch: the micro-batch.
-            semantic: all captions of this rank's accumulation step, of equal number on every rank; given at one
-                micro-step of the accumulation (the last). Its loss is over the pairs of all ranks.
+            semantic: all captions of this rank's accumulation step, as many on every rank; given at one of
+                its micro-steps (the last). Its loss is over the pairs of all ranks.
         """
         # 1. Noise, and the empty prompt where the caption is dropped
         timesteps = self.objective.timesteps(batch.timestep_quantile)
