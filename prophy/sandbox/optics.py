@@ -77,7 +77,7 @@ def mirror(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
     "a glass block bends a {colour} light beam",
 )
 def glass_block(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
-    """A beam crosses glass of index n: sin(in) = n sin(out) (Snell), and its front is n times sloweinside."""
+    """A beam crosses glass of index n: sin(in) = n sin(out) (Snell), its front is n times slower inside."""
     side, index = rng.choice([-1.0, 1.0]), rng.uniform(1.4, 2.2)
     angle, speed, surface = rng.uniform(0.6, 0.9), rng.uniform(7.0, 9.0), rng.uniform(5.8, 6.6)
     refracted = np.arcsin(np.sin(angle) / index)
@@ -137,7 +137,7 @@ def foggy_beam(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outc
     photons[..., 1] += away * np.cos(turn)
     light = canvas.blobs(photons, 0.2, 0.2, np.where(away > 0, np.exp(-0.25 * away), 0))
     canvas.blend(np.clip(1.3 * light, 0, 1), mix(colour, WHITE, 0.25), masked_above=0.25)
-    return {"photon": photons[:, np.argmin(scattered_at)]}, {
+    return {"photon": photons[:, 0]}, {
         "mean_free_path_m": path,
         "photon_speed_m_s": speed,
         "fog_top_m": top,

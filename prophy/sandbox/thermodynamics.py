@@ -63,19 +63,19 @@ def candle(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
 def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
     """Heat comes in at a constant power P: the puddle gets the volume P t / (density x latent heat).
 
-    The block keeps its shape; the puddle is half an ellipse, a quarter as high as wide, both a metre deep.
+    The block keeps its shape; the puddle is half an ellipse, a third as high as wide, both a metre deep.
     """
-    width, height = rng.uniform(2.4, 2.8), rng.uniform(3.0, 3.6)
+    width, height = rng.uniform(2.2, 2.6), rng.uniform(2.8, 3.3)
     share = 1 - canvas.times_s / rng.uniform(3.2, 4.2)
     solid = width * height * np.maximum(share, 0)
     melted = width * height - solid
     scale = np.sqrt(solid / (width * height))
-    puddle = np.sqrt(8 * melted / np.pi)
+    puddle = np.sqrt(12 * melted / np.pi)
     x = rng.uniform(-0.1, 0.1) * canvas.half_width
     top = FLOOR_M + height * scale
 
     canvas.floor()
-    lens = canvas.ellipse(x, FLOOR_M, puddle / 2 + 1e-3, puddle / 4 + 1e-3)
+    lens = canvas.ellipse(x, FLOOR_M, puddle / 2 + 1e-3, puddle / 3 + 1e-3)
     canvas.paint(np.maximum(lens, FLOOR_M - canvas.y), mix(colour, DARK, 0.15), masked=True)
     left, right = x - width * scale / 2, x + width * scale / 2
     canvas.paint(canvas.box(left, right, FLOOR_M, top, 0.35 * scale), mix(colour, ICE, 0.25), masked=True)
