@@ -5,6 +5,7 @@ depend on the backbone, so another backbone or resolution adds a folder of encod
 again. What is done already is read from the files themselves; so the same command resumes.
 """
 
+import logging
 import math
 import time
 from collections import Counter
@@ -15,8 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from prophy.backbones import fingerprint
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
@@ -34,6 +34,7 @@ from pipelines.sink import (
 )
 from pipelines.sources import Video, changed, clips_left, find_videos, of_videos, videos_left
 from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
+from prophy.backbones import fingerprint
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
 from prophy.schema import ENCODINGS, PRIORS
@@ -41,8 +42,7 @@ from prophy.taxonomy import from_multi_hot
 from prophy.tiny.vlm import vlm_folder
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
-_MAX_BLOCKS = 4096  # of a work list: the smaller a block, the sooner its rows move on
-_IO: dict[str, Any] = {"num_cpus": 0.25, "batch_format": "pyarrow"}  # tasks that mostly wait for the disk
+_MAX_BLOCKS = 4096  # of a work list
 
 
 @dataclass(frozen=True)
@@ -138,21 +138,23 @@ def encodings_folder(config: Config) -> str:
 def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
     cache, vlm = config.cache, config.vlm
-    rows: Dataset = ray.data.from_arrow(_blocks(work))
+    rows: Dataset = _read(work)
     # Probe, limits, content hash: one row per clip from here on.
-    rows = rows.map_batches(CutVideo(cache.clip_duration_s, cache.limits), batch_size=1, **_IO)
+    rows = rows.map_batches(CutVideo(cache.clip_duration_s, cache.limits), batch_size=1, **_io(cache.read))
     # Decode what the VLM sees.
     rows = rows.map_batches(ReadClip, **_pool(cache.read, vlm.num_frames, vlm.height, vlm.width))
     # The costly stage: each actor holds a VLM.
     rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm))
     # Good rows go into a file of the table, errors into one of the quarantine.
-    return rows.map_batches(WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_IO)
+    return rows.map_batches(
+        WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_io(cache.read)
+    )
 
 
 def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     """Clips with their captions (`stages.CLIPS`) -> files of encodings; counts of rows come out."""
     cache, backbone = config.cache, config.backbone
-    rows: Dataset = ray.data.from_arrow(_blocks(work))
+    rows: Dataset = _read(work)
     # Decode at the backbone's resolution and number of frames.
     rows = rows.map_batches(
         ReadClip, **_pool(cache.read, backbone.num_frames, backbone.height, backbone.width)
@@ -160,12 +162,19 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
     # Each actor holds the VAE and the text encoder.
     rows = rows.map_batches(EncodeClip, **_pool(cache.encode, backbone, table))
     # Good rows go into a file of the table, errors into one of the quarantine.
-    return rows.map_batches(WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_IO)
+    return rows.map_batches(
+        WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_io(cache.read)
+    )
 
 
-def _blocks(work: pa.Table) -> list[pa.Table]:
-    size = math.ceil(len(work) / _MAX_BLOCKS)
-    return [work.slice(start, size) for start in range(0, len(work), size)]
+def _read(work: pa.Table) -> Dataset:
+    """The work list, in blocks so small that rows soon move on; `from_arrow` would start a task for each."""
+    return ray.data.from_items(work.to_pylist(), override_num_blocks=min(len(work), _MAX_BLOCKS))
+
+
+def _io(pool: PoolConfig) -> dict[str, Any]:
+    """Tasks that wait for the disk more than they compute, as many as there are actors that read."""
+    return {"batch_format": "pyarrow", "num_cpus": 0.25, "compute": TaskPoolStrategy(size=pool.size)}
 
 
 def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
@@ -211,6 +220,7 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     added_priors = added_encodings = GraphReport()
     if any(map(len, left())):
         with ray_session(config):
+            _silence_ray_data()
             if new_videos := left()[0]:
                 added_priors = _execute(build_priors_graph(config, priors, new_videos), "priors", None)
             if new_clips := left()[1]:
@@ -229,8 +239,16 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     )
 
 
+def _silence_ray_data() -> None:
+    """Ray Data's bars count blocks per operator; ours counts clips."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
 def _execute(graph: Dataset, name: str, total: int | None) -> GraphReport:
-    """Runs a graph to its end. The progress bar counts clips; Ray's own count blocks per operator."""
+    """Runs a graph to its end, with a progress bar."""
     written = failed = 0
     start = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -23,9 +23,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from prophy.errors import ProPhyError
-from prophy.schema import QUARANTINE, SCHEMA_VERSION
-
-INDEX = "index.parquet"
+from prophy.schema import INDEX, QUARANTINE, SCHEMA_VERSION
 
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 _LARGE_COLUMNS = {"maps", "answers", "latents", "text_embeds"}  # left out of the index
@@ -70,20 +68,24 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         ProPhyError: another run writes to it, or it cannot be written to.
     """
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            for leftover in folder.rglob(".*.tmp"):
-                leftover.unlink()
-            yield
+        lock.acquire()
     except Timeout:
         raise ProPhyError(
-            f"another run is writing to {folder}; wait for it, or choose another cache.output"
+            f"another run writes to {folder}; wait for it, or choose another cache.output"
         ) from None
-    except PermissionError as error:
+    except OSError as error:
         raise ProPhyError(
-            f"cannot write to {error.filename or folder}; choose another cache.output"
+            f"cannot write to {folder} ({error.strerror}); choose another cache.output"
         ) from None
+    try:
+        for leftover in folder.rglob(".*.tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def write_file(

@@ -14,11 +14,9 @@ import pyarrow as pa
 
 from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
 from pipelines.sink import Table, write_file
-from prophy.schema import ENCODINGS, PRIORS, QUARANTINE, SOURCE, tensor_columns
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, tensor_columns
 from prophy.taxonomy import Phenomenon, multi_hot
 from prophy.video import VideoError, clip_spans, probe, read_frames
-
-EMPTY_PROMPT = "empty_prompt.parquet"
 
 _ERROR = pa.field("error", pa.struct(list(QUARANTINE)))
 
@@ -188,7 +186,8 @@ class EncodeClip:
 
 
 def _frames(clip: dict[str, Any], size: tuple[int, int, int]) -> np.ndarray:
-    return np.frombuffer(clip["frames"], np.uint8).reshape(*size, 3)
+    """The clip's frames, writable as torch wants them."""
+    return np.frombuffer(bytearray(clip["frames"]), np.uint8).reshape(*size, 3)
 
 
 def _failed(row: dict[str, Any], stage: str, error: Exception) -> dict[str, Any]:

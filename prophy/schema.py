@@ -1,7 +1,7 @@
 """The two tables of the cache, as pyarrow schemas, and the plain columns that hold a tensor.
 
 Both tables join on `sample_id`. Small vectors are lists; large tensors are three columns, `x` (raw bytes, C
-order, little endian), `x_shape` and `x_dtype`, because list columns of that size read many times slower. Anything
+order, little endian), `x_shape` and `x_dtype`: list columns of that size read many times slower. Anything
 that reads Parquet reads this cache without this project.
 """
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # processes that only move rows need no torch, which takes se
     import torch
 
 SCHEMA_VERSION = 1
+INDEX = "index.parquet"  # in the folder of each table: where each sample lies
+EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
 
 _TENSOR_SUFFIXES = ("", "_shape", "_dtype")
 
