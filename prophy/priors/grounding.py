@@ -58,8 +58,8 @@ RECIPES: dict[str, Recipe] = _SUBTRACTIONS | {
 def resample(maps: torch.Tensor, grid: tuple[int, int, int], num_frames: int) -> torch.Tensor:
     """Maps on the transformer's token grid: bilinear in space (averaging where it shrinks), linear in time.
 
-    Both models see frames evenly spaced over the clip, its first and last included. A slice of a map is centred
-    on its pair of frames. The first token in time holds frame 0 alone, every other one the next c frames.
+    Both models see frames evenly spaced over the clip, its first and last included. A slice of a map is
+    centred on its pair of frames. The first token in time holds frame 0 alone, each other the next c frames.
 
     Args:
         maps: `[K, T, H, W]`, K at least 1.
@@ -70,8 +70,8 @@ def resample(maps: torch.Tensor, grid: tuple[int, int, int], num_frames: int) ->
         `[K, T', H', W']`.
     """
     num_slices = maps.shape[1]
-    frames_per_token = (num_frames - 1) / max(grid[0] - 1, 1)
-    frame = (torch.arange(grid[0]) * frames_per_token - (frames_per_token - 1) / 2).clamp(min=0)
+    last = torch.linspace(0, num_frames - 1, grid[0])
+    frame = torch.cat([last[:1], (last[:-1] + 1 + last[1:]) / 2])
     vlm_frame = frame / max(num_frames - 1, 1) * (num_slices * _FRAMES_PER_SLICE - 1)
     position = ((vlm_frame + 0.5) / _FRAMES_PER_SLICE - 0.5).clamp(0, num_slices - 1)
     weights = (1 - (position[:, None] - torch.arange(num_slices)).abs()).clamp(min=0)

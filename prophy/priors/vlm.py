@@ -136,10 +136,10 @@ class VideoLanguageModel:
         try:
             model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
             if model_type != "qwen2_5_vl":
-                raise ProPhyError(
-                    f"{pretrained} is a {model_type} model, not a Qwen2.5-VL; set vlm.pretrained"
-                )
+                raise ValueError(f"it is a {model_type} model; give a Qwen2.5-VL")
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision)
+            if self.tokenizer.chat_template is None:
+                raise ValueError("its tokenizer has no chat template; add the file chat_template.jinja")
             processor = AutoImageProcessor.from_pretrained(source, revision=revision)
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 source,
@@ -147,11 +147,9 @@ class VideoLanguageModel:
                 dtype=getattr(torch, dtype),
                 device_map=device_map or default_device(),
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ProPhyError(f"cannot load vlm.pretrained {pretrained!r}: {reason}") from None
-        if self.tokenizer.chat_template is None:
-            raise ProPhyError(f"the tokenizer of {pretrained} has no chat template; add chat_template.jinja")
         self.model = model.eval()
         self.model.set_attn_implementation(_ATTENTION)
         self.mean = torch.tensor(processor.image_mean).view(3, 1, 1)

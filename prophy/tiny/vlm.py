@@ -1,8 +1,8 @@
 """The embedded VLM: a Qwen2.5-VL of 2.5 million parameters with a word-level tokenizer.
 
-It has the files that a large one has, so that the same code reads both. Its vocabulary is what the questions ask
-and what the sandbox's captions can say: a change of either makes another folder. Its weights are random under
-a fixed seed.
+It has the files that a large one has, so that the same code reads both. Its vocabulary is what the questions
+ask and what the sandbox's captions can say: a change of either makes another folder. Its weights are random
+under a fixed seed.
 """
 
 import inspect
@@ -71,8 +71,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     """Width 192, 4 language layers, 2 vision layers.
 
-    `rope_theta` is small because a video's width axis gets the lowest rotary frequencies: at the usual 1e6 eight
-    neighbouring cells would share one angle.
+    `rope_theta` is small because a video's width axis gets the lowest rotary frequencies: at the usual 1e6
+    eight neighbouring cells would share one angle.
     """
     ids = {
         token: index

@@ -1,0 +1,116 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prophy.errors import ProPhyError
+from prophy.priors.extractor import PriorExtractor, priors_fingerprint
+from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
+from prophy.priors.vlm import VideoLanguageModel
+from prophy.taxonomy import Phenomenon
+
+FPS = 4.0
+PRESENT = (Phenomenon.COLLISION, Phenomenon.COMBUSTION)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, peaked_vlm, frames) -> Path:
+    """A VLM that knows three answers about one clip: phenomena and a word that is none, caption, background.
+
+    Its output layer is the least-squares solution of "say the answer's next token" at each of their tokens.
+    """
+    vlm = VideoLanguageModel(str(peaked_vlm), None, "float32", None)
+    patches, grid = vlm.pixels(frames)
+    states, tokens = [], []
+    for question, answer in [
+        (PRESENCE, "combustion; collision; video"),
+        (CAPTION, "collision"),
+        (BACKGROUND, "none"),
+    ]:
+        head, tail = vlm.split_prompt(question.text)
+        prompt = vlm.tokenizer(head + "<|video_pad|>" * 192 + tail, add_special_tokens=False).input_ids
+        said = vlm.tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
+        ids = torch.tensor([prompt + said])
+        with torch.inference_mode():
+            hidden = vlm.model.model(
+                input_ids=ids,
+                mm_token_type_ids=(ids == vlm.model.config.video_token_id) * 2,
+                pixel_values_videos=patches,
+                video_grid_thw=grid,
+                second_per_grid_ts=torch.tensor([2 / FPS]),
+            ).last_hidden_state
+        states.append(hidden[0, len(prompt) - 1 : -1])
+        tokens += said
+    logits = torch.eye(vlm.model.config.text_config.vocab_size)[tokens]
+    vlm.model.lm_head.weight.data = (torch.linalg.pinv(torch.cat(states)) @ logits).T.contiguous()
+    folder = tmp_path_factory.mktemp("taught")
+    shutil.copytree(peaked_vlm, folder, dirs_exist_ok=True)
+    vlm.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extractor(taught) -> PriorExtractor:
+    return PriorExtractor(str(taught), dtype="float32", max_new_tokens=8)
+
+
+def test_the_vlm_names_the_phenomena(extractor, frames):
+    priors = extractor(frames, FPS)
+    assert priors.answers["presence"] == "combustion ; collision ; video"
+    assert priors.phenomena == PRESENT
+    assert priors.unparsed == ("video",)
+    assert priors.map_phenomena == [0, 10]
+    assert priors.vlm_caption == priors.answers["caption"] == "collision"
+    assert list(priors.answers) == ["caption", "presence", "background", "collision", "combustion"]
+    assert priors.maps.shape == (3, 4, 6, 8) and priors.maps.dtype == np.float32
+    assert (priors.maps > 0).all() and (priors.maps.sum((1, 2, 3)) < 1).all()
+
+
+def test_given_labels_are_taken_and_not_asked_for(extractor, frames):
+    named, given = extractor(frames, FPS), extractor(frames, FPS, PRESENT)
+    assert list(given.answers) == ["caption", "background", "collision", "combustion"]
+    assert given.phenomena == PRESENT and given.unparsed == ()
+    np.testing.assert_allclose(given.maps, named.maps, atol=1e-6)  # batched otherwise
+    none = extractor(frames, FPS, ())
+    assert none.phenomena == () and none.map_phenomena == []
+    np.testing.assert_allclose(none.maps, named.maps[-1:], atol=1e-6)
+
+
+def test_each_map_belongs_to_its_question(extractor, frames):
+    priors = extractor(frames, FPS, PRESENT)
+    for question, row in zip([*map(describe, PRESENT), BACKGROUND], priors.maps, strict=True):
+        alone = extractor.vlm.answer(extractor.vlm.watch(frames, FPS), [question.text], 8, range(4))[0]
+        np.testing.assert_allclose(row, alone.attention, atol=1e-6)
+        assert priors.answers[question.id] == alone.text
+
+
+@pytest.mark.parametrize("layers", [[4], [], [0, 7]])
+def test_layers_that_do_not_exist(taught, layers):
+    with pytest.raises(ProPhyError, match=r"vlm.layers .* 0 to 3"):
+        PriorExtractor(str(taught), layers=layers)
+
+
+def test_the_fingerprint_names_everything_that_priors_depend_on():
+    base = {
+        "model": "a",
+        "dtype": "float32",
+        "layers": [1, 2],
+        "max_new_tokens": 8,
+        "num_frames": 8,
+        "height": 64,
+        "width": 32,
+    }
+    changed = {
+        "model": "b",
+        "dtype": "bfloat16",
+        "layers": None,
+        "max_new_tokens": 9,
+        "num_frames": 16,
+        "height": 32,
+        "width": 64,
+    }
+    prints = [priors_fingerprint(**base), *(priors_fingerprint(**base | {key: changed[key]}) for key in base)]
+    assert len(set(prints)) == 1 + len(base)
+    assert priors_fingerprint(**base) == prints[0]

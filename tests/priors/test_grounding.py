@@ -1,0 +1,117 @@
+"""Targets against plain loops written from METHOD.md section 4."""
+
+import numpy as np
+import pytest
+import torch
+
+from prophy.errors import ProPhyError
+from prophy.priors.grounding import RECIPES, make_targets, resample
+from prophy.taxonomy import NUM_PHENOMENA
+
+
+@pytest.fixture
+def maps() -> torch.Tensor:
+    """Two phenomena and a background on the small VLM's grid."""
+    return torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 256
+
+
+def blurred(maps: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(maps)
+    for y in range(maps.shape[2]):
+        for x in range(maps.shape[3]):
+            window = maps[:, :, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+            out[:, :, y, x] = window.mean((2, 3))
+    return out
+
+
+def test_recipes(maps):
+    a, b, background = maps
+    expected = {
+        "none": torch.stack([a, b]),
+        "minus_background": torch.stack([a - background, b - background]),
+        "minus_others": torch.stack([a - b, b - a]),
+    }
+    for name, signed in expected.items():
+        torch.testing.assert_close(RECIPES[name](maps), signed)
+        torch.testing.assert_close(RECIPES[f"{name}_blur"](maps), blurred(signed))
+    assert RECIPES.keys() == {*expected, *(f"{name}_blur" for name in expected)}
+
+
+def test_minus_others_takes_the_mean_of_the_others_and_leaves_a_lone_map_alone(maps):
+    four = torch.cat([maps, maps[:1].flip(-1)])
+    torch.testing.assert_close(RECIPES["minus_others"](four)[0], four[0] - (four[1] + four[2]) / 2)
+    assert torch.equal(RECIPES["minus_others"](maps[1:]), maps[1:2])
+
+
+def test_resampling_to_the_same_space_keeps_every_cell(maps):
+    first = resample(maps, (5, 8, 8), 17)[:, 0]
+    assert torch.equal(first, maps[:, 0])  # frame 0 alone, before the centre of the first pair
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_frames", "slices"), [(5, 17, 4), (21, 81, 8), (13, 49, 12), (5, 17, 1)]
+)
+def test_time_is_mapped_by_the_centres_of_frames(tokens, num_frames, slices):
+    """A map that holds, in each slice, the time of its centre must give each token the time of its centre."""
+    vlm_times = np.linspace(0, 2.0, 2 * slices)
+    centres = vlm_times.reshape(slices, 2).mean(1)
+    times = np.linspace(0, 2.0, num_frames)
+    compression = (num_frames - 1) // (tokens - 1)
+    expected = [times[0]] + [times[1 + compression * j :][:compression].mean() for j in range(tokens - 1)]
+    maps = torch.tensor(centres, dtype=torch.float32).reshape(1, slices, 1, 1).expand(1, slices, 2, 2)
+    got = resample(maps, (tokens, 2, 2), num_frames)
+    np.testing.assert_allclose(got[0, :, 0, 0], np.clip(expected, centres[0], centres[-1]), atol=1e-5)
+
+
+def test_a_single_frame_takes_the_first_slice(maps):
+    assert torch.equal(resample(maps, (1, 8, 8), 1)[:, 0], maps[:, 0])
+
+
+def test_space_keeps_means_when_it_shrinks_and_lines_when_it_grows(maps):
+    halved = resample(maps[:, :1].expand(-1, 4, -1, -1), (5, 4, 4), 17)
+    torch.testing.assert_close(halved.mean(), maps[:, 0].mean(), rtol=1e-2, atol=0)
+    ramp = torch.arange(8.0).expand(1, 4, 8, 8)
+    doubled = resample(ramp, (5, 16, 16), 17)[0, 0, 0]
+    torch.testing.assert_close(doubled[1:-1], (torch.arange(14) + 1) / 2 - 0.25)
+
+
+@pytest.mark.parametrize("negatives", ["ignore", "zero"])
+def test_targets_from_the_formula(maps, negatives):
+    grid, indices = (4, 8, 8), [10, 3]
+    maps = maps[:, :1].expand(-1, 4, -1, -1)  # constant in time, which has its own test
+    targets, mask = make_targets(
+        maps, indices, grid=grid, num_frames=13, recipe="minus_background", negatives=negatives
+    )
+    assert targets.shape == mask.shape == (4 * 8 * 8, NUM_PHENOMENA)
+    assert targets.dtype == torch.float32 and mask.dtype == torch.bool
+    for k, index in enumerate(indices):
+        difference = maps[k] - maps[-1]
+        for t in range(4):
+            for y in range(8):
+                for x in range(8):
+                    n = (t * 8 + y) * 8 + x
+                    value = difference[t, y, x]
+                    assert mask[n, index] == (value > 0 or negatives == "zero")
+                    torch.testing.assert_close(targets[n, index], value.clamp(min=0) / difference.max())
+    absent = [index for index in range(NUM_PHENOMENA) if index not in indices]
+    assert not mask[:, absent].any() and not targets[:, absent].any()
+    assert targets[:, indices].amax(0).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("negatives", ["ignore", "zero"])
+def test_a_map_without_a_positive_cell_says_nothing(maps, negatives):
+    maps[-1] = maps.max() + 1
+    targets, mask = make_targets(
+        maps, [0, 1], grid=(5, 8, 8), num_frames=17, recipe="minus_background", negatives=negatives
+    )
+    assert not targets.any() and not mask.any()
+
+
+def test_no_phenomenon_no_target(maps):
+    targets, mask = make_targets(maps[-1:], [], grid=(5, 8, 8), num_frames=17, recipe="minus_background")
+    assert not targets.any() and not mask.any()
+
+
+def test_unknown_recipe(maps):
+    with pytest.raises(ProPhyError, match="minus_backgroud.*train.recipe.*minus_background"):
+        make_targets(maps, [0, 1], grid=(5, 8, 8), num_frames=17, recipe="minus_backgroud")
