@@ -46,3 +46,16 @@ def ray_cluster() -> Iterator[None]:
     ray.init("local", num_cpus=16, include_dashboard=True)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A configuration whose cache holds 12 simulated clips. For reading: write to a run folder of your own."""
+    from pipelines import cache, simulate
+
+    config = tiny_config(
+        tmp_path_factory.mktemp("tiny") / "run", "simulate.num_clips=12", "cache.rows_per_file=4"
+    )
+    simulate.run(config)
+    cache.run(config)
+    return config
