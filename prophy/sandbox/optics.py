@@ -135,8 +135,9 @@ def foggy_beam(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outc
         [x + away * np.sin(turn), top - np.minimum(speed * np.maximum(in_fog_s, 0), scattered_at)], -1
     )
     photons[..., 1] += away * np.cos(turn)
-    light = canvas.blobs(photons, 0.2, 0.2, np.where(away > 0, np.exp(-0.25 * away), 0))
-    canvas.blend(np.clip(1.3 * light, 0, 1), mix(colour, WHITE, 0.25), masked_above=0.25)
+    bright = np.where(away > 0, np.exp(-0.25 * away), 0)
+    canvas.blend(np.clip(1.3 * canvas.blobs(photons, 0.2, 0.2, bright), 0, 1), mix(colour, WHITE, 0.25))
+    canvas.mask |= canvas.blobs(photons, 0.6, 0.6, bright) > 0.5  # the lit fog, not each photon
     return {"photon": photons[:, 0]}, {
         "mean_free_path_m": path,
         "photon_speed_m_s": speed,

@@ -6,6 +6,7 @@ tracks (in the canvas's metres, float64 `[T, 2]`) and the constants of the law (
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TypeAlias
 
 import numpy as np
@@ -39,6 +40,14 @@ class Scene:
     phenomenon: Phenomenon
     wordings: tuple[str, ...]
     play: Play
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "Scene"], tuple[str, str]]:
+        # Its module knows the function's name as this scene, so the function itself cannot be pickled.
+        return _find_scene, (self.play.__module__, self.name)
+
+
+def _find_scene(module: str, name: str) -> Scene:
+    return getattr(import_module(module), name)
 
 
 def scene(phenomenon: Phenomenon, *wordings: str) -> Callable[[Play], Scene]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,12 @@ def test_same_seed_same_bytes_in_another_process_and_another_order(clips: list[S
     printed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     assert printed.split() == [digest(clip) for clip in reversed(clips[:6])]
     assert len({digest(clip) for clip in clips}) == len(clips)
+
+
+def test_clips_travel_between_processes(clips: list[SimulatedClip]) -> None:
+    copy = pickle.loads(pickle.dumps(clips[0]))
+    assert copy.parts == clips[0].parts
+    assert digest(copy) == digest(clips[0])
 
 
 def test_masks_are_where_something_happens(clips: list[SimulatedClip]) -> None:
