@@ -168,7 +168,9 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10
     save_every: PositiveInt = 500
     num_to_keep: PositiveInt = 2
-    max_failures: NonNegativeInt = Field(2, description="restarts from the last checkpoint when a worker dies")
+    max_failures: NonNegativeInt = Field(
+        2, description="restarts from the last checkpoint when a worker dies"
+    )
 
     @property
     def global_batch_size(self) -> int:
@@ -195,13 +197,23 @@ class ServeConfig(Section):
     max_replicas: PositiveInt = 1
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
-    max_pixels: PositiveInt | None = Field(None, description="per frame; null: as many as the backbone's clips")
+    max_pixels: PositiveInt | None = Field(
+        None, description="per frame; null: as many as the backbone's clips"
+    )
     max_num_frames: PositiveInt | None = Field(None, description="null: as many as the backbone's clips")
     drain_timeout_s: PositiveFloat = Field(
         3600.0, description="how long a replica that is scaled away may go on with its video"
     )
     upscale_delay_s: NonNegativeFloat = 30.0
     downscale_delay_s: NonNegativeFloat = 600.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) must not exceed max_replicas ({self.max_replicas})"
+            )
+        return self
 
 
 class GenerateConfig(Section):

@@ -244,8 +244,11 @@ class Dispatcher:
         except (RayError, RayServeException, OSError) as error:
             logger.exception("video %s could not be made", job.id)
             cause = find_user_error(error) or (error.cause if isinstance(error, RayTaskError) else error)
-            code = "invalid_request" if isinstance(cause, ProPhyError) else "generation_failed"
-            await asyncio.to_thread(self._store.fail, job.id, code, f"{type(cause).__name__}: {cause}")
+            if isinstance(cause, ProPhyError):
+                code, message = "invalid_request", str(cause)
+            else:
+                code, message = "generation_failed", f"{type(cause).__name__}: {cause}"
+            await asyncio.to_thread(self._store.fail, job.id, code, message)
 
     def _finish(self, job_id: str, video: bytes) -> None:
         """Puts the whole file in place before the row says so."""

@@ -85,12 +85,14 @@ class VideoRequest(BaseModel):
         """Checks the fields of a request.
 
         Raises:
-            ApiError: 422, about the first field that is wrong; names the nearest field where one is unknown.
+            ApiError: 422, about one field that is wrong; names the nearest one where it is unknown.
         """
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
+            errors = error.errors()
+        # A misspelt field explains a missing one.
+        first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
         location = first["loc"]
         param = ".".join(str(part) for part in location if part != "[key]")
         if first["type"] == "extra_forbidden":

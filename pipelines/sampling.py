@@ -35,7 +35,9 @@ def model_fingerprint(config: Config) -> str:
         ProPhyError: there is no such model or checkpoint.
     """
     backbone = fingerprint(config.backbone.pretrained, config.backbone.revision)
-    return backbone if config.checkpoint is None else f"{backbone} {fingerprint(str(config.checkpoint), None)}"
+    return (
+        backbone if config.checkpoint is None else f"{backbone} {fingerprint(str(config.checkpoint), None)}"
+    )
 
 
 def shape_limits(config: Config) -> ShapeLimits:

@@ -229,7 +229,7 @@ def test_pages(client: httpx.Client) -> None:
     [
         ({}, "missing_parameter", "prompt", "the field 'prompt' is missing"),
         ({"prompt": " "}, "invalid_value", "prompt", "bad value ' ' for the field 'prompt'"),
-        ({"prompt": "x", "promt": "y"}, "unknown_parameter", "promt", "did you mean 'prompt'?"),
+        ({"promt": "x"}, "unknown_parameter", "promt", "did you mean 'prompt'?"),
         ({"prompt": "x", "seconds": 2}, "invalid_value", "seconds", "should be a valid string"),
         ({"prompt": "x", "seconds": "4s"}, "invalid_value", "seconds", "'4s'"),
         (
@@ -299,6 +299,11 @@ def test_taken_port(tmp_path: Path) -> None:
             serve.serving(config),
         ):
             pass
+
+
+def test_replicas_out_of_order(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=r"min_replicas \(3\) must not exceed max_replicas \(2\)"):
+        tiny_config(tmp_path, "serve.min_replicas=3", "serve.max_replicas=2")
 
 
 def test_checkpoint_of_another_backbone(config: Config, tmp_path: Path) -> None:
