@@ -30,6 +30,7 @@ _FREE_KEYS = {
         "log_every",
         "save_every",
         "num_to_keep",
+        "max_failures",
     },
 }
 

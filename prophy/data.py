@@ -240,7 +240,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         caption_dropout: float,
         seed: int,
     ) -> None:
-        self.cache = cache
+        self._cache = cache
         self._plan = plan
         self._clip_shapes = {shape.latents: shape for shape in clip_shapes}
         for sample_id, shape in cache.shapes.items():
@@ -275,7 +275,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         return TrainBatch(sample_ids, **{name: torch.stack(values) for name, values in columns.items()})
 
     def _row(self, step: int, sample_id: str) -> dict[str, torch.Tensor]:
-        sample = self.cache.read(sample_id)
+        sample = self._cache.read(sample_id)
         shape = self._clip_shapes[tuple(sample.latents.shape)]
         targets, mask = self._make_targets(
             sample.maps, sample.map_phenomena, grid=shape.token_grid, num_frames=shape.num_frames

@@ -1,4 +1,7 @@
-"""DeepSpeed on two real processes: every ZeRO stage trains alike, resumes exactly and gives whole weights."""
+"""DeepSpeed on real processes: every ZeRO stage trains alike, resumes exactly and gives whole weights.
+
+And the gradient of the relative alignment is that of one process with the joint batch.
+"""
 
 import os
 import shutil
@@ -9,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import multiprocessing, nn
 
-from pipelines.config import TrainConfig
+from pipelines.config import LossWeights, TrainConfig
+from prophy.data import SemanticBatch, TrainBatch
+from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.objectives import FlowMatching
+from prophy.train_module import ProPhyTrainModule
 
 WORLD_SIZE = 2
 STAGES = (0, 1, 2, 3)
@@ -24,36 +32,37 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def on_two_ranks(function: Callable[..., Result], folder: Path, *arguments: Any) -> Result:
-    """Runs `function(rank, folder, *arguments)` on two processes of one group; what rank 0 returns."""
-    multiprocessing.spawn(rank_main, (free_port(), function, folder, *arguments), nprocs=WORLD_SIZE)
+def on_ranks(world_size: int, function: Callable[[int, Path], Result], folder: Path) -> Result:
+    """Runs `function(rank, folder)` on the processes of one group; what rank 0 returns."""
+    multiprocessing.spawn(rank_main, (world_size, free_port(), function, folder), nprocs=world_size)
     return torch.load(folder / "result.pt")
 
 
-def rank_main(rank: int, port: int, function: Callable[..., Result], folder: Path, *arguments: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
+def rank_main(
+    rank: int, world_size: int, port: int, function: Callable[[int, Path], Result], folder: Path
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    result = function(rank, folder, *arguments)
+    result = function(rank, folder)
     if rank == 0:
         torch.save(result, folder / "result.pt")
     torch.distributed.destroy_process_group()
 
 
 def train_config(zero_stage: int, **values: Any) -> TrainConfig:
-    return TrainConfig(
-        num_steps=6,
-        micro_batch_size=2,
-        num_workers=WORLD_SIZE,
-        gradient_accumulation_steps=2,
-        zero_stage=zero_stage,
-        precision="fp32",
-        learning_rate=1e-2,
-        warmup_steps=4,
-        gradient_clipping=0.5,
-        **values,
-    )
+    defaults = {
+        "num_steps": 6,
+        "micro_batch_size": 2,
+        "num_workers": WORLD_SIZE,
+        "gradient_accumulation_steps": 2,
+        "precision": "fp32",
+        "learning_rate": 1e-2,
+        "warmup_steps": 4,
+        "gradient_clipping": 0.5,
+    }
+    return TrainConfig(zero_stage=zero_stage, **(defaults | values))
 
 
 def network() -> nn.Sequential:
@@ -72,8 +81,19 @@ def loss_of(prediction: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     return (prediction - inputs.sum(1, keepdim=True)).square().mean()
 
 
-def all_stages(rank: int, folder: Path) -> Result:
-    return {stage: train_and_resume(rank, folder / str(stage), stage) for stage in STAGES}
+def everything_on_two_ranks(rank: int, folder: Path) -> Result:
+    return {
+        "trained": {stage: train_and_resume(rank, folder / str(stage), stage) for stage in STAGES},
+        "gradients": {
+            (stage, steps): gradients_through_deepspeed(rank, WORLD_SIZE, stage, steps)
+            for stage in STAGES
+            for steps in (1, 2)
+        },
+    }
+
+
+def gradients_on_one_rank(rank: int, folder: Path) -> Result:
+    return gradients_through_deepspeed(rank, 1, zero_stage=1, accumulation_steps=2)
 
 
 def train_and_resume(rank: int, folder: Path, zero_stage: int) -> Result:
@@ -147,14 +167,122 @@ def train_in_bare_torch() -> Result:
     return {"weights": weights, "history": history}
 
 
+def train_module(accumulation_steps: int) -> ProPhyTrainModule:
+    """A small transformer whose frozen backbone and branch all matter: the injections are not zero."""
+    torch.manual_seed(0)
+    backbone = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+    transformer = ProPhyWanTransformer3DModel.from_transformer(
+        backbone,
+        physics_layers=(0, 1),
+        num_semantic_experts=4,
+        num_refinement_experts=4,
+        latent_shape=(3, 4, 4),
+    )
+    for parameter in transformer.physics_branch.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    transformer.freeze_backbone()
+    # Balancing depends on which samples share a micro-batch; all other losses must not.
+    weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=0.0)
+    return ProPhyTrainModule(
+        transformer, FlowMatching(3.0), torch.zeros(5, 16), weights, "mean", accumulation_steps
+    )
+
+
+def joint_batch(size: int) -> TrainBatch:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.zeros(size, 17)
+    labels[torch.arange(size), torch.arange(size) % 3] = 1.0
+    labels[:, 5] = 1.0
+    return TrainBatch(
+        sample_ids=[str(i) for i in range(size)],
+        latents=torch.randn(size, 4, 3, 4, 4, generator=generator),
+        encoder_hidden_states=torch.randn(size, 5, 16, generator=generator),
+        drop_caption=torch.arange(size) == 1,
+        phenomena=labels,
+        target_maps=torch.rand(size, 12, 17, generator=generator),
+        target_mask=torch.rand(size, 12, 17, generator=generator) < 0.3,
+        noise=torch.randn(size, 4, 3, 4, 4, generator=generator),
+        timestep_quantile=torch.rand(size, generator=generator),
+    )
+
+
+def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
+    return TrainBatch(**{name: value[index : index + 1] for name, value in vars(batch).items()})
+
+
+def captions(batches: list[TrainBatch]) -> SemanticBatch:
+    return SemanticBatch(
+        torch.cat([batch.encoder_hidden_states for batch in batches]),
+        torch.cat([batch.phenomena for batch in batches]),
+    )
+
+
+def gradients_through_deepspeed(
+    rank: int, world_size: int, zero_stage: int, accumulation_steps: int
+) -> Result:
+    """Gradients after one step of micro-batches of one sample each."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from pipelines.engine import initialize
+
+    values = {"micro_batch_size": 1, "gradient_accumulation_steps": accumulation_steps}
+    engine = initialize(train_module(accumulation_steps), train_config(zero_stage, **values))
+    joint = joint_batch(world_size * accumulation_steps)
+    batches = [one_sample(joint, index * world_size + rank) for index in range(accumulation_steps)]
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        output = engine(batch, captions(batches) if last else None)
+        engine.backward(output.loss)
+        if not last:
+            engine.step()
+    gradients = {
+        name: safe_get_full_grad(parameter).clone()
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+    return {"gradients": gradients, "semantic_alignment": output.semantic_alignment}
+
+
+def gradients_of_the_joint_batch(size: int) -> Result:
+    """The same in one process, bare torch, all samples in one batch."""
+    module = train_module(accumulation_steps=1)
+    joint = joint_batch(size)
+    output = module(joint, captions([joint]))
+    output.loss.backward()
+    gradients = {
+        name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
+    return {"gradients": gradients, "semantic_alignment": output.semantic_alignment}
+
+
+def assert_same_gradients(result: Result, expected: Result) -> None:
+    torch.testing.assert_close(result["semantic_alignment"], expected["semantic_alignment"])
+    assert result["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    router = [gradient for name, gradient in expected["gradients"].items() if "semantic.router" in name]
+    assert all(gradient.abs().max() > 1e-5 for gradient in router)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return on_two_ranks(all_stages, tmp_path_factory.mktemp("stages"))
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return on_ranks(2, everything_on_two_ranks, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_every_zero_stage_trains_like_bare_torch(results: Result, zero_stage: int) -> None:
-    expected, result = train_in_bare_torch(), results[zero_stage]
+def test_every_zero_stage_trains_like_bare_torch(two_ranks: Result, zero_stage: int) -> None:
+    expected, result = train_in_bare_torch(), two_ranks["trained"][zero_stage]
     assert result["weights"].keys() == expected["weights"].keys()
     for name, value in expected["weights"].items():
         torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=1e-5)
@@ -163,9 +291,22 @@ def test_every_zero_stage_trains_like_bare_torch(results: Result, zero_stage: in
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_every_zero_stage_resumes_exactly(results: Result, zero_stage: int) -> None:
-    result = results[zero_stage]
+def test_every_zero_stage_resumes_exactly(two_ranks: Result, zero_stage: int) -> None:
+    result = two_ranks["trained"][zero_stage]
     assert result["resumed_at"] == 3
     assert result["resumed_history"] == result["history"]
     for name, value in result["weights"].items():
         assert torch.equal(result["resumed_weights"][name], value)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_gradient_of_two_ranks_is_that_of_the_joint_batch(
+    two_ranks: Result, zero_stage: int, accumulation_steps: int
+) -> None:
+    result = two_ranks["gradients"][zero_stage, accumulation_steps]
+    assert_same_gradients(result, gradients_of_the_joint_batch(2 * accumulation_steps))
+
+
+def test_gradient_of_one_rank_is_that_of_the_joint_batch(tmp_path: Path) -> None:
+    assert_same_gradients(on_ranks(1, gradients_on_one_rank, tmp_path), gradients_of_the_joint_batch(2))
