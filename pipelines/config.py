@@ -224,6 +224,16 @@ class GenerateConfig(Section):
     pool: PoolConfig = PoolConfig()
 
 
+class PretrainConfig(Section):
+    """How long each part of the embedded default is trained, where it is made from nothing."""
+
+    num_clips: PositiveInt = Field(2000, description="simulated clips that VAE and backbone learn from")
+    vlm_steps: PositiveInt = 2000
+    vae_steps: PositiveInt = 2000
+    backbone_steps: PositiveInt = 1200
+    seed: int = 0
+
+
 class Config(Section):
     """Everything a run needs."""
 
@@ -241,6 +251,7 @@ class Config(Section):
     sampling: SamplingConfig
     serve: ServeConfig
     generate: GenerateConfig
+    pretrain: PretrainConfig = PretrainConfig()
 
     def to_yaml(self) -> str:
         """The resolved configuration, as a file that `load_config` reads back."""

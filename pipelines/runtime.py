@@ -21,6 +21,7 @@ LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow"
 # Sections that may change between two commands in one run folder: they say how to run, not what is made.
 _FREE_SECTIONS = {"ray", "checkpoint", "sampling", "serve", "generate"}
 _FREE_KEYS = {
+    "pretrain": {"vlm_steps", "vae_steps", "backbone_steps"},
     "cache": {"input", "limits", "rows_per_file", "read", "extract", "encode"},
     "train": {
         "num_steps",

@@ -1,0 +1,77 @@
+"""`prophy pretrain`: trains one part of the embedded default from nothing. Resumes by itself."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pipelines import cache, simulate, train
+from pipelines.config import Config
+from pipelines.runtime import open_run
+from prophy.tiny.pretrain_backbone import BackboneRecipe, pretrain_backbone
+from prophy.tiny.pretrain_vae import VaeRecipe, pretrain_vae
+from prophy.tiny.pretrain_vlm import VlmRecipe, pretrain_vlm
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["vlm", "vae", "backbone", "branch"]
+
+_SMOOTHED_OVER = 20
+
+
+def run(config: Config, part: Part) -> Path:
+    """Trains a part: the VLM, the VAE, the transformer (after the VAE), or the Physical Branch (after all).
+
+    Args:
+        config: the run; its `pretrain` section says how long. The branch is trained as any other, on
+            simulated clips, by `prophy cache` and `prophy train`.
+        part: which.
+
+    Returns:
+        The folder with what was trained, its figures and pictures.
+    """
+    if part == "branch":
+        simulate.run(config)
+        cache.run(config)
+        return train.run(config)
+    folder = open_run(config) / "pretrain"
+    folder.mkdir(exist_ok=True)
+    settings = config.pretrain
+    match part:
+        case "vlm":
+            progress = pretrain_vlm(folder, VlmRecipe(num_steps=settings.vlm_steps, seed=settings.seed))
+        case "vae":
+            recipe = VaeRecipe(num_steps=settings.vae_steps, num_clips=settings.num_clips, seed=settings.seed)
+            progress = pretrain_vae(folder, recipe)
+        case "backbone":
+            progress = pretrain_backbone(
+                folder,
+                BackboneRecipe(
+                    num_steps=settings.backbone_steps, num_clips=settings.num_clips, seed=settings.seed
+                ),
+            )
+    _draw_curves(progress.history, folder / f"{part}_curves.png")
+    logger.info("trained the %s in %s", part, folder)
+    return folder
+
+
+def _draw_curves(history: list[dict[str, float]], path: Path) -> None:
+    """One plot per quantity, smoothed where there are many values."""
+    names = list(dict.fromkeys(name for entry in history for name in entry))
+    figure = Figure(figsize=(3.6 * len(names), 2.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        steps, values = np.array(
+            [(step, entry[name]) for step, entry in enumerate(history) if name in entry]
+        ).T
+        width = min(_SMOOTHED_OVER, 1 + len(values) // _SMOOTHED_OVER)
+        axes.plot(
+            steps[width - 1 :], np.convolve(values, np.full(width, 1 / width), "valid"), color="#3366aa"
+        )
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_yscale("log")
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
