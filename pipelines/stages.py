@@ -85,15 +85,9 @@ class CutVideo:
                 f"{path} lasts {info.duration_s:.2f} s, less than one clip of {self.clip_duration_s:g} s; "
                 f"lower cache.clip_duration_s or remove it"
             )
+        video = row | vars(info) | {"content_hash": content_hash, "num_clips": len(clips)}
         return [
-            {
-                **row,
-                **vars(info),
-                "sample_id": key,
-                "content_hash": content_hash,
-                "start_s": start,
-                "end_s": end,
-            }
+            video | {"sample_id": key, "start_s": start, "end_s": end}
             for key, (start, end) in clips.items()
             if key not in row["done"]
         ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Set before torch, ray or transformers are imported. Ray's sockets need a short path, hence not pytest's tmp folder.
+# Set before torch, ray or transformers are imported. Ray's sockets need a short path: not pytest's tmp folder.
 _SCRATCH = Path(tempfile.mkdtemp(prefix="prophy-"))
 os.environ |= {
     "PROPHY_HOME": str(_SCRATCH / "home"),
@@ -50,7 +50,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A configuration whose cache holds 12 simulated clips. For reading: write to a run folder of your own."""
+    """A configuration whose cache holds 12 simulated clips: for reading, others use it too."""
     from pipelines import cache, simulate
 
     config = tiny_config(
