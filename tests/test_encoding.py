@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prophy.backbones import load_pipeline
 from prophy.encoding import VideoEncoder
@@ -24,7 +25,9 @@ def test_latents_are_the_normalised_posterior_mean(encoder: VideoEncoder, pipeli
     assert latents.shape == (2, 16, 2, 8, 8) and latents.dtype == torch.float32
 
     # As the pipeline reads pixels, and as it takes the normalisation back before it decodes.
-    pixels = pipeline.video_processor.preprocess_video([list(clip) for clip in frames])
+    pixels = pipeline.video_processor.preprocess_video(
+        [[Image.fromarray(f) for f in clip] for clip in frames]
+    )
     config = pipeline.vae.config
     mean, std = (
         torch.tensor(value).view(1, 16, 1, 1, 1) for value in (config.latents_mean, config.latents_std)

@@ -32,7 +32,7 @@ def test_original_inverts_noise(latents: torch.Tensor, noise: torch.Tensor) -> N
 def test_the_pipelines_scheduler_follows_the_target(
     scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor
 ) -> None:
-    """With the exact target for a prediction, every step lands on the objective's own x_t, the last on x_0."""
+    """Given the exact target, every step lands on the objective's own x_t, and the last on x_0."""
     objective = FlowMatching.from_scheduler(scheduler.config)
     target = objective.target(latents, noise)
     for step in range(4):

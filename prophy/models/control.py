@@ -79,6 +79,6 @@ class PhysicsControl:
         """Factor `[B, N, 1]` on each token's refinement, from maps `[B, N, E_phys]`; 1 at strength 1."""
         excess = phenomenon_maps.new_zeros(phenomenon_maps.shape[-1])
         for phenomenon, strength in self.strength.items():
-            excess[phenomenon.index] = strength - 1.0
+            excess[phenomenon.id] = strength - 1.0
         weights = phenomenon_maps / phenomenon_maps.sum(dim=-1, keepdim=True)
         return 1.0 + (weights * excess).sum(dim=-1, keepdim=True)

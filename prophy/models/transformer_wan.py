@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import WanTransformer3DModel
+
+# DiffusionPipeline.from_pretrained looks for ModelMixin in the module of a component.
+from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import BaseOutput, apply_lora_scale

@@ -60,6 +60,14 @@ def test_untrained_branch_changes_nothing(bare: ProPhyWanPipeline, pipeline: Pro
     assert np.array_equal(sample(pipeline, physics=PhysicsControl(scale=0.0)), sample(bare))
 
 
+def same_video(loaded: ProPhyWanPipeline, original: ProPhyWanPipeline, video: np.ndarray) -> None:
+    """Same weights bit for bit, same video to rounding: kernels depend on how a loaded file lies in memory."""
+    weights, expected = loaded.transformer.state_dict(), original.transformer.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    np.testing.assert_allclose(sample(loaded, "np"), video, atol=1e-4)
+
+
 def test_saved_and_loaded_pipeline_gives_the_same_video(pipeline: ProPhyWanPipeline, tmp_path: Path) -> None:
     awaken(pipeline)
     video = sample(pipeline, "np")
@@ -69,12 +77,12 @@ def test_saved_and_loaded_pipeline_gives_the_same_video(pipeline: ProPhyWanPipel
     loaded = ProPhyWanPipeline.from_pretrained(tmp_path / "whole")
     assert isinstance(loaded.transformer, ProPhyWanTransformer3DModel)
     assert loaded.config.max_sequence_length == 32
-    assert np.array_equal(sample(loaded, "np"), video)
+    same_video(loaded, pipeline, video)
 
     backbone = {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)}
     save_branch(pipeline.transformer, tmp_path / "branch", backbone)
     grown = load_pipeline("wan", "tiny", None, torch.float32, tmp_path / "branch")
-    assert np.array_equal(sample(grown, "np"), video)
+    same_video(grown, pipeline, video)
 
 
 def test_trace_sees_the_conditional_passes(pipeline: ProPhyWanPipeline) -> None:
