@@ -22,17 +22,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train and run physics-aware video generation. Start with `prophy demo`; every command takes --config "
-    "(a preset or a YAML file) and any number of --set section.key=value.",
+    help="Train and run physics-aware video generation. Start with `prophy demo`; every command takes "
+    "--config (a preset or a YAML file) and any number of --set section.key=value.",
 )
 
 ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", help=f"Preset ({', '.join(preset_names())}) or path of a YAML file.")
+    str, typer.Option("--config", "-c", help=f"Preset ({', '.join(preset_names())}) or YAML file.")
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Override, e.g. train.learning_rate=1e-4. Repeatable."
+        "--set", "-s", metavar="KEY=VALUE", help="Such as train.learning_rate=1e-4. Repeatable."
     ),
 ]
 PrintOption = Annotated[bool, typer.Option("--print-config", help="Print what would run, and stop.")]
@@ -127,6 +127,8 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", datefmt="%X", handlers=[RichHandler(show_path=False)]
     )
+    for name in ("pipelines", "prophy"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         app()
     except ProPhyError as error:

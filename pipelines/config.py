@@ -1,7 +1,7 @@
 """The configuration of a run: one strict YAML file, one frozen model per part of the product.
 
-`load_config("tiny", ["train.learning_rate=1e-4"])` reads a preset of `pipelines/configs/` or any YAML file, applies
-the overrides, resolves `${...}` references and checks every key and value.
+`load_config("tiny", ["train.learning_rate=1e-4"])` reads a preset of `pipelines/configs/` or any YAML file,
+applies the overrides, resolves `${...}` references and checks every key and value.
 """
 
 import difflib

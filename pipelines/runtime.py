@@ -1,4 +1,4 @@
-"""What every command shares: the run folder, a connection to Ray, and errors that reach the user as one sentence."""
+"""What every command shares: the run folder, a connection to Ray, and errors that reach the user."""
 
 import os
 import sys
@@ -42,7 +42,7 @@ def open_run(config: Config) -> Path:
     Writes `config.yaml` (resolved) and `versions.yaml`.
 
     Raises:
-        ProPhyError: the folder holds a run whose results would not fit this configuration, or cannot be written.
+        ProPhyError: the folder holds a run that does not fit this configuration, or cannot be written.
     """
     folder = config.run_dir
     saved = folder / "config.yaml"
@@ -69,14 +69,14 @@ def _check_same_run(saved: dict[str, Any], config: Config, folder: Path) -> None
             before = saved.get(section, {}).get(key)
             if key not in _FREE_KEYS.get(section, ()) and before != value:
                 raise ProPhyError(
-                    f"{folder} belongs to another run: {section}.{key} is {before!r} there and {value!r} here; "
-                    f"choose another run_dir, or set it back"
+                    f"{folder} belongs to another run: {section}.{key} is {before!r} there "
+                    f"and {value!r} here; choose another run_dir, or set it back"
                 )
 
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Uses the Ray that is already there (this process's, or the cluster of RAY_ADDRESS), else starts a local one.
+    """Uses the Ray that is there (this process's, or the cluster of RAY_ADDRESS), else starts a local one.
 
     A local instance ends with the block. A `ProPhyError` raised inside a worker comes out as itself.
     """

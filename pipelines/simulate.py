@@ -1,4 +1,4 @@
-"""`prophy simulate`: the sandbox's clips as files that the rest of the product reads like any other videos."""
+"""`prophy simulate`: the sandbox's clips as files, which the rest of the product reads like any videos."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ CONTACT_SHEET_CLIPS = 16
 
 
 def run(config: Config, contact_sheet: Path | None = None) -> Path:
-    """Writes `config.simulate.num_clips` mp4 files and `manifest.parquet`; does nothing where they are already.
+    """Writes `config.simulate.num_clips` mp4 files and `manifest.parquet`, unless they are there already.
 
     Args:
         config: the run; its `simulate` section says how many clips, how long and how large.

@@ -31,7 +31,7 @@ class Phenomenon(StrEnum):
     UNNATURAL_LIGHT_SOURCE = "unnatural light source"
 
     @property
-    def index(self) -> int:
+    def id(self) -> int:
         """Position in the taxonomy, 0 to 16."""
         return PHENOMENA.index(self)
 
@@ -64,7 +64,7 @@ def parse_phenomena(names: Iterable[str]) -> tuple[Phenomenon, ...]:
 def multi_hot(phenomena: Iterable[Phenomenon]) -> np.ndarray:
     """Label vector `[NUM_PHENOMENA]`, float32: 1 where the phenomenon is present."""
     vector = np.zeros(NUM_PHENOMENA, np.float32)
-    vector[[phenomenon.index for phenomenon in phenomena]] = 1.0
+    vector[[phenomenon.id for phenomenon in phenomena]] = 1.0
     return vector
 
 

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -39,7 +39,7 @@ def film_strip(frames: np.ndarray, columns: int = 8, scale: int = 2) -> np.ndarr
     return strip.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def curves(steps: Sequence[float], series: dict[str, Sequence[float]]) -> Figure:
+def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
     """One small plot per series over the same steps."""
     figure = Figure(figsize=(3.2 * len(series), 2.4), layout="constrained")
     for axes, (name, values) in zip(

@@ -95,5 +95,6 @@ def test_ray_job_manifest_caches_and_trains_with_a_preset() -> None:
         assert "Wan2.1-T2V-1.3B" in shown.stdout
     workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     config = yaml.safe_load(shown.stdout)
-    gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
-    assert config["train"]["num_workers"] * config["train"]["gpus_per_worker"] <= gpus * workers["maxReplicas"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    wanted = config["train"]["num_workers"] * config["train"]["gpus_per_worker"]
+    assert wanted <= int(limits["nvidia.com/gpu"]) * workers["maxReplicas"]

@@ -1,0 +1,126 @@
+"""The parts of a run's report: text, figures and pictures of what each step left behind."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prophy.evaluation.localization import localization_auroc
+from prophy.evaluation.pictures import curves, film_strip, heat_overlay, mp4_uri, png_uri
+from prophy.evaluation.report import Picture, Section, Table
+from prophy.models.control import PhysicsTrace
+from prophy.sandbox import StoredClip, contact_sheet
+from prophy.taxonomy import PHENOMENA, Phenomenon
+
+SHOWN_CLIPS = 4
+SHOWN_MAPS = 3
+
+
+def clips_section(clips: Sequence[StoredClip]) -> Section:
+    """Simulated clips with the outlines of their masks."""
+    count = sum(len(clip.phenomena) for clip in clips)
+    return Section(
+        title="Simulated clips",
+        text=f"{len(clips)} clips with {count} labelled phenomena. The outlines are the exact masks.",
+        pictures=[
+            Picture(
+                uri=png_uri(contact_sheet(clips[: 2 * SHOWN_CLIPS])), caption="Frames of the first clips."
+            )
+        ],
+    )
+
+
+def raw_maps(row: Mapping[str, Any]) -> dict[Phenomenon, np.ndarray]:
+    """The VLM's maps in a row of the priors table, before any subtraction: `[T, H, W]` per phenomenon."""
+    maps = np.asarray(row["maps"], np.float32).reshape(row["maps_shape"])
+    return {PHENOMENA[index]: map_ for index, map_ in zip(row["map_phenomena"], maps[:-1], strict=True)}
+
+
+def priors_section(clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]]) -> Section:
+    """The VLM's raw maps over frames, and how well they find the masks.
+
+    Args:
+        clips: the truth.
+        rows: the same clips' rows of the priors table.
+    """
+    scores: dict[Phenomenon, list[float]] = defaultdict(list)
+    for clip, row in zip(clips, rows, strict=True):
+        for phenomenon, score in localization_auroc(raw_maps(row), clip.masks).items():
+            scores[phenomenon].append(score)
+    everything = [score for values in scores.values() for score in values]
+    pictures = []
+    for clip, row in list(zip(clips, rows, strict=True))[:SHOWN_CLIPS]:
+        answers = dict(row["answers"])
+        for phenomenon, map_ in raw_maps(row).items():
+            strip = film_strip(heat_overlay(clip.frames, map_))
+            said = f"{phenomenon}; the VLM said: {answers[phenomenon]!r}"
+            pictures.append(Picture(uri=png_uri(strip), caption=said))
+    return Section(
+        title="Physics priors: where the VLM looks",
+        text=f"Raw attention of each answer to the video, over {len(rows)} clips. AUROC against exact masks: "
+        f"{np.mean(everything):.2f} on average over {len(everything)} maps (0.5 is chance).",
+        table=Table(
+            header=["phenomenon", "maps", "mean AUROC"],
+            rows=[
+                [str(p), str(len(scores[p])), f"{np.mean(scores[p]):.2f}"] for p in PHENOMENA if p in scores
+            ],
+        ),
+        pictures=pictures,
+    )
+
+
+def training_section(metrics: Sequence[Mapping[str, float]], curves_of: Sequence[str]) -> Section:
+    """Curves of the named metrics over the logged steps."""
+    steps = [row["step"] for row in metrics]
+    series = {name: [row[name] for row in metrics] for name in curves_of}
+    last = metrics[-1]
+    return Section(
+        title="Training the Physical Branch",
+        text=f"{last['step']:.0f} steps; the last took {last['step_time_s']:.2f} s, "
+        f"that is {last['samples_per_s']:.1f} samples/s.",
+        pictures=[
+            Picture(uri=png_uri(curves(steps, series)), caption="Losses, learning rate and gradient norm.")
+        ],
+    )
+
+
+def routing_section(prompt: str, frames: np.ndarray, trace: PhysicsTrace) -> Section:
+    """Where the refinement experts act in a generated video, and which semantic experts its prompt calls.
+
+    Args:
+        prompt: what was asked for.
+        frames: the generated video, uint8 `[T, H, W, 3]`.
+        trace: of its generation.
+    """
+    assert trace.phenomenon_maps is not None and trace.semantic_weights is not None
+    maps = trace.phenomenon_maps[0].numpy()
+    strongest = maps.mean((0, 1, 2)).argsort()[::-1][:SHOWN_MAPS]
+    weights = trace.semantic_weights[0].tolist()
+    return Section(
+        title="Routing: which physics, and where",
+        text=f"Prompt: {prompt!r}. Maps of the refinement router, mean over {trace.num_passes} "
+        f"denoising steps, for the {SHOWN_MAPS} phenomena with the highest mean.",
+        table=Table(
+            header=[f"semantic expert {index}" for index in range(len(weights))],
+            rows=[[f"{weight:.3f}" for weight in weights]],
+        ),
+        pictures=[
+            Picture(
+                uri=png_uri(film_strip(heat_overlay(frames, maps[..., index]))),
+                caption=f"{PHENOMENA[index]}: mean {maps[..., index].mean():.2f}, "
+                f"from {maps[..., index].min():.2f} to {maps[..., index].max():.2f}",
+            )
+            for index in strongest
+        ],
+    )
+
+
+def videos_section(title: str, text: str, videos: Mapping[str, Path]) -> Section:
+    """Videos with their prompts."""
+    return Section(
+        title=title,
+        text=text,
+        pictures=[Picture(uri=mp4_uri(path), caption=prompt) for prompt, path in videos.items()],
+    )

@@ -1,0 +1,119 @@
+"""The command line: what it teaches, and mistakes that end with one sentence and exit code 2."""
+
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import simulate
+from pipelines.cli import main
+from pipelines.config import Config
+from tests.conftest import tiny_config
+
+COMMANDS = ("simulate", "cache", "train", "generate", "serve", "demo")
+
+
+class CommandLine:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        self.monkeypatch.setattr(sys, "argv", ["prophy", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code or 0, *self.capsys.readouterr()
+
+    def mistake(self, *arguments: str) -> str:
+        """The one sentence that a mistake ends with."""
+        code, _, error = self(*arguments)
+        assert code == 2, error
+        assert "Traceback" not in error
+        sentence = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(sentence) == 1, error
+        return sentence[0]
+
+
+@pytest.fixture
+def prophy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+def in_folder(folder: Path, *overrides: str) -> list[str]:
+    return [part for override in (f"run_dir={folder}", *overrides) for part in ("--set", override)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_prints_its_configuration(
+    prophy: CommandLine, command: str
+) -> None:
+    _, shown, _ = prophy(command, "--help")
+    assert "--print-config" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    code, shown, _ = prophy(command, "--print-config", "--set", "train.learning_rate=1e-4")
+    assert code == 0
+    assert Config.model_validate(yaml.safe_load(shown)).train.learning_rate == 1e-4
+
+
+def test_misspelt_key(prophy: CommandLine) -> None:
+    assert "did you mean 'train.learning_rate'" in prophy.mistake("train", "--set", "train.learning_rat=1")
+
+
+def test_folder_of_another_run(prophy: CommandLine, tmp_path: Path) -> None:
+    simulate.run(tiny_config(tmp_path, "simulate.num_clips=1"))
+    sentence = prophy.mistake("simulate", *in_folder(tmp_path, "simulate.num_clips=2"))
+    assert "belongs to another run: simulate.num_clips is 1 there and 2 here" in sentence
+
+
+def test_no_videos(prophy: CommandLine, ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    overrides = in_folder(tmp_path / "run", f"cache.input={tmp_path / 'empty'}")
+    assert str(tmp_path / "empty") in prophy.mistake("cache", *overrides)
+    overrides = in_folder(tmp_path / "run", f"cache.input={tmp_path / 'nowhere'}")
+    assert str(tmp_path / "nowhere") in prophy.mistake("cache", *overrides)
+
+
+def test_train_without_a_cache(prophy: CommandLine, ray_cluster: None, tmp_path: Path) -> None:
+    assert "prophy cache" in prophy.mistake("train", *in_folder(tmp_path))
+
+
+def test_encodings_of_another_grid(
+    prophy: CommandLine, ray_cluster: None, tiny_cache: Config, tmp_path: Path
+) -> None:
+    overrides = in_folder(tmp_path, f"cache.output={tiny_cache.cache.output}", "backbone.height=32")
+    assert "prophy cache" in prophy.mistake("train", *overrides)
+
+
+@pytest.mark.parametrize("prompt", ["", "   "])
+def test_empty_prompt(prophy: CommandLine, ray_cluster: None, tmp_path: Path, prompt: str) -> None:
+    assert "prompt" in prophy.mistake("generate", "--prompt", prompt, *in_folder(tmp_path))
+
+
+def test_missing_prompt_file(prophy: CommandLine, tmp_path: Path) -> None:
+    assert "no prompt file" in prophy.mistake("generate", "--prompts", str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a ball falls"), ("serve",)])
+def test_checkpoint_of_another_backbone(
+    prophy: CommandLine, ray_cluster: None, branch_checkpoint: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(branch_checkpoint, other)
+    for file in other.glob("*.json"):
+        file.write_text(re.sub(r'("fingerprint": ")[0-9a-f]+', r"\g<1>0123456789abcdef", file.read_text()))
+    sentence = prophy.mistake(*command, *in_folder(tmp_path / "run", f"checkpoint={other}"))
+    assert "backbone" in sentence and str(other) in sentence
+
+
+def test_checkpoint_that_is_not_there(prophy: CommandLine, ray_cluster: None, tmp_path: Path) -> None:
+    sentence = prophy.mistake("serve", *in_folder(tmp_path, f"checkpoint={tmp_path / 'none'}"))
+    assert str(tmp_path / "none") in sentence
+
+
+def test_port_that_is_taken(prophy: CommandLine, ray_cluster: None, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert str(port) in prophy.mistake("serve", *in_folder(tmp_path, f"serve.port={port}"))
