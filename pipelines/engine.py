@@ -4,6 +4,7 @@ It does not know Ray, the cache, or what the module computes.
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ from pipelines.config import TrainConfig
 from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 
-# The one op that DeepSpeed would compile on a CPU (40 s, needs g++) serves tensor-parallel inference only.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Otherwise DeepSpeed asks the compiler which ops it could build, and on a CPU builds one (40 s): shared
+# memory for tensor-parallel inference, which training never calls.
+deepspeed.ops.__compatible_ops__ = {}
 
 
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
     The learning rate rises linearly over `warmup_steps` and stays.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # calls that DeepSpeed makes
 
     def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, train.warmup_steps)))

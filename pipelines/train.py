@@ -5,6 +5,7 @@ depends on the number of the step alone.
 """
 
 import json
+import logging
 import tempfile
 import time
 from datetime import timedelta
@@ -39,6 +40,8 @@ from prophy.train_module import LossOutput, ProPhyTrainModule
 MODEL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+logger = logging.getLogger(__name__)
 
 _NAME = "train"  # of Ray Train's run, and of its folder in the run folder
 
@@ -134,7 +137,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
         if rank == 0:
             folder = config.run_dir / MODEL_FOLDER
             save_branch(engine.module.transformer, folder, loop_config["backbone"])
-            print(f"trained branch after {engine.global_steps} steps: {folder}", flush=True)
+            logger.info("trained branch after %d steps: %s", engine.global_steps, folder)
 
 
 def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
@@ -269,8 +272,10 @@ class MetricsLog:
             self._file.write_text("".join(kept))
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
         self._last = (first_step, time.perf_counter())
-        if first_step:
-            print(f"resumed from step {first_step} of {train.num_steps}", flush=True)
+        if first_step >= train.num_steps:
+            logger.info("step %d of %d was reached before; nothing to train", first_step, train.num_steps)
+        elif first_step:
+            logger.info("resumed from step %d of %d", first_step, train.num_steps)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of `step`, with step time and throughput since the step written before."""
@@ -287,8 +292,7 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
         self._board.flush()
         left = timedelta(seconds=round((self._train.num_steps - step) * step_time))
-        print(
+        logger.info(
             f"step {step}/{self._train.num_steps}  loss {loss:.4f}  "
-            f"diffusion {metrics['diffusion']:.4f}  {speed:.2f} samples/s  {left} left",
-            flush=True,
+            f"diffusion {metrics['diffusion']:.4f}  {speed:.2f} samples/s  {left} left"
         )
