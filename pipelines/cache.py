@@ -86,7 +86,7 @@ def run(config: Config) -> CacheSummary:
     _check_durations(config)
     videos = find_videos(config.cache.input)
     open_run(config)
-    with exclusive(Path(config.cache.output)):
+    with exclusive(_output(config)):
         summary = _fill(config, videos)
     if not summary.num_priors:
         raise ProPhyError(
@@ -109,7 +109,7 @@ def priors_table(config: Config) -> Table:
         "clip_duration_s": config.cache.clip_duration_s,
         "extraction": priors_fingerprint(**parts),
     }
-    return Table(Path(config.cache.output) / "priors", PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
+    return Table(_output(config) / "priors", PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
 
 
 def encodings_table(config: Config) -> Table:
@@ -121,7 +121,7 @@ def encodings_table(config: Config) -> Table:
         "clip_duration_s": config.cache.clip_duration_s,
         "version": _ENCODING_VERSION,
     }
-    folder = Path(config.cache.output) / "encodings" / fingerprint_of(settings)
+    folder = _output(config) / "encodings" / fingerprint_of(settings)
     return Table(folder, ENCODINGS, settings, {"backbone": backbone.model_dump(mode="json")})
 
 
@@ -189,8 +189,12 @@ def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
     }
 
 
+def _output(config: Config) -> Path:
+    return Path(config.cache.output).resolve()  # workers may run elsewhere
+
+
 def _quarantine(config: Config) -> Path:
-    return Path(config.cache.output) / "quarantine"
+    return _output(config) / "quarantine"
 
 
 def _check_durations(config: Config) -> None:
