@@ -112,7 +112,7 @@ class PriorExtractor:
             answers={key: answer.text for key, answer in answers.items()},
             phenomena=phenomena,
             unparsed=unparsed,
-            map_phenomena=[phenomenon.index for phenomenon in phenomena],
+            map_phenomena=[phenomenon.id for phenomenon in phenomena],
             maps=torch.stack([answers[question.id].attention for question in mapped]).numpy(),
         )
 

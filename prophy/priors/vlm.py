@@ -183,7 +183,7 @@ class VideoLanguageModel:
                 f"a multiple of {temporal}, vlm.height and vlm.width to multiples of {patch * merge}"
             )
         t, h, w = num_frames // temporal, height // patch, width // patch
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+        video = torch.tensor(frames).permute(0, 3, 1, 2) / 255
         video = (video - self.mean) / self.std
         video = video.reshape(t, temporal, 3, h // merge, merge, patch, w // merge, merge, patch)
         patches = video.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
@@ -196,6 +196,29 @@ class VideoLanguageModel:
         head, tail = prompt.split(self.tokenizer.convert_ids_to_tokens(self.model.config.video_token_id))
         return head, tail
 
+    def video_tokens(self, grid: torch.Tensor, fps: float) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Everything that precedes a question: the chat's head and the placeholders of the video.
+
+        Args:
+            grid: `[[t, h, w]]`, of the patches.
+            fps: frame rate of the frames.
+
+        Returns:
+            Token ids `[1, L]`, rotary positions `[3, 1, L]`, and the position of the first token after them.
+        """
+        config = self.model.config
+        num_tokens = int(grid.prod()) // config.vision_config.spatial_merge_size**2
+        head = self.tokenizer(self.split_prompt("")[0], add_special_tokens=False).input_ids
+        # One token after the video shows where the positions go on.
+        ids = torch.tensor([[*head, *num_tokens * [config.video_token_id], config.vision_end_token_id]])
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == config.video_token_id) * _VIDEO_TOKEN_TYPE,
+            video_grid_thw=grid,
+            second_per_grid_ts=torch.tensor([config.vision_config.temporal_patch_size / fps]),
+        )
+        return ids[:, :-1], positions[..., :-1], int(positions[0, 0, -1])
+
     @torch.inference_mode()
     def watch(self, frames: np.ndarray, fps: float) -> VideoPrefix:
         """Runs the vision tower and the prefill of everything that precedes a question.
@@ -204,29 +227,22 @@ class VideoLanguageModel:
             frames: `[T, H, W, 3]` uint8 RGB.
             fps: frame rate of these frames.
         """
-        config = self.model.config
         patches, grid = self.pixels(frames)
-        t, h, w = (grid[0] // torch.tensor([1, *2 * [config.vision_config.spatial_merge_size]])).tolist()
-        head = self.tokenizer(self.split_prompt("")[0], add_special_tokens=False).input_ids
-        # One token after the video shows where the rotary positions of the text go on.
-        ids = torch.tensor([[*head, *t * h * w * [config.video_token_id], config.vision_end_token_id]])
-        positions, _ = self.model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == config.video_token_id) * _VIDEO_TOKEN_TYPE,
-            video_grid_thw=grid,
-            second_per_grid_ts=torch.tensor([config.vision_config.temporal_patch_size / fps]),
-        )
+        ids, positions, next_position = self.video_tokens(grid, fps)
         device = self.model.device
         cache = self.model(
-            input_ids=ids[:, :-1].to(device),
-            position_ids=positions[..., :-1].to(device),
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
             pixel_values_videos=patches.to(device),
             video_grid_thw=grid.to(device),
             use_cache=True,
             logits_to_keep=1,
         ).past_key_values
-        length = len(head) + t * h * w
-        return VideoPrefix(cache, length, slice(len(head), length), (t, h, w), int(positions[0, 0, -1]))
+        merge = self.model.config.vision_config.spatial_merge_size
+        t, h, w = grid[0].tolist()
+        length = ids.shape[1]
+        video = slice(length - t * h * w // merge**2, length)
+        return VideoPrefix(cache, length, video, (t, h // merge, w // merge), next_position)
 
     @torch.inference_mode()
     def answer(

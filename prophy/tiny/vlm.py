@@ -24,6 +24,8 @@ from prophy.taxonomy import PHENOMENA
 from prophy.tiny import build_once
 
 SEED = 0
+BACKGROUND_ANSWER = "a dark background"
+ABSENT_ANSWER = "there is no {}"
 PATCH_SIZE = 4
 TEMPORAL_PATCH_SIZE = 2
 MERGE_SIZE = 2
@@ -48,7 +50,7 @@ _CHAT_TEMPLATE = (
 
 def vlm_folder() -> Path:
     """The folder of the VLM, in transformers' layout."""
-    return build_once("vlm", "\n".join([inspect.getsource(sys.modules[__name__]), *_words()]), _build)
+    return build_once("vlm", "\n".join([inspect.getsource(sys.modules[__name__]), *_words()]), write_vlm)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,12 +118,17 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 def _words() -> list[str]:
     """Every token that a question or an answer can hold, each once, in a fixed order."""
-    texts = [*_ROLES, NONE, *PHENOMENA, *(question.text for question in QUESTIONNAIRE), *vocabulary()]
+    texts = [
+        *(*_ROLES, NONE, BACKGROUND_ANSWER, ABSENT_ANSWER, *PHENOMENA),
+        *(question.text for question in QUESTIONNAIRE),
+        *vocabulary(),
+    ]
     split = pre_tokenizers.Whitespace().pre_tokenize_str
     return list(dict.fromkeys(word for text in texts for word, _ in split(text)))
 
 
-def _build(folder: Path) -> None:
+def write_vlm(folder: Path) -> None:
+    """Writes the VLM with fresh weights."""
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
