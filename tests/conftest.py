@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Set before torch, ray or transformers are imported. Ray's sockets need a short path: not pytest's tmp folder.
+# Set before torch, ray and transformers are imported. Ray's sockets need a short path, hence this folder.
 _SCRATCH = Path(tempfile.mkdtemp(prefix="prophy-"))
 os.environ |= {
     "PROPHY_HOME": str(_SCRATCH / "home"),
@@ -16,7 +16,8 @@ os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_V2_ENABLED": "1",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "2",
+    "RAY_prestart_worker_first_driver": "0",  # else one idle process per logical CPU, two seconds of work each
+    "OMP_NUM_THREADS": "1",  # on tensors this small, two threads are slower than one beside other work
 }
 os.environ.pop("RAY_ADDRESS", None)
 
