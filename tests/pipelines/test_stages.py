@@ -120,7 +120,7 @@ def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(config: C
     expected = stage.extractor(frames, (vlm.num_frames - 1) / 2.0, (Phenomenon.COLLISION,))
     assert first["vlm_caption"] == expected.vlm_caption
     assert dict(first["answers"]) == expected.answers
-    assert first["map_phenomena"] == [Phenomenon.COLLISION.index]
+    assert first["map_phenomena"] == [Phenomenon.COLLISION.id]
     assert first["maps_shape"] == [2, 4, 8, 8]
     assert np.array_equal(np.float32(first["maps"]).reshape(first["maps_shape"]), expected.maps)
     assert "presence" in dict(second["answers"])
