@@ -70,7 +70,7 @@ def build_trainer(config: Config) -> TorchTrainer:
     """
     config = _with_absolute_paths(config)
     train, backbone = config.train, config.backbone
-    cache = PriorCache(Path(priors_folder(config)).resolve(), Path(encodings_folder(config)).resolve())
+    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
     _ = build_dataset(config, cache, rank=0)[0]
     identity = {
         "name": backbone.pretrained,

@@ -142,7 +142,15 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class PriorSample:
-    """One clip of the cache: what both tables say of it."""
+    """One clip of the cache.
+
+    Attributes:
+        latents: `[C, T, H, W]`.
+        text_embeds: `[L, D]`.
+        phenomena: `[17]`, label vector.
+        maps: raw, `[K + 1, T, H, W]` on the VLM's grid, the background's last.
+        map_phenomena: taxonomy indices of the first K maps.
+    """
 
     latents: torch.Tensor
     text_embeds: torch.Tensor
