@@ -160,7 +160,8 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
         ReadClip, **_pool(cache.read, backbone.num_frames, backbone.height, backbone.width)
     )
     # Each actor holds the VAE and the text encoder.
-    rows = rows.map_batches(EncodeClip, **_pool(cache.encode, backbone, table))
+    encoders = _pool(cache.encode, backbone, table) | {"batch_size": cache.encode_batch_size}
+    rows = rows.map_batches(EncodeClip, **encoders)
     # Good rows go into a file of the table, errors into one of the quarantine.
     return rows.map_batches(
         WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_io(cache.read)

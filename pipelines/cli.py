@@ -6,6 +6,7 @@ Mistakes of the user end with one sentence and exit code 2; anything else is a b
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -129,6 +130,8 @@ def main() -> None:
     )
     for name in ("pipelines", "prophy"):
         logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # workers inherit it: no bar for each file that a library loads
     try:
         app()
     except ProPhyError as error:

@@ -132,6 +132,7 @@ class CacheConfig(Section):
     read: PoolConfig = PoolConfig()
     extract: PoolConfig = PoolConfig()
     encode: PoolConfig = PoolConfig()
+    encode_batch_size: PositiveInt = Field(1, description="clips that the VAE encodes at once")
 
 
 class LossWeights(Section):

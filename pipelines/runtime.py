@@ -22,7 +22,7 @@ LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow"
 _FREE_SECTIONS = {"ray", "checkpoint", "sampling", "serve", "generate"}
 _FREE_KEYS = {
     "pretrain": {"vlm_steps", "vae_steps", "backbone_steps"},
-    "cache": {"input", "limits", "rows_per_file", "read", "extract", "encode"},
+    "cache": {"input", "limits", "rows_per_file", "read", "extract", "encode", "encode_batch_size"},
     "train": {
         "num_steps",
         "num_workers",

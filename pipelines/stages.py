@@ -168,15 +168,15 @@ class EncodeClip:
             write_file(table.folder, pa.Table.from_pylist([empty]), table.footer, name=EMPTY_PROMPT)
 
     def __call__(self, clips: pa.Table) -> pa.Table:
-        """The latents and the text embeddings of each clip."""
-        return pa.Table.from_pylist([self._encode(clip) for clip in clips.to_pylist()], ENCODINGS_OR_ERROR)
-
-    def _encode(self, clip: dict[str, Any]) -> dict[str, Any]:
-        if clip["error"]:
-            return clip
-        latents = self.encoder.encode_video(_frames(clip, self.size)[None])[0]
-        text_embeds = self.encoder.encode_text([clip["caption"]])[0]
-        return {**clip, **tensor_columns("latents", latents), **tensor_columns("text_embeds", text_embeds)}
+        """The latents and the text embeddings of all clips at once."""
+        rows = clips.to_pylist()
+        good = [row for row in rows if not row["error"]]
+        if good:
+            latents = self.encoder.encode_video(np.stack([_frames(row, self.size) for row in good]))
+            text_embeds = self.encoder.encode_text([row["caption"] for row in good])
+            for row, *tensors in zip(good, latents, text_embeds, strict=True):
+                row |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
+        return pa.Table.from_pylist(rows, ENCODINGS_OR_ERROR)
 
 
 def _frames(clip: dict[str, Any], size: tuple[int, int, int]) -> np.ndarray:
