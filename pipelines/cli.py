@@ -32,9 +32,7 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Such as train.learning_rate=1e-4. Repeatable."
-    ),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Such as train.learning_rate=1e-4. Repeatable."),
 ]
 PrintOption = Annotated[bool, typer.Option("--print-config", help="Print what would run, and stop.")]
 
@@ -131,7 +129,9 @@ def main() -> None:
     for name in ("pipelines", "prophy"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # workers inherit it: no bar for each file that a library loads
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # workers inherit it: no bar for each file that a library loads
     try:
         app()
     except ProPhyError as error:

@@ -16,7 +16,7 @@ os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_V2_ENABLED": "1",
     "HF_HUB_OFFLINE": "1",
-    "RAY_prestart_worker_first_driver": "0",  # else one idle process per logical CPU, two seconds of work each
+    "RAY_prestart_worker_first_driver": "0",  # else an idle process per logical CPU, two seconds of work each
     "OMP_NUM_THREADS": "1",  # on tensors this small, two threads are slower than one beside other work
 }
 os.environ.pop("RAY_ADDRESS", None)
@@ -60,3 +60,23 @@ def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> C
     simulate.run(config)
     cache.run(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def branch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained branch of the embedded default."""
+    import torch
+
+    from prophy.backbones import fingerprint, load_pipeline
+    from prophy.models.checkpoint import save_branch
+    from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+
+    folder = tmp_path_factory.mktemp("branch") / "model"
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+    pipeline = load_pipeline("wan", "tiny", None, torch.float32, None, **parts)
+    physics = tiny_config(folder).physics.model_dump()
+    model = ProPhyWanTransformer3DModel.from_transformer(
+        pipeline.transformer, **physics, latent_shape=(5, 16, 16)
+    )
+    save_branch(model, folder, {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)})
+    return folder

@@ -11,6 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+PLOTS_PER_ROW = 3
+
 
 def heat_overlay(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Lays a map over frames; the more heat, the more opaque.
@@ -40,11 +42,11 @@ def film_strip(frames: np.ndarray, columns: int = 8, scale: int = 2) -> np.ndarr
 
 
 def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
-    """One small plot per series over the same steps."""
-    figure = Figure(figsize=(3.2 * len(series), 2.4), layout="constrained")
-    for axes, (name, values) in zip(
-        figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True
-    ):
+    """One small plot per series over the same steps, side by side in rows."""
+    num_rows = -(-len(series) // PLOTS_PER_ROW)
+    figure = Figure(figsize=(3.2 * PLOTS_PER_ROW, 2.4 * num_rows), layout="constrained")
+    for place, (name, values) in enumerate(series.items(), start=1):
+        axes = figure.add_subplot(num_rows, PLOTS_PER_ROW, place)
         axes.plot(steps, values, color="#3366aa")
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step", fontsize=8)

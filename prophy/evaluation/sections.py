@@ -1,5 +1,6 @@
 """The parts of a run's report: text, figures and pictures of what each step left behind."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from prophy.taxonomy import PHENOMENA, Phenomenon
 
 SHOWN_CLIPS = 4
 SHOWN_MAPS = 3
+SHOWN_CHARACTERS = 80
 
 
 def clips_section(clips: Sequence[StoredClip]) -> Section:
@@ -55,7 +57,7 @@ def priors_section(clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]
         answers = dict(row["answers"])
         for phenomenon, map_ in raw_maps(row).items():
             strip = film_strip(heat_overlay(clip.frames, map_))
-            said = f"{phenomenon}; the VLM said: {answers[phenomenon]!r}"
+            said = f"{phenomenon}; the VLM said: {textwrap.shorten(answers[phenomenon], SHOWN_CHARACTERS)!r}"
             pictures.append(Picture(uri=png_uri(strip), caption=said))
     return Section(
         title="Physics priors: where the VLM looks",
@@ -80,9 +82,7 @@ def training_section(metrics: Sequence[Mapping[str, float]], curves_of: Sequence
         title="Training the Physical Branch",
         text=f"{last['step']:.0f} steps; the last took {last['step_time_s']:.2f} s, "
         f"that is {last['samples_per_s']:.1f} samples/s.",
-        pictures=[
-            Picture(uri=png_uri(curves(steps, series)), caption="Losses, learning rate and gradient norm.")
-        ],
+        pictures=[Picture(uri=png_uri(curves(steps, series)), caption="Over the training steps.")],
     )
 
 

@@ -20,6 +20,7 @@ from prophy.tiny import build_once
 SEED = 0
 MAX_SEQUENCE_LENGTH = 32
 
+# fmt: off
 VAE: dict[str, Any] = {
     "base_dim": 24,
     "z_dim": 16,
@@ -29,43 +30,16 @@ VAE: dict[str, Any] = {
     "is_residual": True,
     # Of simulated clips, so that latents have unit variance.
     "latents_mean": [
-        0.02,
-        0.0,
-        0.1,
-        -0.06,
-        -0.07,
-        -0.06,
-        -0.16,
-        0.16,
-        0.1,
-        0.01,
-        -0.11,
-        0.24,
-        -0.02,
-        0.01,
-        0.33,
-        -0.06,
+        0.02, 0.0, 0.1, -0.06, -0.07, -0.06, -0.16, 0.16,
+        0.1, 0.01, -0.11, 0.24, -0.02, 0.01, 0.33, -0.06,
     ],
     "latents_std": [
-        0.12,
-        0.1,
-        0.1,
-        0.16,
-        0.18,
-        0.18,
-        0.15,
-        0.1,
-        0.12,
-        0.12,
-        0.09,
-        0.09,
-        0.14,
-        0.12,
-        0.22,
-        0.13,
+        0.12, 0.1, 0.1, 0.16, 0.18, 0.18, 0.15, 0.1,
+        0.12, 0.12, 0.09, 0.09, 0.14, 0.12, 0.22, 0.13,
     ],
     "scale_factor_spatial": 4,
 }
+# fmt: on
 TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 6,
     "attention_head_dim": 32,

@@ -141,7 +141,7 @@ def true_answers(clip: ClipTruth, rng: np.random.Generator) -> list[tuple[Questi
         (PRESENCE, format_presence(clip.phenomena)),
         (BACKGROUND, BACKGROUND_ANSWER),
         *((describe(phenomenon), answer) for phenomenon, answer in said.items()),
-        (describe(absent), ABSENT_ANSWER.format(absent)),
+        (describe(absent), f"{ABSENT_ANSWER} {absent}"),
     ]
 
 

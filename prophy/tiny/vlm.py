@@ -25,7 +25,7 @@ from prophy.tiny import build_once
 
 SEED = 0
 BACKGROUND_ANSWER = "a dark background"
-ABSENT_ANSWER = "there is no {}"
+ABSENT_ANSWER = "there is no"
 PATCH_SIZE = 4
 TEMPORAL_PATCH_SIZE = 2
 MERGE_SIZE = 2
