@@ -66,12 +66,13 @@ def build_trainer(config: Config) -> TorchTrainer:
     """The trainer: workers, what each reserves, where checkpoints go. Reads the first step as a trial.
 
     Raises:
-        ProPhyError: no cache, or one that does not fit the configuration.
+        ProPhyError: the cache, or checkpoints that are there, do not fit the configuration.
     """
     config = _with_absolute_paths(config)
     train, backbone = config.train, config.backbone
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
     _ = build_dataset(config, cache, rank=0)[0]
+    _check_num_workers(config)
     identity = {
         "name": backbone.pretrained,
         "revision": backbone.revision,
@@ -111,7 +112,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     engine = initialize(build_module(config, cache.null_text_embeds()), train)
 
     # 2. The step that the last run ended with
-    first_step = _resume(engine, config)
+    first_step = _resume(engine)
     log = MetricsLog(config.run_dir / _NAME, first_step, train) if rank == 0 else None
 
     # 3. Steps; a process of its own reads ahead
@@ -219,17 +220,23 @@ def _clip_shape(backbone: BackboneConfig) -> ClipShape:
     )
 
 
-def _resume(engine: DeepSpeedEngine, config: Config) -> int:
+def _check_num_workers(config: Config) -> None:
+    """What DeepSpeed shards over some workers, it cannot load on more or fewer."""
+    now = config.train.num_workers
+    for folder in (config.run_dir / _NAME).glob("step-*"):
+        saved_by = Checkpoint.from_directory(folder).get_metadata().get("num_workers", now)
+        if saved_by != now:
+            raise ProPhyError(
+                f"the checkpoints in {config.run_dir} were saved by {saved_by} workers, and "
+                f"train.num_workers is {now}; set it back, or choose another run_dir"
+            )
+
+
+def _resume(engine: DeepSpeedEngine) -> int:
     """Loads the last checkpoint, if there is one, and returns the step that it was saved after."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
-    saved_by = checkpoint.get_metadata()["num_workers"]
-    if saved_by != config.train.num_workers:
-        raise ProPhyError(
-            f"the last checkpoint in {config.run_dir} was saved by {saved_by} workers, and train.num_workers "
-            f"is {config.train.num_workers}; set it back, or choose another run_dir"
-        )
     with checkpoint.as_directory() as folder:
         load_checkpoint(engine, Path(folder))
     return engine.global_steps
