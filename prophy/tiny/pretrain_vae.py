@@ -172,7 +172,7 @@ def _whole_clips(clips: TrainingClips, recipe: VaeRecipe, rng: np.random.Generat
 
 def _to_pixels(frames: np.ndarray) -> torch.Tensor:
     """uint8 `[B, T, H, W, 3]` -> `[B, 3, T, H, W]` in [-1, 1]."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
+    return torch.tensor(frames).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
 
 
 def _loss(

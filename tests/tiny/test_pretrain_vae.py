@@ -18,9 +18,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps, the last of them on a whole clip."""
+    """A run of five steps, the last of them on a whole clip."""
     folder = tmp_path_factory.mktemp("whole")
-    pretrain_vae(folder, VaeRecipe(num_steps=4, **SMALL))
+    pretrain_vae(folder, VaeRecipe(num_steps=5, **SMALL))
     return folder
 
 
@@ -36,14 +36,14 @@ def test_writes_a_vae_that_is_measured_and_normalises_its_latents(whole: Path) -
 
 
 def test_goes_on_where_it_was_cut_off_as_if_it_had_not_been(whole: Path, tmp_path: Path) -> None:
-    recipe = VaeRecipe(num_steps=4, **SMALL)
+    recipe = VaeRecipe(num_steps=5, **SMALL)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr("prophy.tiny.pretraining._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         patch.setattr("prophy.tiny.pretrain_vae._whole_clips", _interrupt)
         pretrain_vae(tmp_path, recipe)
     assert not (tmp_path / "vae").exists()
     progress = pretrain_vae(tmp_path, recipe)
-    assert len(progress.history) == 4
+    assert len(progress.history) == 5
     expected, actual = weights(whole), weights(tmp_path)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
@@ -55,7 +55,8 @@ def _interrupt(*_: object) -> None:
 def test_learns_to_reconstruct(tmp_path: Path) -> None:
     recipe = VaeRecipe(num_steps=30, crops_share=1.0, **SMALL)
     history = pretrain_vae(tmp_path, recipe).history
-    assert history[-1]["l1"] < 0.6 * history[0]["l1"]
+    errors = [entry["l1"] for entry in history]
+    assert sum(errors[-10:]) < 0.8 * sum(errors[:10])
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
