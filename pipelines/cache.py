@@ -85,7 +85,7 @@ def run(config: Config) -> CacheSummary:
     """
     _check_durations(config)
     videos = find_videos(config.cache.input)
-    open_run(config)
+    open_run(config, "cache")
     with exclusive(_output(config)):
         summary = _fill(config, videos)
     if not summary.num_priors:
@@ -127,7 +127,7 @@ def encodings_table(config: Config) -> Table:
 
 def priors_folder(config: Config) -> str:
     """Where the priors lie."""
-    return str(priors_table(config).folder)
+    return str(Path(config.cache.output) / "priors")
 
 
 def encodings_folder(config: Config) -> str:

@@ -118,8 +118,7 @@ def _summary_section(config: Config, watch: Stopwatch) -> Section:
         title="What ran",
         text="Every step of the product on the embedded default, whose models are real classes with "
         "untrained weights: maps, routing and videos show that the parts work together, not yet what they "
-        "can do.\n"
-        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "can do.\n" + ", ".join(f"{name} {version}" for name, version in versions.items()),
         table=Table(
             header=["step", "seconds"],
             rows=[[name, f"{seconds:.1f}"] for name, seconds in watch.seconds.items()],

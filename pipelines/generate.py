@@ -61,7 +61,7 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
 
     check_model(config)
     model = model_fingerprint(config)
-    open_run(config)
+    open_run(config, "generate")
     output = config.generate.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     specs = [

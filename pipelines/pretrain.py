@@ -36,7 +36,7 @@ def run(config: Config, part: Part) -> Path:
         simulate.run(config)
         cache.run(config)
         return train.run(config)
-    folder = open_run(config) / "pretrain"
+    folder = open_run(config, "pretrain") / "pretrain"
     folder.mkdir(exist_ok=True)
     settings = config.pretrain
     match part:

@@ -18,11 +18,15 @@ from prophy.errors import ProPhyError
 
 LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow", "prophy-ray")
 
-# Sections that may change between two commands in one run folder: they say how to run, not what is made.
-_FREE_SECTIONS = {"ray", "checkpoint", "sampling", "serve", "generate"}
+# What a command makes depends on these sections; its results in one run folder must agree in them.
+_SECTIONS = {
+    "simulate": ("simulate",),
+    "pretrain": ("pretrain",),
+    "train": ("backbone", "vlm", "physics", "train"),
+}
+# Keys of them that say how to run, not what is made.
 _FREE_KEYS = {
     "pretrain": {"vlm_steps", "vae_steps", "backbone_steps"},
-    "cache": {"input", "limits", "rows_per_file", "read", "extract", "encode", "encode_batch_size"},
     "train": {
         "num_steps",
         "num_workers",
@@ -36,18 +40,18 @@ _FREE_KEYS = {
 }
 
 
-def open_run(config: Config) -> Path:
-    """Creates the run folder, or checks that the one there belongs to this configuration.
+def open_run(config: Config, command: str) -> Path:
+    """Creates the run folder, or checks that what `command` made there belongs to this configuration.
 
-    Writes `config.yaml` (resolved) and `versions.yaml`.
+    Writes `<command>.yaml` (the resolved configuration) and `versions.yaml`.
 
     Raises:
         ProPhyError: the folder holds a run that does not fit this configuration, or cannot be written.
     """
     folder = config.run_dir
-    saved = folder / "config.yaml"
+    saved = folder / f"{command}.yaml"
     if saved.exists():
-        _check_same_run(yaml.safe_load(saved.read_text()), config, folder)
+        _check_same_run(yaml.safe_load(saved.read_text()), config, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved.write_text(config.to_yaml())
@@ -60,16 +64,14 @@ def open_run(config: Config) -> Path:
     return folder
 
 
-def _check_same_run(saved: dict[str, Any], config: Config, folder: Path) -> None:
+def _check_same_run(saved: dict[str, Any], config: Config, command: str) -> None:
     current = config.model_dump(mode="json")
-    for section, values in current.items():
-        if section in _FREE_SECTIONS or section == "run_dir":
-            continue
-        for key, value in values.items():
+    for section in _SECTIONS.get(command, ()):
+        for key, value in current[section].items():
             before = saved.get(section, {}).get(key)
             if key not in _FREE_KEYS.get(section, ()) and before != value:
                 raise ProPhyError(
-                    f"{folder} belongs to another run: {section}.{key} is {before!r} there "
+                    f"{config.run_dir} belongs to another run: {section}.{key} is {before!r} there "
                     f"and {value!r} here; choose another run_dir, or set it back"
                 )
 

@@ -163,7 +163,7 @@ def serving(config: Config) -> Iterator[str]:
     """
     port = _free_port(config.serve.host, config.serve.port)
     app = build_app(config)
-    open_run(config)
+    open_run(config, "serve")
     with ray_session(config):
         running = ", ".join(serve.status().applications)
         if running:

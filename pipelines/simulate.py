@@ -22,7 +22,7 @@ def run(config: Config, contact_sheet: Path | None = None) -> Path:
     Returns:
         The path of the manifest.
     """
-    open_run(config)
+    open_run(config, "simulate")
     settings = config.simulate
     manifest = settings.output / "manifest.parquet"
     if manifest.exists():

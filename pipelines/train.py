@@ -56,7 +56,7 @@ def run(config: Config) -> Path:
         ProPhyError: no cache, or one that does not fit; or the run folder belongs to another run.
     """
     trainer = build_trainer(config)
-    run_dir = open_run(config)
+    run_dir = open_run(config, "train")
     with ray_session(config):
         trainer.fit()
     return run_dir / MODEL_FOLDER

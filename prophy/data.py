@@ -19,10 +19,7 @@ from torch.utils.data import Dataset
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import tensor_from_columns
-
-INDEX = "index.parquet"
-EMPTY_PROMPT = "empty_prompt.parquet"
+from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
 
 Shape = tuple[int, ...]
 

@@ -1,7 +1,6 @@
 """A job submitted to a cluster that asks for a token, and the cluster manifest."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -54,8 +54,10 @@ def cluster(tmp_path: Path) -> Iterator[str]:
         except httpx.TransportError:
             time.sleep(0.2)
     yield address
-    os.killpg(head.pid, signal.SIGTERM)
-    head.wait(timeout=60)
+    started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    for process in started:
+        process.kill()
+    psutil.wait_procs(started, timeout=30)
 
 
 def submit(address: str, token: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -79,6 +81,8 @@ def test_submitted_cache_job_runs_and_wants_the_token(cluster: str, tmp_path: Pa
     assert not Path(config.cache.output).exists()
 
     done = submit(cluster, TOKEN, *cache)
+    while "No available agent" in done.stderr:  # the cluster is still starting
+        done = submit(cluster, TOKEN, *cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert pq.read_table(Path(config.cache.output) / "priors" / "index.parquet").num_rows == 3
 

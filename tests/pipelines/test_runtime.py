@@ -13,24 +13,25 @@ from tests.conftest import tiny_config
 
 
 def test_run_folder_keeps_configuration_and_versions(config: Config) -> None:
-    folder = open_run(config)
-    assert Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text())) == config
+    folder = open_run(config, "cache")
+    assert Config.model_validate(yaml.safe_load((folder / "cache.yaml").read_text())) == config
     assert {"python", "torch", "ray", "deepspeed"} <= yaml.safe_load(
         (folder / "versions.yaml").read_text()
     ).keys()
 
 
 def test_same_run_may_change_how_but_not_what(tmp_path: Path) -> None:
-    open_run(tiny_config(tmp_path))
-    open_run(tiny_config(tmp_path, "train.num_steps=99", "ray.num_cpus=4", "serve.port=9000"))
+    open_run(tiny_config(tmp_path, "physics.top_k=4"), "cache")
+    open_run(tiny_config(tmp_path, "physics.top_k=2"), "train")  # nothing of it was trained before
+    open_run(tiny_config(tmp_path, "train.num_steps=99", "ray.num_cpus=4", "serve.port=9000"), "train")
     with pytest.raises(ProPhyError, match=r"belongs to another run: physics.top_k is 2 there and 3 here"):
-        open_run(tiny_config(tmp_path, "physics.top_k=3"))
+        open_run(tiny_config(tmp_path, "physics.top_k=3"), "train")
 
 
 def test_unwritable_run_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ProPhyError, match="cannot write to run_dir"):
-        open_run(tiny_config(tmp_path / "file" / "run"))
+        open_run(tiny_config(tmp_path / "file" / "run"), "train")
 
 
 def test_user_error_comes_out_of_a_worker(ray_cluster: None, config: Config) -> None:
