@@ -127,7 +127,7 @@ def encodings_table(config: Config) -> Table:
 
 def priors_folder(config: Config) -> str:
     """Where the priors lie."""
-    return str(Path(config.cache.output) / "priors")
+    return str(_output(config) / "priors")
 
 
 def encodings_folder(config: Config) -> str:
@@ -191,7 +191,7 @@ def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
 
 
 def _output(config: Config) -> Path:
-    return Path(config.cache.output).resolve()  # workers may run elsewhere
+    return Path(config.cache.output)
 
 
 def _quarantine(config: Config) -> Path:

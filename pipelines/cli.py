@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from pipelines.config import Config, load_config, preset_names
+from pipelines.config import Config, Part, load_config, preset_names
 from prophy.errors import ProPhyError
 
 app = typer.Typer(
@@ -106,6 +106,20 @@ def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
     from pipelines import serve
 
     serve.run(resolved)
+
+
+@app.command()
+def pretrain(
+    part: Annotated[Part, typer.Argument(help="vlm, vae, backbone (after the vae), or branch.")],
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+) -> None:
+    """Train a part of the small default from nothing, on simulated clips. Resumes by itself."""
+    resolved = _configure(config, set_, print_config)
+    from pipelines import pretrain
+
+    pretrain.run(resolved, part)
 
 
 @app.command()

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -28,6 +29,20 @@ from prophy.errors import ProPhyError
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+def _absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).absolute())
+
+
+def _absolute_folder(name: str) -> str:
+    return _absolute(name) if name != "tiny" and Path(name).is_dir() else name
+
+
+# Workers run in folders of their own: what is relative on the command line must not stay so.
+LocalPath = Annotated[Path, AfterValidator(Path.absolute)]
+Location = Annotated[str, AfterValidator(_absolute)]
+Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
 
 
 class Section(BaseModel):
@@ -54,7 +69,7 @@ class BackboneConfig(Section):
     """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
 
     family: Literal["wan"]
-    pretrained: str = Field(
+    pretrained: Pretrained = Field(
         description="hub id or folder of a diffusers pipeline; 'tiny' is the embedded one"
     )
     revision: str | None = None
@@ -70,7 +85,7 @@ class BackboneConfig(Section):
 class VlmConfig(Section):
     """The Qwen2.5-VL that teaches: what it sees, and which of its attention is kept."""
 
-    pretrained: str = Field(description="hub id or folder; 'tiny' is the embedded one")
+    pretrained: Pretrained = Field(description="hub id or folder; 'tiny' is the embedded one")
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device_map: str | None = None
@@ -105,7 +120,7 @@ class PhysicsConfig(Section):
 class SimulateConfig(Section):
     """The simulated physics clips."""
 
-    output: Path
+    output: LocalPath
     num_clips: PositiveInt
     seed: int = 0
     num_frames: PositiveInt
@@ -124,8 +139,10 @@ class VideoLimits(Section):
 class CacheConfig(Section):
     """Offline prior caching: which videos, into which folder, with which pools."""
 
-    input: str = Field(description="folder of videos, or a Parquet manifest with `path` and optional labels")
-    output: str
+    input: Location = Field(
+        description="folder of videos, or a Parquet manifest with `path` and optional labels"
+    )
+    output: Location
     clip_duration_s: PositiveFloat = Field(description="videos are cut into clips of this length")
     limits: VideoLimits = VideoLimits()
     rows_per_file: PositiveInt = 32
@@ -192,7 +209,7 @@ class ServeConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    output: Path = Field(description="folder of the job database and the videos")
+    output: LocalPath = Field(description="folder of the job database and the videos")
     max_queued: PositiveInt = 100
     min_replicas: NonNegativeInt = 0
     max_replicas: PositiveInt = 1
@@ -220,9 +237,13 @@ class ServeConfig(Section):
 class GenerateConfig(Section):
     """Offline generation."""
 
-    output: Path
+    output: LocalPath
     seed: int = 0
     pool: PoolConfig = PoolConfig()
+
+
+Part = Literal["vlm", "vae", "backbone", "branch"]
+"""A part of the embedded default."""
 
 
 class PretrainConfig(Section):
@@ -238,8 +259,8 @@ class PretrainConfig(Section):
 class Config(Section):
     """Everything a run needs."""
 
-    run_dir: Path = Field(description="folder of this run; other folders default to places inside it")
-    checkpoint: Path | None = Field(
+    run_dir: LocalPath = Field(description="folder of this run; other folders default to places inside it")
+    checkpoint: LocalPath | None = Field(
         None, description="folder of a trained branch, for serve and generate; null is the bare backbone"
     )
     ray: RayConfig

@@ -102,7 +102,7 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
         [
             _summary_section(config, watch),
             sections.clips_section(clips),
-            sections.priors_section(clips, [priors[str(clip.path.absolute())] for clip in clips]),
+            sections.priors_section(clips, [priors[str(clip.path)] for clip in clips]),
             sections.training_section(metrics, CURVES),
             sections.routing_section(PROMPTS[0], frames, trace),
             sections.videos_section("Generated offline", "prophy generate, with the trained branch.", videos),

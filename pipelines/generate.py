@@ -62,7 +62,7 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
     check_model(config)
     model = model_fingerprint(config)
     open_run(config, "generate")
-    output = config.generate.output.absolute()
+    output = config.generate.output
     output.mkdir(parents=True, exist_ok=True)
     specs = [
         spec(config, prompt, occurrence=prompts[:index].count(prompt)) for index, prompt in enumerate(prompts)

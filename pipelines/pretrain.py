@@ -2,21 +2,18 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from pipelines import cache, simulate, train
-from pipelines.config import Config
+from pipelines.config import Config, Part
 from pipelines.runtime import open_run
 from prophy.tiny.pretrain_backbone import BackboneRecipe, pretrain_backbone
 from prophy.tiny.pretrain_vae import VaeRecipe, pretrain_vae
 from prophy.tiny.pretrain_vlm import VlmRecipe, pretrain_vlm
 
 logger = logging.getLogger(__name__)
-
-Part = Literal["vlm", "vae", "backbone", "branch"]
 
 _SMOOTHED_OVER = 20
 

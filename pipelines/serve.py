@@ -148,7 +148,7 @@ def build_app(config: Config) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.1,
     )(VideoAPI)
-    return api.bind(config, shape_limits(config), settings.output.absolute(), generator)
+    return api.bind(config, shape_limits(config), settings.output, generator)
 
 
 @contextmanager

@@ -68,7 +68,6 @@ def build_trainer(config: Config) -> TorchTrainer:
     Raises:
         ProPhyError: the cache, or checkpoints that are there, do not fit the configuration.
     """
-    config = _with_absolute_paths(config)
     train, backbone = config.train, config.backbone
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
     _ = build_dataset(config, cache, rank=0)[0]
@@ -195,14 +194,6 @@ def build_module(config: Config, null_text_embeds: torch.Tensor) -> ProPhyTrainM
         train.reduction,
         train.gradient_accumulation_steps,
     )
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Ray Train gives each worker a working directory of its own."""
-    backbone, pretrained = config.backbone, Path(config.backbone.pretrained)
-    if resolve_pretrained(backbone.pretrained) == backbone.pretrained and pretrained.is_dir():
-        backbone = backbone.model_copy(update={"pretrained": str(pretrained.resolve())})
-    return config.model_copy(update={"run_dir": config.run_dir.resolve(), "backbone": backbone})
 
 
 def _clip_shape(backbone: BackboneConfig) -> ClipShape:

@@ -21,7 +21,22 @@ def test_override_wins_and_is_typed() -> None:
     )
     assert config.train.learning_rate == 1e-4
     assert config.physics.physics_layers == [1, 3]
-    assert config.cache.output == "elsewhere/cache"  # references follow the override
+    assert config.cache.output == str(Path("elsewhere/cache").absolute())  # references follow the override
+
+
+def test_local_paths_become_absolute_and_the_rest_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        "tiny",
+        ["cache.input=s3://bucket/clips", "backbone.pretrained=model", "checkpoint=c", "vlm.pretrained=a/b"],
+    )
+    assert config.cache.input == "s3://bucket/clips"
+    assert config.backbone.pretrained == str(tmp_path / "model")
+    assert config.checkpoint == tmp_path / "c"
+    assert config.vlm.pretrained == "a/b"
 
 
 @pytest.mark.parametrize(
