@@ -32,7 +32,13 @@ def free_port() -> int:
 def cluster(tmp_path: Path) -> Iterator[str]:
     """A head node with token authentication; yields the address of its job server."""
     port = free_port()
-    ports = [f"--port={free_port()}", f"--dashboard-port={port}", f"--ray-client-server-port={free_port()}"]
+    ports = [  # another Ray may run here, on the default ones
+        f"--dashboard-port={port}",
+        *(
+            f"--{name}={free_port()}"
+            for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port")
+        ),
+    ]
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
