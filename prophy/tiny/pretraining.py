@@ -116,7 +116,7 @@ def fit(
         checkpoint: file that is replaced about once a minute and at the end.
         num_steps: steps in all.
     """
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # `taskset` keeps it to some cores
     progress = Progress()
     if checkpoint.exists():
         saved = torch.load(checkpoint)
