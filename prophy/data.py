@@ -283,7 +283,11 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         sample = self._cache.read(sample_id)
         shape = self._clip_shapes[tuple(sample.latents.shape)]
         targets, mask = self._make_targets(
-            sample.maps, sample.map_phenomena, grid=shape.token_grid, num_frames=shape.num_frames
+            sample.maps,
+            sample.map_phenomena,
+            sample.latents,
+            grid=shape.token_grid,
+            num_frames=shape.num_frames,
         )
         generator = torch.Generator().manual_seed(_seed(self._seed, step, sample_id))
         return {

@@ -157,6 +157,7 @@ def test_batch_holds_what_the_cache_holds(cache: PriorCache) -> None:
             targets, mask = make_targets(
                 torch.from_numpy(prior["maps"].reshape(prior["maps_shape"])),
                 prior["map_phenomena"],
+                sample["latents"],
                 grid=grid,
                 num_frames=9,
                 recipe="minus_background",

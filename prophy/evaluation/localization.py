@@ -36,3 +36,26 @@ def localization_auroc(
         if inside.any() and not inside.all():
             scores[phenomenon] = float(roc_auc_score(inside.ravel(), maps[phenomenon].ravel()))
     return scores
+
+
+def discrimination_auroc(
+    maps: Mapping[Phenomenon, np.ndarray], masks: Mapping[Phenomenon, np.ndarray]
+) -> dict[Phenomenon, float]:
+    """How well a map tells its own mask's cells from those of the other masks; cells of no mask do not count.
+
+    Args:
+        maps: per phenomenon `[t, h, w]`, any scale.
+        masks: per phenomenon `[T, H, W]`, bool, at pixel resolution.
+
+    Returns:
+        One figure per phenomenon that has a map, a mask, and others beside it.
+    """
+    scores = {}
+    for phenomenon in maps.keys() & masks.keys():
+        grid = maps[phenomenon].shape
+        own = mask_on_grid(masks[phenomenon], grid)
+        others = [mask_on_grid(mask, grid) for other, mask in masks.items() if other is not phenomenon]
+        counted = own ^ np.any(others, axis=0) if others else np.zeros(grid, bool)
+        if own[counted].any() and not own[counted].all():
+            scores[phenomenon] = float(roc_auc_score(own[counted], maps[phenomenon][counted]))
+    return scores

@@ -5,6 +5,8 @@ Equations: METHOD.md section 4, steps 3 and 4.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -13,10 +15,30 @@ import torch.nn.functional as F
 from prophy.errors import ProPhyError
 from prophy.taxonomy import NUM_PHENOMENA
 
-Recipe = Callable[[torch.Tensor], torch.Tensor]
-"""Raw maps `[K + 1, T, H, W]`, the background's last, to signed maps `[K, T, H, W]`: positive is 'here'."""
-
 _FRAMES_PER_SLICE = 2  # Qwen2.5-VL's temporal patch: each slice of a map is a pair of frames
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How raw maps become signed ones, in this order; positive is 'here'.
+
+    Attributes:
+        subtract: raw maps `[K + 1, T, H, W]`, the background's last, to signed maps `[K, T, H, W]`.
+        blur: whether each cell first becomes the mean over the 3x3 cells around it.
+        by_motion: whether the result is multiplied by how much the latents move there: the VLM names, motion
+            delimits. For a still camera.
+    """
+
+    subtract: Callable[[torch.Tensor], torch.Tensor]
+    blur: bool
+    by_motion: bool
+
+    def __call__(
+        self, maps: torch.Tensor, latents: torch.Tensor, grid: tuple[int, int, int], num_frames: int
+    ) -> torch.Tensor:
+        """Signed maps `[K, T', H', W']`; the arguments are those of `make_targets`."""
+        signed = resample(self.subtract(_blur(maps) if self.blur else maps), grid, num_frames)
+        return signed * motion(latents, grid) if self.by_motion else signed
 
 
 def _none(maps: torch.Tensor) -> torch.Tensor:
@@ -25,6 +47,10 @@ def _none(maps: torch.Tensor) -> torch.Tensor:
 
 def _minus_background(maps: torch.Tensor) -> torch.Tensor:
     return maps[:-1] - maps[-1]
+
+
+def _minus_mean(maps: torch.Tensor) -> torch.Tensor:
+    return maps[:-1] - maps.mean(0)
 
 
 def _minus_others(maps: torch.Tensor) -> torch.Tensor:
@@ -39,20 +65,24 @@ def _blur(maps: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
 
 
-_SUBTRACTIONS: dict[str, Recipe] = {
+_SUBTRACTIONS = {
     "none": _none,
     "minus_background": _minus_background,  # the paper's
+    "minus_mean": _minus_mean,  # of all maps of the clip, the background's included
     "minus_others": _minus_others,
 }
 
-
-def _blurred(subtract: Recipe) -> Recipe:
-    return lambda maps: subtract(_blur(maps))
-
-
-RECIPES: dict[str, Recipe] = _SUBTRACTIONS | {
-    f"{name}_blur": _blurred(subtract) for name, subtract in _SUBTRACTIONS.items()
+RECIPES: dict[str, Recipe] = {
+    name + "_blur" * blur + "_motion" * by_motion: Recipe(subtract, blur, by_motion)
+    for by_motion, blur, (name, subtract) in product((False, True), (False, True), _SUBTRACTIONS.items())
 }
+"""By name: a subtraction, then `_blur` and `_motion` where they are applied."""
+
+
+def motion(latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """How far latents `[C, T, H, W]` are from their median over time, mean over channels: `[T', H', W']`."""
+    moved = (latents - latents.median(dim=1, keepdim=True).values).abs().mean(0)
+    return F.adaptive_avg_pool3d(moved[None], grid)[0]
 
 
 def resample(maps: torch.Tensor, grid: tuple[int, int, int], num_frames: int) -> torch.Tensor:
@@ -82,6 +112,7 @@ def resample(maps: torch.Tensor, grid: tuple[int, int, int], num_frames: int) ->
 def make_targets(
     maps: torch.Tensor,
     map_phenomena: Sequence[int],
+    latents: torch.Tensor,
     *,
     grid: tuple[int, int, int],
     num_frames: int,
@@ -97,6 +128,7 @@ def make_targets(
     Args:
         maps: raw maps `[K + 1, T, H, W]` on the VLM's grid, the background's last.
         map_phenomena: taxonomy indices of the first K maps.
+        latents: of the clip, `[C, T, H, W]`.
         grid: tokens of the video model, `(T', H', W')`.
         num_frames: frames that the video model sees, `1 + c (T' - 1)`.
         recipe: a key of `RECIPES`.
@@ -116,7 +148,7 @@ def make_targets(
     targets = torch.zeros(num_tokens, NUM_PHENOMENA)
     mask = torch.zeros(num_tokens, NUM_PHENOMENA, dtype=torch.bool)
     if map_phenomena:
-        signed = resample(RECIPES[recipe](maps), grid, num_frames).flatten(1).T
+        signed = RECIPES[recipe](maps, latents, grid, num_frames).flatten(1).T
         positive = signed.clamp(min=0)
         peak = positive.amax(0)
         targets[:, map_phenomena] = positive / peak.clamp(min=torch.finfo(peak.dtype).tiny)

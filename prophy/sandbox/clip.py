@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prophy.sandbox import dynamics, optics, thermodynamics
-from prophy.sandbox.drawing import COLOURS, WORLD_M, Canvas
+from prophy.sandbox.drawing import BACKGROUND, COLOURS, WORLD_M, Canvas
 from prophy.sandbox.scene import SIDES, Part, Scene, describe, words_of
 from prophy.sandbox.splits import Split, split_of
 from prophy.taxonomy import PHENOMENA, Phenomenon
@@ -93,9 +93,15 @@ def simulate_clip(
     parts = _draw_parts(rng, phenomena)
     while split_of(parts) != split:
         parts = _draw_parts(rng, phenomena)
+    return play_parts(parts, rng, num_frames=num_frames, fps=fps, size=size)
 
+
+def play_parts(
+    parts: tuple[Part, ...], rng: np.random.Generator, *, num_frames: int, fps: float, size: int
+) -> SimulatedClip:
+    """Simulates just these scenes; `rng` draws what they leave open. The rest is as in `simulate_clip`."""
     times_s = np.arange(num_frames) / fps
-    top, bottom = rng.uniform(12, 80, 3), rng.uniform(12, 80, 3)
+    top, bottom = rng.uniform(*BACKGROUND, 3), rng.uniform(*BACKGROUND, 3)
     gradient = np.linspace(top, bottom, size, dtype=np.float32)[:, None]
     frames = np.tile(gradient, (num_frames, 1, size, 1))
 

@@ -19,6 +19,9 @@ WORLD_M = 10.0
 FLOOR_M = 1.0
 """Height of every floor."""
 
+BACKGROUND = (12.0, 80.0)
+"""Darkest and brightest value of any channel of a background."""
+
 COLOURS: dict[str, Colour] = {
     "red": (228, 40, 44),
     "yellow": (250, 220, 50),

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -115,13 +115,13 @@ def pretrain_vae(folder: Path, recipe: VaeRecipe) -> Progress:
     round_to_bfloat16(vae)
     _measure_latents(vae, clips)
     held_out = held_out_clips(recipe.num_held_out)
-    reconstructions = list(_reconstruct(vae, held_out))
+    reconstructions = list(reconstruct(vae, (clip.frames for clip in held_out)))
     measured = {
         "recipe": asdict(recipe),
         "seconds": progress.seconds,
         "cpu_seconds": progress.cpu_seconds,
         "parameters": vae.num_parameters(),
-        **_quality(held_out, reconstructions),
+        **reconstruction_quality(held_out, reconstructions),
     }
     (folder / "vae.json").write_text(json.dumps(measured, indent=2))
     pairs = [
@@ -201,18 +201,18 @@ def _measure_latents(vae: AutoencoderKLWan, clips: TrainingClips) -> None:
 
 
 @torch.no_grad()
-def _reconstruct(vae: AutoencoderKLWan, clips: Sequence[SimulatedClip]) -> Iterator[np.ndarray]:
-    """Frames that were encoded and decoded, uint8 `[T, H, W, 3]` per clip."""
-    for clip in clips:
+def reconstruct(vae: AutoencoderKLWan, videos: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Encodes and decodes videos, uint8 `[T, H, W, 3]` each."""
+    for frames in videos:
         with autocast(_CPU, "bfloat16"):
-            decoded = (
-                vae.decode(vae.encode(_to_pixels(clip.frames[None])).latent_dist.mode()).sample[0].float()
-            )
+            decoded = vae.decode(vae.encode(_to_pixels(frames[None])).latent_dist.mode()).sample[0].float()
         pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
         yield pixels.permute(1, 2, 3, 0).numpy()
 
 
-def _quality(clips: Sequence[SimulatedClip], reconstructions: Sequence[np.ndarray]) -> dict[str, object]:
+def reconstruction_quality(
+    clips: Sequence[SimulatedClip], reconstructions: Sequence[np.ndarray]
+) -> dict[str, object]:
     """Mean PSNR over clips: of all pixels, inside any mask, and inside the mask of each phenomenon."""
     overall, inside, by_phenomenon = [], [], defaultdict(list)
     for clip, frames in zip(clips, reconstructions, strict=True):

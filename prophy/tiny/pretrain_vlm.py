@@ -36,7 +36,7 @@ from prophy.tiny.vlm import ABSENT_ANSWER, BACKGROUND_ANSWER, write_vlm
 logger = logging.getLogger(__name__)
 
 VLM_NUM_FRAMES = 8
-_VLM_FPS = FPS * (VLM_NUM_FRAMES - 1) / (NUM_FRAMES - 1)
+VLM_FPS = FPS * (VLM_NUM_FRAMES - 1) / (NUM_FRAMES - 1)
 _MAX_NEW_TOKENS = 40
 _IGNORED = -100  # label of tokens that are not learned
 _PREFIX, _PADDING = -1, -2  # branches of the packed sequence; questions count from 0
@@ -117,7 +117,7 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
         "seconds": progress.seconds,
         "cpu_seconds": progress.cpu_seconds,
         "parameters": model.num_parameters(),
-        **_measure(folder / "vlm", held_out),
+        **extraction_quality(str(folder / "vlm"), held_out),
     }
     (folder / "vlm.json").write_text(json.dumps(measured, indent=2))
     logger.info("phenomena %.3f, captions %.3f", measured["phenomena"], measured["captions"])
@@ -155,7 +155,7 @@ def pack(
     """
     pixels = [vlm.pixels(vlm_frames(clip.frames)) for clip in clips]
     grid = pixels[0][1]
-    prefix, prefix_positions, next_position = vlm.video_tokens(grid, _VLM_FPS)
+    prefix, prefix_positions, next_position = vlm.video_tokens(grid, VLM_FPS)
 
     def tokens(text: str) -> torch.Tensor:
         return torch.tensor(vlm.tokenizer(text, add_special_tokens=False).input_ids)
@@ -208,12 +208,12 @@ def _validate(vlm: VideoLanguageModel, clips: Sequence[SimulatedClip], recipe: V
     return float(np.mean(losses))
 
 
-def _measure(folder: Path, clips: Sequence[SimulatedClip]) -> dict[str, float]:
+def extraction_quality(pretrained: str, clips: Sequence[SimulatedClip]) -> dict[str, float]:
     """Shares of what extraction gets right: (clip, phenomenon) pairs, label sets, captions, descriptions."""
-    extractor = PriorExtractor(str(folder), dtype="float32", max_new_tokens=_MAX_NEW_TOKENS)
+    extractor = PriorExtractor(pretrained, dtype="float32", max_new_tokens=_MAX_NEW_TOKENS)
     presence, sets, captions, described = [], [], [], []
     for clip in clips:
-        named = extractor(vlm_frames(clip.frames), _VLM_FPS)
+        named = extractor(vlm_frames(clip.frames), VLM_FPS)
         presence += [
             (phenomenon in named.phenomena) == (phenomenon in clip.phenomena) for phenomenon in PHENOMENA
         ]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prophy.errors import ProPhyError
-from prophy.priors.grounding import RECIPES, make_targets, resample
+from prophy.priors.grounding import RECIPES, make_targets, motion, resample
 from prophy.taxonomy import NUM_PHENOMENA
 
 
@@ -24,23 +24,42 @@ def blurred(maps: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def test_recipes(maps):
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(16, 5, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_recipes(maps, latents):
     a, b, background = maps
     expected = {
         "none": torch.stack([a, b]),
         "minus_background": torch.stack([a - background, b - background]),
+        "minus_mean": torch.stack([a, b]) - (a + b + background) / 3,
         "minus_others": torch.stack([a - b, b - a]),
     }
+    grid, moved = (5, 8, 8), motion(latents, (5, 8, 8))
     for name, signed in expected.items():
-        torch.testing.assert_close(RECIPES[name](maps), signed)
-        torch.testing.assert_close(RECIPES[f"{name}_blur"](maps), blurred(signed))
-    assert RECIPES.keys() == {*expected, *(f"{name}_blur" for name in expected)}
+        for blur, wanted in (("", signed), ("_blur", blurred(signed))):
+            wanted = resample(wanted, grid, 17)
+            torch.testing.assert_close(RECIPES[name + blur](maps, latents, grid, 17), wanted)
+            torch.testing.assert_close(
+                RECIPES[name + blur + "_motion"](maps, latents, grid, 17), wanted * moved
+            )
+    assert len(RECIPES) == 4 * len(expected)
+
+
+def test_motion_is_where_latents_differ_from_their_median(latents):
+    still = latents[:, :1].repeat(1, 5, 1, 1)
+    assert not motion(still, (5, 8, 8)).any()
+    still[:, 3, 4:6, 10:12] += 2.0
+    moved = motion(still, (5, 8, 8))
+    assert moved[3, 2, 5] == pytest.approx(2.0) and moved.sum() == pytest.approx(2.0)
 
 
 def test_minus_others_takes_the_mean_of_the_others_and_leaves_a_lone_map_alone(maps):
     four = torch.cat([maps, maps[:1].flip(-1)])
-    torch.testing.assert_close(RECIPES["minus_others"](four)[0], four[0] - (four[1] + four[2]) / 2)
-    assert torch.equal(RECIPES["minus_others"](maps[1:]), maps[1:2])
+    torch.testing.assert_close(RECIPES["minus_others"].subtract(four)[0], four[0] - (four[1] + four[2]) / 2)
+    assert torch.equal(RECIPES["minus_others"].subtract(maps[1:]), maps[1:2])
 
 
 def test_resampling_to_the_same_space_keeps_every_cell(maps):
@@ -76,11 +95,11 @@ def test_space_keeps_means_when_it_shrinks_and_lines_when_it_grows(maps):
 
 
 @pytest.mark.parametrize("negatives", ["ignore", "zero"])
-def test_targets_from_the_formula(maps, negatives):
+def test_targets_from_the_formula(maps, latents, negatives):
     grid, indices = (4, 8, 8), [10, 3]
     maps = maps[:, :1].expand(-1, 4, -1, -1)  # constant in time, which has its own test
     targets, mask = make_targets(
-        maps, indices, grid=grid, num_frames=13, recipe="minus_background", negatives=negatives
+        maps, indices, latents, grid=grid, num_frames=13, recipe="minus_background", negatives=negatives
     )
     assert targets.shape == mask.shape == (4 * 8 * 8, NUM_PHENOMENA)
     assert targets.dtype == torch.float32 and mask.dtype == torch.bool
@@ -99,19 +118,21 @@ def test_targets_from_the_formula(maps, negatives):
 
 
 @pytest.mark.parametrize("negatives", ["ignore", "zero"])
-def test_a_map_without_a_positive_cell_says_nothing(maps, negatives):
+def test_a_map_without_a_positive_cell_says_nothing(maps, latents, negatives):
     maps[-1] = maps.max() + 1
     targets, mask = make_targets(
-        maps, [0, 1], grid=(5, 8, 8), num_frames=17, recipe="minus_background", negatives=negatives
+        maps, [0, 1], latents, grid=(5, 8, 8), num_frames=17, recipe="minus_background", negatives=negatives
     )
     assert not targets.any() and not mask.any()
 
 
-def test_no_phenomenon_no_target(maps):
-    targets, mask = make_targets(maps[-1:], [], grid=(5, 8, 8), num_frames=17, recipe="minus_background")
+def test_no_phenomenon_no_target(maps, latents):
+    targets, mask = make_targets(
+        maps[-1:], [], latents, grid=(5, 8, 8), num_frames=17, recipe="minus_background"
+    )
     assert not targets.any() and not mask.any()
 
 
-def test_unknown_recipe(maps):
+def test_unknown_recipe(maps, latents):
     with pytest.raises(ProPhyError, match="minus_backgroud.*train.recipe.*minus_background"):
-        make_targets(maps, [0, 1], grid=(5, 8, 8), num_frames=17, recipe="minus_backgroud")
+        make_targets(maps, [0, 1], latents, grid=(5, 8, 8), num_frames=17, recipe="minus_backgroud")

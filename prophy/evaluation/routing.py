@@ -1,0 +1,76 @@
+"""Do the experts act where the physics is? Routing of true clips, at all noise levels, against exact masks."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from prophy.device import autocast
+from prophy.evaluation.localization import discrimination_auroc, localization_auroc
+from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.objectives import FlowMatching
+from prophy.sandbox import ClipTruth
+from prophy.taxonomy import PHENOMENA, Phenomenon
+
+
+@dataclass(frozen=True)
+class RoutingScores:
+    """How the routers treat clips.
+
+    Attributes:
+        where: per phenomenon, AUROC of its map against its mask, of each clip that holds it.
+        which: per phenomenon, AUROC of its map at telling its mask from the others', where there are others.
+        semantic_weights: per phenomenon, mean rho_s `[E_s]` of the clips that hold it alone.
+    """
+
+    where: dict[Phenomenon, list[float]]
+    which: dict[Phenomenon, list[float]]
+    semantic_weights: dict[Phenomenon, np.ndarray]
+
+
+@torch.no_grad()
+def score_routing(
+    transformer: ProPhyWanTransformer3DModel,
+    objective: FlowMatching,
+    clips: Sequence[ClipTruth],
+    latents: torch.Tensor,
+    text_embeds: torch.Tensor,
+    token_grid: tuple[int, int, int],
+) -> RoutingScores:
+    """Runs the transformer once on each clip, at quantiles of the timestep that are spread evenly over them.
+
+    Args:
+        transformer: with a Physical Branch.
+        objective: what it was trained on.
+        clips: the truth about each clip.
+        latents: of the clips, `[N, C, T, H, W]`.
+        text_embeds: of their captions, `[N, L, D]`.
+        token_grid: of the transformer.
+    """
+    where: dict[Phenomenon, list[float]] = defaultdict(list)
+    which: dict[Phenomenon, list[float]] = defaultdict(list)
+    weights: dict[Phenomenon, list[np.ndarray]] = defaultdict(list)
+    generator = torch.Generator().manual_seed(0)
+    for index, clip in enumerate(clips):
+        timestep = objective.timesteps(torch.tensor([(index + 0.5) / len(clips)]))
+        x_0 = latents[index : index + 1].float()
+        noisy = objective.add_noise(x_0, torch.randn(x_0.shape, generator=generator), timestep)
+        with autocast(transformer.device, "bfloat16"):
+            routing = transformer(noisy, timestep, text_embeds[index : index + 1].float()).routing
+        found = routing.phenomenon_maps[0].unflatten(0, token_grid).numpy()
+        maps = {phenomenon: found[..., phenomenon.id] for phenomenon in clip.phenomena}
+        for scores, of_clip in (
+            (where, localization_auroc(maps, clip.masks)),
+            (which, discrimination_auroc(maps, clip.masks)),
+        ):
+            for phenomenon, score in of_clip.items():
+                scores[phenomenon].append(score)
+        if len(clip.phenomena) == 1:
+            weights[clip.phenomena[0]].append(routing.semantic_weights[0].numpy())
+    return RoutingScores(
+        where,
+        which,
+        {phenomenon: np.mean(weights[phenomenon], 0) for phenomenon in PHENOMENA if phenomenon in weights},
+    )

@@ -1,0 +1,140 @@
+"""Is what the embedded default generates what was asked for, and does it fall as things fall?
+
+    python tests/benchmarks/backbone.py
+
+By rules on pixels. Prompts for combinations of phenomenon, colour and side that were never trained; paraphrases
+that no caption holds; bouncing balls, whose acceleration is fitted. Beside them the same rulers on true clips
+and on the VAE's reconstructions of them: the ceiling.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from prophy.backbones import load_pipeline
+from prophy.evaluation.generated import (
+    Request,
+    Sampling,
+    fall_requests,
+    held_out_requests,
+    judge_videos,
+    make_videos,
+    measure_falls,
+)
+from prophy.evaluation.semantics import PartVerdict
+from prophy.sandbox import SCENES, WORLD_M, Part, play_parts
+from prophy.sandbox.scene import GRAVITY_M_S2
+from prophy.taxonomy import PHENOMENA
+from prophy.tiny.pretrain_backbone import SAMPLING
+from prophy.tiny.pretrain_vae import reconstruct
+
+NUM_FALLS = 108
+FALLS_HEADER = ("falls", "followed", "acceleration, m/s^2", "within 30 % of g", "several balls")
+SCENE = {scene.name: scene for scene in SCENES}
+PARAPHRASES = (
+    ("a crimson sphere drops on the left", "bouncing_ball", "red", "left"),
+    ("on the right, a lime ball falls down and hops", "bouncing_ball", "green", "right"),
+    ("a violet pendulum is moving to and fro on the left", "pendulum", "purple", "left"),
+    ("a cyan disc rolls down an incline on the right", "rolling_wheel", "turquoise", "right"),
+    ("wobbly red jello on the right", "jelly", "red", "right"),
+    ("golden water is running into a basin on the left", "pouring_liquid", "yellow", "left"),
+    ("blue fumes come out of a chimney on the right", "smoke", "blue", "right"),
+    ("a machine crushes an emerald cube on the left", "press", "green", "left"),
+    ("a block of scarlet ice is melting away on the left", "melting_block", "red", "left"),
+    ("a purple fluid turns to ice on the right", "freezing_tank", "purple", "right"),
+    ("a kettle of teal water is boiling on the left", "boiling_pot", "turquoise", "left"),
+    ("azure droplets condense on a chilled surface on the right", "condensing_vapor", "blue", "right"),
+    ("a lit candle made of green wax on the right", "candle", "green", "right"),
+    ("on the left a lemon yellow bomb goes off", "bomb", "yellow", "left"),
+    ("a magenta laser bounces off a mirror on the left", "mirror", "purple", "left"),
+    ("a ray of indigo light is refracted by glass on the right", "glass_block", "blue", "right"),
+    ("a red ray of light is diffused by mist on the left", "foggy_beam", "red", "left"),
+    ("a double slit makes a pattern of green stripes on the right", "two_slits", "green", "right"),
+    ("someone turns on a yellow light bulb on the right", "lamp", "yellow", "right"),
+)
+
+
+def true_videos(requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
+    """Simulated clips of what is asked."""
+    shape = {"num_frames": sampling.num_frames, "fps": sampling.fps, "size": sampling.size}
+    return [
+        play_parts(request.parts, np.random.default_rng((request.seed, 1)), **shape).frames
+        for request in requests
+    ]
+
+
+def rates(verdicts: Sequence[Sequence[PartVerdict]]) -> list[str]:
+    """Shares of parts with the right phenomenon on the right side, the right colour there, and both."""
+    parts = [part for video in verdicts for part in video]
+    shares = [
+        np.mean([part.phenomenon for part in parts]),
+        np.mean([part.colour for part in parts]),
+        np.mean([part.phenomenon and part.colour for part in parts]),
+    ]
+    return [str(len(parts)), *(f"{100 * share:.1f} %" for share in shares)]
+
+
+def falls_row(videos: Sequence[np.ndarray], requests: Sequence[Request], sampling: Sampling) -> list[str]:
+    """Falls that could be followed, their accelerations, those near the law, frames with several balls."""
+    falls = measure_falls(videos, requests, sampling, sampling.size / WORLD_M)
+    found = [fall.acceleration_m_s2 for fall in falls if fall.acceleration_m_s2 is not None]
+    low, middle, high = np.percentile(found, [10, 50, 90]) if found else (np.nan,) * 3
+    return [
+        f"{len(found)} of {len(falls)}",
+        f"{middle:.1f} ({low:.1f} to {high:.1f})",
+        f"{100 * np.mean([fall.obeys(GRAVITY_M_S2) for fall in falls]):.0f} %",
+        f"{100 * np.mean([fall.split for fall in falls]):.0f} %",
+    ]
+
+
+def main() -> None:
+    console = Console(width=110)
+    pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)
+    requests = held_out_requests()
+    began = time.perf_counter()
+    videos = list(make_videos(pipeline, requests, SAMPLING))
+    console.print(
+        f"{(time.perf_counter() - began) / len(videos):.2f} s per video, {torch.get_num_threads()} threads"
+    )
+    verdicts = judge_videos(videos, requests, SAMPLING)
+    paraphrases = [
+        Request(prompt, (Part(SCENE[scene], colour, side),), index)
+        for index, (prompt, scene, colour, side) in enumerate(PARAPHRASES)
+    ]
+
+    header = ("parts", "phenomenon, side", "colour", "all right")
+    table = Table("held-out combinations", *header, title="what was asked")
+    by_phenomenon = defaultdict(list)
+    for part in (part for video in verdicts for part in video):
+        by_phenomenon[part.part.phenomenon].append([part])
+    for phenomenon in PHENOMENA:
+        table.add_row(phenomenon, *rates(by_phenomenon[phenomenon]))
+    table.add_section()
+    table.add_row("all", *rates(verdicts))
+    true = judge_videos(true_videos(requests, SAMPLING), requests, SAMPLING)
+    table.add_row("true clips (the judge itself)", *rates(true))
+    said = judge_videos(list(make_videos(pipeline, paraphrases, SAMPLING)), paraphrases, SAMPLING)
+    table.add_row("paraphrases", *rates(said))
+    console.print(table)
+    for request, [part] in zip(paraphrases, said, strict=True):
+        if not (part.phenomenon and part.colour):
+            console.print(f"  not right: {request.prompt!r}")
+
+    falls = fall_requests(NUM_FALLS)
+    truth = true_videos(falls, SAMPLING)
+    table = Table(
+        "falls", "followed", "acceleration, m/s^2", "within 30 % of g", "several balls", title="gravity"
+    )
+    table.add_row("true clips", *falls_row(truth, falls, SAMPLING))
+    table.add_row("VAE reconstructions", *falls_row(list(reconstruct(pipeline.vae, truth)), falls, SAMPLING))
+    table.add_row("generated", *falls_row(list(make_videos(pipeline, falls, SAMPLING)), falls, SAMPLING))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
