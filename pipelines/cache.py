@@ -39,7 +39,7 @@ from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
 from prophy.schema import ENCODINGS, PRIORS
 from prophy.taxonomy import from_multi_hot
-from prophy.tiny.vlm import vlm_folder
+from prophy.tiny import bundled
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
 _MAX_BLOCKS = 4096  # of a work list
@@ -100,7 +100,7 @@ def run(config: Config) -> CacheSummary:
 def priors_table(config: Config) -> Table:
     """The priors of this VLM and these questions."""
     vlm = config.vlm
-    folder = str(vlm_folder()) if vlm.pretrained == "tiny" else vlm.pretrained
+    folder = str(bundled("vlm")) if vlm.pretrained == "tiny" else vlm.pretrained
     parts = {
         "model": fingerprint(folder, vlm.revision),
         **vlm.model_dump(include={"dtype", "layers", "max_new_tokens", "num_frames", "height", "width"}),

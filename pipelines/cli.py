@@ -83,6 +83,7 @@ def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
 def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt. Repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
+    contact_sheet: Annotated[Path | None, typer.Option(help="Also write a picture of all videos.")] = None,
     config: ConfigOption = "tiny",
     set_: SetOption = None,
     print_config: PrintOption = False,
@@ -96,7 +97,9 @@ def generate(
         texts += [line for line in prompts.read_text().splitlines() if line.strip()]
     from pipelines import generate
 
-    generate.run(resolved, texts)
+    videos = generate.run(resolved, texts)
+    if contact_sheet is not None:
+        generate.write_contact_sheet(resolved, dict(zip(texts, videos, strict=True)), contact_sheet)
 
 
 @app.command()
@@ -110,12 +113,14 @@ def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
 
 @app.command()
 def pretrain(
-    part: Annotated[Part, typer.Argument(help="vlm, vae, backbone (after the vae), or branch.")],
+    part: Annotated[
+        Part, typer.Argument(help="vlm, vae, backbone (after the vae), branch (after all), or bundle.")
+    ],
     config: ConfigOption = "tiny",
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
-    """Train a part of the small default from nothing, on simulated clips. Resumes by itself."""
+    """Train a part of the small default from nothing, on simulated clips; `bundle` makes it the default."""
     resolved = _configure(config, set_, print_config)
     from pipelines import pretrain
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -25,6 +26,7 @@ from pydantic import (
 )
 
 from prophy.errors import ProPhyError
+from prophy.tiny import bundled
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -40,9 +42,14 @@ def _absolute_folder(name: str) -> str:
 
 
 # Workers run in folders of their own: what is relative on the command line must not stay so.
+def _checkpoint(name: object) -> object:
+    return bundled("branch") if name == "tiny" else name
+
+
 LocalPath = Annotated[Path, AfterValidator(Path.absolute)]
 Location = Annotated[str, AfterValidator(_absolute)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
+Checkpoint = Annotated[Path, BeforeValidator(_checkpoint), AfterValidator(Path.absolute)]
 
 
 class Section(BaseModel):
@@ -242,16 +249,16 @@ class GenerateConfig(Section):
     pool: PoolConfig = PoolConfig()
 
 
-Part = Literal["vlm", "vae", "backbone", "branch"]
-"""A part of the embedded default."""
+Part = Literal["vlm", "vae", "backbone", "branch", "bundle"]
+"""A part of the embedded default, or all that were trained, put where the product looks for them."""
 
 
 class PretrainConfig(Section):
     """How long each part of the embedded default is trained, where it is made from nothing."""
 
-    num_clips: PositiveInt = Field(2000, description="simulated clips that VAE and backbone learn from")
-    vlm_steps: PositiveInt = 2000
-    vae_steps: PositiveInt = 2000
+    num_clips: PositiveInt = Field(3000, description="simulated clips that VAE and backbone learn from")
+    vlm_steps: PositiveInt = 1500
+    vae_steps: PositiveInt = 2400
     backbone_steps: PositiveInt = 1200
     seed: int = 0
 
@@ -260,8 +267,10 @@ class Config(Section):
     """Everything a run needs."""
 
     run_dir: LocalPath = Field(description="folder of this run; other folders default to places inside it")
-    checkpoint: LocalPath | None = Field(
-        None, description="folder of a trained branch, for serve and generate; null is the bare backbone"
+    checkpoint: Checkpoint | None = Field(
+        None,
+        description="folder of a trained branch, for serve and generate; 'tiny' is the embedded one, null is "
+        "the bare backbone",
     )
     ray: RayConfig
     backbone: BackboneConfig

@@ -15,6 +15,8 @@ from pipelines.config import Config
 from pipelines.runtime import open_run, ray_session
 from pipelines.spec import PhysicsSpec, VideoSpec
 from prophy.errors import ProPhyError
+from prophy.sandbox import film_sheet
+from prophy.video import read_frames
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,21 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
             _generate(config, missing)
     _write_manifest(output / MANIFEST, dict(zip(paths, specs, strict=True)))
     return paths
+
+
+def write_contact_sheet(config: Config, videos: dict[str, Path], path: Path) -> None:
+    """Writes a PNG with a row of frames per video, under its prompt.
+
+    Args:
+        config: the run that made the videos.
+        videos: by prompt.
+        path: of the PNG.
+    """
+    backbone = config.backbone
+    end_s = (backbone.num_frames - 1) / backbone.fps
+    size = (backbone.num_frames, backbone.height, backbone.width)
+    film_sheet({prompt: read_frames(video, 0.0, end_s, *size) for prompt, video in videos.items()}).save(path)
+    logger.info("wrote %s", path)
 
 
 def spec(config: Config, prompt: str, physics: PhysicsSpec | None = None, occurrence: int = 0) -> VideoSpec:

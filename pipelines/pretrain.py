@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from pipelines import cache, simulate, train
 from pipelines.config import Config, Part
 from pipelines.runtime import open_run
+from prophy.errors import ProPhyError
+from prophy.tiny import WEIGHTS, ship
 from prophy.tiny.pretrain_backbone import BackboneRecipe, pretrain_backbone
 from prophy.tiny.pretrain_vae import VaeRecipe, pretrain_vae
 from prophy.tiny.pretrain_vlm import VlmRecipe, pretrain_vlm
@@ -23,12 +25,14 @@ def run(config: Config, part: Part) -> Path:
 
     Args:
         config: the run; its `pretrain` section says how long. The branch is trained as any other, on
-            simulated clips, by `prophy cache` and `prophy train`.
-        part: which.
+            simulated clips, by `prophy cache` and `prophy train`, for the parts that are bundled.
+        part: which; `bundle` trains none, but makes what was trained in this run folder the embedded default.
 
     Returns:
         The folder with what was trained, its figures and pictures.
     """
+    if part == "bundle":
+        return _bundle(config.run_dir)
     if part == "branch":
         simulate.run(config)
         cache.run(config)
@@ -52,6 +56,18 @@ def run(config: Config, part: Part) -> Path:
     _draw_curves(progress.history, folder / f"{part}_curves.png")
     logger.info("trained the %s in %s", part, folder)
     return folder
+
+
+def _bundle(run_dir: Path) -> Path:
+    """Raises `ProPhyError` where nothing was trained."""
+    trained = {part: run_dir / "pretrain" / part for part in ("vlm", "vae", "transformer")}
+    trained["branch"] = run_dir / train.MODEL_FOLDER
+    parts = {part: folder for part, folder in trained.items() if folder.is_dir()}
+    if not parts:
+        raise ProPhyError(f"nothing was trained in {run_dir}; run `prophy pretrain` with this run_dir first")
+    ship(parts)
+    logger.info("the embedded default has new weights: %s", ", ".join(parts))
+    return WEIGHTS
 
 
 def _draw_curves(history: list[dict[str, float]], path: Path) -> None:

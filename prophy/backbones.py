@@ -16,7 +16,7 @@ from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, trained_on
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.objectives import FlowMatching
-from prophy.tiny.pipeline import pipeline_folder
+from prophy.tiny.pipeline import pipeline_fingerprint, pipeline_folder
 
 Shape = tuple[int, int, int]
 
@@ -110,6 +110,8 @@ def fingerprint(pretrained: str, revision: str | None) -> str:
     Raises:
         ProPhyError: there is no such model.
     """
+    if pretrained == "tiny":
+        return pipeline_fingerprint()
     path = Path(resolve_pretrained(pretrained))
     if not path.is_dir():
         try:

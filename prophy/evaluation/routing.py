@@ -1,4 +1,4 @@
-"""Do the experts act where the physics is? Routing of true clips, at all noise levels, against exact masks."""
+"""Do the experts act where the physics is? Routing of true clips at all noise levels, against their masks."""
 
 from collections import defaultdict
 from collections.abc import Sequence

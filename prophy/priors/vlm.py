@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from prophy.device import default_device
 from prophy.errors import ProPhyError
-from prophy.tiny.vlm import vlm_folder
+from prophy.tiny import bundled
 
 _ATTENTION = "sdpa_with_video_attention"
 _VIDEO_TOKEN_TYPE = 2  # what get_rope_index calls a video in mm_token_type_ids
@@ -132,7 +132,7 @@ class VideoLanguageModel:
 
     def __init__(self, pretrained: str, revision: str | None, dtype: str, device_map: str | None) -> None:
         revision = revision or "main"
-        source = str(vlm_folder()) if pretrained == "tiny" else pretrained
+        source = str(bundled("vlm")) if pretrained == "tiny" else pretrained
         try:
             model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
             if model_type != "qwen2_5_vl":

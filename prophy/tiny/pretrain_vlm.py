@@ -1,13 +1,15 @@
 """Trains the embedded VLM to answer the questionnaire about simulated clips.
 
 One packed sequence per clip: the video once, then all questions with their true answers side by side, each
-seeing only the video and itself. Extraction computes the same, with one batch row per question.
+seeing only the video and itself. Extraction computes the same, with one batch row per question. Answers name
+no side: the network gets no coordinates, and would spend most of the training on left and right.
 """
 
 import json
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,10 @@ from prophy.device import autocast
 from prophy.priors.extractor import PriorExtractor
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, Question, describe, format_presence
 from prophy.priors.vlm import VideoLanguageModel
-from prophy.sandbox import ClipTruth, SimulatedClip, simulate_clip
+from prophy.sandbox import ClipTruth, Part, SimulatedClip, simulate_clip
 from prophy.sandbox import describe as wordings
 from prophy.taxonomy import PHENOMENA
+from prophy.tiny.muon import Muon
 from prophy.tiny.pretraining import (
     FPS,
     NUM_FRAMES,
@@ -39,6 +42,7 @@ VLM_NUM_FRAMES = 8
 VLM_FPS = FPS * (VLM_NUM_FRAMES - 1) / (NUM_FRAMES - 1)
 _MAX_NEW_TOKENS = 40
 _IGNORED = -100  # label of tokens that are not learned
+_IN_BLOCK = re.compile(r"\.(layers|blocks)\.\d+\.")
 _PREFIX, _PADDING = -1, -2  # branches of the packed sequence; questions count from 0
 
 
@@ -51,7 +55,7 @@ class VlmRecipe:
         num_held_out: clips to measure on.
         seed: of weights and draws.
         batch_size: clips in a step.
-        learning_rate: of AdamW.
+        learning_rate: of Muon, for the matrices inside the blocks; AdamW's, for the rest, is half of it.
         weight_decay: of matrices.
         warmup_steps: steps until the learning rate is reached.
         decay_share: last share of the steps, in which it falls to zero.
@@ -62,7 +66,7 @@ class VlmRecipe:
     num_held_out: int = 200
     seed: int = 0
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 30
     decay_share: float = 0.5
@@ -79,18 +83,19 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
         write_vlm(folder / "vlm")
     vlm = VideoLanguageModel(str(folder / "vlm"), None, "float32", None)
     model = vlm.model
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    matrices = [p for name, p in model.named_parameters() if _IN_BLOCK.search(name) and p.ndim == 2]
+    in_muon = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in in_muon]
+    optimisers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     held_out = held_out_clips(recipe.num_held_out)
 
     def take_step(step: int) -> dict[str, float]:
         factor = trapezoid(step, recipe.num_steps, recipe.warmup_steps, recipe.decay_share)
-        set_learning_rate([optimiser], recipe.learning_rate * factor)
+        for optimiser, share in zip(optimisers, (1.0, 0.5), strict=True):
+            set_learning_rate([optimiser], recipe.learning_rate * factor * share)
         rng = np.random.default_rng((recipe.seed, step))
         clips = [
             simulate_clip(int(seed), num_frames=NUM_FRAMES, fps=FPS, size=SIZE)
@@ -99,16 +104,17 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
         model.train()
         with autocast(model.device, "bfloat16"):
             loss = model(**pack(vlm, clips, rng)).loss
-        optimiser.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         measured = {"loss": loss.item()}
         if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.num_steps:
             measured["validation"] = _validate(vlm, held_out[: 8 * recipe.batch_size], recipe)
         return measured
 
-    state = {"model": model, "optimiser": optimiser}
+    state = {"model": model, "muon": optimisers[0], "adamw": optimisers[1]}
     progress = fit(take_step, state, folder / "vlm.pt", recipe.num_steps)
     round_to_bfloat16(model)
     model.to(torch.bfloat16).save_pretrained(folder / "vlm")
@@ -134,15 +140,20 @@ def true_answers(clip: ClipTruth, rng: np.random.Generator) -> list[tuple[Questi
 
     Wordings are drawn from those that are true.
     """
-    said = {part.phenomenon: str(rng.choice(wordings((part,)))) for part in clip.parts}
+    parts = _without_sides(clip.parts)
+    said = {part.phenomenon: str(rng.choice(wordings((part,)))) for part in parts}
     absent = rng.choice([phenomenon for phenomenon in PHENOMENA if phenomenon not in said])
     return [
-        (CAPTION, str(rng.choice(clip.captions))),
+        (CAPTION, str(rng.choice(wordings(parts)))),
         (PRESENCE, format_presence(clip.phenomena)),
         (BACKGROUND, BACKGROUND_ANSWER),
         *((describe(phenomenon), answer) for phenomenon, answer in said.items()),
         (describe(absent), f"{ABSENT_ANSWER} {absent}"),
     ]
+
+
+def _without_sides(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    return tuple(replace(part, side="middle") for part in parts)
 
 
 def pack(
@@ -218,8 +229,9 @@ def extraction_quality(pretrained: str, clips: Sequence[SimulatedClip]) -> dict[
             (phenomenon in named.phenomena) == (phenomenon in clip.phenomena) for phenomenon in PHENOMENA
         ]
         sets.append(named.phenomena == clip.phenomena)
-        captions.append(named.vlm_caption in clip.captions)
-        described += [named.answers.get(part.phenomenon) in wordings((part,)) for part in clip.parts]
+        parts = _without_sides(clip.parts)
+        captions.append(named.vlm_caption in wordings(parts))
+        described += [named.answers.get(part.phenomenon) in wordings((part,)) for part in parts]
     return {
         "presence": float(np.mean(presence)),
         "phenomena": float(np.mean(sets)),

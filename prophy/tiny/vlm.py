@@ -1,12 +1,9 @@
 """The embedded VLM: a Qwen2.5-VL of 2.5 million parameters with a word-level tokenizer.
 
 It has the files that a large one has, so that the same code reads both. Its vocabulary is what the questions
-ask and what the sandbox's captions can say: a change of either makes another folder. Its weights are random
-under a fixed seed.
+ask and what the sandbox's captions can say: after a change of either it must be trained anew.
 """
 
-import inspect
-import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +18,6 @@ from transformers import (
 from prophy.priors.questionnaire import NONE, QUESTIONNAIRE
 from prophy.sandbox import vocabulary
 from prophy.taxonomy import PHENOMENA
-from prophy.tiny import build_once
 
 SEED = 0
 BACKGROUND_ANSWER = "a dark background"
@@ -46,11 +42,6 @@ _CHAT_TEMPLATE = (
     "{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
-
-
-def vlm_folder() -> Path:
-    """The folder of the VLM, in transformers' layout."""
-    return build_once("vlm", "\n".join([inspect.getsource(sys.modules[__name__]), *_words()]), write_vlm)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/backbone.py
 
-By rules on pixels. Prompts for combinations of phenomenon, colour and side that were never trained; paraphrases
-that no caption holds; bouncing balls, whose acceleration is fitted. Beside them the same rulers on true clips
-and on the VAE's reconstructions of them: the ceiling.
+By rules on pixels. Prompts for combinations of phenomenon, colour and side that were never trained;
+paraphrases that no caption holds; bouncing balls, whose acceleration is fitted. Beside them the same rulers
+on true clips and on the VAE's reconstructions of them: the ceiling.
 """
 
 import time

@@ -11,14 +11,14 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from prophy.tiny.vlm import vlm_folder
+from prophy.tiny import bundled
 
 
 @pytest.fixture(scope="session")
 def peaked_vlm(tmp_path_factory) -> Path:
     """The embedded VLM with large random weights, so that attention is peaked; pairs of heads share keys."""
     folder = tmp_path_factory.mktemp("peaked-vlm")
-    config = AutoConfig.from_pretrained(vlm_folder())
+    config = AutoConfig.from_pretrained(bundled("vlm"))
     config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 4, 2
     config.text_config.rope_parameters["mrope_section"] = [6, 9, 9]
     config.text_config.initializer_range = config.vision_config.initializer_range = 0.15
@@ -29,7 +29,7 @@ def peaked_vlm(tmp_path_factory) -> Path:
     model.lm_head.weight.data[:8] = 0  # no special token is ever the likeliest
     model.generation_config.eos_token_id = [config.text_config.eos_token_id]
     model.generation_config.pad_token_id = config.text_config.pad_token_id
-    for part in (model, AutoTokenizer.from_pretrained(vlm_folder()), Qwen2VLImageProcessorPil()):
+    for part in (model, AutoTokenizer.from_pretrained(bundled("vlm")), Qwen2VLImageProcessorPil()):
         part.save_pretrained(folder)
     return folder
 

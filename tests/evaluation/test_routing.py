@@ -1,0 +1,41 @@
+import numpy as np
+import torch
+
+from prophy.evaluation.localization import mask_on_grid
+from prophy.evaluation.routing import score_routing
+from prophy.models.control import RoutingOutput
+from prophy.objectives import FlowMatching
+from prophy.sandbox import simulate_clip
+from prophy.taxonomy import NUM_PHENOMENA
+
+GRID = (5, 8, 8)
+
+
+class Oracle(torch.nn.Module):
+    """Routes each clip as its masks say; the semantic weights name its first phenomenon."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, clips) -> None:
+        super().__init__()
+        self.clips = iter(clips)
+
+    def forward(self, latents, timestep, text):
+        clip = next(self.clips)
+        maps = torch.zeros(1, 320, NUM_PHENOMENA)
+        for phenomenon, mask in clip.masks.items():
+            maps[0, :, phenomenon.id] = torch.from_numpy(mask_on_grid(mask, GRID).ravel()).float()
+        weights = torch.nn.functional.one_hot(torch.tensor([clip.phenomena[0].id]), NUM_PHENOMENA).float()
+        routing = RoutingOutput(semantic_weights=weights, refinement_logits=maps, phenomenon_maps=maps)
+        return type("Output", (), {"routing": routing})
+
+
+def test_a_router_that_knows_the_masks_scores_one() -> None:
+    clips = [simulate_clip(seed, num_frames=17, fps=8.0, size=64) for seed in range(12)]
+    latents, text = torch.zeros(12, 16, 5, 16, 16), torch.zeros(12, 32, 384)
+    scores = score_routing(Oracle(clips), FlowMatching(3.0), clips, latents, text, GRID)
+    assert {value for values in scores.where.values() for value in values} == {1.0}
+    assert {value for values in scores.which.values() for value in values} == {1.0}
+    assert {p for clip in clips for p in clip.phenomena} >= scores.where.keys()
+    for phenomenon, weights in scores.semantic_weights.items():
+        assert np.argmax(weights) == phenomenon.id and weights.sum() == 1
