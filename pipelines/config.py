@@ -75,7 +75,7 @@ class PoolConfig(Section):
 class BackboneConfig(Section):
     """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
 
-    family: Literal["wan"]
+    family: Literal["wan", "cogvideox"]
     pretrained: Pretrained = Field(
         description="hub id or folder of a diffusers pipeline; 'tiny' is the embedded one"
     )

@@ -9,7 +9,6 @@ import logging
 import tempfile
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from pipelines.engine import (
     save_checkpoint,
 )
 from pipelines.runtime import open_run, ray_session
-from prophy.backbones import BACKBONES, fingerprint, load_pipeline, resolve_pretrained
+from prophy.backbones import BACKBONES, fingerprint, load_configs, load_pipeline
 from prophy.data import BatchPlan, ClipShape, PriorCache, PriorDataset
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import save_branch
@@ -199,11 +198,8 @@ def build_module(config: Config, null_text_embeds: torch.Tensor) -> ProPhyTrainM
 def _clip_shape(backbone: BackboneConfig) -> ClipShape:
     """The clip that the configured backbone is trained on, from its configuration files alone."""
     family = BACKBONES[backbone.family]
-    read = partial(
-        family.transformer.load_config, resolve_pretrained(backbone.pretrained), revision=backbone.revision
-    )
-    transformer = read(subfolder="transformer")
-    size = family.latent_shape(backbone.num_frames, backbone.height, backbone.width, read(subfolder="vae"))
+    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    size = family.latent_shape(backbone.num_frames, backbone.height, backbone.width, vae, transformer)
     return ClipShape(
         num_frames=backbone.num_frames,
         latents=(transformer["in_channels"], *size),

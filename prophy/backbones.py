@@ -8,17 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, ModelMixin, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    ModelMixin,
+    WanTransformer3DModel,
+)
 from huggingface_hub import snapshot_download
 
 from prophy.errors import ProPhyError
+from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, trained_on
+from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.objectives import FlowMatching
+from prophy.objectives import FlowMatching, Objective, VPrediction
 from prophy.tiny.pipeline import pipeline_fingerprint, pipeline_folder
 
 Shape = tuple[int, int, int]
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,49 +42,54 @@ class Backbone:
         pipeline: ours; it takes either transformer.
         vae: diffusers' class.
         objective: what the transformer is trained to predict.
-        latent_shape: (num_frames, height, width, VAE's configuration) -> (T, H, W) of the latents.
-        token_grid: ((T, H, W) of the latents, transformer's configuration) -> (T', H', W') of the tokens.
+        vae_factors: VAE's configuration -> how much it shrinks time and space.
+        latent_statistics: VAE's configuration -> mean and standard deviation of latents, per channel or one.
+        patch_size: transformer's configuration -> latents per token, (t, h, w).
     """
 
     transformer: type[ModelMixin]
-    prophy_transformer: type[ProPhyWanTransformer3DModel]
+    prophy_transformer: type[PhysicsTransformer]
     pipeline: type[DiffusionPipeline]
     vae: type[ModelMixin]
-    objective: type[FlowMatching]
-    latent_shape: Callable[[int, int, int, Mapping[str, Any]], Shape]
-    token_grid: Callable[[Shape, Mapping[str, Any]], Shape]
+    objective: type[Objective]
+    vae_factors: Callable[[Config], tuple[int, int]]
+    latent_statistics: Callable[[Config], tuple[list[float], list[float]]]
+    patch_size: Callable[[Config], Shape]
 
+    def latent_shape(
+        self, num_frames: int, height: int, width: int, vae_config: Config, transformer_config: Config
+    ) -> Shape:
+        """(T, H, W) of the latents of a clip: the first frame is encoded alone, then groups of frames.
 
-def _wan_latent_shape(num_frames: int, height: int, width: int, vae_config: Mapping[str, Any]) -> Shape:
-    """The first frame is encoded alone, then groups of frames.
+        A transformer with patches in time gets its first patch filled up with copies of the first latent
+        frame, as its pipeline makes room for them.
 
-    Raises:
-        ProPhyError: the VAE cannot encode clips of this length or size.
-    """
-    # Configurations of older diffusers leave these two out.
-    time, space = vae_config.get("scale_factor_temporal", 4), vae_config.get("scale_factor_spatial", 8)
-    if num_frames % time != 1 or height % space or width % space:
-        raise ProPhyError(
-            f"the VAE cannot encode {num_frames} frames of {height}x{width}; "
-            f"take {time} n + 1 frames, and multiples of {space} pixels"
-        )
-    return (num_frames - 1) // time + 1, height // space, width // space
+        Raises:
+            ProPhyError: the VAE cannot encode clips of this length or size.
+        """
+        time, space = self.vae_factors(vae_config)
+        patch_t = self.patch_size(transformer_config)[0]
+        if num_frames % (time * patch_t) != 1 or height % space or width % space:
+            raise ProPhyError(
+                f"the VAE cannot encode {num_frames} frames of {height}x{width}; "
+                f"take {time * patch_t} n + 1 frames, and multiples of {space} pixels"
+            )
+        return (num_frames - 1) // time + patch_t, height // space, width // space
 
+    def token_grid(self, latent_shape: Shape, transformer_config: Config) -> Shape:
+        """(T', H', W') of the tokens, one per patch.
 
-def _wan_token_grid(latent_shape: Shape, transformer_config: Mapping[str, Any]) -> Shape:
-    """One token per patch.
-
-    Raises:
-        ProPhyError: the patches do not fill the latents.
-    """
-    patch_size = transformer_config["patch_size"]
-    if any(length % patch for length, patch in zip(latent_shape, patch_size, strict=True)):
-        raise ProPhyError(
-            f"latents of {tuple(latent_shape)} cannot be cut into patches of {tuple(patch_size)}; "
-            f"change num_frames, height or width"
-        )
-    t, h, w = (length // patch for length, patch in zip(latent_shape, patch_size, strict=True))
-    return t, h, w
+        Raises:
+            ProPhyError: the patches do not fill the latents.
+        """
+        patch_size = self.patch_size(transformer_config)
+        if any(length % patch for length, patch in zip(latent_shape, patch_size, strict=True)):
+            raise ProPhyError(
+                f"latents of {tuple(latent_shape)} cannot be cut into patches of {patch_size}; "
+                f"change num_frames, height or width"
+            )
+        t, h, w = (length // patch for length, patch in zip(latent_shape, patch_size, strict=True))
+        return t, h, w
 
 
 BACKBONES: dict[str, Backbone] = {
@@ -83,9 +99,28 @@ BACKBONES: dict[str, Backbone] = {
         pipeline=ProPhyWanPipeline,
         vae=AutoencoderKLWan,
         objective=FlowMatching,
-        latent_shape=_wan_latent_shape,
-        token_grid=_wan_token_grid,
-    )
+        # Configurations of older diffusers leave these two out.
+        vae_factors=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
+        latent_statistics=lambda vae: (vae["latents_mean"], vae["latents_std"]),
+        patch_size=lambda transformer: tuple(transformer["patch_size"]),
+    ),
+    "cogvideox": Backbone(
+        transformer=CogVideoXTransformer3DModel,
+        prophy_transformer=ProPhyCogVideoXTransformer3DModel,
+        pipeline=ProPhyCogVideoXPipeline,
+        vae=AutoencoderKLCogVideoX,
+        objective=VPrediction,
+        vae_factors=lambda vae: (
+            int(vae.get("temporal_compression_ratio", 4)),
+            2 ** (len(vae["block_out_channels"]) - 1),
+        ),
+        latent_statistics=lambda vae: ([0.0], [1 / vae["scaling_factor"]]),
+        patch_size=lambda transformer: (
+            transformer.get("patch_size_t") or 1,
+            transformer["patch_size"],
+            transformer["patch_size"],
+        ),
+    ),
 }
 
 
@@ -147,19 +182,27 @@ def shape_multiples(family: str, pretrained: str, revision: str | None) -> Shape
     Raises:
         ProPhyError: there is no such model.
     """
+    backbone = BACKBONES[family]
+    vae_config, transformer_config = load_configs(family, pretrained, revision)
+    time, space = backbone.vae_factors(vae_config)
+    patch_t, patch_h, patch_w = backbone.patch_size(transformer_config)
+    return time * patch_t, space * patch_h, space * patch_w
+
+
+def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Config, Config]:
+    """Configurations of VAE and transformer, as their files have them; reads no weights.
+
+    Raises:
+        ProPhyError: there is no such model.
+    """
     backbone, path = BACKBONES[family], resolve_pretrained(pretrained)
     try:
-        vae_config = backbone.vae.load_config(path, subfolder="vae", revision=revision)
-        transformer_config = backbone.transformer.load_config(
-            path, subfolder="transformer", revision=revision
+        return (
+            backbone.vae.load_config(path, subfolder="vae", revision=revision),
+            backbone.transformer.load_config(path, subfolder="transformer", revision=revision),
         )
     except OSError:
         raise _unloadable(pretrained) from None
-    with torch.device("meta"):  # built for what the file leaves to defaults
-        vae = backbone.vae.from_config(vae_config).config
-    time, height, width = transformer_config["patch_size"]
-    space = vae["scale_factor_spatial"]
-    return time * vae["scale_factor_temporal"], height * space, width * space
 
 
 def load_pipeline(

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from prophy.backbones import load_pipeline
+from prophy.backbones import BACKBONES, load_configs, load_pipeline
 from prophy.device import autocast, default_device
 
 
@@ -34,20 +34,24 @@ class VideoEncoder:
         self._pipeline = load_pipeline(
             family, pretrained, revision, getattr(torch, dtype), None, transformer=None
         ).to(self._device)
-        config = self._pipeline.vae.config
-        self._mean = torch.tensor(config.latents_mean, device=self._device).view(-1, 1, 1, 1)
-        self._std = torch.tensor(config.latents_std, device=self._device).view(-1, 1, 1, 1)
+        vae_config, transformer_config = load_configs(family, pretrained, revision)
+        mean, std = BACKBONES[family].latent_statistics(vae_config)
+        self._mean = torch.tensor(mean, device=self._device).view(-1, 1, 1, 1)
+        self._std = torch.tensor(std, device=self._device).view(-1, 1, 1, 1)
+        self._padding = BACKBONES[family].patch_size(transformer_config)[0] - 1
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> torch.Tensor:
         """RGB frames, uint8 `[B, T, H, W, 3]` -> latents `[B, C, T', H', W']`, float32, on the CPU.
 
-        The posterior's mean, normalised as the pipeline de-normalises before it decodes.
+        The posterior's mean, normalised as the pipeline de-normalises before it decodes; with the copies of
+        the first latent frame that fill up the transformer's first patch in time.
         """
         pixels = torch.tensor(frames, device=self._device).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
         with autocast(self._device, self._autocast):
             latents = self._pipeline.vae.encode(pixels).latent_dist.mode()
-        return ((latents.float() - self._mean) / self._std).cpu()
+        latents = ((latents.float() - self._mean) / self._std).cpu()
+        return torch.cat([latents[:, :, :1]] * self._padding + [latents], dim=2)
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> torch.Tensor:

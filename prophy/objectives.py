@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+from diffusers import CogVideoXDDIMScheduler
 
 
 class FlowMatching:
@@ -37,8 +38,8 @@ class FlowMatching:
         """x_t, like `latents` `[B, ...]`."""
         return torch.lerp(latents, noise, self._sigma(timesteps, latents))
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What the transformer shall predict, like `latents`."""
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the transformer shall predict, like `latents`; at all timesteps alike."""
         return noise - latents
 
     def original(
@@ -50,3 +51,52 @@ class FlowMatching:
     def _sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         sigma = timesteps / self.num_train_timesteps
         return sigma.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+class VPrediction:
+    """Velocities (Salimans & Ho, 2022): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+
+    The target is sqrt(a_t) noise - sqrt(1 - a_t) x_0, where a_t is the cumulative product of the pipeline's
+    scheduler; timesteps are uniform integers. Its squared error is that of x_0 divided by 1 - a_t, which is
+    what CogVideoX was trained on.
+
+    Args:
+        alphas_cumprod: a_t of each timestep.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod.float()
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
+        """The objective that fits the configuration of CogVideoX's schedulers, DDIM's or DPM's."""
+        return cls(CogVideoXDDIMScheduler.from_config(config).alphas_cumprod)
+
+    def timesteps(self, quantile: torch.Tensor) -> torch.Tensor:
+        """Quantiles `[B]` in (0, 1) of the timestep's distribution -> timesteps `[B]`, integers."""
+        return (quantile * len(self.alphas_cumprod)).long()
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t, like `latents` `[B, ...]`."""
+        signal, sigma = self._levels(timesteps, latents)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the transformer shall predict at `timesteps`, like `latents`."""
+        signal, sigma = self._levels(timesteps, latents)
+        return signal * noise - sigma * latents
+
+    def original(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """x_0 from x_t and a prediction: the inverse of `add_noise` where the prediction is the target."""
+        signal, sigma = self._levels(timesteps, noisy)
+        return signal * noisy - sigma * prediction
+
+    def _levels(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of x_0 and of the noise."""
+        alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, *[1] * (like.ndim - 1))
+        return alphas.sqrt().to(like.dtype), (1 - alphas).sqrt().to(like.dtype)
+
+
+Objective = FlowMatching | VPrediction

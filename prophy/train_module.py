@@ -21,8 +21,8 @@ from prophy.losses import (
     semantic_alignment_loss,
     token_alignment_loss,
 )
-from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.objectives import FlowMatching
+from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.objectives import Objective
 
 
 class LossWeights(Protocol):
@@ -82,8 +82,8 @@ class ProPhyTrainModule(nn.Module):
 
     def __init__(
         self,
-        transformer: ProPhyWanTransformer3DModel,
-        objective: FlowMatching,
+        transformer: PhysicsTransformer,
+        objective: Objective,
         null_text_embeds: torch.Tensor,
         loss_weights: LossWeights,
         reduction: Reduction,
@@ -108,14 +108,15 @@ class ProPhyTrainModule(nn.Module):
         # 1. Noise, and the empty prompt where the caption is dropped
         timesteps = self.objective.timesteps(batch.timestep_quantile)
         noisy = self.objective.add_noise(batch.latents, batch.noise, timesteps)
-        target = self.objective.target(batch.latents, batch.noise)
+        target = self.objective.target(batch.latents, batch.noise, timesteps)
         text = torch.where(
             batch.drop_caption[:, None, None], self.null_text_embeds, batch.encoder_hidden_states
         )
 
         # 2. Forward, in the precision that the pipeline gives its inputs too
         dtype = self.transformer.dtype
-        output = self.transformer(noisy.to(dtype), timesteps, text.to(dtype))
+        output = self.transformer.predict(noisy.to(dtype), timesteps, text.to(dtype))
+        assert output.routing is not None  # the branch is skipped by a knob of requests alone
         logits = output.routing.refinement_logits
         top_k = self.transformer.config.top_k
 

@@ -1,13 +1,31 @@
-"""Flow matching against the schedulers that sample with it."""
+"""Flow matching and velocities against the schedulers that sample with them."""
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
-from prophy.objectives import FlowMatching
+from prophy.objectives import FlowMatching, Objective, VPrediction
 from prophy.tiny.pipeline import SCHEDULER
 
 SCHEDULERS = [UniPCMultistepScheduler(**SCHEDULER), FlowMatchEulerDiscreteScheduler(shift=5.0)]
+
+# As published with CogVideoX-2b.
+COGVIDEOX = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0,
+    "timestep_spacing": "trailing",
+}
 
 
 @pytest.fixture
@@ -20,11 +38,15 @@ def noise() -> torch.Tensor:
     return torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def test_original_inverts_noise(latents: torch.Tensor, noise: torch.Tensor) -> None:
-    objective = FlowMatching(shift=3.0)
+@pytest.mark.parametrize(
+    "objective",
+    [FlowMatching(shift=3.0), VPrediction.from_scheduler(COGVIDEOX)],
+    ids=lambda o: type(o).__name__,
+)
+def test_original_inverts_noise(objective: Objective, latents: torch.Tensor, noise: torch.Tensor) -> None:
     timesteps = objective.timesteps(torch.tensor([0.1, 0.5, 0.99]))
     noisy = objective.add_noise(latents, noise, timesteps)
-    recovered = objective.original(noisy, objective.target(latents, noise), timesteps)
+    recovered = objective.original(noisy, objective.target(latents, noise, timesteps), timesteps)
     torch.testing.assert_close(recovered, latents)
 
 
@@ -34,7 +56,7 @@ def test_the_pipelines_scheduler_follows_the_target(
 ) -> None:
     """Given the exact target, every step lands on the objective's own x_t, and the last on x_0."""
     objective = FlowMatching.from_scheduler(scheduler.config)
-    target = objective.target(latents, noise)
+    target = objective.target(latents, noise, torch.ones(3))
     for step in range(4):
         scheduler.set_timesteps(4)
         scheduler.set_begin_index(step)
@@ -65,3 +87,19 @@ def test_timesteps_are_logit_normal() -> None:
     logits = (FlowMatching(shift=1.0).timesteps(quantiles) / 1000).logit()
     assert abs(logits.mean()) < 1e-3 and abs(logits.std() - 1) < 1e-2
     assert FlowMatching(shift=3.0).timesteps(torch.tensor([0.5])) == 750.0
+
+
+@pytest.mark.parametrize("scheduler_type", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_velocity_is_the_schedulers(
+    scheduler_type: type[SchedulerMixin], latents: torch.Tensor, noise: torch.Tensor
+) -> None:
+    """Noise, velocity and the x_0 that a step recovers from it, down to a signal of zero at the last timestep."""
+    scheduler = scheduler_type(**COGVIDEOX)
+    objective = VPrediction.from_scheduler(scheduler.config)
+    timesteps = objective.timesteps(torch.tensor([0.0005, 0.5, 0.9999]))
+    assert timesteps.tolist() == [0, 500, 999]
+    noisy = objective.add_noise(latents, noise, timesteps)
+    velocity = objective.target(latents, noise, timesteps)
+    assert torch.equal(noisy[2], noise[2]) and torch.equal(velocity[2], -latents[2])
+    torch.testing.assert_close(scheduler.add_noise(latents, noise, timesteps), noisy)
+    torch.testing.assert_close(scheduler.get_velocity(latents, noise, timesteps), velocity)

@@ -32,12 +32,14 @@ class PhysicsTrace:
     """Means over the denoising steps of one request, on the CPU; of the conditional passes only.
 
     Attributes:
+        num_videos: B, where a forward pass holds their unguided twins before them; None where it never does.
         num_passes: conditional passes seen.
         semantic_weights: `[B, E_s]`.
         phenomenon_maps: `[B, T', H', W', E_phys]` on the transformer's token grid.
     """
 
     def __init__(self) -> None:
+        self.num_videos: int | None = None
         self.num_passes = 0
         self.semantic_weights: torch.Tensor | None = None
         self.phenomenon_maps: torch.Tensor | None = None
@@ -49,8 +51,9 @@ class PhysicsTrace:
             return
         self._timestep = timestep
         self.num_passes += 1
-        self.semantic_weights = self._mean(self.semantic_weights, routing.semantic_weights)
-        maps = routing.phenomenon_maps.unflatten(1, token_grid)
+        guided = slice(None) if self.num_videos is None else slice(-self.num_videos, None)
+        self.semantic_weights = self._mean(self.semantic_weights, routing.semantic_weights[guided])
+        maps = routing.phenomenon_maps[guided].unflatten(1, token_grid)
         self.phenomenon_maps = self._mean(self.phenomenon_maps, maps)
 
     def _mean(self, mean: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:

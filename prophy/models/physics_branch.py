@@ -1,6 +1,6 @@
 """The Physical Branch: from noisy latents, text and time to one residual per listed block of the backbone.
 
-It knows no family: the backbone hands it copies of its blocks, its patch embedding and its embedded
+It knows no family: the backbone hands it copies of its blocks, its embedding of patches and text and its
 conditions, and adds the residuals. It never reads the backbone's hidden states, so it runs before the first
 block.
 """
@@ -31,10 +31,16 @@ class PhysicalBlock(nn.Module):
         self.block = block
         self.injection = ZeroLinear(hidden_dim, hidden_dim)
 
-    def forward(self, hidden_states: torch.Tensor, *conditions: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `[B, N, D]` and what a block takes beside them -> new tokens and residual, both alike."""
-        hidden_states = self.block(hidden_states, *conditions)
-        return hidden_states, self.injection(hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, text: torch.Tensor, *conditions: object
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens `[B, N, D]`, text `[B, L, D]` and conditions -> new tokens, text, and the tokens' residual.
+
+        A block of two streams gives new text; of one that only reads it, the text stays.
+        """
+        output = self.block(hidden_states, text, *conditions)
+        hidden_states, text = output if isinstance(output, tuple) else (output, text)
+        return hidden_states, text, self.injection(hidden_states)
 
 
 class PhysicsBranch(nn.Module):
@@ -52,7 +58,7 @@ class PhysicsBranch(nn.Module):
         num_phenomena: E_phys.
     """
 
-    _gradient_checkpointing_func: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    _gradient_checkpointing_func: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
     def __init__(
         self,
@@ -80,27 +86,27 @@ class PhysicsBranch(nn.Module):
         self,
         latents: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        embed_patches: Callable[[torch.Tensor], torch.Tensor],
+        embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         conditions: tuple[object, ...],
         control: PhysicsControl,
     ) -> tuple[list[torch.Tensor], RoutingOutput]:
         """Computes all residuals.
 
         Args:
-            latents: noisy latents X.
+            latents: noisy latents X `[B, C, T, H, W]`.
             encoder_hidden_states: text encoder output `[B, L, text_dim]`, before the backbone embeds it.
-            embed_patches: the backbone's own: latents -> tokens `[B, N, D]`.
-            conditions: what a block takes after its tokens.
+            embed: the backbone's own: latents -> tokens `[B, N, D]` and embedded text `[B, L, D]`.
+            conditions: what a block takes after tokens and text.
             control: the request's knobs.
 
         Returns:
             One residual `[B, N, D]` per block, the last with the refinement in it; and the routing.
         """
         latents, semantic_weights = self.semantic(latents, encoder_hidden_states)
-        hidden_states = embed_patches(latents)
+        hidden_states, text = embed(latents)
         residuals = []
         for block in self.blocks:
-            hidden_states, residual = self._run(block, hidden_states, *conditions)
+            hidden_states, text, residual = self._run(block, hidden_states, text, *conditions)
             residuals.append(residual)
 
         refined, logits, maps = self.refinement(hidden_states, invert=control.invert_refinement)
@@ -113,7 +119,7 @@ class PhysicsBranch(nn.Module):
         )
         return [residual * control.scale for residual in residuals], routing
 
-    def _run(self, block: nn.Module, *inputs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, block: nn.Module, *inputs: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)

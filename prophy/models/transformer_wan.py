@@ -1,8 +1,6 @@
 """Wan's transformer with a Physical Branch beside it: upstream's forward and an addition per listed block."""
 
-import copy
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,28 +8,14 @@ import torch
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import apply_lora_scale
 
 from prophy.errors import ProPhyError
-from prophy.models.control import PhysicsControl, RoutingOutput
-from prophy.models.physics_branch import PhysicsBranch
+from prophy.models.physics_transformer import PhysicsTransformer, ProPhyTransformerOutput, check_layers
 from prophy.taxonomy import NUM_PHENOMENA
 
 
-@dataclass
-class ProPhyTransformerOutput(BaseOutput):
-    """Output of a transformer with a Physical Branch.
-
-    Attributes:
-        sample: the prediction, like the latents.
-        routing: what the routers said; None where the branch was skipped.
-    """
-
-    sample: torch.Tensor
-    routing: RoutingOutput | None = None
-
-
-class ProPhyWanTransformer3DModel(WanTransformer3DModel):
+class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     """`WanTransformer3DModel` (text to video) with a Physical Branch, `physics_branch`, beside its blocks.
 
     Before any training its output equals the backbone's bit for bit. The arguments are upstream's, then:
@@ -46,6 +30,8 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
     """
 
     _no_split_modules: ClassVar = ["WanTransformerBlock", "PhysicalBlock"]
+    _block_list = "blocks"
+    _text_dim = "text_dim"
 
     # Written out in full: with **kwargs, `from_pretrained` would lose upstream's part of the configuration.
     @register_to_config
@@ -76,11 +62,7 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
     ) -> None:
         if image_dim is not None:
             raise ProPhyError("the backbone is image-to-video (image_dim is set); choose a text-to-video one")
-        if max(physics_layers) >= num_layers:
-            raise ProPhyError(
-                f"physics_layers {list(physics_layers)} go beyond the backbone's {num_layers} blocks; "
-                f"give indices from 0 to {num_layers - 1}"
-            )
+        check_layers(physics_layers, num_layers)
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -101,37 +83,6 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
         )
         self.physics_branch = self._new_branch()
 
-    @classmethod
-    def from_transformer(cls, backbone: WanTransformer3DModel, **physics: Any) -> Self:
-        """Puts a new branch beside `backbone`, its blocks copied from the listed ones.
-
-        The backbone's parameters are taken over, not copied: the two share memory.
-
-        Args:
-            backbone: any text-to-video Wan transformer.
-            physics: this class's own arguments, `physics_layers` and so on.
-
-        Raises:
-            ProPhyError: the backbone is image-to-video, or has fewer blocks than `physics_layers` asks for.
-        """
-        config = {name: value for name, value in backbone.config.items() if not name.startswith("_")}
-        with torch.device("meta"):
-            model = cls(**config, **physics)
-        model.scale_shift_table = backbone.scale_shift_table
-        for name, module in backbone.named_children():
-            setattr(model, name, module)
-        model.physics_branch = model._new_branch().to(backbone.device, backbone.dtype)
-        for physical_block, layer in zip(
-            model.physics_branch.blocks, model.config.physics_layers, strict=True
-        ):
-            physical_block.block = copy.deepcopy(backbone.blocks[layer])
-        return model
-
-    def freeze_backbone(self) -> None:
-        """Leaves gradients to the branch alone."""
-        self.requires_grad_(False)
-        self.physics_branch.requires_grad_(True)
-
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -150,7 +101,6 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
             return_dict: False gives the tuple (sample,), as diffusers' pipelines want it.
             attention_kwargs: may hold `physics`, a `PhysicsControl`.
         """
-        control = (attention_kwargs or {}).get("physics") or PhysicsControl()
         batch_size, _, num_frames, height, width = hidden_states.shape
         p_t, p_h, p_w = self.config.patch_size
         token_grid = (num_frames // p_t, height // p_h, width // p_w)
@@ -158,25 +108,26 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
         # 1. Conditions, shared by backbone and branch
         rotary_emb = self.rope(hidden_states)
         temb, timestep_proj, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        conditions = (text, timestep_proj.unflatten(1, (6, -1)), rotary_emb)
+        conditions = (timestep_proj.unflatten(1, (6, -1)), rotary_emb)
 
         # 2. Physical Branch
-        residuals, routing = {}, None
-        if control.scale != 0:
-            branch_residuals, routing = self.physics_branch(
-                hidden_states, encoder_hidden_states, self._embed_patches, conditions, control
-            )
-            residuals = dict(zip(self.config.physics_layers, branch_residuals, strict=True))
-            if control.trace is not None:
-                control.trace.record(timestep[0].item(), routing, token_grid)
+        residuals, routing = self._run_branch(
+            hidden_states,
+            encoder_hidden_states,
+            lambda latents: (self._embed_patches(latents), text),
+            conditions,
+            attention_kwargs,
+            timestep,
+            token_grid,
+        )
 
         # 3. Transformer blocks
         hidden_states = self._embed_patches(hidden_states)
         for layer, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *conditions)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, text, *conditions)
             else:
-                hidden_states = block(hidden_states, *conditions)
+                hidden_states = block(hidden_states, text, *conditions)
             if layer in residuals:
                 hidden_states = hidden_states + residuals[layer].to(hidden_states.dtype)
 
@@ -191,30 +142,21 @@ class ProPhyWanTransformer3DModel(WanTransformer3DModel):
             return (sample,)
         return ProPhyTransformerOutput(sample=sample, routing=routing)
 
-    def _new_branch(self) -> PhysicsBranch:
+    def predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> ProPhyTransformerOutput:
+        """See the base class."""
+        return self(latents, timestep, encoder_hidden_states)
+
+    def _new_block(self) -> WanTransformerBlock:
         config = self.config
-        hidden_dim = config.num_attention_heads * config.attention_head_dim
-        blocks = [
-            WanTransformerBlock(
-                hidden_dim,
-                config.ffn_dim,
-                config.num_attention_heads,
-                config.qk_norm,
-                config.cross_attn_norm,
-                config.eps,
-            )
-            for _ in config.physics_layers
-        ]
-        return PhysicsBranch(
-            blocks,
-            hidden_dim=hidden_dim,
-            text_dim=config.text_dim,
-            latent_channels=config.in_channels,
-            latent_shape=tuple(config.latent_shape),
-            num_semantic_experts=config.num_semantic_experts,
-            num_refinement_experts=config.num_refinement_experts,
-            top_k=config.top_k,
-            num_phenomena=config.num_phenomena,
+        return WanTransformerBlock(
+            config.num_attention_heads * config.attention_head_dim,
+            config.ffn_dim,
+            config.num_attention_heads,
+            config.qk_norm,
+            config.cross_attn_norm,
+            config.eps,
         )
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:

@@ -237,7 +237,7 @@ def _losses(
     noisy = objective.add_noise(latents, noise, timesteps)
     with autocast(_CPU, "bfloat16"):
         prediction = transformer(noisy, timesteps, text, return_dict=False)[0]
-    return ((prediction.float() - objective.target(latents, noise)) ** 2).flatten(1).mean(1)
+    return ((prediction.float() - objective.target(latents, noise, timesteps)) ** 2).flatten(1).mean(1)
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
-"""A small Wan transformer and inputs for it."""
+"""Small transformers of every family and inputs for them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, ModelMixin, WanTransformer3DModel
 
+from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 
 WAN: dict[str, Any] = {
@@ -19,6 +22,19 @@ WAN: dict[str, Any] = {
     "num_layers": 3,
     "rope_max_seq_len": 32,
 }
+COGVIDEOX: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 16,
+    "num_layers": 3,
+    "sample_width": 6,
+    "sample_height": 4,
+    "sample_frames": 5,
+    "max_text_seq_length": 5,
+}
 PHYSICS: dict[str, Any] = {
     "physics_layers": (0, 2),
     "num_semantic_experts": 3,
@@ -26,21 +42,69 @@ PHYSICS: dict[str, Any] = {
     "top_k": 2,
     "latent_shape": (2, 4, 6),
 }
+BACKBONES: dict[str, tuple[type[ModelMixin], type[PhysicsTransformer], dict[str, Any]]] = {
+    "wan": (WanTransformer3DModel, ProPhyWanTransformer3DModel, WAN),
+    "cogvideox-2b": (CogVideoXTransformer3DModel, ProPhyCogVideoXTransformer3DModel, COGVIDEOX),
+    "cogvideox-5b": (
+        CogVideoXTransformer3DModel,
+        ProPhyCogVideoXTransformer3DModel,
+        COGVIDEOX | {"use_rotary_positional_embeddings": True},
+    ),
+    "cogvideox1.5-5b": (
+        CogVideoXTransformer3DModel,
+        ProPhyCogVideoXTransformer3DModel,
+        COGVIDEOX
+        | {
+            "use_rotary_positional_embeddings": True,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "sample_width": 8,
+            "sample_height": 8,
+        },
+    ),
+}
+"""By kind: diffusers' class, ours, and a small configuration."""
+
+
+def make_inputs(backbone: ModelMixin, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the pipeline of `backbone` passes for latents `[2, C, T, H, W]`."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": latents,
+        "timestep": torch.tensor([300, 800]),
+        "encoder_hidden_states": torch.randn(2, 5, 16, generator=generator),
+    }
+    if isinstance(backbone, CogVideoXTransformer3DModel):
+        inputs["hidden_states"] = latents.transpose(1, 2)
+        if backbone.config.use_rotary_positional_embeddings:
+            pipeline = SimpleNamespace(transformer=backbone, vae_scale_factor_spatial=1)
+            num_frames, height, width = latents.shape[2:]
+            inputs["image_rotary_emb"] = CogVideoXPipeline._prepare_rotary_positional_embeddings(
+                pipeline, height, width, num_frames, torch.device("cpu")
+            )
+    return inputs
 
 
 @pytest.fixture
-def backbone() -> WanTransformer3DModel:
+def family(request: pytest.FixtureRequest) -> str:
+    """Key of `BACKBONES`."""
+    return getattr(request, "param", "wan")
+
+
+@pytest.fixture
+def backbone(family: str) -> ModelMixin:
     torch.manual_seed(0)
-    return WanTransformer3DModel(**WAN)
+    upstream, _, config = BACKBONES[family]
+    return upstream(**config)
 
 
 @pytest.fixture
-def transformer(backbone: WanTransformer3DModel) -> ProPhyWanTransformer3DModel:
-    return ProPhyWanTransformer3DModel.from_transformer(backbone, **PHYSICS)
+def transformer(family: str, backbone: ModelMixin) -> PhysicsTransformer:
+    return BACKBONES[family][1].from_transformer(backbone, **PHYSICS)
 
 
 @pytest.fixture
-def awakened(transformer: ProPhyWanTransformer3DModel) -> ProPhyWanTransformer3DModel:
+def awakened(transformer: PhysicsTransformer) -> PhysicsTransformer:
     """A branch that injects something, as after training."""
     branch = transformer.physics_branch
     for projection in [*(block.injection for block in branch.blocks), branch.refinement_injection]:
@@ -50,10 +114,5 @@ def awakened(transformer: ProPhyWanTransformer3DModel) -> ProPhyWanTransformer3D
 
 
 @pytest.fixture
-def inputs() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(2, 4, 2, 4, 6, generator=generator),
-        "timestep": torch.tensor([300.0, 800.0]),
-        "encoder_hidden_states": torch.randn(2, 5, 16, generator=generator),
-    }
+def inputs(backbone: ModelMixin) -> dict[str, torch.Tensor]:
+    return make_inputs(backbone, torch.randn(2, 4, 2, 4, 6, generator=torch.Generator().manual_seed(1)))

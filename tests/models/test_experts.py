@@ -1,10 +1,13 @@
 """Eq. 1 and Eq. 2 against the formulas, written out slowly."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from prophy.models.experts import RefinementExpertBlock, SemanticExpertBlock
+from tests.benchmarks.experts import dense, loop
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,36 @@ def test_refinement_block_is_eq_2(top_k: int) -> None:
                 expected[video, token] += rho[expert] * (block.weight[expert] @ x + block.bias[expert])
     torch.testing.assert_close(refined, expected)
     torch.testing.assert_close(maps, torch.sigmoid(block.router.mlp(torch.log_softmax(logits, -1))))
+
+
+@pytest.mark.parametrize("reference", [loop, dense])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (6, 2), (8, 8)])
+def test_sparse_dispatch_and_its_gradients(reference: Callable, num_experts: int, top_k: int) -> None:
+    block = RefinementExpertBlock(16, num_experts, top_k, 17)
+    tokens = torch.randn(50, 16, requires_grad=True)
+    logits = torch.randn(50, num_experts) - 9 * (torch.arange(num_experts) == 0)  # few choose the first
+    weights, experts = logits.softmax(-1).topk(top_k)
+    weights.requires_grad_()
+    leaves = (tokens, weights, block.weight, block.bias)
+
+    sparse, expected = block._apply_experts(tokens, weights, experts), reference(block, *leaves[:2], experts)
+    torch.testing.assert_close(sparse, expected)
+    direction = torch.randn_like(sparse)
+    torch.testing.assert_close(
+        torch.autograd.grad(sparse, leaves, direction), torch.autograd.grad(expected, leaves, direction)
+    )
+
+
+def test_sparse_dispatch_under_autocast_is_that_of_the_loop() -> None:
+    block, tokens = RefinementExpertBlock(16, 4, 2, 17), torch.randn(50, 16)
+    weights, experts = torch.randn(50, 4).softmax(-1).topk(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            block._apply_experts(tokens, weights, experts),
+            loop(block, tokens, weights, experts),
+            atol=0.02,
+            rtol=0.02,
+        )
 
 
 def test_one_expert_is_dense() -> None:

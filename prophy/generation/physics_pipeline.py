@@ -1,0 +1,53 @@
+"""What the pipelines of all families add to diffusers': physics knobs, and one length of text."""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from prophy.errors import ProPhyError
+from prophy.models.control import PhysicsControl
+
+
+class PhysicsPipeline(DiffusionPipeline):
+    """Base, before diffusers' own class, of a pipeline whose transformer may carry a Physical Branch.
+
+    `max_sequence_length`, text tokens, is in the pipeline's configuration: no family masks the text in
+    attention, so the length is one and the same in training and at inference.
+    """
+
+    def encode_prompt(
+        self, prompt: str | list[str], *args: Any, max_sequence_length: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As upstream's; `max_sequence_length` defaults to the pipeline's own."""
+        length = max_sequence_length or self.config.max_sequence_length
+        return super().encode_prompt(prompt, *args, max_sequence_length=length, **kwargs)
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *args: Any,
+        physics: PhysicsControl | None = None,
+        max_sequence_length: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Makes videos, as upstream's.
+
+        Args:
+            prompt: one prompt or several.
+            args: upstream's.
+            physics: knobs and trace of this request.
+            max_sequence_length: text tokens; the pipeline's own by default.
+            kwargs: upstream's.
+
+        Raises:
+            ProPhyError: `physics` is given, but the transformer has no Physical Branch.
+        """
+        if physics is not None:
+            if not hasattr(self.transformer, "physics_branch"):
+                raise ProPhyError(
+                    "this model has no Physical Branch to control; load a checkpoint, or leave physics out"
+                )
+            kwargs["attention_kwargs"] = {**(kwargs.get("attention_kwargs") or {}), "physics": physics}
+        length = max_sequence_length or self.config.max_sequence_length
+        return super().__call__(prompt, *args, max_sequence_length=length, **kwargs)

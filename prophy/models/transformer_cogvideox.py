@@ -1,0 +1,233 @@
+"""CogVideoX's transformer with a Physical Branch: upstream's forward and an addition per listed block."""
+
+from typing import Any, ClassVar
+
+import torch
+
+# DiffusionPipeline.from_pretrained looks for ModelMixin in the module of a component.
+from diffusers import CogVideoXTransformer3DModel, ModelMixin  # noqa: F401
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.utils import apply_lora_scale
+
+from prophy.errors import ProPhyError
+from prophy.models.physics_transformer import PhysicsTransformer, ProPhyTransformerOutput, check_layers
+from prophy.taxonomy import NUM_PHENOMENA
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer3DModel):
+    """`CogVideoXTransformer3DModel` (text to video, 1.0 or 1.5) with a Physical Branch, `physics_branch`.
+
+    The branch carries its own text stream; only its video stream is injected. Before any training the output
+    equals the backbone's bit for bit. The arguments are upstream's, then:
+
+    Args:
+        physics_layers: blocks of the backbone that get a Physical Block, ascending.
+        num_semantic_experts: E_s.
+        num_refinement_experts: E_r.
+        top_k: refinement experts per token.
+        latent_shape: native (T, H, W) of the basis maps.
+        num_phenomena: E_phys.
+    """
+
+    _no_split_modules: ClassVar = ["CogVideoXBlock", "CogVideoXPatchEmbed", "PhysicalBlock"]
+    _repeated_blocks: ClassVar = ["CogVideoXBlock"]
+    _block_list = "transformer_blocks"
+    _text_dim = "text_embed_dim"
+
+    # Written out in full: with **kwargs, `from_pretrained` would lose upstream's part of the configuration.
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 30,
+        attention_head_dim: int = 64,
+        in_channels: int = 16,
+        out_channels: int | None = 16,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        time_embed_dim: int = 512,
+        ofs_embed_dim: int | None = None,
+        text_embed_dim: int = 4096,
+        num_layers: int = 30,
+        dropout: float = 0.0,
+        attention_bias: bool = True,
+        sample_width: int = 90,
+        sample_height: int = 60,
+        sample_frames: int = 49,
+        patch_size: int = 2,
+        patch_size_t: int | None = None,
+        temporal_compression_ratio: int = 4,
+        max_text_seq_length: int = 226,
+        activation_fn: str = "gelu-approximate",
+        timestep_activation_fn: str = "silu",
+        norm_elementwise_affine: bool = True,
+        norm_eps: float = 1e-5,
+        spatial_interpolation_scale: float = 1.875,
+        temporal_interpolation_scale: float = 1.0,
+        use_rotary_positional_embeddings: bool = False,
+        use_learned_positional_embeddings: bool = False,
+        patch_bias: bool = True,
+        physics_layers: tuple[int, ...] = (0, 3, 6, 9, 12, 15, 18),
+        num_semantic_experts: int = 8,
+        num_refinement_experts: int = 8,
+        top_k: int = 2,
+        latent_shape: tuple[int, int, int] = (13, 60, 90),
+        num_phenomena: int = NUM_PHENOMENA,
+    ) -> None:
+        if in_channels != out_channels or ofs_embed_dim is not None:
+            raise ProPhyError(
+                f"the backbone is image-to-video (in_channels {in_channels}, out_channels {out_channels}); "
+                f"choose a text-to-video one"
+            )
+        check_layers(physics_layers, num_layers)
+        super().__init__(
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            flip_sin_to_cos=flip_sin_to_cos,
+            freq_shift=freq_shift,
+            time_embed_dim=time_embed_dim,
+            ofs_embed_dim=ofs_embed_dim,
+            text_embed_dim=text_embed_dim,
+            num_layers=num_layers,
+            dropout=dropout,
+            attention_bias=attention_bias,
+            sample_width=sample_width,
+            sample_height=sample_height,
+            sample_frames=sample_frames,
+            patch_size=patch_size,
+            patch_size_t=patch_size_t,
+            temporal_compression_ratio=temporal_compression_ratio,
+            max_text_seq_length=max_text_seq_length,
+            activation_fn=activation_fn,
+            timestep_activation_fn=timestep_activation_fn,
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+            spatial_interpolation_scale=spatial_interpolation_scale,
+            temporal_interpolation_scale=temporal_interpolation_scale,
+            use_rotary_positional_embeddings=use_rotary_positional_embeddings,
+            use_learned_positional_embeddings=use_learned_positional_embeddings,
+            patch_bias=patch_bias,
+        )
+        self.physics_branch = self._new_branch()
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        image_rotary_emb: Rotary | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> ProPhyTransformerOutput | tuple[torch.Tensor]:
+        """Predicts the velocity at `timestep`.
+
+        Args:
+            hidden_states: noisy latents `[B, T, C, H, W]`; T and H, W fill the patches.
+            encoder_hidden_states: text encoder output `[B, L, text_embed_dim]`.
+            timestep: `[B]`, 0 to 999.
+            image_rotary_emb: positions as the pipeline makes them.
+            attention_kwargs: may hold `physics`, a `PhysicsControl`.
+            return_dict: False gives the tuple (sample,), as diffusers' pipelines want it.
+        """
+        batch_size, num_frames, _, height, width = hidden_states.shape
+        p_t, p = self.config.patch_size_t or 1, self.config.patch_size
+        token_grid = (num_frames // p_t, height // p, width // p)
+
+        # 1. Conditions, shared by backbone and branch
+        temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
+        conditions = (temb, image_rotary_emb)
+
+        # 2. Physical Branch
+        residuals, routing = self._run_branch(
+            hidden_states.transpose(1, 2),
+            encoder_hidden_states,
+            lambda latents: self._embed(latents.transpose(1, 2), encoder_hidden_states),
+            conditions,
+            attention_kwargs,
+            timestep,
+            token_grid,
+        )
+
+        # 3. Transformer blocks
+        hidden_states, text = self._embed(hidden_states, encoder_hidden_states)
+        for layer, block in enumerate(self.transformer_blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states, text = self._gradient_checkpointing_func(
+                    block, hidden_states, text, *conditions
+                )
+            else:
+                hidden_states, text = block(hidden_states, text, *conditions)
+            if layer in residuals:
+                hidden_states = hidden_states + residuals[layer].to(hidden_states.dtype)
+
+        # 4. Output norm, projection and unpatchify
+        hidden_states = self.norm_out(self.norm_final(hidden_states), temb=temb)
+        hidden_states = self.proj_out(hidden_states).reshape(batch_size, *token_grid, -1, p_t, p, p)
+        # [B, T', H', W', C, p_t, p, p] -> [B, T', p_t, C, H', p, W', p]
+        sample = hidden_states.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
+
+        if not return_dict:
+            return (sample,)
+        return ProPhyTransformerOutput(sample=sample, routing=routing)
+
+    def predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> ProPhyTransformerOutput:
+        """See the base class."""
+        rotary = self.rotary_embeddings(latents) if self.config.use_rotary_positional_embeddings else None
+        output = self(latents.transpose(1, 2), encoder_hidden_states, timestep, rotary)
+        return ProPhyTransformerOutput(sample=output.sample.transpose(1, 2), routing=output.routing)
+
+    def rotary_embeddings(self, latents: torch.Tensor) -> Rotary:
+        """Positions of the tokens of latents `[B, C, T, H, W]`, as upstream's pipeline makes them.
+
+        Raises:
+            ProPhyError: the latents are higher or wider than those that CogVideoX 1.5 has positions for.
+        """
+        config = self.config
+        num_frames, height, width = latents.shape[2:]
+        p = config.patch_size
+        grid, base = (height // p, width // p), (config.sample_height // p, config.sample_width // p)
+        if config.patch_size_t is None:  # 1.0 scales positions to those of the native size
+            crop = get_resize_crop_region_for_grid(grid, base[1], base[0])
+            options = {"crops_coords": crop, "temporal_size": num_frames}
+        elif grid[0] > base[0] or grid[1] > base[1]:
+            raise ProPhyError(
+                f"the backbone has positions for latents of up to {config.sample_height}x"
+                f"{config.sample_width}, not for {height}x{width}; make the clips smaller"
+            )
+        else:  # 1.5 counts tokens
+            size = num_frames // config.patch_size_t
+            options = {"crops_coords": None, "temporal_size": size, "grid_type": "slice", "max_size": base}
+        return get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim, grid_size=grid, device=latents.device, **options
+        )
+
+    def _new_block(self) -> CogVideoXBlock:
+        config = self.config
+        return CogVideoXBlock(
+            dim=config.num_attention_heads * config.attention_head_dim,
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            time_embed_dim=config.time_embed_dim,
+            dropout=config.dropout,
+            activation_fn=config.activation_fn,
+            attention_bias=config.attention_bias,
+            norm_elementwise_affine=config.norm_elementwise_affine,
+            norm_eps=config.norm_eps,
+        )
+
+    def _embed(
+        self, latents: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[B, T, C, H, W]` and text -> tokens `[B, N, D]` and embedded text `[B, L, D]`."""
+        embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, latents))
+        text_length = encoder_hidden_states.shape[1]
+        return embedded[:, text_length:], embedded[:, :text_length]

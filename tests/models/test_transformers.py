@@ -1,0 +1,161 @@
+"""The transformers of all families with their branches, beside upstream's."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ModelMixin
+
+from prophy.errors import ProPhyError
+from prophy.models.control import PhysicsControl, PhysicsTrace
+from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.taxonomy import PHENOMENA, Phenomenon
+
+from .conftest import BACKBONES, PHYSICS, make_inputs
+
+pytestmark = pytest.mark.parametrize("family", BACKBONES, indirect=True)
+
+Inputs = dict[str, torch.Tensor]
+
+
+def controlled(model: PhysicsTransformer, inputs: Inputs, **control: object) -> torch.Tensor:
+    kwargs = {"physics": PhysicsControl(**control)}
+    with torch.no_grad():
+        return model(**inputs, attention_kwargs=kwargs, return_dict=False)[0]
+
+
+def test_untrained_equals_the_backbone_bit_for_bit(
+    backbone: ModelMixin, transformer: PhysicsTransformer, inputs: Inputs
+) -> None:
+    expected = backbone(**inputs).sample
+    assert expected.std() > 0.01
+    assert torch.equal(transformer(**inputs).sample, expected)
+    larger = make_inputs(backbone, torch.randn(2, 4, 4, 8, 4))
+    assert torch.equal(transformer(**larger).sample, backbone(**larger).sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transformer(**inputs).sample, backbone(**inputs).sample)
+
+
+def test_one_step_changes_the_output_and_the_second_reaches_everything(
+    backbone: ModelMixin, transformer: PhysicsTransformer, inputs: Inputs
+) -> None:
+    transformer.freeze_backbone()
+    optimizer = torch.optim.SGD([p for p in transformer.parameters() if p.requires_grad], lr=0.1)
+    target, untrained = torch.randn_like(inputs["hidden_states"]), backbone(**inputs).sample
+
+    def step() -> None:
+        optimizer.zero_grad()
+        output = transformer(**inputs)
+        # The maps have no part in the prediction: they are what the token alignment trains.
+        (
+            torch.nn.functional.mse_loss(output.sample, target) + output.routing.phenomenon_maps.mean()
+        ).backward()
+
+    step()
+    optimizer.step()
+    assert not torch.equal(transformer(**inputs).sample, untrained)
+
+    step()
+    for name, parameter in transformer.named_parameters():
+        if name.startswith("physics_branch."):
+            assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None and not parameter.requires_grad, name
+    experts = transformer(**inputs).routing.refinement_logits.topk(PHYSICS["top_k"]).indices.unique()
+    assert all(transformer.physics_branch.refinement.weight.grad[expert].any() for expert in experts)
+
+
+def test_backbone_keys_are_upstreams_and_the_rest_is_the_branch(
+    backbone: ModelMixin, transformer: PhysicsTransformer
+) -> None:
+    own = transformer.state_dict()
+    upstream = backbone.state_dict()
+    assert {key for key in own if not key.startswith("physics_branch.")} == set(upstream)
+    assert all(torch.equal(own[key], value) for key, value in upstream.items())
+
+
+def test_physical_blocks_are_copies_of_the_listed_blocks(transformer: PhysicsTransformer) -> None:
+    blocks = getattr(transformer, transformer._block_list)
+    for own, layer in zip(transformer.physics_branch.blocks, PHYSICS["physics_layers"], strict=True):
+        for name, parameter in blocks[layer].named_parameters():
+            copied = own.block.get_parameter(name)
+            assert torch.equal(copied, parameter) and copied.data_ptr() != parameter.data_ptr()
+
+
+def test_save_and_load(awakened: PhysicsTransformer, inputs: Inputs, tmp_path: Path) -> None:
+    awakened.save_pretrained(tmp_path)
+    loaded = type(awakened).from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).sample, awakened(**inputs).sample)
+    assert loaded.config.num_layers == 3
+    assert tuple(loaded.config.physics_layers) == PHYSICS["physics_layers"]
+
+
+def test_scale_zero_is_the_backbone(
+    backbone: ModelMixin, awakened: PhysicsTransformer, inputs: Inputs
+) -> None:
+    output = awakened(**inputs, attention_kwargs={"physics": PhysicsControl(scale=0.0)})
+    assert torch.equal(output.sample, backbone(**inputs).sample) and output.routing is None
+    assert not torch.equal(controlled(awakened, inputs, scale=0.5), controlled(awakened, inputs))
+
+
+def test_knobs(awakened: PhysicsTransformer, inputs: Inputs) -> None:
+    plain = awakened(**inputs).sample
+    assert torch.equal(controlled(awakened, inputs, strength=dict.fromkeys(PHENOMENA, 1.0)), plain)
+    assert not torch.equal(controlled(awakened, inputs, strength={Phenomenon.COMBUSTION: 4.0}), plain)
+    assert not torch.equal(controlled(awakened, inputs, invert_refinement=True), plain)
+
+    silenced = controlled(awakened, inputs, strength=dict.fromkeys(PHENOMENA, 0.0))
+    without = copy.deepcopy(awakened)
+    for parameter in without.physics_branch.refinement_injection.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(silenced, without(**inputs).sample)
+
+
+def test_trace_holds_the_maps_on_the_token_grid(transformer: PhysicsTransformer, inputs: Inputs) -> None:
+    trace = PhysicsTrace()
+    controlled(transformer, inputs, trace=trace)
+    maps = transformer(**inputs).routing.phenomenon_maps
+    patch_t = transformer.config.get("patch_size_t") or 1
+    assert trace.phenomenon_maps.shape == (2, 2 // patch_t, 2, 3, 17)
+    assert torch.equal(trace.phenomenon_maps.flatten(1, 3), maps)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(
+    awakened: PhysicsTransformer, inputs: Inputs
+) -> None:
+    def gradients() -> dict[str, torch.Tensor]:
+        awakened.zero_grad()
+        awakened(**inputs).sample.square().mean().backward()
+        return {name: p.grad.clone() for name, p in awakened.named_parameters() if p.grad is not None}
+
+    plain, calls, blocks = gradients(), [], getattr(awakened, awakened._block_list)
+    awakened.enable_gradient_checkpointing()
+    for block in [*blocks, *awakened.physics_branch.blocks]:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    checkpointed = gradients()
+    assert len(calls) == 2 * (len(blocks) + len(awakened.physics_branch.blocks))  # all run twice
+    torch.testing.assert_close(checkpointed, plain)
+
+
+def test_one_form_of_prediction_for_all_families(awakened: PhysicsTransformer, inputs: Inputs) -> None:
+    latents = torch.randn(2, 4, 2, 4, 6)
+    expected = awakened(**make_inputs(awakened, latents))
+    output = awakened.predict(latents, inputs["timestep"], inputs["encoder_hidden_states"])
+    sample = expected.sample if awakened._block_list == "blocks" else expected.sample.transpose(1, 2)
+    assert torch.equal(output.sample, sample)
+    assert torch.equal(output.routing.phenomenon_maps, expected.routing.phenomenon_maps)
+
+
+def test_too_many_layers_are_refused(family: str, backbone: ModelMixin) -> None:
+    with pytest.raises(ProPhyError, match="3 blocks"):
+        BACKBONES[family][1].from_transformer(backbone, **PHYSICS | {"physics_layers": (0, 3)})
+
+
+def test_blocks_compile_without_a_break(awakened: PhysicsTransformer, inputs: Inputs) -> None:
+    """Regional compilation reaches the branch's blocks; "eager" traces as any other backend does."""
+    expected = awakened(**inputs).sample
+    awakened.compile_repeated_blocks(fullgraph=True, backend="eager")
+    compiled = [block.block._compiled_call_impl for block in awakened.physics_branch.blocks]
+    assert all(compiled)
+    torch.testing.assert_close(awakened(**inputs).sample, expected)
