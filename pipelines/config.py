@@ -170,6 +170,10 @@ class LossWeights(Section):
 class TrainConfig(Section):
     """Training of the branch with Ray Train and DeepSpeed."""
 
+    start_from: Checkpoint | None = Field(
+        None,
+        description="folder of a trained branch to go on from; 'tiny' is the embedded one, null is a new one",
+    )
     num_steps: PositiveInt
     micro_batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt = 1

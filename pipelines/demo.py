@@ -28,10 +28,10 @@ from prophy.models.control import PhysicsTrace
 logger = logging.getLogger(__name__)
 
 PROMPTS = (
-    "a red ball falls and bounces on the left",
-    "a blue liquid pours on the right",
-    "a yellow fire burns on the left",
-    "a green light beam reflects from a mirror on the right",
+    "a red ball falls and bounces on the right",
+    "green liquid pours into a tank on the left",
+    "a turquoise candle burns on the left",
+    "a yellow light beam hits a mirror on the left and a blue pendulum swings on the right",
 )
 CURVES = ("loss", "diffusion", "semantic_alignment", "token_alignment", "load_balancing", "gradient_norm")
 
@@ -116,9 +116,9 @@ def _summary_section(config: Config, watch: Stopwatch) -> Section:
     versions = yaml.safe_load((config.run_dir / "versions.yaml").read_text())
     return Section(
         title="What ran",
-        text="Every step of the product on the embedded default, whose models are real classes with "
-        "untrained weights: maps, routing and videos show that the parts work together, not yet what they "
-        "can do.\n" + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        text="Every step of the product on the embedded default: real classes in small configurations, "
+        "trained on simulated clips. The branch starts from the embedded one and goes on for a few steps.\n"
+        + ", ".join(f"{name} {version}" for name, version in versions.items()),
         table=Table(
             header=["step", "seconds"],
             rows=[[name, f"{seconds:.1f}"] for name, seconds in watch.seconds.items()],

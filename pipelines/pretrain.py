@@ -1,10 +1,13 @@
 """`prophy pretrain`: trains one part of the embedded default from nothing. Resumes by itself."""
 
 import logging
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 
 from pipelines import cache, simulate, train
 from pipelines.config import Config, Part
@@ -34,9 +37,10 @@ def run(config: Config, part: Part) -> Path:
     if part == "bundle":
         return _bundle(config.run_dir)
     if part == "branch":
-        simulate.run(config)
-        cache.run(config)
-        return train.run(config)
+        new = config.model_copy(update={"train": config.train.model_copy(update={"start_from": None})})
+        simulate.run(new)
+        cache.run(new)
+        return train.run(new)
     folder = open_run(config, "pretrain") / "pretrain"
     folder.mkdir(exist_ok=True)
     settings = config.pretrain
@@ -65,7 +69,12 @@ def _bundle(run_dir: Path) -> Path:
     parts = {part: folder for part, folder in trained.items() if folder.is_dir()}
     if not parts:
         raise ProPhyError(f"nothing was trained in {run_dir}; run `prophy pretrain` with this run_dir first")
-    ship(parts)
+    with tempfile.TemporaryDirectory() as rounded:
+        if "branch" in parts:
+            parts["branch"] = shutil.copytree(parts["branch"], Path(rounded) / "branch")
+            [weights] = parts["branch"].glob("*.safetensors")
+            save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights)
+        ship(parts)
     logger.info("the embedded default has new weights: %s", ", ".join(parts))
     return WEIGHTS
 

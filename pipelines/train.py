@@ -161,11 +161,14 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
 
 
 def build_module(config: Config, null_text_embeds: torch.Tensor) -> ProPhyTrainModule:
-    """The backbone, frozen, with a new Physical Branch in float32, and the losses around it.
+    """The backbone, frozen, with the Physical Branch in float32, and the losses around it.
 
     Args:
-        config: of the run; its seed decides the new parameters.
+        config: of the run; its seed decides the parameters of a new branch.
         null_text_embeds: embedding of the empty prompt, `[L, D]`.
+
+    Raises:
+        ProPhyError: the branch to start from is of another backbone, or of another shape.
     """
     backbone, train = config.backbone, config.train
     family = BACKBONES[backbone.family]
@@ -174,15 +177,23 @@ def build_module(config: Config, null_text_embeds: torch.Tensor) -> ProPhyTrainM
         backbone.pretrained,
         backbone.revision,
         getattr(torch, backbone.dtype),
-        None,
+        train.start_from,
         vae=None,
         text_encoder=None,
         tokenizer=None,
     )
-    torch.manual_seed(train.seed)
-    transformer = family.prophy_transformer.from_transformer(
-        pipeline.transformer, **config.physics.model_dump(), latent_shape=_clip_shape(backbone).latents[1:]
-    )
+    physics = config.physics.model_dump() | {"latent_shape": list(_clip_shape(backbone).latents[1:])}
+    if train.start_from is None:
+        torch.manual_seed(train.seed)
+        transformer = family.prophy_transformer.from_transformer(pipeline.transformer, **physics)
+    else:
+        transformer = pipeline.transformer
+        for name, value in physics.items():
+            if transformer.config[name] != value:
+                raise ProPhyError(
+                    f"the branch in {train.start_from} has {name} {transformer.config[name]}, and this run "
+                    f"{value}; make them equal, or set train.start_from=null for a new branch"
+                )
     transformer.physics_branch.float()
     transformer.freeze_backbone()
     return ProPhyTrainModule(

@@ -9,8 +9,8 @@ import torch
 
 from prophy.device import autocast
 from prophy.evaluation.localization import discrimination_auroc, localization_auroc
-from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.objectives import FlowMatching
+from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.objectives import Objective
 from prophy.sandbox import ClipTruth
 from prophy.taxonomy import PHENOMENA, Phenomenon
 
@@ -32,8 +32,8 @@ class RoutingScores:
 
 @torch.no_grad()
 def score_routing(
-    transformer: ProPhyWanTransformer3DModel,
-    objective: FlowMatching,
+    transformer: PhysicsTransformer,
+    objective: Objective,
     clips: Sequence[ClipTruth],
     latents: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -58,7 +58,8 @@ def score_routing(
         x_0 = latents[index : index + 1].float()
         noisy = objective.add_noise(x_0, torch.randn(x_0.shape, generator=generator), timestep)
         with autocast(transformer.device, "bfloat16"):
-            routing = transformer(noisy, timestep, text_embeds[index : index + 1].float()).routing
+            routing = transformer.predict(noisy, timestep, text_embeds[index : index + 1].float()).routing
+        assert routing is not None  # the branch was not skipped
         found = routing.phenomenon_maps[0].unflatten(0, token_grid).numpy()
         maps = {phenomenon: found[..., phenomenon.id] for phenomenon in clip.phenomena}
         for scores, of_clip in (

@@ -63,7 +63,8 @@ def train_lora(run_dir: Path, num_steps: int) -> torch.nn.Module:
         text = torch.where(batch.drop_caption[:, None, None], empty, batch.encoder_hidden_states)
         with autocast(transformer.device, "bfloat16"):
             predicted = transformer(noisy, timesteps, text, return_dict=False)[0]
-        loss = torch.nn.functional.mse_loss(predicted.float(), objective.target(batch.latents, batch.noise))
+        target = objective.target(batch.latents, batch.noise, timesteps)
+        loss = torch.nn.functional.mse_loss(predicted.float(), target)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.train.gradient_clipping)

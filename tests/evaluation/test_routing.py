@@ -20,7 +20,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.clips = iter(clips)
 
-    def forward(self, latents, timestep, text):
+    def predict(self, latents, timestep, text):
         clip = next(self.clips)
         maps = torch.zeros(1, 320, NUM_PHENOMENA)
         for phenomenon, mask in clip.masks.items():
