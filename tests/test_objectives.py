@@ -93,7 +93,7 @@ def test_timesteps_are_logit_normal() -> None:
 def test_velocity_is_the_schedulers(
     scheduler_type: type[SchedulerMixin], latents: torch.Tensor, noise: torch.Tensor
 ) -> None:
-    """Noise, velocity and the x_0 that a step recovers from it, down to a signal of zero at the last timestep."""
+    """Noisy latents and velocities, down to a signal of zero at the last timestep."""
     scheduler = scheduler_type(**COGVIDEOX)
     objective = VPrediction.from_scheduler(scheduler.config)
     timesteps = objective.timesteps(torch.tensor([0.0005, 0.5, 0.9999]))

@@ -8,8 +8,8 @@ import torch
 from pipelines.config import load_config
 from prophy.backbones import BACKBONES
 
-# By preset, what `transformer/config.json` of the published model says where it is not diffusers' default; how
-# many parameters that makes; and the latents and tokens of a clip.
+# By preset, what `transformer/config.json` of the published model says where it is not diffusers' default;
+# how many parameters that makes; and the latents and tokens of a clip.
 PUBLISHED: dict[str, tuple[dict[str, Any], int, tuple[int, ...], tuple[int, ...]]] = {
     "wan2.1-1.3b": (
         {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
