@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from prophy.errors import ProPhyError
 from prophy.schema import INDEX, QUARANTINE, SCHEMA_VERSION
 
+ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 _LARGE_COLUMNS = {"maps", "answers", "latents", "text_embeds"}  # left out of the index
 
@@ -77,15 +79,22 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"another run writes to {folder}; wait for it, or choose another cache.output"
         ) from None
     except OSError as error:
-        raise ProPhyError(
-            f"cannot write to {folder} ({error.strerror}); choose another cache.output"
-        ) from None
+        raise cannot_write(folder, error) from None
     try:
         for leftover in folder.rglob(".*.tmp"):
             leftover.unlink()
+        shutil.rmtree(folder / ATTEMPTS_FOLDER, ignore_errors=True)
         yield
     finally:
         lock.release()
+
+
+def cannot_write(folder: Path, error: OSError) -> ProPhyError:
+    """A full disk, or a folder that is not ours, in one sentence."""
+    return ProPhyError(
+        f"cannot write to {folder} ({error.strerror}); free it or choose another cache.output, then run the "
+        f"same command again: what was written before is whole"
+    )
 
 
 def write_file(
@@ -104,6 +113,9 @@ def write_file(
         footer: key-value metadata.
         name: of the file; without one it is the sha256 of the bytes.
         row_group_size: rows per row group.
+
+    Raises:
+        ProPhyError: the disk is full, or the folder cannot be written to.
     """
     buffer = pa.BufferOutputStream()
     pq.write_table(
@@ -112,14 +124,17 @@ def write_file(
     content = buffer.getvalue()
     path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     return path
 
 
@@ -131,7 +146,7 @@ class WriteRows:
     quarantine: Path
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Takes the table's columns and `error`; returns the numbers of rows `written` and `failed`."""
+        """Takes the table's columns and `error`; returns rows `written` and `failed`, and their `share`."""
         rows = batch.filter(pc.is_null(batch["error"]))
         good = rows.select(self.table.schema.names).cast(self.table.schema)  # a null where none may be raises
         errors = batch["error"].drop_null().to_pylist()
@@ -139,7 +154,8 @@ class WriteRows:
             write_file(self.table.folder, good, self.table.footer, row_group_size=1)
         if errors:
             write_file(self.quarantine, pa.Table.from_pylist(errors, QUARANTINE), _VERSION_FOOTER)
-        return pa.table({"written": [good.num_rows], "failed": [len(errors)]})
+        share = pc.sum(batch["share"]).as_py()
+        return pa.table({"written": [good.num_rows], "failed": [len(errors)], "share": [share]})
 
 
 def read_quarantine(folder: Path) -> pa.Table:

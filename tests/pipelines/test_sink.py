@@ -43,11 +43,11 @@ def encoding(sample_id: str) -> dict:
 
 def failure(name: str) -> dict:
     error = {"stage": "ReadClip", "error_type": "VideoError", "message": f"{name} is broken", "attempts": 1}
-    return {"error": {"source": source(name), **error}}
+    return {"share": 0.5, "error": {"source": source(name), **error}}
 
 
 def write(table: Table, *rows: dict) -> dict:
-    batch = pa.Table.from_pylist(list(rows), ENCODINGS_OR_ERROR)
+    batch = pa.Table.from_pylist([{"share": 1.0, **row} for row in rows], ENCODINGS_OR_ERROR)
     return WriteRows(table, table.folder.parent / "quarantine")(batch).to_pylist()[0]
 
 
@@ -58,7 +58,7 @@ def table(tmp_path: Path) -> Table:
 
 def test_rows_come_back_one_by_one_and_bit_for_bit(table: Table) -> None:
     rows = [encoding("b"), encoding("a"), encoding("c")]
-    assert write(table, *rows) == {"written": 3, "failed": 0}
+    assert write(table, *rows) == {"written": 3, "failed": 0, "share": 3.0}
     index = update_index(table)
     assert index["sample_id"].to_pylist() == ["a", "b", "c"]
     for entry, row in zip(index.to_pylist(), sorted(rows, key=lambda row: row["sample_id"]), strict=True):
@@ -77,14 +77,18 @@ def test_a_file_is_named_by_its_bytes_and_says_what_made_it(table: Table) -> Non
     assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
     assert pq.read_schema(file).equals(ENCODINGS)
     footer = pq.ParquetFile(file).metadata.metadata
-    assert footer[b"prophy.schema_version"] == b"1"
+    assert footer[b"prophy.schema_version"] == b"2"
     assert b'"backbone": "tiny"' in footer[b"prophy.provenance"]
     write(table, encoding("a"))
     assert len(list(table.folder.glob("*.parquet"))) == 1
 
 
 def test_errors_go_to_quarantine(table: Table) -> None:
-    assert write(table, failure("x"), encoding("a"), failure("y")) == {"written": 1, "failed": 2}
+    assert write(table, failure("x"), encoding("a"), failure("y")) == {
+        "written": 1,
+        "failed": 2,
+        "share": 2.0,
+    }
     rows = read_quarantine(table.folder.parent / "quarantine")
     assert rows.schema.equals(QUARANTINE)
     assert rows["message"].to_pylist() == ["x is broken", "y is broken"]
