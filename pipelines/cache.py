@@ -36,7 +36,7 @@ from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
 from prophy.backbones import fingerprint
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
-from prophy.schema import ENCODINGS, PRIORS
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
 from prophy.taxonomy import from_multi_hot
 from prophy.tiny.vlm import vlm_folder
 
@@ -215,6 +215,8 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     priors, encodings = priors_table(config), encodings_table(config)
     for table in (priors, encodings):
         drop_samples(table, changed(update_index(table), videos))
+    if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
+        drop_samples(encodings, update_index(encodings)["sample_id"].to_pylist()[:1])
 
     def left() -> tuple[pa.Table, pa.Table]:
         index, refused = update_index(priors), read_quarantine(_quarantine(config))

@@ -54,7 +54,8 @@ class Table:
         """The key-value metadata of each file."""
         return _VERSION_FOOTER | {
             b"prophy.fingerprint": fingerprint_of(self.settings).encode(),
-            b"prophy.provenance": json.dumps(self.settings | self.provenance, sort_keys=True).encode(),
+            b"prophy.settings": json.dumps(self.settings, sort_keys=True).encode(),
+            b"prophy.provenance": json.dumps(self.provenance, sort_keys=True).encode(),
         }
 
 
@@ -119,7 +120,11 @@ def write_file(
     """
     buffer = pa.BufferOutputStream()
     pq.write_table(
-        rows.replace_schema_metadata(footer), buffer, row_group_size=row_group_size, use_dictionary=False
+        rows.replace_schema_metadata(footer),
+        buffer,
+        row_group_size=row_group_size,
+        use_dictionary=False,
+        write_page_checksum=True,
     )
     content = buffer.getvalue()
     path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
@@ -160,12 +165,14 @@ class WriteRows:
 
 def read_quarantine(folder: Path) -> pa.Table:
     """Everything that could not be used so far."""
-    files = [folder / name for name in _file_names(folder)]
+    files = [folder / name for name in file_names(folder)]
     return pa.concat_tables([QUARANTINE.empty_table(), *map(pq.read_table, files)])
 
 
 def update_index(table: Table) -> pa.Table:
     """Brings a table's `index.parquet` up to date; reads only the files that it does not know yet.
+
+    A sample that was written twice, by workers of a killed run that outlived it, is left in one file.
 
     Returns:
         One row per sample, ordered by `sample_id`: the table's small columns, `file` and `row_group`.
@@ -173,7 +180,7 @@ def update_index(table: Table) -> pa.Table:
     Raises:
         ProPhyError: a file is damaged, or was made with other models or settings.
     """
-    names = _file_names(table.folder)
+    names = file_names(table.folder)
     stored = None
     parts = [_index_schema(table).empty_table()]
     if (table.folder / INDEX).exists():
@@ -181,7 +188,14 @@ def update_index(table: Table) -> pa.Table:
         parts.append(stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string()))))
     known = set(parts[-1]["file"].to_pylist())
     parts += [_index_file(table, name) for name in names if name not in known]
-    index = _first_of_each(pa.concat_tables(parts), "sample_id").sort_by("sample_id")
+    rows = pa.concat_tables(parts)
+    index = _first_of_each(rows, "sample_id").sort_by("sample_id")
+    if len(index) < len(rows):
+        for name in rows["file"].unique().to_pylist():
+            kept = index.filter(pc.equal(index["file"], name))["row_group"].sort()
+            if len(kept) < pc.sum(pc.equal(rows["file"], name)).as_py():
+                _keep(table, name, kept)
+        return update_index(table)
     if names and (stored is None or not index.equals(stored)):
         write_file(table.folder, index, table.footer, name=INDEX)
     return index
@@ -190,18 +204,44 @@ def update_index(table: Table) -> pa.Table:
 def drop_samples(table: Table, sample_ids: list[str]) -> None:
     """Takes samples out of a table, by writing the files that hold them anew."""
     index = update_index(table)
-    dropped = pa.array(sample_ids, pa.string())
-    files = index.filter(pc.is_in(index["sample_id"], dropped))["file"]
-    for name in files.unique().to_pylist():
-        rows = _open(table, name).read()
-        kept = rows.filter(pc.invert(pc.is_in(rows["sample_id"], dropped)))
-        if kept.num_rows:
-            write_file(table.folder, kept, table.footer, row_group_size=1)
-        (table.folder / name).unlink()
+    dropped = pc.is_in(index["sample_id"], pa.array(sample_ids, pa.string()))
+    for name in index.filter(dropped)["file"].unique().to_pylist():
+        kept = index.filter(pc.and_not(pc.equal(index["file"], name), dropped))["row_group"].sort()
+        _keep(table, name, kept)
 
 
-def _file_names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
+    """The files of a table, which are named by their content; the index and what is half written are not."""
     return sorted(file.name for file in folder.glob("*.parquet") if _CONTENT_NAME.fullmatch(file.name))
+
+
+def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
+    """The table that a file belongs to, by its footer.
+
+    Raises:
+        ValueError: it has no footer of this version, or not this schema; the message goes on "it ...".
+    """
+    try:
+        file = pq.ParquetFile(folder / name)
+    except pa.ArrowInvalid:
+        raise ValueError("is no whole Parquet file") from None
+    footer = file.metadata.metadata or {}
+    if any(footer.get(key) != value for key, value in _VERSION_FOOTER.items()):
+        raise ValueError("was written by another version")
+    if not file.schema_arrow.equals(schema):
+        raise ValueError("has other columns")
+    settings, provenance = (json.loads(footer[b"prophy." + key]) for key in (b"settings", b"provenance"))
+    if fingerprint_of(settings) != footer[b"prophy.fingerprint"].decode():
+        raise ValueError("has a footer that contradicts itself")
+    return Table(folder, schema, settings, provenance)
+
+
+def _keep(table: Table, name: str, row_groups: pa.Array) -> None:
+    """Writes a file anew with some of its rows, or removes it where those are none."""
+    if len(row_groups):
+        kept = _open(table, name).read_row_groups(row_groups.to_pylist())
+        write_file(table.folder, kept, table.footer, row_group_size=1)
+    (table.folder / name).unlink()
 
 
 def _index_schema(table: Table) -> pa.Schema:
@@ -223,10 +263,12 @@ def _open(table: Table, name: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid:
-        raise ProPhyError(f"{path} is damaged; delete it and run `prophy cache` again") from None
+        raise ProPhyError(
+            f"{path} is damaged; run `prophy cache verify` to set it aside, then `prophy cache` again"
+        ) from None
     footer = file.metadata.metadata or {}
     if any(footer.get(key) != table.footer[key] for key in (*_VERSION_FOOTER, b"prophy.fingerprint")):
-        made = json.loads(footer.get(b"prophy.provenance", b"{}"))
+        made = json.loads(footer.get(b"prophy.settings", b"{}"))
         differing = [key for key, value in table.settings.items() if made.get(key) != value]
         raise ProPhyError(
             f"{path} was made with other settings ({', '.join(differing) or 'schema version'}); "

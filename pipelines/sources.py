@@ -37,8 +37,10 @@ def find_videos(location: str) -> list[Video]:
         videos = [{"source": source, "caption": None, "labels": None} for source in find_files(location)]
     if not videos:
         raise ProPhyError(f"no videos in {location}; files that end in {', '.join(SUFFIXES)} count")
-    first = {video["source"]["uri"]: video for video in reversed(videos)}  # of a video that is listed twice
-    return list(first.values())[::-1]
+    first: dict[str, Video] = {}  # of a video that is listed twice
+    for video in videos:
+        first.setdefault(video["source"]["uri"], video)
+    return list(first.values())
 
 
 def looked_up_again(videos: list[Video], quarantine: pa.Table) -> list[Video]:
