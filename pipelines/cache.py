@@ -5,25 +5,24 @@ depend on the backbone, so another backbone or resolution adds a folder of encod
 again. What is done already is read from the files themselves; so the same command resumes.
 """
 
-import logging
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
 from pipelines.config import Config, PoolConfig
+from pipelines.manifests import Video
+from pipelines.progress import GraphReport, execute, print_stages
 from pipelines.runtime import open_run, ray_session
 from pipelines.sink import (
+    ATTEMPTS_FOLDER,
     Table,
     WriteRows,
     drop_samples,
@@ -32,26 +31,17 @@ from pipelines.sink import (
     read_quarantine,
     update_index,
 )
-from pipelines.sources import Video, changed, clips_left, find_videos, of_videos, videos_left
+from pipelines.sources import changed, clips_left, find_videos, looked_up_again, of_videos, videos_left
 from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
 from prophy.backbones import fingerprint
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
-from prophy.schema import ENCODINGS, PRIORS
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
 from prophy.taxonomy import from_multi_hot
 from prophy.tiny import bundled
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
 _MAX_BLOCKS = 4096  # of a work list
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """What one graph did: rows written, videos or clips refused, seconds taken."""
-
-    written: int = 0
-    failed: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +54,7 @@ class CacheSummary:
         num_encodings: clips of these videos in the encodings of this backbone.
         quarantined: why a video or clip of the input cannot be used, each.
         phenomena: number of clips by phenomenon.
+        unparsed: clips whose VLM said something of phenomena that is no name of one; that part was not used.
         added_priors: what this run did to the priors.
         added_encodings: what this run did to the encodings.
     """
@@ -73,6 +64,7 @@ class CacheSummary:
     num_encodings: int
     quarantined: list[str]
     phenomena: dict[str, int]
+    unparsed: int
     added_priors: GraphReport
     added_encodings: GraphReport
 
@@ -139,16 +131,16 @@ def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
     cache, vlm = config.cache, config.vlm
     rows: Dataset = _read(work)
-    # Probe, limits, content hash: one row per clip from here on.
-    rows = rows.map_batches(CutVideo(cache.clip_duration_s, cache.limits), batch_size=1, **_io(cache.read))
+    # Probe, limits, content hash: one row per clip from here on. Waits for the disk more than it computes.
+    cut = PoolConfig(size=cache.read.size, num_cpus=0.25)
+    rows = rows.map_batches(CutVideo, **_pool(cut, cache.clip_duration_s, cache.limits))
     # Decode what the VLM sees.
-    rows = rows.map_batches(ReadClip, **_pool(cache.read, vlm.num_frames, vlm.height, vlm.width))
+    size = (vlm.num_frames, vlm.height, vlm.width)
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, *size, cache.limits))
     # The costly stage: each actor holds a VLM.
-    rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm))
+    rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, _attempts(config)))
     # Good rows go into a file of the table, errors into one of the quarantine.
-    return rows.map_batches(
-        WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_io(cache.read)
-    )
+    return _write(rows, config, table)
 
 
 def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
@@ -156,16 +148,14 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
     cache, backbone = config.cache, config.backbone
     rows: Dataset = _read(work)
     # Decode at the backbone's resolution and number of frames.
-    rows = rows.map_batches(
-        ReadClip, **_pool(cache.read, backbone.num_frames, backbone.height, backbone.width)
-    )
+    size = (backbone.num_frames, backbone.height, backbone.width)
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, *size, cache.limits))
     # Each actor holds the VAE and the text encoder.
-    encoders = _pool(cache.encode, backbone, table) | {"batch_size": cache.encode_batch_size}
+    encoders = _pool(cache.encode, backbone, table, _attempts(config))
+    encoders["batch_size"] = cache.encode_batch_size
     rows = rows.map_batches(EncodeClip, **encoders)
     # Good rows go into a file of the table, errors into one of the quarantine.
-    return rows.map_batches(
-        WriteRows(table, _quarantine(config)), batch_size=cache.rows_per_file, **_io(cache.read)
-    )
+    return _write(rows, config, table)
 
 
 def _read(work: pa.Table) -> Dataset:
@@ -173,9 +163,16 @@ def _read(work: pa.Table) -> Dataset:
     return ray.data.from_items(work.to_pylist(), override_num_blocks=min(len(work), _MAX_BLOCKS))
 
 
-def _io(pool: PoolConfig) -> dict[str, Any]:
-    """Tasks that wait for the disk more than they compute, as many as there are actors that read."""
-    return {"batch_format": "pyarrow", "num_cpus": 0.25, "compute": TaskPoolStrategy(size=pool.size)}
+def _write(rows: Dataset, config: Config, table: Table) -> Dataset:
+    """The sink, as tasks that wait for the disk more than they compute."""
+    cache = config.cache
+    return rows.map_batches(
+        WriteRows(table, _quarantine(config)),
+        batch_size=cache.rows_per_file,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+        compute=TaskPoolStrategy(size=cache.read.size),
+    )
 
 
 def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
@@ -198,6 +195,10 @@ def _quarantine(config: Config) -> Path:
     return _output(config) / "quarantine"
 
 
+def _attempts(config: Config) -> Path:
+    return _output(config) / ATTEMPTS_FOLDER
+
+
 def _check_durations(config: Config) -> None:
     """The VLM and the backbone must see the same seconds of a clip, or maps and latents differ in time."""
     backbone, clip_duration_s = config.backbone, config.cache.clip_duration_s
@@ -214,6 +215,8 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     priors, encodings = priors_table(config), encodings_table(config)
     for table in (priors, encodings):
         drop_samples(table, changed(update_index(table), videos))
+    if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
+        drop_samples(encodings, update_index(encodings)["sample_id"].to_pylist()[:1])
 
     def left() -> tuple[pa.Table, pa.Table]:
         index, refused = update_index(priors), read_quarantine(_quarantine(config))
@@ -222,50 +225,30 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
             clips_left(videos, index, update_index(encodings), refused),
         )
 
+    sizes = config.cache.read.size, config.cache.extract.size, config.cache.encode.size
+    workers = dict(zip(("CutVideo", "ReadClip", "WriteRows"), 3 * sizes[:1], strict=True))
+    workers |= {"ExtractPriors": sizes[1], "EncodeClip": sizes[2]}
     added_priors = added_encodings = GraphReport()
     if any(map(len, left())):
         with ray_session(config):
-            _silence_ray_data()
             if new_videos := left()[0]:
-                added_priors = _execute(build_priors_graph(config, priors, new_videos), "priors", None)
+                graph = build_priors_graph(config, priors, new_videos)
+                added_priors = execute(graph, "priors", len(new_videos), workers)
             if new_clips := left()[1]:
                 graph = build_encodings_graph(config, encodings, new_clips)
-                added_encodings = _execute(graph, "encodings", len(new_clips))
-    clips = of_videos(update_index(priors), videos)
+                added_encodings = execute(graph, "encodings", len(new_clips), workers)
+    clips, refused = of_videos(update_index(priors), videos), read_quarantine(_quarantine(config))
     labels = Counter(label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row))
     return CacheSummary(
         num_videos=len(videos),
         num_priors=len(clips),
         num_encodings=len(of_videos(update_index(encodings), videos)),
-        quarantined=of_videos(read_quarantine(_quarantine(config)), videos)["message"].to_pylist(),
+        quarantined=of_videos(refused, looked_up_again(videos, refused))["message"].unique().to_pylist(),
         phenomena={str(label): count for label, count in labels.most_common()},
+        unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
         added_priors=added_priors,
         added_encodings=added_encodings,
     )
-
-
-def _silence_ray_data() -> None:
-    """Ray Data's bars count blocks per operator; ours counts clips."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-
-
-def _execute(graph: Dataset, name: str, total: int | None) -> GraphReport:
-    """Runs a graph to its end, with a progress bar."""
-    written = failed = 0
-    start = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=total)
-        for counts in graph.iter_batches(batch_size=None, batch_format="pyarrow"):
-            written += pc.sum(counts["written"]).as_py()
-            failed += pc.sum(counts["failed"]).as_py()
-            speed = written / (time.perf_counter() - start)
-            description = f"{name}: {speed:.2f} clips/s, {failed} quarantined"
-            progress.update(task, completed=written + failed, description=description)
-    return GraphReport(written, failed, time.perf_counter() - start)
 
 
 def _print(summary: CacheSummary, config: Config) -> None:
@@ -281,9 +264,15 @@ def _print(summary: CacheSummary, config: Config) -> None:
         speed = f"{added.written / added.seconds:.2f}" if added.written else "-"
         grid.add_row(name, str(clips), str(added.written), str(added.failed), f"{added.seconds:.1f}", speed)
     console.print(grid)
+    for name, _, added in rows:
+        if added.stages:
+            print_stages(console, name, added)
     widest = max(summary.phenomena.values(), default=0)
     for phenomenon, count in summary.phenomena.items():
         console.print(f"{phenomenon:>26} {count:5d} " + "█" * math.ceil(30 * count / widest), highlight=False)
+    if summary.unparsed:
+        text = "clips of which the VLM said what is no phenomenon; kept in `unparsed`, not used"
+        console.print(f"{summary.unparsed} {text}", highlight=False)
     if not (summary.added_priors.written or summary.added_encodings.written):
         console.print("nothing new: all clips were cached before")
     for message in summary.quarantined:

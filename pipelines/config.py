@@ -136,11 +136,15 @@ class SimulateConfig(Section):
 
 
 class VideoLimits(Section):
-    """What a video may be before it goes to quarantine."""
+    """What a video may be, and what reading it may take, before it goes to quarantine."""
 
     max_bytes: PositiveInt = 2_000_000_000
     max_pixels: PositiveInt = Field(3840 * 2160, description="per frame")
+    max_frames: PositiveInt = 500_000
     max_duration_s: PositiveFloat = 3600.0
+    max_streams: PositiveInt = Field(16, description="video, sound, subtitles and others together")
+    max_seconds: PositiveFloat = Field(120.0, description="to measure a video, or to decode one clip")
+    max_memory_bytes: PositiveInt = Field(4_000_000_000, description="address space of a decoding process")
 
 
 class CacheConfig(Section):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from prophy.errors import ProPhyError
 from prophy.schema import INDEX, QUARANTINE, SCHEMA_VERSION
 
+ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 _LARGE_COLUMNS = {"maps", "answers", "latents", "text_embeds"}  # left out of the index
 
@@ -52,7 +54,8 @@ class Table:
         """The key-value metadata of each file."""
         return _VERSION_FOOTER | {
             b"prophy.fingerprint": fingerprint_of(self.settings).encode(),
-            b"prophy.provenance": json.dumps(self.settings | self.provenance, sort_keys=True).encode(),
+            b"prophy.settings": json.dumps(self.settings, sort_keys=True).encode(),
+            b"prophy.provenance": json.dumps(self.provenance, sort_keys=True).encode(),
         }
 
 
@@ -77,15 +80,22 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"another run writes to {folder}; wait for it, or choose another cache.output"
         ) from None
     except OSError as error:
-        raise ProPhyError(
-            f"cannot write to {folder} ({error.strerror}); choose another cache.output"
-        ) from None
+        raise cannot_write(folder, error) from None
     try:
         for leftover in folder.rglob(".*.tmp"):
             leftover.unlink()
+        shutil.rmtree(folder / ATTEMPTS_FOLDER, ignore_errors=True)
         yield
     finally:
         lock.release()
+
+
+def cannot_write(folder: Path, error: OSError) -> ProPhyError:
+    """A full disk, or a folder that is not ours, in one sentence."""
+    return ProPhyError(
+        f"cannot write to {folder} ({error.strerror}); free it or choose another cache.output, then run the "
+        f"same command again: what was written before is whole"
+    )
 
 
 def write_file(
@@ -104,22 +114,32 @@ def write_file(
         footer: key-value metadata.
         name: of the file; without one it is the sha256 of the bytes.
         row_group_size: rows per row group.
+
+    Raises:
+        ProPhyError: the disk is full, or the folder cannot be written to.
     """
     buffer = pa.BufferOutputStream()
     pq.write_table(
-        rows.replace_schema_metadata(footer), buffer, row_group_size=row_group_size, use_dictionary=False
+        rows.replace_schema_metadata(footer),
+        buffer,
+        row_group_size=row_group_size,
+        use_dictionary=False,
+        write_page_checksum=True,
     )
     content = buffer.getvalue()
     path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     return path
 
 
@@ -131,7 +151,7 @@ class WriteRows:
     quarantine: Path
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Takes the table's columns and `error`; returns the numbers of rows `written` and `failed`."""
+        """Takes the table's columns and `error`; returns rows `written` and `failed`, and their `share`."""
         rows = batch.filter(pc.is_null(batch["error"]))
         good = rows.select(self.table.schema.names).cast(self.table.schema)  # a null where none may be raises
         errors = batch["error"].drop_null().to_pylist()
@@ -139,17 +159,20 @@ class WriteRows:
             write_file(self.table.folder, good, self.table.footer, row_group_size=1)
         if errors:
             write_file(self.quarantine, pa.Table.from_pylist(errors, QUARANTINE), _VERSION_FOOTER)
-        return pa.table({"written": [good.num_rows], "failed": [len(errors)]})
+        share = pc.sum(batch["share"]).as_py()
+        return pa.table({"written": [good.num_rows], "failed": [len(errors)], "share": [share]})
 
 
 def read_quarantine(folder: Path) -> pa.Table:
     """Everything that could not be used so far."""
-    files = [folder / name for name in _file_names(folder)]
+    files = [folder / name for name in file_names(folder)]
     return pa.concat_tables([QUARANTINE.empty_table(), *map(pq.read_table, files)])
 
 
 def update_index(table: Table) -> pa.Table:
     """Brings a table's `index.parquet` up to date; reads only the files that it does not know yet.
+
+    A sample that was written twice, by workers of a killed run that outlived it, is left in one file.
 
     Returns:
         One row per sample, ordered by `sample_id`: the table's small columns, `file` and `row_group`.
@@ -157,7 +180,7 @@ def update_index(table: Table) -> pa.Table:
     Raises:
         ProPhyError: a file is damaged, or was made with other models or settings.
     """
-    names = _file_names(table.folder)
+    names = file_names(table.folder)
     stored = None
     parts = [_index_schema(table).empty_table()]
     if (table.folder / INDEX).exists():
@@ -165,7 +188,14 @@ def update_index(table: Table) -> pa.Table:
         parts.append(stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string()))))
     known = set(parts[-1]["file"].to_pylist())
     parts += [_index_file(table, name) for name in names if name not in known]
-    index = _first_of_each(pa.concat_tables(parts), "sample_id").sort_by("sample_id")
+    rows = pa.concat_tables(parts)
+    index = _first_of_each(rows, "sample_id").sort_by("sample_id")
+    if len(index) < len(rows):
+        for name in rows["file"].unique().to_pylist():
+            kept = index.filter(pc.equal(index["file"], name))["row_group"].sort()
+            if len(kept) < pc.sum(pc.equal(rows["file"], name)).as_py():
+                _keep(table, name, kept)
+        return update_index(table)
     if names and (stored is None or not index.equals(stored)):
         write_file(table.folder, index, table.footer, name=INDEX)
     return index
@@ -174,18 +204,44 @@ def update_index(table: Table) -> pa.Table:
 def drop_samples(table: Table, sample_ids: list[str]) -> None:
     """Takes samples out of a table, by writing the files that hold them anew."""
     index = update_index(table)
-    dropped = pa.array(sample_ids, pa.string())
-    files = index.filter(pc.is_in(index["sample_id"], dropped))["file"]
-    for name in files.unique().to_pylist():
-        rows = _open(table, name).read()
-        kept = rows.filter(pc.invert(pc.is_in(rows["sample_id"], dropped)))
-        if kept.num_rows:
-            write_file(table.folder, kept, table.footer, row_group_size=1)
-        (table.folder / name).unlink()
+    dropped = pc.is_in(index["sample_id"], pa.array(sample_ids, pa.string()))
+    for name in index.filter(dropped)["file"].unique().to_pylist():
+        kept = index.filter(pc.and_not(pc.equal(index["file"], name), dropped))["row_group"].sort()
+        _keep(table, name, kept)
 
 
-def _file_names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
+    """The files of a table, which are named by their content; the index and what is half written are not."""
     return sorted(file.name for file in folder.glob("*.parquet") if _CONTENT_NAME.fullmatch(file.name))
+
+
+def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
+    """The table that a file belongs to, by its footer.
+
+    Raises:
+        ValueError: it has no footer of this version, or not this schema; the message goes on "it ...".
+    """
+    try:
+        file = pq.ParquetFile(folder / name)
+    except pa.ArrowInvalid:
+        raise ValueError("is no whole Parquet file") from None
+    footer = file.metadata.metadata or {}
+    if any(footer.get(key) != value for key, value in _VERSION_FOOTER.items()):
+        raise ValueError("was written by another version")
+    if not file.schema_arrow.equals(schema):
+        raise ValueError("has other columns")
+    settings, provenance = (json.loads(footer[b"prophy." + key]) for key in (b"settings", b"provenance"))
+    if fingerprint_of(settings) != footer[b"prophy.fingerprint"].decode():
+        raise ValueError("has a footer that contradicts itself")
+    return Table(folder, schema, settings, provenance)
+
+
+def _keep(table: Table, name: str, row_groups: pa.Array) -> None:
+    """Writes a file anew with some of its rows, or removes it where those are none."""
+    if len(row_groups):
+        kept = _open(table, name).read_row_groups(row_groups.to_pylist())
+        write_file(table.folder, kept, table.footer, row_group_size=1)
+    (table.folder / name).unlink()
 
 
 def _index_schema(table: Table) -> pa.Schema:
@@ -207,10 +263,12 @@ def _open(table: Table, name: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid:
-        raise ProPhyError(f"{path} is damaged; delete it and run `prophy cache` again") from None
+        raise ProPhyError(
+            f"{path} is damaged; run `prophy cache verify` to set it aside, then `prophy cache` again"
+        ) from None
     footer = file.metadata.metadata or {}
     if any(footer.get(key) != table.footer[key] for key in (*_VERSION_FOOTER, b"prophy.fingerprint")):
-        made = json.loads(footer.get(b"prophy.provenance", b"{}"))
+        made = json.loads(footer.get(b"prophy.settings", b"{}"))
         differing = [key for key, value in table.settings.items() if made.get(key) != value]
         raise ProPhyError(
             f"{path} was made with other settings ({', '.join(differing) or 'schema version'}); "

@@ -2,74 +2,54 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.files import find_files, open_store, source_of
+from pipelines.manifests import Video, read_manifest
 from pipelines.stages import CLIPS, SOURCES, clip_ids
 from prophy.errors import ProPhyError
-from prophy.taxonomy import parse_phenomena
 from prophy.video import SUFFIXES
 
 MANIFEST = "manifest.parquet"
 
-Video = dict[str, Any]  # a row of `stages.SOURCES` without `done`
-
 
 def find_videos(location: str) -> list[Video]:
-    """The videos of a folder, or of a Parquet manifest, with their captions and labels where it has them.
+    """The videos of a folder, an object-store prefix or a list, with captions and labels where there are any.
 
     Args:
-        location: a manifest with `path` (absolute, or relative to the manifest) and optionally `caption` and
-            `phenomena`; or a folder that holds `manifest.parquet`; or one to search for videos, recursively.
+        location: a list of videos (`pipelines.manifests`); a folder or prefix that holds `manifest.parquet`;
+            or one to search for videos, recursively. A path, or a URL such as `s3://bucket/videos`.
 
     Raises:
-        ProPhyError: no such place, not a manifest, an unknown phenomenon, or no videos.
+        ProPhyError: no such place, a list that cannot be used, or no videos.
     """
-    place = Path(location).resolve()
-    if not place.exists():
-        raise ProPhyError(f"cache.input {location} does not exist; give a folder of videos or a manifest")
-    manifest = place / MANIFEST if (place / MANIFEST).is_file() else place
-    if manifest.is_file():
-        videos = _read_manifest(manifest)
+    store, path = open_store(location)
+    if not store.exists(path):
+        raise ProPhyError(f"cache.input {location} does not exist; give a folder of videos or a list of them")
+    manifest = f"{location.rstrip('/')}/{MANIFEST}"
+    if store.isfile(path):
+        videos = read_manifest(location)
+    elif store.isfile(f"{path}/{MANIFEST}"):
+        videos = read_manifest(manifest)
     else:
-        files = sorted(
-            file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
-        )
-        videos = [{"source": _source(file), "caption": None, "labels": None} for file in files]
+        videos = [{"source": source, "caption": None, "labels": None} for source in find_files(location)]
     if not videos:
         raise ProPhyError(f"no videos in {location}; files that end in {', '.join(SUFFIXES)} count")
-    return videos
+    first: dict[str, Video] = {}  # of a video that is listed twice
+    for video in videos:
+        first.setdefault(video["source"]["uri"], video)
+    return list(first.values())
 
 
-def _read_manifest(manifest: Path) -> list[Video]:
-    try:
-        file = pq.ParquetFile(manifest)
-    except pa.ArrowInvalid:
-        raise ProPhyError(
-            f"{manifest} is not Parquet; give a folder of videos or a Parquet manifest"
-        ) from None
-    columns = [name for name in ("path", "caption", "phenomena") if name in file.schema_arrow.names]
-    if "path" not in columns:
-        raise ProPhyError(f"{manifest} has no column 'path'; name each row's video there")
+def looked_up_again(videos: list[Video], quarantine: pa.Table) -> list[Video]:
+    """The videos, as missing where the quarantine says so and they still are: they vanished during a run."""
+    absent = {source["uri"] for source in quarantine["source"].to_pylist() if not source["modified"]}
     return [
-        {
-            "source": _source(manifest.parent / row["path"]),
-            "caption": row.get("caption") or None,
-            "labels": None if row.get("phenomena") is None else list(parse_phenomena(row["phenomena"])),
-        }
-        for row in file.read(columns).to_pylist()
+        {**video, "source": source_of(video["source"]["uri"])} if video["source"]["uri"] in absent else video
+        for video in videos
     ]
-
-
-def _source(file: Path) -> dict[str, Any]:
-    """This version of a file. A missing one has size 0, and goes to quarantine when a stage opens it."""
-    if not file.exists():
-        return {"uri": str(file), "size": 0, "modified": 0.0}
-    status = file.stat()
-    return {"uri": str(file), "size": status.st_size, "modified": status.st_mtime}
 
 
 def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:
@@ -81,8 +61,8 @@ def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:
 
 
 def changed(rows: pa.Table, videos: Iterable[Video]) -> list[str]:
-    """The samples in `rows` of videos that are another version now."""
-    current = {video["source"]["uri"]: video["source"] for video in videos}
+    """The samples in `rows` of videos that are another version now; a missing one may come back as it was."""
+    current = {video["source"]["uri"]: video["source"] for video in videos if video["source"]["modified"]}
     return [
         sample_id
         for sample_id, source in zip(rows["sample_id"].to_pylist(), rows["source"].to_pylist(), strict=True)
@@ -129,7 +109,7 @@ def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quara
     done = {*encodings["sample_id"].to_pylist(), *quarantine["sample_id"].to_pylist()}
     current = {_key(video["source"]) for video in videos}
     left = [
-        {**row, "caption": row["caption"] or row["vlm_caption"]}
+        {**row, "caption": row["caption"] or row["vlm_caption"], "share": 1.0}
         for row in priors.to_pylist()
         if row["sample_id"] not in done and _key(row["source"]) in current
     ]

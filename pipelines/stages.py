@@ -2,28 +2,36 @@
 
 Each stage is a callable from Arrow table to Arrow table, as Ray Data calls it, and knows no Ray. A row whose
 video cannot be used gets `error` and travels on: later stages pass it by, the sink puts it into quarantine.
+Each row also carries `share`, its part of one row of the work list, for the progress. Videos are decoded in
+processes that may die (`prophy.decoder`); a clip that ends the process of a model twice is given up.
 Models are imported by the actors that hold them: torch and transformers cost every other process seconds.
 """
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
-from pipelines.sink import Table, write_file
+from pipelines.files import UNREADABLE, LocalFiles
+from pipelines.sink import Table, cannot_write, write_file
+from prophy.decoder import ATTEMPTS, Decoder, DecoderError
+from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, tensor_columns
 from prophy.taxonomy import Phenomenon, multi_hot
-from prophy.video import VideoError, clip_spans, probe, read_frames
+from prophy.video import VideoError, clip_spans
 
 _ERROR = pa.field("error", pa.struct(list(QUARANTINE)))
+_SHARE = pa.field("share", pa.float64(), nullable=False)
 
 
 def _or_error(fields: list[pa.Field]) -> pa.Schema:
     """A schema whose rows hold either all of `fields` or an error."""
-    return pa.schema([*(field.with_nullable(True) for field in fields), _ERROR])
+    return pa.schema([*(field.with_nullable(True) for field in fields), _SHARE, _ERROR])
 
 
 SOURCES = pa.schema(
@@ -57,12 +65,19 @@ def clip_ids(
     }
 
 
+def decoder(limits: VideoLimits) -> Decoder:
+    """A decoder with the limits of a process; the others are those of `Decoder.probe`."""
+    return Decoder(limits.max_memory_bytes, limits.max_seconds)
+
+
 class CutVideo:
     """`SOURCES` -> `CLIPS`, one table per clip: measures a video, checks the limits, lists its clips."""
 
     def __init__(self, clip_duration_s: float, limits: VideoLimits) -> None:
         self.clip_duration_s = clip_duration_s
-        self.limits = limits.model_dump()
+        self.limits = limits.model_dump(exclude={"max_seconds", "max_memory_bytes"})
+        self.files = LocalFiles(limits.max_bytes)
+        self.decoder = decoder(limits)
 
     def __call__(self, sources: pa.Table) -> Iterator[pa.Table]:
         """Yields the clips of each video that are not done yet, or its error."""
@@ -72,17 +87,17 @@ class CutVideo:
             except (VideoError, OSError) as error:
                 clips = [_failed(row, "CutVideo", error)]
             for clip in clips:
-                yield pa.Table.from_pylist([clip], CLIPS)
+                yield pa.Table.from_pylist([{"share": 1 / len(clips), **clip}], CLIPS)
 
     def _cut(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        path = row["source"]["uri"]
-        info = probe(path, **self.limits)
-        with open(path, "rb") as file:
+        uri = row["source"]["uri"]
+        with self.files.open(uri) as path, open(path, "rb") as file:
+            info = self.decoder.probe(path, **self.limits)
             content_hash = hashlib.file_digest(file, "sha256").hexdigest()
         clips = clip_ids(row["source"], content_hash, info.duration_s, self.clip_duration_s)
         if not clips:
             raise VideoError(
-                f"{path} lasts {info.duration_s:.2f} s, less than one clip of {self.clip_duration_s:g} s; "
+                f"{uri} lasts {info.duration_s:.2f} s, less than one clip of {self.clip_duration_s:g} s; "
                 f"lower cache.clip_duration_s or remove it"
             )
         video = row | vars(info) | {"content_hash": content_hash, "num_clips": len(clips)}
@@ -96,8 +111,10 @@ class CutVideo:
 class ReadClip:
     """`CLIPS` -> `CLIPS_WITH_FRAMES`: decodes the clip's frames, from its start to its end inclusive."""
 
-    def __init__(self, num_frames: int, height: int, width: int) -> None:
+    def __init__(self, num_frames: int, height: int, width: int, limits: VideoLimits) -> None:
         self.size = (num_frames, height, width)
+        self.files = LocalFiles(limits.max_bytes)
+        self.decoder = decoder(limits)
 
     def __call__(self, clips: pa.Table) -> pa.Table:
         """Adds the frames to each clip."""
@@ -107,16 +124,73 @@ class ReadClip:
         if clip["error"]:
             return clip
         try:
-            frames = read_frames(clip["source"]["uri"], clip["start_s"], clip["end_s"], *self.size)
-        except VideoError as error:
+            with self.files.open(clip["source"]["uri"]) as path:
+                frames = self.decoder.read_frames(path, clip["start_s"], clip["end_s"], *self.size)
+        except (VideoError, OSError) as error:
             return _failed(clip, "ReadClip", error)
         return {**clip, "frames": frames.tobytes()}
+
+
+class DeadlyClipError(ProPhyError):
+    """A clip whose processing ended the process, `ATTEMPTS` times."""
+
+
+class Attempts:
+    """Remembers which clips are being worked on: whoever finds one begun follows a process that died.
+
+    A file per clip holds the ids of the processes that began it, and goes when one ends it.
+
+    Args:
+        folder: seen by all nodes; whoever starts a run empties it.
+        stage: name of the stage.
+    """
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder, self.stage = folder, stage
+
+    def __call__(self, rows: list[dict[str, Any]], work: Callable[[list[dict[str, Any]]], None]) -> None:
+        """Has the rows worked on, all at once; after a death one by one, so that only the guilty one fails.
+
+        Args:
+            rows: clips; each without an error gets the columns that `work` adds, or an error.
+            work: adds columns to the rows that it is given.
+        """
+        for row in rows:
+            if not row["error"] and self._count(row) >= ATTEMPTS:
+                span = f"{row['source']['uri']} from {row['start_s']:g} to {row['end_s']:g} s"
+                died = DeadlyClipError(
+                    f"{span} ended the process of {self.stage} {ATTEMPTS} times; remove it"
+                )
+                row |= _failed(row, self.stage, died)
+        good = [row for row in rows if not row["error"]]
+        size = 1 if any(map(self._count, good)) else max(len(good), 1)
+        for group in (good[start : start + size] for start in range(0, len(good), size)):
+            for row in group:
+                self._begin(row)
+            work(group)
+            for row in group:
+                self._file(row).unlink()
+
+    def _begin(self, row: dict[str, Any]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._file(row).open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        except OSError as error:
+            raise cannot_write(self.folder, error) from None
+
+    def _count(self, row: dict[str, Any]) -> int:
+        file = self._file(row)
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def _file(self, row: dict[str, Any]) -> Path:
+        return self.folder / f"{self.stage}-{row['sample_id']}"
 
 
 class ExtractPriors:
     """`CLIPS_WITH_FRAMES` -> `PRIORS_OR_ERROR`: holds the VLM and asks it about each clip."""
 
-    def __init__(self, vlm: VlmConfig) -> None:
+    def __init__(self, vlm: VlmConfig, attempts: Path) -> None:
         from prophy.priors.extractor import PriorExtractor
 
         self.size = (vlm.num_frames, vlm.height, vlm.width)
@@ -124,25 +198,28 @@ class ExtractPriors:
             vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens
         )
 
+        self.attempts = Attempts(attempts, "ExtractPriors")
+
     def __call__(self, clips: pa.Table) -> pa.Table:
         """The priors of each clip."""
-        return pa.Table.from_pylist([self._extract(clip) for clip in clips.to_pylist()], PRIORS_OR_ERROR)
+        rows = clips.to_pylist()
+        self.attempts(rows, self._extract)
+        return pa.Table.from_pylist(rows, PRIORS_OR_ERROR)
 
-    def _extract(self, clip: dict[str, Any]) -> dict[str, Any]:
-        if clip["error"]:
-            return clip
-        fps = (self.size[0] - 1) / (clip["end_s"] - clip["start_s"])
-        labels = None if clip["labels"] is None else tuple(map(Phenomenon, clip["labels"]))
-        priors = self.extractor(_frames(clip, self.size), fps, labels)
-        return {
-            **clip,
-            "vlm_caption": priors.vlm_caption,
-            "answers": priors.answers,
-            "phenomena": multi_hot(priors.phenomena),
-            "map_phenomena": priors.map_phenomena,
-            "maps": priors.maps.ravel(),
-            "maps_shape": priors.maps.shape,
-        }
+    def _extract(self, clips: list[dict[str, Any]]) -> None:
+        for clip in clips:
+            fps = (self.size[0] - 1) / (clip["end_s"] - clip["start_s"])
+            labels = None if clip["labels"] is None else tuple(map(Phenomenon, clip["labels"]))
+            priors = self.extractor(_frames(clip, self.size), fps, labels)
+            clip |= {
+                "vlm_caption": priors.vlm_caption,
+                "answers": priors.answers,
+                "unparsed": priors.unparsed,
+                "phenomena": multi_hot(priors.phenomena),
+                "map_phenomena": priors.map_phenomena,
+                "maps": priors.maps.ravel(),
+                "maps_shape": priors.maps.shape,
+            }
 
 
 class EncodeClip:
@@ -151,7 +228,7 @@ class EncodeClip:
     Before its first clip it writes the embedding of the empty prompt beside the table, if it is not there.
     """
 
-    def __init__(self, backbone: BackboneConfig, table: Table) -> None:
+    def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
         from prophy.encoding import VideoEncoder
 
         self.size = (backbone.num_frames, backbone.height, backbone.width)
@@ -167,16 +244,19 @@ class EncodeClip:
             empty = tensor_columns("text_embeds", self.encoder.encode_text([""])[0])
             write_file(table.folder, pa.Table.from_pylist([empty]), table.footer, name=EMPTY_PROMPT)
 
+        self.attempts = Attempts(attempts, "EncodeClip")
+
     def __call__(self, clips: pa.Table) -> pa.Table:
         """The latents and the text embeddings of all clips at once."""
         rows = clips.to_pylist()
-        good = [row for row in rows if not row["error"]]
-        if good:
-            latents = self.encoder.encode_video(np.stack([_frames(row, self.size) for row in good]))
-            text_embeds = self.encoder.encode_text([row["caption"] for row in good])
-            for row, *tensors in zip(good, latents, text_embeds, strict=True):
-                row |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
+        self.attempts(rows, self._encode)
         return pa.Table.from_pylist(rows, ENCODINGS_OR_ERROR)
+
+    def _encode(self, clips: list[dict[str, Any]]) -> None:
+        latents = self.encoder.encode_video(np.stack([_frames(clip, self.size) for clip in clips]))
+        text_embeds = self.encoder.encode_text([clip["caption"] for clip in clips])
+        for clip, *tensors in zip(clips, latents, text_embeds, strict=True):
+            clip |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
 
 
 def _frames(clip: dict[str, Any], size: tuple[int, int, int]) -> np.ndarray:
@@ -185,15 +265,23 @@ def _frames(clip: dict[str, Any], size: tuple[int, int, int]) -> np.ndarray:
 
 
 def _failed(row: dict[str, Any], stage: str, error: Exception) -> dict[str, Any]:
-    """The row with its error, as it goes into quarantine."""
+    """The row with its error, as it goes into quarantine.
+
+    A file that cannot be had is quarantined as missing: once it is back, it is a version never tried.
+    """
+    uri, source, sample_id, message = row["source"]["uri"], row["source"], row.get("sample_id"), str(error)
+    if isinstance(error, OSError):
+        source, sample_id = {"uri": uri, **UNREADABLE}, None
+        message = f"{uri} cannot be opened ({error.strerror or error})"
     return {
+        "share": row.get("share", 1.0),
         "error": {
-            "source": row["source"],
-            "sample_id": row.get("sample_id"),
+            "source": source,
+            "sample_id": sample_id,
             "num_clips": row.get("num_clips"),
             "stage": stage,
             "error_type": type(error).__name__,
-            "message": str(error),
-            "attempts": 1,
-        }
+            "message": message,
+            "attempts": ATTEMPTS if isinstance(error, DecoderError | DeadlyClipError) else 1,
+        },
     }

@@ -12,7 +12,7 @@ import pyarrow as pa
 if TYPE_CHECKING:  # processes that only move rows need no torch, which takes seconds to import
     import torch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
 EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
 
@@ -36,13 +36,14 @@ PRIORS = pa.schema(
         pa.field("content_hash", pa.string(), nullable=False),  # sha256 of the video file
         pa.field("start_s", pa.float64(), nullable=False),
         pa.field("end_s", pa.float64(), nullable=False),
-        pa.field("fps", pa.float64(), nullable=False),  # of the source, as are the three below
+        pa.field("fps", pa.float64(), nullable=False),  # of the source as shown, as are the three below
         pa.field("num_frames", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("caption", pa.string()),  # given; null when the source has none
         pa.field("vlm_caption", pa.string(), nullable=False),
         pa.field("answers", pa.map_(pa.string(), pa.string()), nullable=False),  # question id -> as said
+        pa.field("unparsed", pa.list_(pa.string()), nullable=False),  # said of phenomena, but no name of one
         pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; as given, else as answered
         pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K taxonomy indices
         pa.field("maps", pa.list_(pa.float32()), nullable=False),  # raw, K phenomena then 1 background

@@ -2,7 +2,10 @@
 
 Times are seconds since the first frame of the file. Frames are picked by their timestamps, so that variable
 frame rates are read right. A frame is always the whole picture, scaled: what is computed from one clip at two
-resolutions covers the same picture.
+resolutions covers the same picture, turned as its rotation flag says.
+
+What is read may be hostile: only the containers of `SUFFIXES` are opened, only from local files. A file may
+still crash or stall FFmpeg; `prophy.decoder` calls this module in a process that may die.
 """
 
 import math
@@ -41,8 +44,8 @@ class VideoInfo:
     Attributes:
         fps: mean frame rate, by timestamps.
         num_frames: number of frames.
-        height: rows of a frame.
-        width: columns of a frame.
+        height: rows of a frame, as shown.
+        width: columns of a frame, as shown.
     """
 
     fps: float
@@ -61,15 +64,19 @@ def probe(
     *,
     max_bytes: int | None = None,
     max_pixels: int | None = None,
+    max_frames: int | None = None,
     max_duration_s: float | None = None,
+    max_streams: int | None = None,
 ) -> VideoInfo:
-    """Measures a video without decoding it.
+    """Measures a video; decodes its first frame alone, for the rotation.
 
     Args:
         path: a local file.
         max_bytes: limit of the file's size.
         max_pixels: limit of height times width.
+        max_frames: limit of the number of frames.
         max_duration_s: limit of the duration.
+        max_streams: limit of the number of streams: video, sound, subtitles and others.
 
     Raises:
         VideoError: not a video, cut short, fewer than two frames, or over a limit.
@@ -77,9 +84,13 @@ def probe(
     with _open(path) as (container, stream):
         height, width = stream.codec_context.height, stream.codec_context.width
         _check_limit(path, "size", container.size, max_bytes, "bytes")
+        _check_limit(path, "number of streams", len(container.streams), max_streams)
         _check_limit(path, "frame", height * width, max_pixels, "pixels")
         unit, start = _clock(stream)
-        spans = [(packet.pts, packet.pts + packet.duration) for packet in _packets(container, stream)]
+        spans = []
+        for packet in _packets(container, stream):
+            spans.append((packet.pts, packet.pts + packet.duration))
+            _check_limit(path, "number of frames", len(spans), max_frames)
         declared_s = (stream.duration or 0) * unit
     times = [shown * unit - start for shown, _ in spans]
     if len(times) < 2:
@@ -87,15 +98,16 @@ def probe(
     interval = (max(times) - min(times)) / (len(times) - 1)
     if interval <= 0:
         raise VideoError(f"{path} gives all of its {len(times)} frames one timestamp; write it anew")
-    info = VideoInfo(1 / interval, len(times), height, width)
     end_s = max(end for _, end in spans) * unit - start
     if declared_s > end_s + 1.5 * interval:
         raise VideoError(
             f"{path} ends after {end_s:.2f} s although its header promises {declared_s:.2f} s; "
             f"it was cut short, copy it anew"
         )
-    _check_limit(path, "duration", info.duration_s, max_duration_s, "s")
-    return info
+    _check_limit(path, "duration", len(times) * interval, max_duration_s, "s")
+    if _lies_on_its_side(path):
+        height, width = width, height
+    return VideoInfo(1 / interval, len(times), height, width)
 
 
 def clip_spans(duration_s: float, clip_duration_s: float) -> list[tuple[float, float]]:
@@ -120,14 +132,13 @@ def read_frames(
     """
     times = np.linspace(start_s, end_s, num_frames)
     with _open(path) as (container, stream):
-        chosen = list(_nearest_frames(path, container, stream, times))
-    scaled: dict[int, np.ndarray] = {}  # by object: a slow source gives one frame several times
-    for frame in chosen:
-        if id(frame) not in scaled:
-            scaled[id(frame)] = frame.to_ndarray(
-                width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC
-            )
-    return np.stack([scaled[id(frame)] for frame in chosen])
+        pictures: list[np.ndarray] = []
+        last = None
+        for frame in _nearest_frames(path, container, stream, times):
+            # A slow source gives one frame several times; only small pictures are kept, never all frames.
+            pictures.append(pictures[-1] if frame is last else _upright(frame, height, width))
+            last = frame
+    return np.stack(pictures)
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 10) -> None:
@@ -164,6 +175,8 @@ def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not container.streams.video:
                 raise VideoError(f"{path} has no video stream; remove it")
             yield container, container.streams.video[0]
+    except MemoryError:  # FFmpeg's is a FFmpegError too, but says nothing about the file
+        raise
     except av.FFmpegError as error:
         raise VideoError(
             f"{path} cannot be read as a video ({error.strerror}); convert or remove it"
@@ -199,6 +212,25 @@ def _nearest_frames(
         yield min(before, after or before, key=lambda timed_frame: abs(timed_frame[0] - time))[1]
 
 
-def _check_limit(path: str | Path, what: str, value: float, limit: float | None, unit: str) -> None:
+def _upright(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    """The picture scaled to `[height, width, 3]`, turned as its rotation flag says."""
+    turns = round(frame.rotation / 90)  # counterclockwise
+    if turns % 2:
+        height, width = width, height
+    picture = frame.to_ndarray(
+        width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC
+    )
+    return np.rot90(picture, turns)
+
+
+def _lies_on_its_side(path: str | Path) -> bool:
+    """Whether a rotation flag swaps height and width; PyAV gives it with frames only."""
+    with _open(path) as (container, stream):
+        first = next(container.decode(stream), None)
+    return first is not None and round(first.rotation / 90) % 2 == 1
+
+
+def _check_limit(path: str | Path, what: str, value: float, limit: float | None, unit: str = "") -> None:
     if limit is not None and value > limit:
-        raise VideoError(f"{path} is over the limit: its {what} is {value:g} {unit}, allowed are {limit:g}")
+        measured = f"{value:g} {unit}".strip()
+        raise VideoError(f"{path} is over the limit: its {what} is {measured}, allowed are {limit:g}")

@@ -10,6 +10,7 @@ import torch
 
 from pipelines import cache
 from pipelines.config import Config, load_config
+from pipelines.progress import GraphReport
 from pipelines.sources import find_videos
 from prophy.encoding import VideoEncoder
 from prophy.errors import ProPhyError
@@ -114,7 +115,8 @@ def test_encodings_are_what_the_encoder_gives(cached: tuple[Config, cache.CacheS
         frames = read_frames(prior["source"]["uri"], prior["start_s"], prior["end_s"], 17, 64, 64)
         latents = tensor_from_columns("latents", row)
         assert list(latents.shape) == entry["latents_shape"] == [16, 5, 16, 16]
-        torch.testing.assert_close(latents, encoder.encode_video(frames[None])[0])
+        # The VAE computes in bfloat16 here, and rounds otherwise in a batch of four than alone.
+        torch.testing.assert_close(latents, encoder.encode_video(frames[None])[0], atol=0.05, rtol=0)
         embeds = tensor_from_columns("text_embeds", row)
         assert list(embeds.shape) == entry["text_embeds_shape"]
         torch.testing.assert_close(embeds, encoder.encode_text([row["caption"]])[0])
@@ -132,7 +134,7 @@ def test_the_same_command_adds_nothing(cached: tuple[Config, cache.CacheSummary]
     before = [files(folder) for folder in folders]
     second = cache.run(config)
     assert [files(folder) for folder in folders] == before
-    assert second.added_priors == second.added_encodings == cache.GraphReport()
+    assert second.added_priors == second.added_encodings == GraphReport()
     assert (second.num_priors, second.num_encodings) == (first.num_priors, first.num_encodings)
     assert second.quarantined == first.quarantined
 
@@ -154,7 +156,7 @@ def test_what_a_lost_file_held_is_done_again_and_nothing_else(
     assert rows(folder).keys() == rows_before.keys()
     for sample_id, row in rows(folder).items():
         latents = tensor_from_columns("latents", rows_before[sample_id])
-        torch.testing.assert_close(tensor_from_columns("latents", row), latents)
+        torch.testing.assert_close(tensor_from_columns("latents", row), latents, atol=0.05, rtol=0)
 
 
 def test_another_resolution_is_another_folder_and_asks_no_vlm(

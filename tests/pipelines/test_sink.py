@@ -17,6 +17,7 @@ from pipelines.sink import (
     WriteRows,
     drop_samples,
     exclusive,
+    file_names,
     read_quarantine,
     update_index,
     write_file,
@@ -43,11 +44,11 @@ def encoding(sample_id: str) -> dict:
 
 def failure(name: str) -> dict:
     error = {"stage": "ReadClip", "error_type": "VideoError", "message": f"{name} is broken", "attempts": 1}
-    return {"error": {"source": source(name), **error}}
+    return {"share": 0.5, "error": {"source": source(name), **error}}
 
 
 def write(table: Table, *rows: dict) -> dict:
-    batch = pa.Table.from_pylist(list(rows), ENCODINGS_OR_ERROR)
+    batch = pa.Table.from_pylist([{"share": 1.0, **row} for row in rows], ENCODINGS_OR_ERROR)
     return WriteRows(table, table.folder.parent / "quarantine")(batch).to_pylist()[0]
 
 
@@ -58,7 +59,7 @@ def table(tmp_path: Path) -> Table:
 
 def test_rows_come_back_one_by_one_and_bit_for_bit(table: Table) -> None:
     rows = [encoding("b"), encoding("a"), encoding("c")]
-    assert write(table, *rows) == {"written": 3, "failed": 0}
+    assert write(table, *rows) == {"written": 3, "failed": 0, "share": 3.0}
     index = update_index(table)
     assert index["sample_id"].to_pylist() == ["a", "b", "c"]
     for entry, row in zip(index.to_pylist(), sorted(rows, key=lambda row: row["sample_id"]), strict=True):
@@ -77,14 +78,18 @@ def test_a_file_is_named_by_its_bytes_and_says_what_made_it(table: Table) -> Non
     assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
     assert pq.read_schema(file).equals(ENCODINGS)
     footer = pq.ParquetFile(file).metadata.metadata
-    assert footer[b"prophy.schema_version"] == b"1"
+    assert footer[b"prophy.schema_version"] == b"2"
     assert b'"backbone": "tiny"' in footer[b"prophy.provenance"]
     write(table, encoding("a"))
     assert len(list(table.folder.glob("*.parquet"))) == 1
 
 
 def test_errors_go_to_quarantine(table: Table) -> None:
-    assert write(table, failure("x"), encoding("a"), failure("y")) == {"written": 1, "failed": 2}
+    assert write(table, failure("x"), encoding("a"), failure("y")) == {
+        "written": 1,
+        "failed": 2,
+        "share": 2.0,
+    }
     rows = read_quarantine(table.folder.parent / "quarantine")
     assert rows.schema.equals(QUARANTINE)
     assert rows["message"].to_pylist() == ["x is broken", "y is broken"]
@@ -105,15 +110,22 @@ def test_the_index_follows_the_files(table: Table) -> None:
     index = update_index(table)
     assert index["sample_id"].to_pylist() == ["a", "b", "c"]
     assert pq.read_table(table.folder / INDEX).equals(index)
+    in_files = [
+        row for name in file_names(table.folder) for row in pq.read_table(table.folder / name).to_pylist()
+    ]
+    assert sorted(row["sample_id"] for row in in_files) == ["a", "b", "c"]  # each once, for every reader
+    assert {row["sample_id"]: row for row in in_files}["b"] == encoding("b")
 
     before = (table.folder / INDEX).stat().st_mtime_ns
     assert update_index(table).equals(index)
     assert (table.folder / INDEX).stat().st_mtime_ns == before
 
-    (table.folder / index.filter(pa.compute.equal(index["sample_id"], "a"))["file"][0].as_py()).unlink()
-    assert update_index(table)["sample_id"].to_pylist() == ["b", "c"]
+    lost = index.filter(pa.compute.equal(index["sample_id"], "a"))["file"][0].as_py()
+    (table.folder / lost).unlink()
+    left = index.filter(pa.compute.not_equal(index["file"], lost))["sample_id"].to_pylist()
+    assert "c" in left and update_index(table)["sample_id"].to_pylist() == left
     (table.folder / INDEX).unlink()
-    assert update_index(table)["sample_id"].to_pylist() == ["b", "c"]
+    assert update_index(table)["sample_id"].to_pylist() == left
 
 
 def test_dropping_samples_keeps_their_neighbours(table: Table) -> None:

@@ -51,7 +51,8 @@ def test_a_video_is_cut_into_clips(video: Path) -> None:
         None,
     )
     assert first["sample_id"] != second["sample_id"]
-    assert cut(video, done=[first["sample_id"]]) == [second]
+    assert (first["share"], second["share"]) == (0.5, 0.5)
+    assert cut(video, done=[first["sample_id"]]) == [{**second, "share": 1.0}]
     assert cut(video)[0]["sample_id"] == first["sample_id"]
 
 
@@ -76,7 +77,7 @@ def test_a_video_shorter_than_a_clip_is_an_error_row(tmp_path: Path) -> None:
 
 def test_clips_get_their_frames(video: Path) -> None:
     clips = pa.Table.from_pylist(cut(video), CLIPS)
-    read = ReadClip(17, 32, 48)(clips)
+    read = ReadClip(17, 32, 48, VideoLimits())(clips)
     assert read.schema.equals(CLIPS_WITH_FRAMES)
     for row in read.to_pylist():
         frames = np.frombuffer(row["frames"], np.uint8).reshape(17, 32, 48, 3)
@@ -92,8 +93,10 @@ def test_a_clip_that_cannot_be_decoded_becomes_an_error_row_and_the_rest_goes_on
     _, second = cut(damaged)
     damaged.write_bytes(video.read_bytes()[:200])
     good = cut(video)[0]
-    earlier = {"error": cut(tmp_path / "missing.mp4")[0]["error"]}
-    rows = ReadClip(17, 64, 64)(pa.Table.from_pylist([second, good, earlier], CLIPS)).to_pylist()
+    [earlier] = cut(tmp_path / "missing.mp4")
+    rows = ReadClip(17, 64, 64, VideoLimits())(
+        pa.Table.from_pylist([second, good, earlier], CLIPS)
+    ).to_pylist()
     assert rows[0]["error"]["stage"] == "ReadClip"
     assert (rows[0]["error"]["sample_id"], rows[0]["error"]["num_clips"]) == (second["sample_id"], 2)
     assert rows[0]["frames"] is None
@@ -103,13 +106,15 @@ def test_a_clip_that_cannot_be_decoded_becomes_an_error_row_and_the_rest_goes_on
     assert rows[2]["error"]["stage"] == "CutVideo"
 
 
-def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(config: Config, video: Path) -> None:
+def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(
+    config: Config, video: Path, tmp_path: Path
+) -> None:
     vlm = config.vlm
     labelled, unlabelled = cut(video)
-    failed = {"error": cut(video, max_pixels=10)[0]["error"]}
+    [failed] = cut(video, max_pixels=10)
     clips = pa.Table.from_pylist([labelled, {**unlabelled, "labels": None}, failed], CLIPS)
-    stage = ExtractPriors(vlm)
-    rows = stage(ReadClip(vlm.num_frames, vlm.height, vlm.width)(clips))
+    stage = ExtractPriors(vlm, tmp_path)
+    rows = stage(ReadClip(vlm.num_frames, vlm.height, vlm.width, VideoLimits())(clips))
     assert rows.schema.equals(PRIORS_OR_ERROR)
     rows.slice(0, 2).select(PRIORS.names).cast(PRIORS)  # every column is there
 

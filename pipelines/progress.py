@@ -1,0 +1,129 @@
+"""Runs a Ray Data graph that ends in `WriteRows`: progress with an end in sight, then a table per stage."""
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow.compute as pc
+from ray.data import DataContext, Dataset
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as Grid
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 30.0  # where there is no terminal to draw a bar on
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage of a graph did.
+
+    Attributes:
+        name: its callable's.
+        rows: that it took.
+        busy_s: seconds inside the callable, of all its workers together.
+        workers: size of its pool.
+        first_s: when its first task began, in seconds of Ray's clock.
+        last_s: when its last task ended.
+    """
+
+    name: str
+    rows: int
+    busy_s: float
+    workers: int
+    first_s: float
+    last_s: float
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What one graph did: rows written, videos or clips refused, seconds taken, and its stages."""
+
+    written: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    spilled_bytes: int = 0
+    stages: list[StageReport] = field(default_factory=list)
+
+    @property
+    def span_s(self) -> float:
+        """From the begin of the first task to the end of the last; loading the models is not in it."""
+        return max(stage.last_s for stage in self.stages) - min(stage.first_s for stage in self.stages)
+
+    def utilisation(self, stage: StageReport) -> float:
+        """Share of `span_s` in which the stage's workers were busy."""
+        return stage.busy_s / (stage.workers * self.span_s)
+
+
+def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -> GraphReport:
+    """Runs a graph to its end.
+
+    Args:
+        graph: its rows are counts of `WriteRows`.
+        name: of what it makes.
+        total: rows of the work list, of which every row that arrives is a share.
+        workers: size of each stage's pool, by the name of its callable.
+    """
+    _silence_ray_data()
+    written, failed, share = 0, 0, 0.0
+    start = logged = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, speed_estimate_period=600) as progress:
+        task = progress.add_task(name, total=total)
+        for counts in graph.iter_batches(batch_size=None, batch_format="pyarrow"):
+            written += pc.sum(counts["written"]).as_py()
+            failed += pc.sum(counts["failed"]).as_py()
+            share += pc.sum(counts["share"]).as_py()
+            now = time.perf_counter()
+            text = f"{name}: {written / (now - start):.2f} clips/s, {failed} quarantined"
+            progress.update(task, completed=share, description=text)
+            if not progress.console.is_terminal and now - logged > _LOG_EVERY_S:
+                logged = now
+                left_s = (now - start) * (total - share) / share
+                logger.info("%s, %.0f%% done, about %.0f s left", text, 100 * share / total, left_s)
+    seconds = time.perf_counter() - start
+    spilled_bytes, stages = _stages(graph, workers)
+    return GraphReport(written, failed, seconds, spilled_bytes, stages)
+
+
+def print_stages(console: Console, name: str, report: GraphReport) -> None:
+    """The table of a graph's stages."""
+    grid = Grid("stage", "workers", "rows", "busy s", "utilisation", title=f"stages of {name}")
+    for stage in report.stages:
+        utilisation = f"{report.utilisation(stage):.0%}"
+        grid.add_row(stage.name, str(stage.workers), str(stage.rows), f"{stage.busy_s:.1f}", utilisation)
+    console.print(grid)
+
+
+def _silence_ray_data() -> None:
+    """Ray Data's bars count blocks per operator; ours counts clips."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def _stages(graph: Dataset, workers: Mapping[str, int]) -> tuple[int, list[StageReport]]:
+    """Bytes spilled, and the stages from first to last; Ray Data keeps them as a chain of parents."""
+    summary = graph.get_stats_summary()
+    spilled_bytes, stages = summary.global_bytes_spilled, list[StageReport]()
+    while True:
+        for operator in summary.operators_stats:
+            name = re.fullmatch(r"MapBatches\((\w+)\)", operator.operator_name)
+            if name and operator.function_body_time:
+                rows, busy_s = operator.total_input_num_rows or 0, operator.function_body_time.sum
+                first_s, last_s = operator.earliest_start_time or 0.0, operator.latest_end_time or 0.0
+                stages.append(StageReport(name[1], rows, busy_s, workers[name[1]], first_s, last_s))
+        if not summary.parents:
+            return spilled_bytes, stages[::-1]
+        [summary] = summary.parents

@@ -1,0 +1,110 @@
+"""`prophy cache verify`: is every file of a cache what it says it is? Loads no model and starts no Ray."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from pipelines.config import Config
+from pipelines.sink import exclusive, file_names, stored_table, update_index
+from prophy.errors import ProPhyError
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, INDEX, PRIORS, QUARANTINE
+
+
+@dataclass(frozen=True)
+class CacheHealth:
+    """What was found.
+
+    Attributes:
+        samples: rows of each table, by its folder.
+        damaged: a sentence for each file that was set aside.
+    """
+
+    samples: dict[str, int]
+    damaged: list[str]
+
+
+def run(config: Config) -> CacheHealth:
+    """Verifies the cache and prints what it found.
+
+    Raises:
+        ProPhyError: there is no cache, a run writes to it, or something in it is damaged.
+    """
+    folder = Path(config.cache.output)
+    if not folder.is_dir():
+        raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
+    with exclusive(folder):
+        health = verify(folder)
+    console = Console()
+    for name, count in health.samples.items():
+        console.print(f"{name}: {count} samples, index rebuilt", highlight=False)
+    for sentence in health.damaged:
+        console.print(f"[red]damaged:[/] {sentence}", highlight=False, soft_wrap=True)
+    if health.damaged:
+        raise ProPhyError(
+            f"{len(health.damaged)} file(s) of {folder} were damaged and set aside; run `prophy cache` to "
+            f"make their rows anew"
+        )
+    return health
+
+
+def verify(folder: Path) -> CacheHealth:
+    """Checks name, footer and columns of every file, and rebuilds the indices from those that are whole.
+
+    A damaged file gets the ending `.damaged`; then it is no part of the cache any more, and the next
+    `prophy cache` makes its rows anew.
+    """
+    samples: dict[str, int] = {}
+    damaged: list[str] = []
+    tables = [(folder / "priors", PRIORS)]
+    tables += [(place, ENCODINGS) for place in sorted((folder / "encodings").glob("*")) if place.is_dir()]
+    for place, schema in tables:
+        damaged += _set_damaged_aside(place, schema)
+        (place / INDEX).unlink(missing_ok=True)
+        names = file_names(place)
+        if names:
+            samples[str(place.relative_to(folder))] = len(update_index(stored_table(place, names[0], schema)))
+        if (place / EMPTY_PROMPT).exists() and not _is_readable(place / EMPTY_PROMPT):
+            damaged.append(_set_aside(place / EMPTY_PROMPT, "holds other bytes than were written"))
+    damaged += _set_damaged_aside(folder / "quarantine", QUARANTINE)
+    return CacheHealth(samples, damaged)
+
+
+def _set_damaged_aside(folder: Path, schema: pa.Schema) -> list[str]:
+    """A sentence for each file that is not what its name or its footer says, or not of the same making."""
+    reasons: dict[str, str] = {}
+    fingerprints: dict[str, bytes] = {}
+    for name in file_names(folder):
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not name.startswith(digest):
+            reasons[name] = "holds other bytes than its name says"
+        elif schema is not QUARANTINE:
+            try:
+                fingerprints[name] = stored_table(folder, name, schema).footer[b"prophy.fingerprint"]
+            except ValueError as error:
+                reasons[name] = str(error)
+    if fingerprints:
+        [(common, _)] = Counter(fingerprints.values()).most_common(1)
+        for name, fingerprint in fingerprints.items():
+            if fingerprint != common:
+                reasons[name] = "was made with other settings than the rest"
+    return [_set_aside(folder / name, reason) for name, reason in reasons.items()]
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file that is not named by its content agrees with its checksums."""
+    try:
+        pq.read_table(path, page_checksum_verification=True)
+    except OSError:
+        return False
+    return True
+
+
+def _set_aside(path: Path, reason: str) -> str:
+    path.rename(path.with_name(f"{path.name}.damaged"))
+    return f"{path} {reason}"

@@ -1,0 +1,183 @@
+"""Clips that kill processes, disks that are full, files that vanish: each for real."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines import cache
+from pipelines.config import VideoLimits
+from pipelines.sink import ATTEMPTS_FOLDER, read_quarantine
+from pipelines.sources import find_videos
+from pipelines.stages import CLIPS, SOURCES, CutVideo, ReadClip
+from prophy.video import write_video
+from tests.conftest import tiny_config
+from tests.hostile import FPS, REFUSED, moving_square
+
+WORK = """
+import json, os, signal, sys
+from pathlib import Path
+from pipelines.stages import Attempts
+
+rows = [
+    {"sample_id": name, "error": None, "share": 1.0, "start_s": 0.0, "end_s": 2.0, "num_clips": 1,
+     "source": {"uri": f"/videos/{name}.mp4", "size": 1, "modified": 1.0}}
+    for name in "abc"
+]
+
+def work(group):
+    for row in group:
+        if row["sample_id"] == "b":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        row["alone"] = len(group) == 1
+
+Attempts(Path(sys.argv[1]), "EncodeClip")(rows, work)
+print(json.dumps(rows))
+"""
+
+
+def test_the_clip_that_kills_is_told_from_those_beside_it(tmp_path: Path) -> None:
+    def attempt() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", WORK, str(tmp_path / "attempts")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert [attempt().returncode for _ in range(2)] == [-signal.SIGSEGV, -signal.SIGSEGV]
+    third = attempt()
+    assert third.returncode == 0, third.stderr
+    a, b, c = json.loads(third.stdout)
+    assert a["alone"] and c["alone"] and not a["error"] and not c["error"]
+    assert b["error"] == {
+        "source": b["source"],
+        "sample_id": "b",
+        "num_clips": 1,
+        "stage": "EncodeClip",
+        "error_type": "DeadlyClipError",
+        "message": "/videos/b.mp4 from 0 to 2 s ended the process of EncodeClip 2 times; remove it",
+        "attempts": 2,
+    }
+    assert [file.name for file in (tmp_path / "attempts").iterdir()] == ["EncodeClip-b"]
+
+
+def kill_whoever_begins(file: Path, stop: threading.Event) -> None:
+    """Sends SIGSEGV to every process that begins to work on a clip."""
+    killed = 0
+    while not stop.is_set():
+        pids = file.read_text().splitlines() if file.exists() else []
+        for pid in map(int, pids[killed:]):
+            os.kill(pid, signal.SIGSEGV)
+            killed += 1
+        time.sleep(0.002)
+
+
+def test_a_deadly_clip_is_quarantined_and_the_run_goes_on(ray_cluster: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    clips = Path(config.cache.input)
+    clips.mkdir(parents=True)
+    for seed in range(3):
+        write_video(clips / f"{seed}.mp4", moving_square(17 + seed), FPS)
+    deadly = find_videos(str(clips))[1]["source"]
+    [row] = cut(deadly)
+    stop = threading.Event()
+    marker = Path(config.cache.output, ATTEMPTS_FOLDER, f"ExtractPriors-{row['sample_id']}")
+    killer = threading.Thread(target=kill_whoever_begins, args=(marker, stop))
+    killer.start()
+    try:
+        summary = cache.run(config)
+    finally:
+        stop.set()
+        killer.join()
+    assert (summary.num_priors, summary.num_encodings) == (2, 2)
+    [refused] = read_quarantine(Path(config.cache.output, "quarantine")).to_pylist()
+    assert (refused["stage"], refused["error_type"], refused["attempts"]) == (
+        "ExtractPriors",
+        "DeadlyClipError",
+        2,
+    )
+    assert refused["source"] == deadly
+    assert cache.run(config).added_priors.written == 0
+
+
+def cut(source: dict, **limits: float) -> list[dict]:
+    row = {"source": source, "caption": None, "labels": None, "done": []}
+    tables = CutVideo(2.0, VideoLimits(**limits))(pa.Table.from_pylist([row], SOURCES))
+    return [row for table in tables for row in table.to_pylist()]
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    write_video(tmp_path / "a.mp4", moving_square(33), FPS)
+    return tmp_path / "a.mp4"
+
+
+def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: Path) -> None:
+    [source] = [video["source"] for video in find_videos(str(video.parent))]
+    [row] = cut(source, max_seconds=1e-4)
+    assert (row["error"]["error_type"], row["error"]["attempts"]) == ("DecoderError", 2)
+    clips = pa.Table.from_pylist(cut(source), CLIPS)
+    rows = ReadClip(17, 64, 64, VideoLimits(max_seconds=1e-4))(clips).to_pylist()
+    assert {(row["error"]["error_type"], row["error"]["attempts"]) for row in rows} == {("DecoderError", 2)}
+    assert [row["share"] for row in rows] == [0.5, 0.5]
+
+
+def test_limits_of_the_configuration_reach_the_decoder(tmp_path: Path) -> None:
+    write, message = REFUSED["forty streams"]
+    write(tmp_path / "a.mkv")
+    [source] = [video["source"] for video in find_videos(str(tmp_path))]
+    [row] = cut(source)
+    assert message in row["error"]["message"]
+    [row] = cut(source, max_streams=40)
+    assert "less than one clip" in row["error"]["message"]
+
+
+def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> None:
+    [source] = [video["source"] for video in find_videos(str(video.parent))]
+    clips = cut(source)
+    content, status = video.read_bytes(), video.stat()
+    video.unlink()
+    missing = {"uri": str(video), "size": 0, "modified": 0.0}
+    rows = ReadClip(17, 64, 64, VideoLimits())(pa.Table.from_pylist(clips, CLIPS)).to_pylist()
+    for row in (*rows, *cut(source)):
+        assert row["error"]["error_type"] == "FileNotFoundError"
+        assert row["error"]["message"] == f"{video} cannot be opened (No such file or directory)"
+        assert (row["error"]["source"], row["error"]["sample_id"]) == (missing, None)
+    video.write_bytes(content)
+    os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert [video["source"] for video in find_videos(str(video.parent))] == [source]
+
+
+FILL = """
+import resource, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa
+from pipelines.sink import write_file
+from prophy.errors import ProPhyError
+
+write_file(Path(sys.argv[1]), pa.table({"x": np.zeros(100)}), {})
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    write_file(Path(sys.argv[1]), pa.table({"x": np.random.default_rng(0).random(10_000)}), {})
+except ProPhyError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_whole(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the end of the disk: the same failure of the same call."""
+    folder = tmp_path / "cache" / "priors"
+    process = subprocess.run(
+        [sys.executable, "-c", FILL, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert process.stdout == (
+        f"cannot write to {folder} (File too large); free it or choose another cache.output, then run the "
+        f"same command again: what was written before is whole\n"
+    )
+    [whole] = folder.iterdir()
+    assert hashlib.sha256(whole.read_bytes()).hexdigest() == whole.stem
