@@ -28,14 +28,18 @@ def bundled(part: str) -> Path:
     for name, expected in part_sha256(part).items():
         path = WEIGHTS / name
         if not path.is_file() or _sha256(path) != expected:
-            raise ProPhyError(
-                f"{path} is missing or damaged; check out prophy/tiny/weights again, or reinstall prophy-ray"
-            )
+            raise _damaged(path)
     return WEIGHTS / part
 
 
 def part_sha256(part: str) -> dict[str, str]:
-    """The sha256 of each file of a part, by its path in `weights/`."""
+    """The sha256 of each file of a part, by its path in `weights/`.
+
+    Raises:
+        ProPhyError: the file that lists them is missing.
+    """
+    if not (WEIGHTS / _SHA256).is_file():
+        raise _damaged(WEIGHTS / _SHA256)
     files: Mapping[str, str] = json.loads((WEIGHTS / _SHA256).read_text())
     return {name: value for name, value in files.items() if name.startswith(f"{part}/")}
 
@@ -79,6 +83,12 @@ def build_once(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _damaged(path: Path) -> ProPhyError:
+    return ProPhyError(
+        f"{path} is missing or damaged; check out prophy/tiny/weights again, or reinstall prophy-ray"
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,13 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from prophy.backbones import fingerprint
-from prophy.tiny import build_once
+from prophy.errors import ProPhyError
+from prophy.models.checkpoint import trained_on
+from prophy.tiny import WEIGHTS, build_once, bundled, part_sha256, ship
 from prophy.tiny.pipeline import pipeline_folder
 
 
@@ -14,6 +18,42 @@ def test_pipeline_is_the_same_on_every_machine(tmp_path: Path, monkeypatch: pyte
     again = pipeline_folder()
     assert again.parent == tmp_path
     assert fingerprint(str(again), None) == fingerprint(str(folder), None)
+
+
+def test_embedded_branch_belongs_to_the_embedded_pipeline() -> None:
+    assert trained_on(bundled("branch"))["fingerprint"] == fingerprint("tiny", None)
+
+
+def test_weights_are_small_and_all_of_them_checked() -> None:
+    files = list(WEIGHTS.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in files) < 25e6
+    checked = {name for part in ("vlm", "vae", "transformer", "branch") for name in part_sha256(part)}
+    assert checked >= {path.relative_to(WEIGHTS).as_posix() for path in files}
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()])
+def test_damaged_weights_are_refused(
+    damage: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "weights")
+    monkeypatch.setattr("prophy.tiny.WEIGHTS", tmp_path / "weights")
+    assert bundled("branch") == tmp_path / "weights" / "branch"
+    damage(tmp_path / "weights" / "branch" / "physics_branch.safetensors")
+    with pytest.raises(ProPhyError, match=r"physics_branch\.safetensors is missing or damaged; check out"):
+        bundled("branch")
+
+
+def test_shipping_a_part_replaces_it_and_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "weights")
+    monkeypatch.setattr("prophy.tiny.WEIGHTS", tmp_path / "weights")
+    before = part_sha256("vae"), part_sha256("branch")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "physics_branch.safetensors").write_bytes(b"new")
+    ship({"branch": tmp_path / "new"})
+    assert (bundled("branch") / "physics_branch.safetensors").read_bytes() == b"new"
+    assert part_sha256("vae") == before[0] and part_sha256("branch") != before[1]
 
 
 def test_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

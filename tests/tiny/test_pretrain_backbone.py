@@ -17,7 +17,6 @@ SMALL = {
     "num_samples": 1,
     "batch_size": 2,
     "validate_every": 4,
-    "num_inference_steps": 2,
 }
 
 
