@@ -192,7 +192,7 @@ class TrainConfig(Section):
     gradient_clipping: PositiveFloat = 1.0
     caption_dropout: Fraction = 0.1
     recipe: str = Field(
-        "minus_background", description="how raw maps become targets: prophy/priors/grounding.py"
+        "minus_others_blur_motion", description="how raw maps become targets: prophy/priors/grounding.py"
     )
     negatives: Literal["ignore", "zero"] = "ignore"
     reduction: Literal["mean", "sum"] = "mean"
