@@ -1,22 +1,24 @@
-"""The routes of the Videos API over a job store and a dispatcher. Knows neither Ray nor models."""
+"""The routes of the Videos API over a job store, a dispatcher and files. Knows neither Ray nor models."""
 
 import asyncio
-import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 
+from pipelines.artefacts import ArtefactStore
 from pipelines.config import Config
-from pipelines.jobs import Dispatcher, Job, JobStore
+from pipelines.dispatcher import Dispatcher, QueueFullError
+from pipelines.download import partial_content
+from pipelines.edge import RETRY_AFTER_S, KeyCheck, guard, read_fields
+from pipelines.jobs import Job, JobStore
+from pipelines.metrics import Metrics
 from pipelines.protocol import (
     ApiError,
     DeletedVideo,
@@ -24,15 +26,18 @@ from pipelines.protocol import (
     Health,
     Model,
     ModelList,
+    PhysicsMaps,
     Video,
     VideoList,
     VideoRequest,
     model_name,
 )
-from pipelines.spec import ShapeLimits
+from pipelines.spec import MAPS_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits, VideoSpec
+from prophy.taxonomy import Phenomenon
 
 STARTED_AT = int(time.time())
-RETRY_AFTER_S = 10
+MIN_POLL_MS, MAX_POLL_MS = 250, 10_000
+_VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,21 @@ class VideoService:
         config: the operator's defaults and limits.
         limits: the shapes that the model can make.
         store: the jobs.
+        artefacts: the files of finished videos.
         dispatcher: makes queued jobs into videos.
-        is_ready: whether a request would find what it needs.
+        metrics: what is counted.
+        num_replicas: how many replicas hold the model.
+        draw_overlay: (mp4, maps as JSON, specification, phenomenon) -> mp4 with that map over it.
     """
 
     config: Config
     limits: ShapeLimits
     store: JobStore
+    artefacts: ArtefactStore
     dispatcher: Dispatcher
-    is_ready: Callable[[], Awaitable[bool]]
+    metrics: Metrics
+    num_replicas: Callable[[], Awaitable[int]]
+    draw_overlay: Callable[[bytes, bytes, VideoSpec, Phenomenon], Awaitable[bytes]]
 
 
 def create_app(service: VideoService) -> FastAPI:
@@ -62,12 +73,15 @@ def create_app(service: VideoService) -> FastAPI:
         await service.dispatcher.start()
         yield
         await service.dispatcher.stop()
+        service.store.close()
 
     app = FastAPI(title="ProPhy", version=version("prophy-ray"), lifespan=lifespan)
     app.state.service = service
-    app.include_router(router)
-    for kind in (ApiError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, _answer_error)
+    settings = service.config.serve
+    keyed = [Depends(KeyCheck(settings.api_keys))] if settings.api_keys else []
+    app.include_router(router, dependencies=keyed)
+    app.include_router(probes)
+    guard(app, settings.max_body_bytes, service.metrics)
     return app
 
 
@@ -75,30 +89,73 @@ def _service(request: Request) -> VideoService:
     return request.app.state.service
 
 
+def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
+    """Statuses, as `_404="No such video"`, for the description of the API."""
+    return {
+        int(status[1:]): {"model": ErrorResponse, "description": text}
+        for status, text in descriptions.items()
+    }
+
+
 Service = Annotated[VideoService, Depends(_service)]
-router = APIRouter(responses={422: {"model": ErrorResponse, "description": "A field is wrong"}})
-_UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "description": "No such video"}}
-_BODY = {
-    "required": True,
-    "content": {
-        kind: {"schema": VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")}
-        for kind in ("application/json", "multipart/form-data")
-    },
+probes = APIRouter()
+router = APIRouter(
+    responses=_errors(
+        _401="No valid API key, where the server asks for one",
+        _422="A field is wrong",
+        _503="The job database does not answer",
+    )
+)
+_UNKNOWN = _errors(_404="No such video")
+_NO_FILE = _errors(
+    _404="No such video", _409="Not there yet, or failed", _410="Expired", _416="No such bytes"
+)
+_NOT_ACCEPTED = _errors(
+    _400="The body cannot be read",
+    _404="No such model",
+    _413="The body is too long",
+    _415="Neither JSON nor a form",
+    _429="Too many videos are queued",
+)
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {"schema": VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")}
+            for kind in ("application/json", "multipart/form-data")
+        },
+    }
 }
 
 
-@router.post("/v1/videos", openapi_extra={"requestBody": _BODY})
-async def create_video(request: Request, service: Service) -> Video:
+@router.post("/v1/videos", responses=_NOT_ACCEPTED, openapi_extra=_BODY)
+async def create_video(request: Request, service: Service, response: Response) -> Video:
     """Accepts a video to be made. Poll it until it is `completed`, then fetch its content."""
-    fields = VideoRequest.parse(await _read_body(request))
-    spec = fields.to_spec(service.config, service.limits)
-    max_queued = service.config.serve.max_queued
-    if await asyncio.to_thread(service.store.num_queued) >= max_queued:
-        message = f"{max_queued} videos are queued already; try again later"
-        raise ApiError(429, message, "queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
-    job = await asyncio.to_thread(service.store.create, spec)
-    service.dispatcher.submit(job)
-    return _video(job, service)
+    return _video(await _accept(request, service), service, response)
+
+
+@router.post(
+    "/v1/videos/sync",
+    response_class=Response,
+    responses={
+        200: {"content": {"video/mp4": {}}, "description": "The video"},
+        **_NOT_ACCEPTED,
+        **_errors(_500="The video could not be made"),
+    },
+    openapi_extra=_BODY,
+)
+async def make_video(request: Request, service: Service) -> Response:
+    """Makes a video and answers with its mp4. A client that goes away stops it."""
+    job = await _accept(request, service)
+    try:
+        await service.dispatcher.wait(job.id)
+    except asyncio.CancelledError:  # nobody else knows the video
+        await service.dispatcher.delete(job.id)
+        raise
+    made = await asyncio.to_thread(_find, job.id, service)
+    if made.status == "failed":
+        raise ApiError(500, f"the video was not made: {made.error_message}", str(made.error_code))
+    return await asyncio.to_thread(_file, request, service, made, VIDEO_FILE, "video/mp4")
 
 
 @router.get("/v1/videos", responses=_UNKNOWN)
@@ -120,29 +177,68 @@ def list_videos(
 
 
 @router.get("/v1/videos/{video_id}", responses=_UNKNOWN)
-def retrieve_video(video_id: str, service: Service) -> Video:
-    """State of a video."""
-    return _video(_find(video_id, service), service)
+def retrieve_video(video_id: str, service: Service, response: Response) -> Video:
+    """State of a video. The header `openai-poll-after-ms` says when to ask again."""
+    return _video(_find(video_id, service), service, response)
+
+
+@router.head("/v1/videos/{video_id}/content", include_in_schema=False)
+@router.get(
+    "/v1/videos/{video_id}/content",
+    response_class=Response,
+    responses={
+        200: {"content": {"video/mp4": {}, "image/webp": {}}, "description": "The video"},
+        206: {"content": {"video/mp4": {}, "image/webp": {}}, "description": "A part of it"},
+        **_NO_FILE,
+    },
+)
+def download_content(
+    video_id: str, request: Request, service: Service, variant: Literal["video", "thumbnail"] = "video"
+) -> Response:
+    """The mp4 of a completed video, or one frame of it as WebP. Understands requests for one range."""
+    job = _completed(video_id, service)
+    if variant == "thumbnail":
+        return _file(request, service, job, THUMBNAIL_FILE, "image/webp")
+    return _file(request, service, job, VIDEO_FILE, "video/mp4")
 
 
 @router.get(
-    "/v1/videos/{video_id}/content",
-    response_class=FileResponse,
+    "/v1/videos/{video_id}/physics",
+    response_class=Response,
     responses={
-        200: {"content": {"video/mp4": {}}, "description": "The video"},
-        409: {"model": ErrorResponse, "description": "Not there yet, or failed"},
-        **_UNKNOWN,
+        200: {"model": PhysicsMaps, "description": "What the routers said"},
+        206: {"content": {"application/json": {}}, "description": "A part of it"},
+        **_NO_FILE,
     },
 )
-def download_content(video_id: str, service: Service, variant: Literal["video"] = "video") -> FileResponse:
-    """The mp4 of a completed video; understands range requests."""
-    job = _find(video_id, service)
-    if job.status == "failed":
-        raise ApiError(409, f"video {job.id} was not made: {job.error_message}", "video_failed")
-    if job.status != "completed":
-        message = f"video {job.id} is {job.status}, {job.progress} % done; poll it until it is completed"
-        raise ApiError(409, message, "video_not_ready")
-    return FileResponse(service.dispatcher.path(job.id), media_type="video/mp4", filename=f"{job.id}.mp4")
+def retrieve_physics(video_id: str, request: Request, service: Service) -> Response:
+    """Where each phenomenon acts in a video that was made with `physics.return_maps`."""
+    return _file(request, service, _with_maps(video_id, service), MAPS_FILE, "application/json")
+
+
+@router.get(
+    "/v1/videos/{video_id}/physics/overlay",
+    response_class=Response,
+    responses={
+        200: {"content": {"video/mp4": {}}, "description": "The video"},
+        206: {"content": {"video/mp4": {}}, "description": "A part of it"},
+        **_NO_FILE,
+    },
+)
+async def download_overlay(
+    video_id: str, phenomenon: Phenomenon, request: Request, service: Service
+) -> Response:
+    """The mp4 with the map of one phenomenon laid over it; drawn when it is asked for, and then kept."""
+    job = await asyncio.to_thread(_with_maps, video_id, service)
+    name = f"overlay {phenomenon}.mp4".replace(" ", "-")
+    artefacts = service.artefacts
+    if await asyncio.to_thread(artefacts.size, job.id, name) is None:
+        video, maps = await asyncio.to_thread(
+            lambda: [artefacts.read(job.id, file) for file in (VIDEO_FILE, MAPS_FILE)]
+        )
+        drawn = await service.draw_overlay(video, maps, job.spec, phenomenon)
+        await asyncio.to_thread(artefacts.write, job.id, {name: drawn})
+    return await asyncio.to_thread(_file, request, service, job, name, "video/mp4")
 
 
 @router.delete("/v1/videos/{video_id}", responses=_UNKNOWN)
@@ -159,73 +255,91 @@ def list_models(service: Service) -> ModelList:
     return ModelList(data=[Model(id=model_name(service.config), created=STARTED_AT)])
 
 
-@router.get("/healthz")
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def scrape(service: Service) -> Response:
+    """Metrics for Prometheus."""
+    text = service.metrics.render(service.dispatcher.num_jobs(), await service.num_replicas())
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@probes.get("/healthz")
 def check_health() -> Health:
     """Answers as long as the process does."""
     return Health(status="ok")
 
 
-@router.get("/readyz", responses={503: {"model": ErrorResponse, "description": "Not ready"}})
+@probes.get("/readyz", responses=_errors(_503="Not ready"))
 async def check_readiness(service: Service) -> Health:
-    """Whether the replicas that the configuration asks for at least have loaded the model."""
-    if not await service.is_ready():
+    """Whether as many replicas as the configuration asks for at least have made a first forward pass."""
+    if await service.num_replicas() < service.config.serve.min_replicas:
         message = "the model is still loading; try again later"
         raise ApiError(503, message, "not_ready", headers={"retry-after": str(RETRY_AFTER_S)})
     return Health(status="ready")
 
 
+async def _accept(request: Request, service: VideoService) -> Job:
+    fields = VideoRequest.parse(await read_fields(request))
+    spec = fields.to_spec(service.config, service.limits)
+    try:
+        return await service.dispatcher.create(spec, request.headers.get("x-request-id"))
+    except QueueFullError:
+        message = f"{service.config.serve.max_queued} videos are queued already; try again later"
+        headers = {"retry-after": str(RETRY_AFTER_S)}
+        raise ApiError(429, message, "queue_full", headers=headers) from None
+
+
 def _find(video_id: str, service: VideoService, param: str | None = None) -> Job:
-    job = service.store.get(video_id)
+    job = service.store.get(video_id) if _VIDEO_ID.fullmatch(video_id) else None
     if job is None:
         raise _no_video(video_id, param)
     return job
 
 
 def _no_video(video_id: str, param: str | None) -> ApiError:
-    return ApiError(404, f"no video {video_id!r}", "video_not_found", param)
+    return ApiError(404, f"no video {video_id[:64]!r}", "video_not_found", param)
 
 
-def _video(job: Job, service: VideoService) -> Video:
-    return Video.from_job(job, model_name(service.config))
+def _completed(video_id: str, service: VideoService) -> Job:
+    """A job whose files are there."""
+    job = _find(video_id, service)
+    if job.status == "failed":
+        raise ApiError(409, f"video {job.id} was not made: {job.error_message}", "video_failed")
+    if job.status != "completed":
+        done = service.dispatcher.progress(job.id)
+        message = f"video {job.id} is {job.status}, {done} % done; poll it until it is completed"
+        raise ApiError(409, message, "video_not_ready")
+    if job.expires_at is not None and job.expires_at <= time.time():
+        raise _expired(job)
+    return job
 
 
-async def _read_body(request: Request) -> Any:
-    """The fields of a JSON or form body; in a form, `physics` is JSON text."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
-        message = f"content type {kind!r} is not understood; send application/json or multipart/form-data"
-        raise ApiError(415, message, "unsupported_media_type")
-    try:
-        if kind == "application/json":
-            return json.loads(await request.body())
-        return _form_fields(await request.form())
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", "invalid_json") from None
+def _expired(job: Job) -> ApiError:
+    return ApiError(410, f"the files of video {job.id} have expired; make it again", "video_expired")
 
 
-def _form_fields(form: FormData) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in form.items():
-        if isinstance(value, UploadFile):
-            message = f"this model makes videos from text only; leave out the file {name!r}"
-            raise ApiError(422, message, "unsupported_parameter", name)
-        fields[name] = json.loads(value) if name == "physics" else value
-    return fields
+def _with_maps(video_id: str, service: VideoService) -> Job:
+    job = _completed(video_id, service)
+    if job.spec.physics is None or not job.spec.physics.return_maps:
+        message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
+        raise ApiError(404, message, "no_maps")
+    return job
 
 
-def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Every error in one shape. Of a bug clients learn nothing; the server's log has the traceback."""
-    match error:
-        case ApiError():
-            answer = error
-        case HTTPException(status_code=status, detail=detail):  # an unknown path or method, a broken form
-            code = {404: "not_found", 405: "method_not_allowed"}.get(status, "bad_request")
-            message = f"{request.method} {request.url.path}: {detail}"
-            answer = ApiError(status, message, code, headers=error.headers)
-        case RequestValidationError():
-            first = error.errors()[0]
-            param = str(first["loc"][-1])
-            answer = ApiError(422, f"bad value for {param!r}: {first['msg']}", "invalid_value", param)
-        case _:
-            answer = ApiError(500, "the server failed; its log says why", "internal_error")
-    return JSONResponse(answer.body.model_dump(), answer.status, answer.headers)
+def _video(job: Job, service: VideoService, response: Response | None = None) -> Video:
+    """What clients see of a job; sets the header that says when to poll again."""
+    progress = service.dispatcher.progress(job.id)
+    if response is not None and job.status in ("queued", "in_progress"):
+        elapsed_s = time.time() - (job.started_at or job.created_at)
+        poll_ms = (
+            int(100 * elapsed_s * (100 - progress) / progress) if progress else 1000
+        )  # a tenth of the rest
+        response.headers["openai-poll-after-ms"] = str(min(max(poll_ms, MIN_POLL_MS), MAX_POLL_MS))
+    return Video.from_job(job, model_name(service.config), progress)
+
+
+def _file(request: Request, service: VideoService, job: Job, name: str, media_type: str) -> Response:
+    size = service.artefacts.size(job.id, name)
+    if size is None:
+        raise _expired(job)
+    read = partial(service.artefacts.chunks, job.id, name)
+    return partial_content(request, read, size, f"{job.id}-{name}", media_type)

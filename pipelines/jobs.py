@@ -1,32 +1,41 @@
-"""Jobs as rows of a database, and the dispatcher that turns queued rows into videos.
+"""Jobs as rows of a database, SQLite or PostgreSQL. Knows neither HTTP, nor Ray, nor how a video is made.
 
-One process owns both, and all that it owns can be lost but the database and the videos: a new owner takes up
-every job that was not finished. Neither knows HTTP; how a video is made is a callable that the dispatcher is
-given.
+One process owns the database. All that it holds in memory can be lost: a new owner finds every accepted job.
 """
 
-import asyncio
-import contextvars
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
-from sqlalchemy import Dialect, Text, TypeDecorator, create_engine, delete, func, select, update
+from filelock import FileLock, Timeout
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Dialect,
+    Engine,
+    Text,
+    TypeDecorator,
+    and_,
+    create_engine,
+    delete,
+    make_url,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
-from pipelines.runtime import find_user_error
 from pipelines.spec import VideoSpec
 from prophy.errors import ProPhyError
 
-logger = logging.getLogger(__name__)
-
 JobStatus = Literal["queued", "in_progress", "completed", "failed"]
+
+OWNER_TIMEOUT_S = 20.0  # an earlier owner that was told to stop is given this long
+_ADVISORY_LOCK = 0x70726F706879  # "prophy"
 
 
 class _SpecColumn(TypeDecorator[VideoSpec]):
@@ -52,52 +61,93 @@ class Job(_Base):
     Attributes:
         sequence: order of arrival.
         id: what clients know the job by.
+        request_id: of the HTTP request that created it, for the logs.
         spec: the video that was asked for.
         status: `queued` until a replica has begun it.
-        progress: 0 to 100.
-        created_at: seconds since the epoch, as are the two below.
+        num_deaths: replicas that died while they made it.
+        created_at: seconds since the epoch, as are the three below.
         started_at: when a replica began it, the last time.
         completed_at: when it was completed.
+        expires_at: when its files go; never if None.
+        stage_durations: seconds per stage of a completed video.
         error_code: why it failed, for programs.
         error_message: why it failed, for people.
+        is_deleted: clients see it no more; its files are on their way out.
+        has_files: whether files of it may exist.
     """
 
-    __tablename__ = "jobs"
+    __tablename__ = "videos"
 
     sequence: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
+    request_id: Mapped[str | None]
     spec: Mapped[VideoSpec] = mapped_column(_SpecColumn)
     status: Mapped[JobStatus] = mapped_column(index=True)
-    progress: Mapped[int]
+    num_deaths: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     completed_at: Mapped[float | None]
+    expires_at: Mapped[float | None]
+    stage_durations: Mapped[dict[str, float] | None] = mapped_column(JSON)
     error_code: Mapped[str | None]
     error_message: Mapped[str | None] = mapped_column(Text)
+    is_deleted: Mapped[bool] = mapped_column(default=False)
+    has_files: Mapped[bool] = mapped_column(default=False, index=True)
 
 
 class JobStore:
-    """The table of jobs. Its methods are short transactions, may be called from any thread, and block.
+    """The table of jobs, and the right to change it. Methods are short transactions, thread-safe, and block.
 
     A job's status only moves along `queued -> in_progress -> completed | failed`, and back to `queued` by
-    `requeue_unfinished`. A method that moves it says whether the job was still there to be moved.
+    `requeue`. A method that moves it says whether the job was still there to be moved.
 
     Args:
         url: of the database, as SQLAlchemy writes it.
+
+    Raises:
+        ProPhyError: no such database, or another process owns it.
     """
 
     def __init__(self, url: str) -> None:
-        engine = create_engine(url)
-        if engine.dialect.name == "sqlite":  # readers do not wait for the writer
-            with engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-        _Base.metadata.create_all(engine)
-        self._sessions = sessionmaker(engine, expire_on_commit=False)
+        try:
+            parsed = make_url(url)
+            is_file = parsed.get_backend_name() == "sqlite" and Path(parsed.database or "").is_absolute()
+            if not is_file and parsed.get_backend_name() != "postgresql":
+                raise ArgumentError("it is neither an absolute SQLite file nor PostgreSQL")
+            self._engine = create_engine(url, pool_pre_ping=True)
+            self._lock = _own(self._engine, url)
+            self._lock.__enter__()
+            if self._engine.dialect.name == "sqlite":  # readers do not wait for the writer
+                with self._engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            _Base.metadata.create_all(self._engine)
+        except (ArgumentError, OperationalError, OSError) as error:
+            reason = str(error.orig if isinstance(error, OperationalError) else error).splitlines()[0]
+            raise ProPhyError(
+                f"cannot open the job database {url}: {reason}; give sqlite:////FOLDER/FILE, or "
+                "postgresql://USER@HOST/DATABASE"
+            ) from None
+        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
 
-    def create(self, spec: VideoSpec) -> Job:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process own the database."""
+        self._lock.__exit__(None, None, None)
+        self._engine.dispose()
+
+    def create(self, spec: VideoSpec, request_id: str | None = None) -> Job:
         """Adds a queued job."""
         job = Job(
-            id=f"video_{uuid.uuid4().hex}", spec=spec, status="queued", progress=0, created_at=time.time()
+            id=f"video_{uuid.uuid4().hex}",
+            request_id=request_id,
+            spec=spec,
+            status="queued",
+            created_at=time.time(),
         )
         with self._sessions.begin() as session:
             session.add(job)
@@ -106,11 +156,11 @@ class JobStore:
     def get(self, job_id: str) -> Job | None:
         """The job, if it exists."""
         with self._sessions() as session:
-            return session.scalar(select(Job).where(Job.id == job_id))
+            return session.scalar(select(Job).where(Job.id == job_id, ~Job.is_deleted))
 
     def page(self, after: Job | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
         """Up to `limit` jobs that follow `after`, oldest first for `asc`, and whether more follow."""
-        query = select(Job).order_by(getattr(Job.sequence, order)()).limit(limit + 1)
+        query = select(Job).where(~Job.is_deleted).order_by(getattr(Job.sequence, order)()).limit(limit + 1)
         if after is not None:
             follows = Job.sequence > after.sequence if order == "asc" else Job.sequence < after.sequence
             query = query.where(follows)
@@ -118,31 +168,39 @@ class JobStore:
             jobs = list(session.scalars(query))
         return jobs[:limit], len(jobs) > limit
 
-    def num_queued(self) -> int:
-        """How many jobs wait for a replica."""
-        with self._sessions() as session:
-            return session.scalars(select(func.count()).where(Job.status == "queued")).one()
-
     def requeue_unfinished(self) -> list[Job]:
         """Puts what an earlier owner had in progress back into the queue; returns the queue, oldest first."""
+        queued = select(Job).where(Job.status == "queued", ~Job.is_deleted).order_by(Job.sequence)
         with self._sessions.begin() as session:
-            session.execute(
-                update(Job).where(Job.status == "in_progress").values(status="queued", progress=0)
-            )
-            return list(session.scalars(select(Job).where(Job.status == "queued").order_by(Job.sequence)))
+            session.execute(update(Job).where(Job.status == "in_progress").values(status="queued"))
+            return list(session.scalars(queued))
 
     def start(self, job_id: str) -> bool:
-        """A replica has begun the job."""
-        return self._move(job_id, ("queued",), status="in_progress", started_at=time.time())
+        """A replica has begun the job; from now on there may be files of it."""
+        return self._move(job_id, ("queued",), status="in_progress", started_at=time.time(), has_files=True)
 
-    def set_progress(self, job_id: str, progress: int) -> bool:
-        """Notes the progress, 0 to 100, of a job that is being made."""
-        return self._move(job_id, ("in_progress",), progress=progress)
+    def requeue(self, job_id: str) -> int | None:
+        """The job's replica has died. Returns how many have by now, or None if the job is not wanted."""
+        lost = (
+            update(Job)
+            .where(Job.id == job_id, Job.status == "in_progress", ~Job.is_deleted)
+            .values(status="queued", num_deaths=Job.num_deaths + 1)
+        )
+        with self._sessions.begin() as session:
+            return session.scalar(lost.returning(Job.num_deaths))
 
-    def complete(self, job_id: str) -> bool:
-        """The video is there."""
+    def complete(
+        self, job_id: str, stage_durations: dict[str, float], expire_after_s: float | None = None
+    ) -> bool:
+        """All files of the video are there."""
+        now = time.time()
         return self._move(
-            job_id, ("in_progress",), status="completed", progress=100, completed_at=time.time()
+            job_id,
+            ("in_progress",),
+            status="completed",
+            completed_at=now,
+            expires_at=now + expire_after_s if expire_after_s is not None else None,
+            stage_durations=stage_durations,
         )
 
     def fail(self, job_id: str, code: str, message: str) -> bool:
@@ -152,108 +210,57 @@ class JobStore:
         )
 
     def delete(self, job_id: str) -> bool:
-        """Forgets the job."""
+        """Hides the job from clients; `purge` forgets it, once its files are gone."""
+        return self._move(job_id, ("queued", "in_progress", "completed", "failed"), is_deleted=True)
+
+    def outdated(self) -> list[str]:
+        """The jobs whose files must go: deleted, failed or expired."""
+        expired = and_(Job.status == "completed", Job.expires_at <= time.time())
+        unwanted = or_(Job.is_deleted, and_(Job.has_files, or_(Job.status == "failed", expired)))
+        with self._sessions() as session:
+            return list(session.scalars(select(Job.id).where(unwanted)))
+
+    def purge(self, job_id: str) -> None:
+        """The files of an outdated job are gone: forgets it if it is deleted, else notes that."""
         with self._sessions.begin() as session:
-            return session.scalar(delete(Job).where(Job.id == job_id).returning(Job.id)) is not None
+            session.execute(delete(Job).where(Job.id == job_id, Job.is_deleted))
+            session.execute(update(Job).where(Job.id == job_id).values(has_files=False))
 
     def _move(self, job_id: str, before: tuple[JobStatus, ...], **values: Any) -> bool:
-        job = update(Job).where(Job.id == job_id, Job.status.in_(before))
+        job = update(Job).where(Job.id == job_id, Job.status.in_(before), ~Job.is_deleted)
         with self._sessions.begin() as session:
             return session.scalar(job.values(**values).returning(Job.id)) is not None
 
 
-@dataclass(frozen=True)
-class GenerationStep:
-    """What the making of a video says as it goes on.
+@contextmanager
+def _own(engine: Engine, url: str) -> Iterator[None]:
+    """Holds the one right to change the database; the death of the process gives it back.
 
-    Attributes:
-        progress: 0 at the start, 1 when the last denoising step is done.
-        video: the mp4, in the last one only.
+    Raises:
+        ProPhyError: another process holds it.
     """
-
-    progress: float
-    video: bytes | None = None
-
-
-class Dispatcher:
-    """Holds one call to the generator for each job in the queue, and alone writes what comes of it.
-
-    Since every queued job is a call that waits, whoever scales the generator sees the queue. It lives in one
-    event loop; what blocks, it does in threads.
-
-    Args:
-        store: the jobs.
-        videos: folder of the finished videos.
-        generate: makes one video; waits for a free replica first. Cancelling its iterator stops the making.
-    """
-
-    def __init__(
-        self, store: JobStore, videos: Path, generate: Callable[[VideoSpec], AsyncIterator[GenerationStep]]
-    ) -> None:
-        self._store = store
-        self._videos = videos
-        self._generate = generate
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-
-    def path(self, job_id: str) -> Path:
-        """Where the video of a completed job lies."""
-        return self._videos / f"{job_id}.mp4"
-
-    async def start(self) -> None:
-        """Takes up every job that an earlier owner left unfinished."""
-        self._videos.mkdir(parents=True, exist_ok=True)
-        for partial in self._videos.glob("*.partial"):
-            partial.unlink()
-        for job in await asyncio.to_thread(self._store.requeue_unfinished):
-            self.submit(job)
-
-    def submit(self, job: Job) -> None:
-        """Begins to wait for a replica for `job`; must be called in the event loop."""
-        # In a context of its own: in that of the HTTP request that created the job, Serve would take the call
-        # for a part of that request and end it with it.
-        task = asyncio.create_task(self._run(job), context=contextvars.Context())
-        self._tasks[job.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
-
-    async def delete(self, job_id: str) -> bool:
-        """Stops the job if it is being made, and forgets it and its video; False if there is none."""
-        found = await asyncio.to_thread(self._store.delete, job_id)
-        await self._cancel([self._tasks[job_id]] if job_id in self._tasks else [])
-        await asyncio.to_thread(self.path(job_id).unlink, missing_ok=True)
-        return found
-
-    async def stop(self) -> None:
-        """Stops all calls. The jobs stay as they are; the next owner takes them up."""
-        await self._cancel(list(self._tasks.values()))
-
-    async def _cancel(self, tasks: list[asyncio.Task[None]]) -> None:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _run(self, job: Job) -> None:
-        started = False
+    taken = ProPhyError(
+        f"another server uses the job database {url}; stop it, or choose another serve.output or "
+        "serve.database"
+    )
+    if engine.dialect.name == "sqlite":
+        lock = FileLock(f"{engine.url.database}.lock", thread_local=False)
         try:
-            async for step in self._generate(job.spec):
-                if not started:
-                    started = await asyncio.to_thread(self._store.start, job.id)
-                if step.video is not None:
-                    await asyncio.to_thread(self._finish, job.id, step.video)
-                else:
-                    await asyncio.to_thread(self._store.set_progress, job.id, int(99 * step.progress))
-        except (RayError, RayServeException, OSError) as error:
-            logger.exception("video %s could not be made", job.id)
-            cause = find_user_error(error) or (error.cause if isinstance(error, RayTaskError) else error)
-            if isinstance(cause, ProPhyError):
-                code, message = "invalid_request", str(cause)
-            else:
-                code, message = "generation_failed", f"{type(cause).__name__}: {cause}"
-            await asyncio.to_thread(self._store.fail, job.id, code, message)
+            lock.acquire(timeout=OWNER_TIMEOUT_S)
+        except Timeout:
+            raise taken from None
+        yield
+        lock.release()
+        return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        deadline = time.monotonic() + OWNER_TIMEOUT_S
+        while not _try_lock(connection):
+            if time.monotonic() > deadline:
+                raise taken
+            time.sleep(0.1)
+        yield
+        connection.exec_driver_sql(f"SELECT pg_advisory_unlock({_ADVISORY_LOCK})")
 
-    def _finish(self, job_id: str, video: bytes) -> None:
-        """Puts the whole file in place before the row says so."""
-        partial = self._videos / f"{job_id}.partial"
-        partial.write_bytes(video)
-        partial.rename(self.path(job_id))
-        if not self._store.complete(job_id):  # deleted meanwhile
-            self.path(job_id).unlink(missing_ok=True)
+
+def _try_lock(connection: Connection) -> bool:
+    return bool(connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_ADVISORY_LOCK})").scalar())

@@ -14,6 +14,7 @@ from pipelines.config import Config, nearest_key
 from pipelines.jobs import Job, JobStatus
 from pipelines.spec import PhysicsSpec, ShapeLimits, VideoSpec
 from prophy.errors import ProPhyError
+from prophy.taxonomy import Phenomenon
 
 
 class ErrorDetail(BaseModel):
@@ -150,7 +151,7 @@ class Video(BaseModel):
     progress: int
     created_at: int
     completed_at: int | None
-    expires_at: int | None = None
+    expires_at: int | None
     seconds: str = Field(description="true length of the video")
     size: str
     prompt: str
@@ -166,10 +167,11 @@ class Video(BaseModel):
     guidance_scale: float
     physics: PhysicsSpec | None
     inference_time_s: float | None
+    stage_durations: dict[str, float] | None = Field(description="seconds of text, denoise, decode, encode")
 
     @classmethod
-    def from_job(cls, job: Job, model: str) -> Self:
-        """What clients see of `job`."""
+    def from_job(cls, job: Job, model: str, progress: int) -> Self:
+        """What clients see of `job`, which is `progress` per cent done if it is being made."""
         spec = job.spec
         error = (
             VideoError(code=job.error_code, message=job.error_message)
@@ -185,15 +187,28 @@ class Video(BaseModel):
             id=job.id,
             model=model,
             status=job.status,
-            progress=job.progress,
+            progress=100 if job.status == "completed" else progress,
             created_at=int(job.created_at),
             completed_at=int(job.completed_at) if job.completed_at is not None else None,
+            expires_at=int(job.expires_at) if job.expires_at is not None else None,
             seconds=spec.seconds,
             size=f"{spec.width}x{spec.height}",
             error=error,
             inference_time_s=taken,
+            stage_durations=job.stage_durations,
             **dict(spec),
         )
+
+
+class PhysicsMaps(BaseModel):
+    """What the routers said while a video was made: means over its denoising steps."""
+
+    object: Literal["video.physics"] = "video.physics"
+    semantic_weights: list[float] = Field(description="weight of each semantic expert; they sum to 1")
+    token_grid: tuple[int, int, int] = Field(description="frames, rows and columns of tokens")
+    maps: dict[Phenomenon, list[list[list[float]]]] = Field(
+        description="where each phenomenon acts: 0 to 1 for each token, by frame, row and column"
+    )
 
 
 class VideoList(BaseModel):

@@ -3,19 +3,30 @@
 Knows neither Ray nor HTTP. Importing it imports torch and diffusers, which takes seconds.
 """
 
+import io
+import json
+import math
+import tempfile
+import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pipelines.config import Config
-from pipelines.spec import ShapeLimits, VideoSpec
+from pipelines.spec import MAPS_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits, VideoResult, VideoSpec
 from prophy.backbones import check_checkpoint, fingerprint, load_pipeline, shape_multiples
 from prophy.device import autocast, default_device
 from prophy.models.control import PhysicsControl, PhysicsTrace
+from prophy.taxonomy import PHENOMENA
 from prophy.video import write_video
+
+PIPELINE_MULTIPLE = 16  # diffusers' pipelines refuse other sizes, even where VAE and patches would do with 8
+CACHED_PROMPTS = 32  # text embeddings kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
 
 
 def check_model(config: Config) -> None:
@@ -50,8 +61,8 @@ def shape_limits(config: Config) -> ShapeLimits:
     frames, height, width = shape_multiples(backbone.family, backbone.pretrained, backbone.revision)
     return ShapeLimits(
         frame_multiple=frames,
-        height_multiple=height,
-        width_multiple=width,
+        height_multiple=math.lcm(height, PIPELINE_MULTIPLE),
+        width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
         max_num_frames=config.serve.max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
     )
@@ -80,6 +91,23 @@ class VideoSampler:
             config.checkpoint,
         ).to(self._device)
         self._pipeline.set_progress_bar_config(disable=True)
+        self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
+
+    def warm_up(self, limits: ShapeLimits) -> None:
+        """Makes one frame of the smallest size in one step, so that a model that cannot run says so now."""
+        self.sample(
+            VideoSpec(
+                prompt="",
+                negative_prompt="",
+                seed=0,
+                num_frames=1,
+                height=limits.height_multiple,
+                width=limits.width_multiple,
+                fps=1.0,
+                num_inference_steps=1,
+                guidance_scale=1.0,
+            )
+        )
 
     def sample(
         self,
@@ -105,12 +133,12 @@ class VideoSampler:
             on_step((step + 1) / spec.num_inference_steps)
             return tensors
 
-        knobs = {} if spec.physics is None else dict(spec.physics)
+        knobs = {} if spec.physics is None else spec.physics.model_dump(exclude={"return_maps"})
         physics = None if spec.physics is None and trace is None else PhysicsControl(**knobs, trace=trace)
         with autocast(self._device, self._autocast):
             output = self._pipeline(
-                spec.prompt,
-                negative_prompt=spec.negative_prompt,
+                prompt_embeds=self.embed(spec.prompt),
+                negative_prompt_embeds=self.embed(spec.negative_prompt),
                 height=spec.height,
                 width=spec.width,
                 num_frames=spec.num_frames,
@@ -125,8 +153,63 @@ class VideoSampler:
             )
         return (output.frames[0] * 255).round().astype(np.uint8)
 
-    def write(
-        self, spec: VideoSpec, path: Path, on_step: Callable[[float], None] = lambda progress: None
-    ) -> None:
+    def write(self, spec: VideoSpec, path: Path) -> None:
         """Makes a video as `sample` does and writes it to `path` as an mp4."""
-        write_video(path, self.sample(spec, on_step), spec.fps)
+        write_video(path, self.sample(spec), spec.fps)
+
+    def render(
+        self, spec: VideoSpec, on_step: Callable[[float], None] = lambda progress: None
+    ) -> VideoResult:
+        """Makes all that an endpoint keeps of a video; `on_step` as in `sample`."""
+        trace = PhysicsTrace() if spec.physics is not None and spec.physics.return_maps else None
+        marks = {"start": time.perf_counter()}
+        for text in (spec.prompt, spec.negative_prompt):
+            self.embed(text)
+        marks["text"] = time.perf_counter()
+
+        def report(progress: float) -> None:
+            marks["denoise"] = time.perf_counter()
+            on_step(progress)
+
+        frames = self.sample(spec, report, trace)
+        marks["decode"] = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / VIDEO_FILE
+            write_video(path, frames, spec.fps)
+            files = {VIDEO_FILE: path.read_bytes(), THUMBNAIL_FILE: _thumbnail(frames)}
+        if trace is not None:
+            files[MAPS_FILE] = _maps_json(trace)
+        marks["encode"] = time.perf_counter()
+        times = list(marks.values())
+        return VideoResult(files, dict(zip(list(marks)[1:], np.diff(times).round(3).tolist(), strict=True)))
+
+    def _embed(self, text: str) -> torch.Tensor:
+        """What the backbone's text encoder makes of one text."""
+        with torch.no_grad(), autocast(self._device, self._autocast):
+            embeds, _ = self._pipeline.encode_prompt(
+                text,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self._max_sequence_length,
+                device=self._device,
+            )
+        return embeds
+
+
+def _thumbnail(frames: np.ndarray) -> bytes:
+    """The middle frame as WebP."""
+    buffer = io.BytesIO()
+    Image.fromarray(frames[len(frames) // 2]).save(buffer, "webp", quality=90)
+    return buffer.getvalue()
+
+
+def _maps_json(trace: PhysicsTrace) -> bytes:
+    """Semantic weights, token grid and one map `[T'][H'][W']` per phenomenon, to four decimals."""
+    assert trace.semantic_weights is not None and trace.phenomenon_maps is not None
+    maps = trace.phenomenon_maps[0].double().numpy().round(4)
+    routing = {
+        "object": "video.physics",
+        "semantic_weights": trace.semantic_weights[0].double().numpy().round(4).tolist(),
+        "token_grid": maps.shape[:3],
+        "maps": {name: maps[..., index].tolist() for index, name in enumerate(PHENOMENA)},
+    }
+    return json.dumps(routing).encode()

@@ -5,26 +5,30 @@ hold the model and nothing else: a call brings a specification, and streams prog
 """
 
 import asyncio
+import ipaddress
 import signal
 import socket
-import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.schema import ReplicaState
+from ray.serve.schema import LoggingConfig, ReplicaState
 
 from pipelines.api import VideoService, create_app
+from pipelines.artefacts import ArtefactStore
 from pipelines.config import Config
-from pipelines.jobs import Dispatcher, GenerationStep, JobStore
+from pipelines.dispatcher import Dispatcher, GenerationStep
+from pipelines.jobs import JobStore
+from pipelines.metrics import Metrics
 from pipelines.runtime import open_run, ray_session
-from pipelines.spec import ShapeLimits, VideoSpec
+from pipelines.spec import ShapeLimits, VideoResult, VideoSpec
 from prophy.errors import ProPhyError
+from prophy.taxonomy import Phenomenon
 
 APP_NAME = "prophy"
 MAX_CONNECTIONS = 1000
@@ -35,19 +39,21 @@ class AbortedError(Exception):
 
 
 class VideoGenerator:
-    """Holds the model and makes one video at a time.
+    """Holds the model and makes one video at a time. It exists once a first forward pass has run.
 
     Args:
         config: the run.
+        limits: the shapes that the model can make.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, limits: ShapeLimits) -> None:
         from pipelines.sampling import VideoSampler  # torch and diffusers: of no use to the ingress
 
         self._sampler = VideoSampler(config)
+        self._sampler.warm_up(limits)
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    async def generate(self, spec: VideoSpec) -> AsyncIterator[GenerationStep]:
+    async def generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
         """Makes a video, in a thread; a caller that goes away stops it after the current denoising step."""
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[GenerationStep] = asyncio.Queue()
@@ -58,19 +64,13 @@ class VideoGenerator:
                 raise AbortedError
             loop.call_soon_threadsafe(steps.put_nowait, GenerationStep(progress))
 
-        def make() -> bytes:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "video.mp4"
-                self._sampler.write(spec, path, report)
-                return path.read_bytes()
-
-        def wake(making: asyncio.Future[bytes]) -> None:
+        def wake(making: asyncio.Future[VideoResult]) -> None:
             steps.put_nowait(GenerationStep(1.0))
             if stopped.is_set() and not making.cancelled():
                 making.exception()  # AbortedError: nobody else asks for it
 
         yield GenerationStep(0.0)
-        making = loop.run_in_executor(self._thread, make)
+        making = loop.run_in_executor(self._thread, self._sampler.render, spec, report)
         making.add_done_callback(wake)
         try:
             while not making.done():
@@ -80,6 +80,14 @@ class VideoGenerator:
             stopped.set()
 
 
+@ray.remote(num_cpus=0)
+def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenomenon) -> bytes:
+    """`pipelines.overlay.draw_overlay` in a process of its own: it takes torch and seconds."""
+    from pipelines import overlay
+
+    return overlay.draw_overlay(video, maps, spec, phenomenon)
+
+
 @serve.ingress()
 class VideoAPI:
     """The HTTP side: routes, jobs and dispatcher, in one process without torch.
@@ -87,24 +95,32 @@ class VideoAPI:
     Args:
         config: the run.
         limits: the shapes that the model can make.
-        output: folder of the database and the videos.
         generator: the `VideoGenerator` deployment.
+
+    Raises:
+        ProPhyError: the job database cannot be opened, or another server uses it.
     """
 
-    def __init__(
-        self, config: Config, limits: ShapeLimits, output: Path, generator: DeploymentHandle
-    ) -> None:
-        self._min_replicas = config.serve.min_replicas
+    def __init__(self, config: Config, limits: ShapeLimits, generator: DeploymentHandle) -> None:
         self._generator = generator
-        output.mkdir(parents=True, exist_ok=True)
-        store = JobStore(f"sqlite:///{output / 'jobs.sqlite'}")
-        dispatcher = Dispatcher(store, output / "videos", self._generate)
-        self._service = VideoService(config, limits, store, dispatcher, self._is_ready)
+        settings, metrics = config.serve, Metrics()
+        store = JobStore(settings.database_url)
+        artefacts = ArtefactStore(settings.videos_location)
+        self._service = VideoService(
+            config,
+            limits,
+            store,
+            artefacts,
+            Dispatcher(store, artefacts, self._generate, metrics, settings),
+            metrics,
+            self._num_replicas,
+            draw_overlay.remote,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
 
-    async def _generate(self, spec: VideoSpec) -> AsyncIterator[GenerationStep]:
+    async def _generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
         response = self._generator.options(stream=True).generate.remote(spec)
         assert isinstance(response, DeploymentResponseGenerator)
         try:
@@ -113,22 +129,27 @@ class VideoAPI:
         finally:
             response.cancel()
 
-    async def _is_ready(self) -> bool:
+    async def _num_replicas(self) -> int:
         status = await asyncio.to_thread(serve.status)
         replicas = status.applications[APP_NAME].deployments["VideoGenerator"].replica_states
-        return replicas.get(ReplicaState.RUNNING, 0) >= self._min_replicas
+        return replicas.get(ReplicaState.RUNNING, 0)
 
 
 def build_app(config: Config) -> serve.Application:
     """The Serve application of a run; also the builder that a Serve configuration file names.
 
     Raises:
-        ProPhyError: the checkpoint was trained on another backbone.
+        ProPhyError: no such model; or the job database is a file, and this cluster has several nodes.
     """
-    from pipelines.sampling import check_model, shape_limits
+    from pipelines.sampling import shape_limits
 
     settings = config.serve
-    check_model(config)
+    if settings.database_url.startswith("sqlite") and sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise ProPhyError(
+            "this cluster has several nodes, and a job database in a file stays on one of them; set "
+            "serve.database to PostgreSQL, as postgresql://USER@HOST/DATABASE"
+        )
+    limits = shape_limits(config)
     generator = serve.deployment(
         max_ongoing_requests=1,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
@@ -141,14 +162,14 @@ def build_app(config: Config) -> serve.Application:
         },
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
-    )(VideoGenerator).bind(config)
+    )(VideoGenerator).bind(config, limits)
     api = serve.deployment(
         num_replicas=1,  # the one owner of the database
         max_ongoing_requests=MAX_CONNECTIONS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.1,
     )(VideoAPI)
-    return api.bind(config, shape_limits(config), settings.output, generator)
+    return api.bind(config, limits, generator)
 
 
 @contextmanager
@@ -159,19 +180,31 @@ def serving(config: Config) -> Iterator[str]:
         The URL of the server, which accepts requests.
 
     Raises:
-        ProPhyError: the port is taken, Ray Serve is in use here, or the checkpoint is of another backbone.
+        ProPhyError: open to other machines without keys, the port is taken, the job database cannot be
+            opened or is in use, Ray Serve is in use here, or the checkpoint is of another backbone.
     """
-    port = _free_port(config.serve.host, config.serve.port)
-    app = build_app(config)
+    from pipelines.sampling import check_model
+
+    settings = config.serve
+    if not settings.api_keys and not _is_loopback(settings.host):
+        raise ProPhyError(
+            f"serve.host {settings.host} lets other machines in, and there are no keys; make one with "
+            "`prophy key` and put its hash into serve.api_keys, or serve on 127.0.0.1"
+        )
+    port = _free_port(settings.host, settings.port)
+    check_model(config)
     open_run(config, "serve")
     with ray_session(config):
+        app = build_app(config)
         running = ", ".join(serve.status().applications)
         if running:
             raise ProPhyError(f"Ray Serve already runs here, with {running}; stop it, or use another cluster")
-        serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": port})
+        settings.output.mkdir(parents=True, exist_ok=True)
+        JobStore(settings.database_url).close()  # what is wrong with it, the user hears here
+        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port})
         try:
-            serve.run(app, name=APP_NAME, logging_config={"enable_access_log": False})
-            yield f"http://{config.serve.host}:{port}"
+            serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON"))
+            yield f"http://{settings.host}:{port}"
         finally:
             serve.shutdown()
 
@@ -184,12 +217,20 @@ def run(config: Config) -> None:
             signal.signal(number, lambda *_: stop.set())
         print(
             f"serving on {url} (API: {url}/docs); Ctrl-C stops\n"
+            f"  prophy request 'a red ball falls and bounces' --out ball.mp4 --url {url}\n"
             f"  curl {url}/v1/videos -F prompt='a red ball falls and bounces'\n"
             f"  curl {url}/v1/videos/VIDEO_ID\n"
             f"  curl {url}/v1/videos/VIDEO_ID/content -o video.mp4",
             flush=True,
         )
         stop.wait()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _free_port(host: str, port: int) -> int:

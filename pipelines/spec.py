@@ -1,12 +1,14 @@
 """What a video is asked to be, and which shapes a model can make. Knows no HTTP, no Ray and no torch."""
 
 import math
-from typing import Annotated
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from prophy.errors import ProPhyError
 from prophy.taxonomy import Phenomenon, parse_phenomena
+
+VIDEO_FILE, THUMBNAIL_FILE, MAPS_FILE = "video.mp4", "thumbnail.webp", "physics.json"
 
 KnobFactor = Annotated[float, Field(ge=0.0, le=10.0)]
 PhenomenonName = Annotated[Phenomenon, BeforeValidator(lambda name: parse_phenomena([name])[0])]
@@ -24,6 +26,13 @@ class PhysicsSpec(BaseModel):
         {}, description="factor per phenomenon on what the refinement experts add where it acts"
     )
     invert_refinement: bool = Field(False, description="route every token to the experts that fit it least")
+    return_maps: bool = Field(False, description="keep what the routers said, for /v1/videos/{id}/physics")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.return_maps and self.scale == 0:
+            raise ValueError("return_maps needs the Physical Branch, which a scale of 0 switches off")
+        return self
 
 
 class VideoSpec(BaseModel):
@@ -46,6 +55,18 @@ class VideoSpec(BaseModel):
     def seconds(self) -> str:
         """Length of the video in seconds, as the Videos API writes it: a string, without trailing zeros."""
         return f"{self.num_frames / self.fps:.3f}".rstrip("0").rstrip(".")
+
+
+class VideoResult(NamedTuple):
+    """What comes of a specification.
+
+    Attributes:
+        files: contents by name: `VIDEO_FILE`, `THUMBNAIL_FILE`, and `MAPS_FILE` where maps were asked for.
+        stage_durations: seconds of `text`, `denoise`, `decode` and `encode`.
+    """
+
+    files: dict[str, bytes]
+    stage_durations: dict[str, float]
 
 
 class ShapeLimits(BaseModel):

@@ -1,17 +1,23 @@
-"""Jobs in a real database, and the dispatcher over it."""
+"""Jobs in real databases, SQLite and PostgreSQL."""
 
-import asyncio
-from collections.abc import AsyncIterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipelines.jobs import Dispatcher, GenerationStep, JobStore
+from pipelines import jobs
+from pipelines.jobs import JobStore
 from pipelines.spec import PhysicsSpec, VideoSpec
+from prophy.errors import ProPhyError
 from prophy.taxonomy import Phenomenon
+from tests.pipelines.databases import new_database, postgres_server
 
 SPEC = VideoSpec(
-    prompt="a ball falls",
+    prompt="a ball falls \x00 \N{SNOWMAN}",
     negative_prompt="",
     seed=3,
     num_frames=17,
@@ -22,30 +28,48 @@ SPEC = VideoSpec(
     guidance_scale=3.0,
     physics=PhysicsSpec(strength={Phenomenon.COLLISION: 2.0}),
 )
+DURATIONS = {"text": 0.1, "denoise": 2.0}
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Path]:
+    with postgres_server() as folder:
+        yield folder
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    return new_database(request.getfixturevalue("postgres"))
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> JobStore:
-    return JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+def store(url: str) -> Iterator[JobStore]:
+    with JobStore(url) as store:
+        yield store
 
 
-def status_of(store: JobStore, job_id: str) -> tuple[str, int]:
+def status_of(store: JobStore, job_id: str) -> str:
     job = store.get(job_id)
     assert job is not None
-    return job.status, job.progress
+    return job.status
 
 
 def test_life_of_a_job(store: JobStore) -> None:
-    job = store.create(SPEC)
-    assert store.get(job.id).spec == SPEC
-    assert not store.set_progress(job.id, 5), "nobody has begun it"
+    job = store.create(SPEC, "request-1")
+    assert store.get(job.id).spec == SPEC and store.get(job.id).request_id == "request-1"
+    assert not store.complete(job.id, DURATIONS), "nobody has begun it"
     assert store.start(job.id) and not store.start(job.id), "begun once"
-    assert store.set_progress(job.id, 50)
-    assert status_of(store, job.id) == ("in_progress", 50)
-    assert store.complete(job.id) and not store.fail(job.id, "late", "too late")
-    assert status_of(store, job.id) == ("completed", 100)
+    assert store.complete(job.id, DURATIONS) and not store.complete(job.id, DURATIONS), "completed once"
+    assert not store.fail(job.id, "late", "too late")
+    assert status_of(store, job.id) == "completed"
+    assert store.get(job.id).stage_durations == DURATIONS
     assert store.delete(job.id) and not store.delete(job.id)
-    assert store.get(job.id) is None
+    assert store.get(job.id) is None and store.page(None, 10, "asc") == ([], False)
+    assert store.outdated() == [job.id], "its files are still to go"
+    store.purge(job.id)
+    assert store.outdated() == []
 
 
 def test_pages(store: JobStore) -> None:
@@ -57,76 +81,70 @@ def test_pages(store: JobStore) -> None:
     assert [job.id for job in store.page(store.get(ids[1]), 100, "asc")[0]] == ids[2:]
 
 
-def test_next_owner_requeues_what_was_in_progress(store: JobStore, tmp_path: Path) -> None:
-    begun, waiting, failed = (store.create(SPEC) for _ in range(3))
-    store.start(begun.id)
-    store.set_progress(begun.id, 70)
-    store.fail(failed.id, "generation_failed", "no memory")
-    reopened = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
-    assert [job.id for job in reopened.requeue_unfinished()] == [begun.id, waiting.id]
-    assert status_of(reopened, begun.id) == ("queued", 0)
-    assert reopened.num_queued() == 2
+def test_deaths_are_counted(store: JobStore) -> None:
+    job = store.create(SPEC)
+    assert store.requeue(job.id) is None, "nobody has begun it"
+    for deaths in (1, 2):
+        store.start(job.id)
+        assert store.requeue(job.id) == deaths
+    assert status_of(store, job.id) == "queued"
+    store.start(job.id)
+    store.delete(job.id)
+    assert store.requeue(job.id) is None, "deleted meanwhile"
 
 
-async def two_steps(spec: VideoSpec) -> AsyncIterator[GenerationStep]:
-    yield GenerationStep(0.0)
-    yield GenerationStep(0.5)
-    yield GenerationStep(1.0, b"mp4")
+def test_files_of_failed_and_expired_jobs_must_go(store: JobStore) -> None:
+    fresh, expired, failed = (store.create(SPEC).id for _ in range(3))
+    for job_id in (fresh, expired, failed):
+        store.start(job_id)
+    store.complete(fresh, DURATIONS, expire_after_s=1000)
+    store.complete(expired, DURATIONS, expire_after_s=0)
+    store.fail(failed, "generation_failed", "no memory")
+    assert sorted(store.outdated()) == sorted([expired, failed])
+    for job_id in store.outdated():
+        store.purge(job_id)
+    assert store.outdated() == []
+    assert status_of(store, expired) == "completed", "clients still see it"
 
 
-async def without_end(spec: VideoSpec) -> AsyncIterator[GenerationStep]:
-    yield GenerationStep(0.5)
-    await asyncio.Event().wait()
+def test_next_owner_finds_every_accepted_job_of_one_that_was_killed(url: str) -> None:
+    program = (
+        "import os, sys, pathlib\n"
+        "from pipelines.jobs import JobStore\n"
+        "from tests.pipelines.test_jobs import SPEC\n"
+        "store = JobStore(sys.argv[1])\n"
+        "begun, waiting, failed = (store.create(SPEC).id for _ in range(3))\n"
+        "store.start(begun), store.fail(failed, 'generation_failed', 'no memory')\n"
+        "print(begun, waiting, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, url], stdout=subprocess.PIPE, text=True)
+    assert run.returncode == -signal.SIGKILL
+    with JobStore(url) as store:
+        assert [job.id for job in store.requeue_unfinished()] == run.stdout.split()
+        assert [status_of(store, job_id) for job_id in run.stdout.split()] == ["queued", "queued"]
 
 
-async def full_disk(spec: VideoSpec) -> AsyncIterator[GenerationStep]:
-    yield GenerationStep(0.0)
-    raise OSError(28, "No space left on device")
+def test_one_owner(store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "OWNER_TIMEOUT_S", 0.2)
+    with pytest.raises(ProPhyError, match="another server uses the job database"):
+        JobStore(url)
+    store.close()
+    JobStore(url).close()
 
 
-async def until(store: JobStore, job_id: str, status: str) -> None:
-    while status_of(store, job_id)[0] != status:
-        await asyncio.sleep(0.01)
-
-
-def test_dispatcher_writes_the_video_then_the_row(store: JobStore, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        job = store.create(SPEC)
-        dispatcher = Dispatcher(store, tmp_path / "videos", two_steps)
-        await dispatcher.start()
-        await asyncio.wait_for(until(store, job.id, "completed"), 10)
-        assert dispatcher.path(job.id).read_bytes() == b"mp4"
-        assert await dispatcher.delete(job.id)
-        assert list((tmp_path / "videos").iterdir()) == []
-
-    asyncio.run(scenario())
-
-
-def test_stopped_dispatcher_leaves_its_jobs_to_the_next(store: JobStore, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        job = store.create(SPEC)
-        first = Dispatcher(store, tmp_path / "videos", without_end)
-        await first.start()
-        await asyncio.wait_for(until(store, job.id, "in_progress"), 10)
-        await first.stop()
-        assert status_of(store, job.id)[0] == "in_progress"
-        (tmp_path / "videos" / "half.partial").write_bytes(b"mp")
-        second = Dispatcher(store, tmp_path / "videos", two_steps)
-        await second.start()
-        await asyncio.wait_for(until(store, job.id, "completed"), 10)
-        assert [path.name for path in (tmp_path / "videos").iterdir()] == [f"{job.id}.mp4"]
-
-    asyncio.run(scenario())
-
-
-def test_a_job_that_cannot_be_made_says_why(store: JobStore, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        job = store.create(SPEC)
-        dispatcher = Dispatcher(store, tmp_path / "videos", full_disk)
-        await dispatcher.start()
-        await asyncio.wait_for(until(store, job.id, "failed"), 10)
-        failed = store.get(job.id)
-        assert failed.error_code == "generation_failed"
-        assert "No space left on device" in failed.error_message
-
-    asyncio.run(scenario())
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("jobs", "cannot open the job database jobs: Could not parse"),
+        ("sqlite:////proc/none/jobs.sqlite", "cannot open the job database"),
+        ("postgresql+psycopg://nobody@/none?host=/tmp", "cannot open the job database"),
+        ("sqlite://", "neither an absolute SQLite file nor PostgreSQL; give"),
+        ("mysql://root@localhost/jobs", "neither an absolute SQLite file nor PostgreSQL; give"),
+    ],
+)
+def test_no_such_database(url: str, message: str) -> None:
+    with pytest.raises(ProPhyError) as caught:
+        JobStore(url)
+    assert message in str(caught.value)
+    assert os.linesep not in str(caught.value)

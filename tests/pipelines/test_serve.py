@@ -1,4 +1,4 @@
-"""The endpoint: real requests to one running server, started anew after a SIGTERM in the midst of a video."""
+"""The endpoint on Ray Serve: real requests to one running server, started anew after a SIGTERM under load."""
 
 import contextlib
 import io
@@ -13,63 +13,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 import httpx
 import pytest
-import torch
+import ray
 
 from pipelines import generate, serve
 from pipelines.config import Config
-from pipelines.protocol import ApiError, VideoRequest
-from pipelines.sampling import shape_limits
-from prophy.backbones import BACKBONES, fingerprint, load_pipeline
 from prophy.errors import ProPhyError
-from prophy.models.checkpoint import save_branch
 from tests.conftest import tiny_config
+from tests.pipelines.servers import (
+    LONG,
+    PROMPT,
+    SHORT,
+    check_error,
+    make,
+    poll,
+    save_checkpoint,
+    serve_config,
+    submit,
+    wait,
+)
 
-PROMPT = "a red ball falls and bounces"
-LONG = {"prompt": PROMPT, "num_inference_steps": 200, "size": "64x64", "seconds": "2"}
-SHORT = {"prompt": PROMPT, "num_inference_steps": 1, "seed": 0}
-PATIENCE_S = 240
-
-
-def save_checkpoint(folder: Path) -> Path:
-    """A branch whose injections are not zero, so that its knobs are seen in the video."""
-    backbone = load_pipeline("wan", "tiny", None, torch.float32, None).transformer
-    torch.manual_seed(0)
-    transformer = BACKBONES["wan"].prophy_transformer.from_transformer(
-        backbone, physics_layers=[0, 2], latent_shape=(5, 16, 16)
-    )
-    with torch.no_grad():
-        for parameter in transformer.physics_branch.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    save_branch(
-        transformer, folder, {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)}
-    )
-    return folder
+NUM_JOBS = 8
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("serve")
-    return tiny_config(
-        folder / "run",
-        f"checkpoint={save_checkpoint(folder / 'model')}",
-        "backbone.num_frames=5",
-        "backbone.height=32",
-        "backbone.width=32",
-        "sampling.num_inference_steps=2",
-        "serve.port=0",
-        "serve.max_replicas=1",
-        "serve.max_queued=3",
-        "serve.max_pixels=4096",
-        "serve.max_num_frames=17",
-    )
+    return serve_config(folder / "run", save_checkpoint(folder / "model"), "serve.max_queued=20")
 
 
 @pytest.fixture(scope="module")
 def interrupted(ray_cluster: None, config: Config) -> dict[str, Any]:
-    """A video that was being made when its server got SIGTERM, and what that server had printed."""
+    """The jobs of a server that got SIGTERM in mid-video, and what that server had printed."""
     printed, found = io.StringIO(), {}
 
     def interrupt() -> None:
@@ -77,13 +53,14 @@ def interrupted(ray_cluster: None, config: Config) -> dict[str, Any]:
             while not (match := re.search(r"http://\S+:\d+", printed.getvalue())):
                 time.sleep(0.05)
             with httpx.Client(base_url=match[0], timeout=60) as client:
-                job = client.post("/v1/videos", json=LONG | {"num_inference_steps": 20}).json()
-                found.update(wait(client, job["id"], progress=1))
+                found["ids"] = [submit(client, **SHORT | {"seed": seed}) for seed in range(NUM_JOBS - 1)]
+                found["ids"].append(submit(client, **LONG | {"num_inference_steps": 20}))
+                found["last"] = wait(client, found["ids"][-1], progress=1)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    watcher = threading.Thread(target=interrupt)
+    watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
     with contextlib.redirect_stdout(printed):
         serve.run(config)
@@ -100,68 +77,23 @@ def client(interrupted: dict[str, Any], config: Config) -> Iterator[httpx.Client
         yield client
 
 
-def poll(client: httpx.Client, video_id: str) -> Iterator[dict[str, Any]]:
-    """What a client sees of a video until it is completed."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        video = client.get(f"/v1/videos/{video_id}").raise_for_status().json()
-        assert video["status"] != "failed", video["error"]
-        yield video
-        if video["status"] == "completed":
-            return
-        time.sleep(0.02)
-    raise TimeoutError(video)
-
-
-def wait(client: httpx.Client, video_id: str, progress: int = 100) -> dict[str, Any]:
-    return next(video for video in poll(client, video_id) if video["progress"] >= progress)
-
-
-def make(client: httpx.Client, **fields: Any) -> bytes:
-    response = client.post("/v1/videos", json=SHORT | fields)
-    assert response.status_code == 200, response.text
-    wait(client, response.json()["id"])
-    return client.get(f"/v1/videos/{response.json()['id']}/content").raise_for_status().content
-
-
-def check_error(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
-    assert response.status_code == status, response.text
-    assert response.json().keys() == {"error"}
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
-    return error["message"]
-
-
-def test_sigterm_ends_the_server_and_the_next_one_makes_the_video(
+def test_sigterm_under_load_and_the_next_server_makes_every_video(
     interrupted: dict[str, Any], client: httpx.Client
 ) -> None:
-    assert (
-        f"curl {re.search(r'http://127.0.0.1:[0-9]+', interrupted['printed'])[0]}" in interrupted["printed"]
-    )
-    assert interrupted["status"] == "in_progress", "the server waited for the video to be finished"
-    assert wait(client, interrupted["id"])["num_inference_steps"] == 20
+    assert re.search(r"curl http://127.0.0.1:[0-9]+/v1/videos", interrupted["printed"])
+    assert interrupted["last"]["status"] == "in_progress", "the server waited for the video to be finished"
+    assert len(interrupted["ids"]) == NUM_JOBS
+    for video_id in interrupted["ids"]:
+        assert wait(client, video_id)["status"] == "completed"
+    assert wait(client, interrupted["ids"][-1])["num_inference_steps"] == 20
 
 
-def test_prompt_becomes_a_playable_video(client: httpx.Client) -> None:
-    form = {"prompt": PROMPT, "size": "48x64", "seconds": "2", "num_inference_steps": "8", "seed": "7"}
-    video = client.post("/v1/videos", files={name: (None, value) for name, value in form.items()}).json()
-    assert (video["object"], video["status"], video["progress"]) == ("video", "queued", 0)
-    assert (video["seconds"], video["size"], video["seed"]) == ("2.125", "48x64", 7)
-    *unfinished, done = poll(client, video["id"])
-    progress = [video["progress"] for video in unfinished]
-    assert progress == sorted(progress)
-    assert {number for number in progress if 0 < number < 99}, "progress moves with the denoising steps"
-    assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
-    content = client.get(f"/v1/videos/{video['id']}/content")
-    assert content.headers["content-type"] == "video/mp4"
-    with av.open(io.BytesIO(content.content)) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert (stream.width, stream.height, stream.average_rate) == (48, 64, 8)
-        assert len(list(container.decode(stream))) == 17
-    part = client.get(f"/v1/videos/{video['id']}/content", headers={"range": "bytes=4-11"})
-    assert (part.status_code, part.content) == (206, content.content[4:12])
+def test_progress_moves_with_the_steps(client: httpx.Client) -> None:
+    progress = [
+        video["progress"] for video in poll(client, submit(client, **LONG | {"num_inference_steps": 20}))
+    ]
+    assert progress == sorted(progress) and progress[-1] == 100
+    assert len({number for number in progress if 0 < number < 99}) > 1
 
 
 def test_same_seed_same_video_over_http_and_offline(client: httpx.Client, config: Config) -> None:
@@ -171,119 +103,86 @@ def test_same_seed_same_video_over_http_and_offline(client: httpx.Client, config
     assert over_http != make(client, num_inference_steps=2, seed=config.generate.seed + 1)
 
 
-def test_physics_knobs(client: httpx.Client) -> None:
-    plain = make(client)
-    assert make(client, physics={"scale": 1.0, "strength": {"collision": 1}}) == plain
-    knobs = (
-        {"scale": 0.0},
-        {"strength": {"Liquid Motion": 9.0}},
-        {"invert_refinement": True},
-    )
-    assert len({plain, *(make(client, physics=knob) for knob in knobs)}) == 4
-
-
-def test_one_video_at_a_time_a_bounded_queue_and_delete(client: httpx.Client) -> None:
-    long = client.post("/v1/videos", json=LONG).json()
-    wait(client, long["id"], progress=1)
+def test_one_video_at_a_time_and_delete(client: httpx.Client) -> None:
+    long = submit(client, **LONG)
+    wait(client, long, progress=1)
     begun = time.monotonic()
-    progress = wait(client, long["id"], progress=6)["progress"]
+    progress = wait(client, long, progress=6)["progress"]
     remaining_s = (time.monotonic() - begun) * (100 - progress) / (progress - 1)
-    message = check_error(client.get(f"/v1/videos/{long['id']}/content"), 409, "video_not_ready")
-    assert re.search(r"is in_progress, \d+ % done", message)
-    queued = [client.post("/v1/videos", json=SHORT).json() for _ in range(3)]
-    assert [client.get(f"/v1/videos/{video['id']}").json()["status"] for video in queued] == ["queued"] * 3
-    full = client.post("/v1/videos", json=SHORT)
-    check_error(full, 429, "queue_full")
-    assert int(full.headers["retry-after"]) > 0
-
-    for video in (queued[1], long):
-        deleted = {"id": video["id"], "object": "video.deleted", "deleted": True}
-        assert client.delete(f"/v1/videos/{video['id']}").json() == deleted
-        check_error(client.get(f"/v1/videos/{video['id']}"), 404, "video_not_found")
+    queued = [submit(client, **SHORT) for _ in range(2)]
+    assert [client.get(f"/v1/videos/{video}").json()["status"] for video in queued] == ["queued"] * 2
+    for video in (queued[0], long):
+        deleted = {"id": video, "object": "video.deleted", "deleted": True}
+        assert client.delete(f"/v1/videos/{video}").json() == deleted
+        check_error(client.get(f"/v1/videos/{video}"), 404, "video_not_found")
     start = time.monotonic()
-    wait(client, queued[2]["id"])
+    wait(client, queued[1])
     assert time.monotonic() - start < remaining_s / 2, "the deleted video went on"
 
 
-def test_pages(client: httpx.Client) -> None:
-    ids = [client.post("/v1/videos", json=SHORT).json()["id"] for _ in range(3)]
-    first = client.get("/v1/videos", params={"limit": 2}).json()
-    assert [video["id"] for video in first["data"]] == [ids[2], ids[1]]
-    assert (first["object"], first["first_id"], first["last_id"], first["has_more"]) == (
-        "list",
-        ids[2],
-        ids[1],
-        True,
-    )
-    rest = client.get("/v1/videos", params={"after": ids[1], "limit": 100}).json()
-    assert rest["first_id"] == ids[0] and not rest["has_more"]
-    upwards = client.get("/v1/videos", params={"after": ids[0], "order": "asc"}).json()
-    assert [video["id"] for video in upwards["data"]] == ids[1:]
-    check_error(client.get("/v1/videos", params={"after": "video_x"}), 404, "video_not_found", "after")
-    for video_id in ids:
-        wait(client, video_id)
+def test_sync_client_that_goes_away_stops_its_video(client: httpx.Client) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/videos/sync", json=LONG, timeout=2)
+    while client.get("/v1/videos", params={"limit": 1}).json()["data"][0]["num_inference_steps"] == 200:
+        time.sleep(0.05)
+    assert client.post("/v1/videos/sync", json=SHORT).content == make(client)
+
+
+def test_full_queue(client: httpx.Client) -> None:
+    long = submit(client, **LONG)
+    wait(client, long, progress=1)
+    answers = [client.post("/v1/videos", json=SHORT) for _ in range(25)]
+    full = [answer for answer in answers if answer.status_code != 200]
+    assert len(full) == 5
+    for answer in full:
+        check_error(answer, 429, "queue_full")
+        assert int(answer.headers["retry-after"]) > 0
+    for video_id in [long, *(answer.json()["id"] for answer in answers if answer.status_code == 200)]:
+        client.delete(f"/v1/videos/{video_id}")
+
+
+def test_overlay_is_drawn_elsewhere(client: httpx.Client) -> None:
+    video_id = submit(client, **SHORT, physics={"return_maps": True})
+    wait(client, video_id)
+    path = f"/v1/videos/{video_id}/physics/overlay"
+    overlay = client.get(path, params={"phenomenon": "collision"}).raise_for_status()
+    assert overlay.content[4:8] == b"ftyp"
+    assert overlay.content != client.get(f"/v1/videos/{video_id}/content").content
+
+
+def test_request_ids_in_answers_and_logs(client: httpx.Client) -> None:
+    answer = client.post("/v1/videos", json=SHORT, headers={"x-request-id": "from-the-client"})
+    assert answer.headers.get_list("x-request-id") == ["from-the-client"]
+    assert re.fullmatch(r"[0-9a-f-]{36}", client.get("/healthz").headers["x-request-id"])
+    wait(client, answer.json()["id"])
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
+    lines = [line for file in folder.glob("replica_prophy_VideoAPI_*") for line in file.open()]
+    events = [json.loads(line) for line in lines if "from-the-client" in line]
+    assert any("accepted" in event["message"] for event in events)
+    completed = [event for event in events if "completed" in event["message"]]
+    assert completed[0]["video_id"] == answer.json()["id"]
 
 
 @pytest.mark.parametrize(
-    ("fields", "code", "param", "message"),
+    "headers",
     [
-        ({}, "missing_parameter", "prompt", "the field 'prompt' is missing"),
-        ({"prompt": " "}, "invalid_value", "prompt", "bad value ' ' for the field 'prompt'"),
-        ({"promt": "x"}, "unknown_parameter", "promt", "did you mean 'prompt'?"),
-        ({"prompt": "x", "seconds": 2}, "invalid_value", "seconds", "should be a valid string"),
-        ({"prompt": "x", "seconds": "4s"}, "invalid_value", "seconds", "'4s'"),
-        (
-            {"prompt": "x", "seconds": "3"},
-            "invalid_value",
-            "seconds",
-            "25 frames; this model makes at most 17",
-        ),
-        ({"prompt": "x", "size": "big"}, "invalid_value", "size", "'big'"),
-        ({"prompt": "x", "size": "36x32"}, "invalid_value", "size", "a width that is a multiple of 8"),
-        ({"prompt": "x", "size": "128x128"}, "invalid_value", "size", "at most 4096"),
-        ({"prompt": "x", "num_inference_steps": 0}, "invalid_value", "num_inference_steps", "greater than"),
-        ({"prompt": "x", "seed": -1}, "invalid_value", "seed", "greater than"),
-        ({"prompt": "x", "physics": {"sclae": 1}}, "unknown_parameter", "physics.sclae", "'physics.scale'"),
-        (
-            {"prompt": "x", "physics": {"strength": {"colision": 1}}},
-            "invalid_value",
-            "physics.strength.colision",
-            "did you mean 'collision'?",
-        ),
-        ([1], "invalid_value", None, "[1]"),
+        {"x-request-timeout-seconds": "0.000001"},
+        {"x-request-timeout-seconds": "nan", "x-request-disconnect-disabled": "?1"},
+        {"serve-multiplexed-model-id": "x", "x-session-id": "y"},
+        {"x-request-id": "x" * 10_000},
+        {"host": "elsewhere", "x-forwarded-for": "127.0.0.1", "content-length": "0"},
     ],
+    ids=lambda headers: next(iter(headers)),
 )
-def test_bad_fields(client: httpx.Client, fields: Any, code: str, param: str | None, message: str) -> None:
-    assert message in check_error(client.post("/v1/videos", json=fields), 422, code, param)
-
-
-def test_bad_requests(client: httpx.Client) -> None:
-    check_error(
-        client.post("/v1/videos", json={"prompt": "x", "model": "sora-2"}), 404, "model_not_found", "model"
-    )
-    broken = client.post("/v1/videos", content="{", headers={"content-type": "application/json"})
-    check_error(broken, 400, "invalid_json")
-    check_error(client.post("/v1/videos", content="prompt"), 415, "unsupported_media_type")
-    picture = client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": b"png"})
-    check_error(picture, 422, "unsupported_parameter", "input_reference")
-    for path in ("", "/content"):
-        assert "'video_x'" in check_error(client.get(f"/v1/videos/video_x{path}"), 404, "video_not_found")
-    check_error(client.delete("/v1/videos/video_x"), 404, "video_not_found")
-    check_error(client.get("/v1/pictures"), 404, "not_found")
-    check_error(client.put("/v1/videos"), 405, "method_not_allowed")
-    check_error(client.get("/v1/videos", params={"limit": 0}), 422, "invalid_value", "limit")
-    form = {"prompt": "x", "physics": '{"scale": 11}'}
-    check_error(client.post("/v1/videos", data=form), 422, "invalid_value", "physics.scale")
-
-
-def test_models_health_and_description(client: httpx.Client) -> None:
-    (model,) = client.get("/v1/models").json()["data"]
-    assert (model["id"], model["object"]) == ("prophy-tiny", "model")
+def test_header_tricks(client: httpx.Client, headers: dict[str, str]) -> None:
+    assert client.get("/v1/models", headers=headers).status_code in (200, 408)
     assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_ready_and_counted(client: httpx.Client) -> None:
+    make(client)
     assert client.get("/readyz").json() == {"status": "ready"}
-    described = client.get("/openapi.json").json()
-    body = described["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert {"prompt", "seconds", "size", "physics"} <= body["properties"].keys()
+    assert "prophy_replicas 1.0" in client.get("/metrics").text
 
 
 def test_one_server_at_a_time(client: httpx.Client, config: Config) -> None:
@@ -301,6 +200,23 @@ def test_taken_port(tmp_path: Path) -> None:
             pass
 
 
+def test_other_machines_need_keys(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "serve.host=0.0.0.0")
+    with pytest.raises(ProPhyError, match="make one with `prophy key`"), serve.serving(config):
+        pass
+
+
+def test_database_of_another_server(ray_cluster: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "serve.port=0", "serve.database=sqlite:////proc/none/jobs.sqlite")
+    with pytest.raises(ProPhyError, match="cannot open the job database"), serve.serving(config):
+        pass
+
+
+def test_password_in_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="put it into PGPASSWORD"):
+        tiny_config(tmp_path, "serve.database=postgresql://user:secret@host/jobs")
+
+
 def test_replicas_out_of_order(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match=r"min_replicas \(3\) must not exceed max_replicas \(2\)"):
         tiny_config(tmp_path, "serve.min_replicas=3", "serve.max_replicas=2")
@@ -316,10 +232,3 @@ def test_checkpoint_of_another_backbone(config: Config, tmp_path: Path) -> None:
     other = config.model_copy(update={"checkpoint": tmp_path})
     with pytest.raises(ProPhyError, match="was trained on another backbone"), serve.serving(other):
         pass
-
-
-def test_bare_backbone_has_no_knobs(config: Config) -> None:
-    bare = config.model_copy(update={"checkpoint": None})
-    request = VideoRequest.parse({"prompt": PROMPT, "physics": {"scale": 0.5}})
-    with pytest.raises(ApiError, match="bare backbone"):
-        request.to_spec(bare, shape_limits(bare))

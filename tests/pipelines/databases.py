@@ -1,0 +1,60 @@
+"""A PostgreSQL server of one's own, on a socket in a folder that goes with it."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import psycopg.sql
+import pytest
+
+
+@contextmanager
+def postgres_server() -> Iterator[Path]:
+    """Yields the folder of its socket; skips the test where PostgreSQL is not installed."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not installed:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    # It refuses to run as root; the package makes a user for it.
+    user = "postgres" if os.geteuid() == 0 else None
+    folder = Path(tempfile.mkdtemp(prefix="prophy-postgres-"))
+    if user:
+        shutil.chown(folder, user)
+    data, quiet = folder / "data", {"cwd": folder, "user": user, "stdout": subprocess.DEVNULL}
+    try:
+        subprocess.run(
+            [installed[-1] / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"],
+            check=True,
+            **quiet,
+        )
+        server = subprocess.Popen(
+            [installed[-1] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-F"],
+            stderr=subprocess.DEVNULL,
+            **quiet,
+        )
+        try:
+            while True:
+                try:
+                    psycopg.connect(host=str(folder), user="postgres").close()
+                    break
+                except psycopg.OperationalError:
+                    assert server.poll() is None, "PostgreSQL did not start"
+            yield folder
+        finally:
+            server.terminate()
+            server.wait()
+    finally:
+        shutil.rmtree(folder)
+
+
+def new_database(folder: Path) -> str:
+    """The URL of a fresh database of the server in `folder`."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(host=str(folder), user="postgres", autocommit=True) as connection:
+        connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
+    return f"postgresql+psycopg://postgres@/{name}?host={folder}"

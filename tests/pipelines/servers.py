@@ -1,0 +1,144 @@
+"""What tests of the endpoint share: a model with knobs that are seen, a server without Ray, and patience."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from pipelines.api import VideoService, create_app
+from pipelines.artefacts import ArtefactStore
+from pipelines.config import Config
+from pipelines.dispatcher import Dispatcher, GenerationStep
+from pipelines.jobs import JobStore
+from pipelines.metrics import Metrics
+from pipelines.overlay import draw_overlay
+from pipelines.sampling import shape_limits
+from pipelines.spec import VideoSpec
+from prophy.backbones import BACKBONES, fingerprint, load_pipeline
+from prophy.models.checkpoint import save_branch
+from tests.conftest import tiny_config
+
+PROMPT = "a red ball falls and bounces"
+LONG = {"prompt": PROMPT, "num_inference_steps": 200, "size": "64x64", "seconds": "2"}
+SHORT = {"prompt": PROMPT, "num_inference_steps": 1, "seed": 0}
+PATIENCE_S = 240
+
+Generate = Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]]
+
+
+def save_checkpoint(folder: Path) -> Path:
+    """A branch whose injections are not zero, so that its knobs are seen in the video."""
+    backbone = load_pipeline("wan", "tiny", None, torch.float32, None).transformer
+    torch.manual_seed(0)
+    transformer = BACKBONES["wan"].prophy_transformer.from_transformer(
+        backbone, physics_layers=[0, 2], latent_shape=(5, 16, 16)
+    )
+    with torch.no_grad():
+        for parameter in transformer.physics_branch.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_branch(
+        transformer, folder, {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)}
+    )
+    return folder
+
+
+def serve_config(folder: Path, checkpoint: Path, *overrides: str) -> Config:
+    """Clips of 5 frames of 32 pixels in 2 steps, if a request asks for nothing else."""
+    return tiny_config(
+        folder,
+        f"checkpoint={checkpoint}",
+        "backbone.num_frames=5",
+        "backbone.height=32",
+        "backbone.width=32",
+        "sampling.num_inference_steps=2",
+        "serve.port=0",
+        "serve.max_replicas=1",
+        "serve.max_queued=3",
+        "serve.max_pixels=4096",
+        "serve.max_num_frames=17",
+        *overrides,
+    )
+
+
+@contextmanager
+def http_server(config: Config, generate: Generate) -> Iterator[str]:
+    """The API over real HTTP without Ray: videos are made by `generate`, in this process. Yields its URL."""
+    metrics, settings = Metrics(), config.serve
+    settings.output.mkdir(parents=True, exist_ok=True)
+    store, artefacts = JobStore(settings.database_url), ArtefactStore(settings.videos_location)
+
+    async def one_replica() -> int:
+        return 1
+
+    service = VideoService(
+        config,
+        shape_limits(config),
+        store,
+        artefacts,
+        Dispatcher(store, artefacts, generate, metrics, settings),
+        metrics,
+        one_replica,
+        partial(asyncio.to_thread, draw_overlay),
+    )
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def poll(client: httpx.Client, video_id: str) -> Iterator[dict[str, Any]]:
+    """What a client sees of a video until it is completed."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        video = client.get(f"/v1/videos/{video_id}").raise_for_status().json()
+        assert video["status"] != "failed", video["error"]
+        yield video
+        if video["status"] == "completed":
+            return
+        time.sleep(0.02)
+    raise TimeoutError(video)
+
+
+def wait(client: httpx.Client, video_id: str, progress: int = 100) -> dict[str, Any]:
+    """The video as it is once it has come this far."""
+    return next(video for video in poll(client, video_id) if video["progress"] >= progress)
+
+
+def submit(client: httpx.Client, **fields: Any) -> str:
+    """The id of a new video."""
+    response = client.post("/v1/videos", json=fields)
+    assert response.status_code == 200, response.text
+    return response.json()["id"]
+
+
+def make(client: httpx.Client, **fields: Any) -> bytes:
+    """The mp4 of a short video."""
+    video_id = submit(client, **(SHORT | fields))
+    wait(client, video_id)
+    return client.get(f"/v1/videos/{video_id}/content").raise_for_status().content
+
+
+def check_error(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
+    """Checks that an answer is an error in the one shape; returns its message."""
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"}
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    assert (error["type"], error["code"], error["param"]) == (kind, code, param)
+    return error["message"]

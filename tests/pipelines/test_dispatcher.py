@@ -1,0 +1,223 @@
+"""The dispatcher over a real job store and real files; only the making of a video is a stand-in."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from sqlalchemy.exc import OperationalError
+
+from pipelines import dispatcher as dispatcher_module
+from pipelines.artefacts import ArtefactStore
+from pipelines.config import ServeConfig
+from pipelines.dispatcher import Dispatcher, GenerationStep, QueueFullError
+from pipelines.jobs import JobStore
+from pipelines.metrics import Metrics
+from pipelines.spec import VIDEO_FILE, VideoResult, VideoSpec
+from tests.pipelines.test_jobs import DURATIONS, SPEC, status_of
+
+RESULT = VideoResult({VIDEO_FILE: b"mp4"}, DURATIONS)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    with JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite'}") as store:
+        yield store
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    return tmp_path / "videos"
+
+
+@pytest.fixture
+def new(store: JobStore, videos: Path) -> Callable[..., Dispatcher]:
+    def new(
+        generate: Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]], **settings: float
+    ) -> Dispatcher:
+        config = ServeConfig(output=videos.parent, **settings)
+        return Dispatcher(store, ArtefactStore(str(videos)), generate, Metrics(), config)
+
+    return new
+
+
+async def two_steps(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    yield GenerationStep(0.0)
+    yield GenerationStep(0.5)
+    yield GenerationStep(1.0, RESULT)
+
+
+async def without_end(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    yield GenerationStep(0.5)
+    await asyncio.Event().wait()
+
+
+async def no_replica(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    await asyncio.Event().wait()
+    yield GenerationStep(0.0)
+
+
+def dying(num_deaths: int) -> Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]]:
+    remaining = iter(range(num_deaths))
+
+    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        yield GenerationStep(0.3)
+        if next(remaining, None) is not None:
+            raise ActorDiedError
+        yield GenerationStep(1.0, RESULT)
+
+    return generate
+
+
+async def until(store: JobStore, job_id: str, status: str) -> None:
+    while status_of(store, job_id) != status:
+        await asyncio.sleep(0.01)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_files_then_the_row_and_both_go(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        job = store.create(SPEC)
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        await dispatcher.wait(job.id)
+        assert status_of(store, job.id) == "completed"
+        assert (videos / job.id / VIDEO_FILE).read_bytes() == b"mp4"
+        assert await dispatcher.delete(job.id) and not await dispatcher.delete(job.id)
+        assert list(videos.iterdir()) == []
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_stopped_dispatcher_leaves_its_jobs_to_the_next(
+    store: JobStore, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        job = store.create(SPEC)
+        first = new(without_end)
+        await first.start()
+        await until(store, job.id, "in_progress")
+        assert first.num_jobs() == {"queued": 0, "in_progress": 1}
+        await first.stop()
+        assert status_of(store, job.id) == "in_progress"
+        second = new(two_steps)
+        await second.start()
+        await second.wait(job.id)
+        assert status_of(store, job.id) == "completed"
+        await second.stop()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("num_deaths", "status"), [(2, "completed"), (3, "failed")])
+def test_a_job_survives_two_replicas(
+    store: JobStore, new: Callable[..., Dispatcher], num_deaths: int, status: str
+) -> None:
+    async def scenario() -> None:
+        job = store.create(SPEC)
+        dispatcher = new(dying(num_deaths))
+        await dispatcher.start()
+        await dispatcher.wait(job.id)
+        found = store.get(job.id)
+        assert (found.status, found.num_deaths) == (status, num_deaths)
+        if status == "failed":
+            assert found.error_code == "replica_died"
+            assert found.error_message.startswith("3 replicas died while they made it; the last: ")
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_full_disk_fails_the_job_with_the_reason(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        full, fine = store.create(SPEC), store.create(SPEC)
+        (videos / full.id).mkdir(parents=True)
+        (videos / full.id / VIDEO_FILE).symlink_to("/dev/full")
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        await asyncio.gather(dispatcher.wait(full.id), dispatcher.wait(fine.id))
+        failed = store.get(full.id)
+        assert (failed.status, failed.error_code) == ("failed", "generation_failed")
+        assert "No space left on device" in failed.error_message
+        assert [folder.name for folder in videos.iterdir()] == [fine.id], "others are made"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_queue_is_bounded_however_many_come_at_once(store: JobStore, new: Callable[..., Dispatcher]) -> None:
+    async def scenario() -> None:
+        dispatcher = new(no_replica, max_queued=3)
+        await dispatcher.start()
+        outcomes = await asyncio.gather(
+            *(dispatcher.create(SPEC, None) for _ in range(10)), return_exceptions=True
+        )
+        assert sum(isinstance(outcome, QueueFullError) for outcome in outcomes) == 7
+        assert len(store.page(None, 10, "asc")[0]) == 3
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_delete_stops_the_making(store: JobStore, new: Callable[..., Dispatcher]) -> None:
+    stopped = asyncio.Event()
+
+    async def until_stopped(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        try:
+            async for step in without_end(spec):
+                yield step
+        finally:
+            stopped.set()
+
+    async def scenario() -> None:
+        dispatcher = new(until_stopped)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        await until(store, job.id, "in_progress")
+        assert dispatcher.progress(job.id) == 49
+        await dispatcher.delete(job.id)
+        await stopped.wait()
+        assert dispatcher.num_jobs() == {"queued": 0, "in_progress": 0}
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_expired_files_go(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "SWEEP_EVERY_S", 0.05)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps, expire_after_s=0.2)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        await dispatcher.wait(job.id)
+        assert (videos / job.id).exists()
+        while (videos / job.id).exists():
+            await asyncio.sleep(0.01)
+        assert status_of(store, job.id) == "completed"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_database_that_is_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "DATABASE_RETRY_S", 0.0)
+    away = iter(range(3))
+
+    def transaction(answer: str) -> str:
+        if next(away, None) is not None:
+            raise OperationalError("SELECT 1", {}, OSError("server closed the connection"))
+        return answer
+
+    assert dispatcher_module._persist(transaction, "written") == "written"
