@@ -4,7 +4,7 @@ BIN := .venv/bin
 # torch comes first and alone: as a dependency of another package pip may take a build with CUDA libraries.
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench chaos
 
 demo: .venv/installed
 	$(BIN)/prophy demo
@@ -19,6 +19,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	for file in tests/benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+chaos: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

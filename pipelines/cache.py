@@ -6,6 +6,7 @@ again. What is done already is read from the files themselves; so the same comma
 """
 
 import math
+import operator
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from pipelines.sink import (
 )
 from pipelines.sources import changed, clips_left, find_videos, looked_up_again, of_videos, videos_left
 from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
-from prophy.backbones import fingerprint
+from prophy.backbones import fingerprint, shape_multiples
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
@@ -75,7 +76,7 @@ def run(config: Config) -> CacheSummary:
     Raises:
         ProPhyError: no video that can be used, another run at work, or a cache made with other settings.
     """
-    _check_durations(config)
+    _check_clips(config)
     videos = find_videos(config.cache.input)
     open_run(config, "cache")
     with exclusive(_output(config)):
@@ -95,7 +96,9 @@ def priors_table(config: Config) -> Table:
     folder = str(bundled("vlm")) if vlm.pretrained == "tiny" else vlm.pretrained
     parts = {
         "model": fingerprint(folder, vlm.revision),
-        **vlm.model_dump(include={"dtype", "layers", "max_new_tokens", "num_frames", "height", "width"}),
+        **vlm.model_dump(
+            include={"dtype", "layers", "heads", "max_new_tokens", "num_frames", "height", "width"}
+        ),
     }
     settings = parts | {
         "clip_duration_s": config.cache.clip_duration_s,
@@ -135,8 +138,8 @@ def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     cut = PoolConfig(size=cache.read.size, num_cpus=0.25)
     rows = rows.map_batches(CutVideo, **_pool(cut, cache.clip_duration_s, cache.limits))
     # Decode what the VLM sees.
-    size = (vlm.num_frames, vlm.height, vlm.width)
-    rows = rows.map_batches(ReadClip, **_pool(cache.read, *size, cache.limits))
+    shapes = [(vlm.height, vlm.width)]
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, vlm.num_frames, shapes, cache.limits))
     # The costly stage: each actor holds a VLM.
     rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, _attempts(config)))
     # Good rows go into a file of the table, errors into one of the quarantine.
@@ -147,9 +150,9 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
     """Clips with their captions (`stages.CLIPS`) -> files of encodings; counts of rows come out."""
     cache, backbone = config.cache, config.backbone
     rows: Dataset = _read(work)
-    # Decode at the backbone's resolution and number of frames.
-    size = (backbone.num_frames, backbone.height, backbone.width)
-    rows = rows.map_batches(ReadClip, **_pool(cache.read, *size, cache.limits))
+    # Decode at the backbone's number of frames, in the shape that is nearest to the video's.
+    seen = (backbone.num_frames, backbone.frame_shapes, cache.limits)
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, *seen))
     # Each actor holds the VAE and the text encoder.
     encoders = _pool(cache.encode, backbone, table, _attempts(config))
     encoders["batch_size"] = cache.encode_batch_size
@@ -199,8 +202,8 @@ def _attempts(config: Config) -> Path:
     return _output(config) / ATTEMPTS_FOLDER
 
 
-def _check_durations(config: Config) -> None:
-    """The VLM and the backbone must see the same seconds of a clip, or maps and latents differ in time."""
+def _check_clips(config: Config) -> None:
+    """Whether the VLM and the backbone see the same seconds of a clip, and the backbone can encode them."""
     backbone, clip_duration_s = config.backbone, config.cache.clip_duration_s
     lasts = (backbone.num_frames - 1) / backbone.fps
     if abs(lasts - clip_duration_s) > 0.5 / backbone.fps:
@@ -208,6 +211,13 @@ def _check_durations(config: Config) -> None:
             f"cache.clip_duration_s is {clip_duration_s:g}, but backbone.num_frames ({backbone.num_frames}) "
             f"at backbone.fps ({backbone.fps:g}) last {lasts:g} s; make them equal"
         )
+    time, *space = shape_multiples(backbone.family, backbone.pretrained, backbone.revision)
+    for shape in backbone.frame_shapes:
+        if (backbone.num_frames - 1) % time or any(map(operator.mod, shape, space)):
+            raise ProPhyError(
+                f"{backbone.pretrained} cannot encode {backbone.num_frames} frames of {shape[0]}x{shape[1]}; "
+                f"take {time} n + 1 frames, and multiples of {space[0]} and {space[1]} pixels"
+            )
 
 
 def _fill(config: Config, videos: list[Video]) -> CacheSummary:

@@ -61,13 +61,73 @@ def simulate(
     simulate.run(resolved, contact_sheet)
 
 
-@app.command()
-def cache(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
+cache_app = typer.Typer(
+    help="Cache physics priors (VLM) and encodings (VAE, text) of all videos to Parquet. Resumes by itself. "
+    "Without a command, it caches.",
+)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.callback(invoke_without_command=True)
+def cache(
+    context: typer.Context,
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+) -> None:
     """Cache physics priors (VLM) and encodings (VAE, text) of all videos to Parquet. Resumes by itself."""
+    if command := context.invoked_subcommand:
+        if set_ or print_config or config != "tiny":
+            raise ProPhyError(f"options of `prophy cache {command}` come after its name")
+        return
     resolved = _configure(config, set_, print_config)
     from pipelines import cache
 
     cache.run(resolved)
+
+
+@cache_app.command()
+def verify(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
+    """Check every file of the cache, set damaged ones aside, rebuild the indices."""
+    resolved = load_config(config, set_)
+    from pipelines import verify
+
+    verify.run(resolved)
+
+
+@cache_app.command()
+def inspect(
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    clips: Annotated[int, typer.Option(min=1, help="How many clips the picture shows.")] = 8,
+    output: Annotated[Path, typer.Option(help="The picture: frames, caption, phenomena, maps.")] = Path(
+        "cache.png"
+    ),
+) -> None:
+    """Print what the cache holds, and draw some of its clips with their maps."""
+    resolved = load_config(config, set_)
+    from pipelines import pictures
+
+    pictures.inspect(resolved, clips, output)
+
+
+@cache_app.command()
+def explain(
+    clip: Annotated[str, typer.Argument(help="A video; its first clip is shown to the VLM.")],
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    phenomenon: Annotated[
+        list[str] | None, typer.Option(help="Ask for this one, not for those that the VLM names. Repeatable.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The picture: one row of maps per layer.")] = Path(
+        "explain.png"
+    ),
+) -> None:
+    """Draw where the VLM looks, layer by layer: for choosing vlm.layers and vlm.heads."""
+    resolved = load_config(config, set_)
+    from pipelines import pictures
+
+    pictures.explain(resolved, clip, phenomenon or [], output)
 
 
 @app.command()

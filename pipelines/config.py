@@ -88,6 +88,15 @@ class BackboneConfig(Section):
     width: PositiveInt
     fps: PositiveFloat
     max_sequence_length: PositiveInt = Field(description="text tokens; the same in training as at inference")
+    aspect_buckets: list[tuple[PositiveInt, PositiveInt]] | None = Field(
+        None,
+        description="(height, width) each; a cached clip takes the nearest. Null: height and width",
+    )
+
+    @property
+    def frame_shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of every shape that a cached clip may have."""
+        return self.aspect_buckets or [(self.height, self.width)]
 
 
 class VlmConfig(Section):
@@ -102,6 +111,9 @@ class VlmConfig(Section):
     width: PositiveInt
     layers: list[NonNegativeInt] | None = Field(
         None, description="layers whose attention is kept; all if null"
+    )
+    heads: list[NonNegativeInt] | None = Field(
+        None, description="heads of these layers that are kept; all if null"
     )
     max_new_tokens: PositiveInt = 64
 

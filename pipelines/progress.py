@@ -49,12 +49,17 @@ class GraphReport:
     stages: list[StageReport] = field(default_factory=list)
 
     @property
+    def busiest(self) -> StageReport:
+        """The stage that all others wait for: the one whose workers computed longest."""
+        return max(self.stages, key=lambda stage: stage.busy_s / stage.workers)
+
+    @property
     def span_s(self) -> float:
-        """From the begin of the first task to the end of the last; loading the models is not in it."""
-        return max(stage.last_s for stage in self.stages) - min(stage.first_s for stage in self.stages)
+        """From the first task of the busiest stage to the last of all: loading its model is not in it."""
+        return max(stage.last_s for stage in self.stages) - self.busiest.first_s
 
     def utilisation(self, stage: StageReport) -> float:
-        """Share of `span_s` in which the stage's workers were busy."""
+        """Seconds that each of the stage's workers was busy, as a share of `span_s`."""
         return stage.busy_s / (stage.workers * self.span_s)
 
 

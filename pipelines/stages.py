@@ -9,6 +9,7 @@ Models are imported by the actors that hold them: torch and transformers cost ev
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from prophy.decoder import ATTEMPTS, Decoder, DecoderError
 from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, tensor_columns
 from prophy.taxonomy import Phenomenon, multi_hot
-from prophy.video import VideoError, clip_spans
+from prophy.video import VideoError, clip_spans, nearest_shape
 
 _ERROR = pa.field("error", pa.struct(list(QUARANTINE)))
 _SHARE = pa.field("share", pa.float64(), nullable=False)
@@ -109,10 +110,13 @@ class CutVideo:
 
 
 class ReadClip:
-    """`CLIPS` -> `CLIPS_WITH_FRAMES`: decodes the clip's frames, from its start to its end inclusive."""
+    """`CLIPS` -> `CLIPS_WITH_FRAMES`: decodes the clip's frames, from its start to its end inclusive.
 
-    def __init__(self, num_frames: int, height: int, width: int, limits: VideoLimits) -> None:
-        self.size = (num_frames, height, width)
+    They get that one of `shapes` whose aspect ratio is nearest to the video's.
+    """
+
+    def __init__(self, num_frames: int, shapes: list[tuple[int, int]], limits: VideoLimits) -> None:
+        self.num_frames, self.shapes = num_frames, shapes
         self.files = LocalFiles(limits.max_bytes)
         self.decoder = decoder(limits)
 
@@ -123,9 +127,12 @@ class ReadClip:
     def _read(self, clip: dict[str, Any]) -> dict[str, Any]:
         if clip["error"]:
             return clip
+        shape = nearest_shape(clip["height"], clip["width"], self.shapes)
         try:
             with self.files.open(clip["source"]["uri"]) as path:
-                frames = self.decoder.read_frames(path, clip["start_s"], clip["end_s"], *self.size)
+                frames = self.decoder.read_frames(
+                    path, clip["start_s"], clip["end_s"], self.num_frames, *shape
+                )
         except (VideoError, OSError) as error:
             return _failed(clip, "ReadClip", error)
         return {**clip, "frames": frames.tobytes()}
@@ -195,7 +202,7 @@ class ExtractPriors:
 
         self.size = (vlm.num_frames, vlm.height, vlm.width)
         self.extractor = PriorExtractor(
-            vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens
+            vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens, vlm.heads
         )
 
         self.attempts = Attempts(attempts, "ExtractPriors")
@@ -213,7 +220,7 @@ class ExtractPriors:
             priors = self.extractor(_frames(clip, self.size), fps, labels)
             clip |= {
                 "vlm_caption": priors.vlm_caption,
-                "answers": priors.answers,
+                "answers": [{"question": key, "answer": said} for key, said in priors.answers.items()],
                 "unparsed": priors.unparsed,
                 "phenomena": multi_hot(priors.phenomena),
                 "map_phenomena": priors.map_phenomena,
@@ -231,7 +238,7 @@ class EncodeClip:
     def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
         from prophy.encoding import VideoEncoder
 
-        self.size = (backbone.num_frames, backbone.height, backbone.width)
+        self.num_frames, self.shapes = backbone.num_frames, backbone.frame_shapes
         self.encoder = VideoEncoder(
             backbone.pretrained,
             backbone.revision,
@@ -247,16 +254,21 @@ class EncodeClip:
         self.attempts = Attempts(attempts, "EncodeClip")
 
     def __call__(self, clips: pa.Table) -> pa.Table:
-        """The latents and the text embeddings of all clips at once."""
+        """The latents and the text embeddings, all clips of one shape at once."""
         rows = clips.to_pylist()
         self.attempts(rows, self._encode)
         return pa.Table.from_pylist(rows, ENCODINGS_OR_ERROR)
 
     def _encode(self, clips: list[dict[str, Any]]) -> None:
-        latents = self.encoder.encode_video(np.stack([_frames(clip, self.size) for clip in clips]))
-        text_embeds = self.encoder.encode_text([clip["caption"] for clip in clips])
-        for clip, *tensors in zip(clips, latents, text_embeds, strict=True):
-            clip |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
+        groups = defaultdict(list)
+        for clip in clips:
+            groups[nearest_shape(clip["height"], clip["width"], self.shapes)].append(clip)
+        for shape, group in groups.items():
+            frames = np.stack([_frames(clip, (self.num_frames, *shape)) for clip in group])
+            latents = self.encoder.encode_video(frames)
+            text_embeds = self.encoder.encode_text([clip["caption"] for clip in group])
+            for clip, *tensors in zip(group, latents, text_embeds, strict=True):
+                clip |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
 
 
 def _frames(clip: dict[str, Any], size: tuple[int, int, int]) -> np.ndarray:

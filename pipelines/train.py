@@ -149,7 +149,10 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
     return PriorDataset(
         cache,
         BatchPlan(cache.shapes, train.global_batch_size, train.seed),
-        [_clip_shape(config.backbone)],
+        [
+            _clip_shape(config.backbone.model_copy(update={"height": height, "width": width}))
+            for height, width in config.backbone.frame_shapes
+        ],
         micro_batch_size=train.micro_batch_size,
         rank=rank,
         world_size=train.num_workers,

@@ -2,7 +2,18 @@
 
 Both tables join on `sample_id`. Small vectors are lists; large tensors are three columns, `x` (raw bytes, C
 order, little endian), `x_shape` and `x_dtype`: list columns of that size read many times slower. Anything
-that reads Parquet reads this cache without this project.
+that reads Parquet reads this cache without this project; `ROW_FILES` matches the files with rows:
+
+    row = pyarrow.parquet.read_table(file).to_pylist()[0]
+    maps = numpy.float32(row["maps"]).reshape(row["maps_shape"])
+    latents = numpy.frombuffer(row["latents"], row["latents_dtype"]).reshape(row["latents_shape"])
+
+    duckdb.sql("SELECT * FROM read_parquet('priors/*[0-9a-f].parquet') p JOIN "
+               "read_parquet('encodings/FINGERPRINT/*[0-9a-f].parquet') e USING (sample_id)")
+
+    datasets.load_dataset("parquet", data_files="priors/*[0-9a-f].parquet")
+
+numpy lacks bfloat16: its values are `(numpy.frombuffer(x, "uint16").astype("uint32") << 16).view("float32")`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +24,7 @@ if TYPE_CHECKING:  # processes that only move rows need no torch, which takes se
     import torch
 
 SCHEMA_VERSION = 2
+ROW_FILES = "*[0-9a-f].parquet"  # glob of the files that hold a table's rows: they are named by their sha256
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
 EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
 
@@ -29,6 +41,9 @@ def _tensor_fields(name: str) -> list[pa.Field]:
 
 SOURCE = pa.struct([("uri", pa.string()), ("size", pa.int64()), ("modified", pa.float64())])
 
+# A list of these and not a map, which Hugging Face datasets cannot read.
+ANSWER = pa.struct([("question", pa.string()), ("answer", pa.string())])
+
 PRIORS = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -42,7 +57,7 @@ PRIORS = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
         pa.field("caption", pa.string()),  # given; null when the source has none
         pa.field("vlm_caption", pa.string(), nullable=False),
-        pa.field("answers", pa.map_(pa.string(), pa.string()), nullable=False),  # question id -> as said
+        pa.field("answers", pa.list_(ANSWER), nullable=False),  # as said
         pa.field("unparsed", pa.list_(pa.string()), nullable=False),  # said of phenomena, but no name of one
         pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; as given, else as answered
         pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K taxonomy indices

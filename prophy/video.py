@@ -9,7 +9,7 @@ still crash or stall FFmpeg; `prophy.decoder` calls this module in a process tha
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -117,6 +117,11 @@ def clip_spans(duration_s: float, clip_duration_s: float) -> list[tuple[float, f
     """
     count = math.floor(duration_s / clip_duration_s + 1e-6)
     return [(index * clip_duration_s, (index + 1) * clip_duration_s) for index in range(count)]
+
+
+def nearest_shape(height: int, width: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The one of `shapes`, (height, width) each, whose aspect ratio a picture is squeezed least to."""
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] / shape[1] * width / height)))
 
 
 def read_frames(

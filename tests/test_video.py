@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prophy.errors import ProPhyError
-from prophy.video import VideoError, clip_spans, probe, read_frames, write_video
+from prophy.video import VideoError, clip_spans, nearest_shape, probe, read_frames, write_video
 
 FPS = 8.0
 
@@ -55,6 +55,13 @@ def test_clips_have_one_length_and_leave_the_rest_out() -> None:
     assert clip_spans(4.25, 2.0) == [(0.0, 2.0), (2.0, 4.0)]
     assert clip_spans(59 / 29.5, 2.0) == [(0.0, 2.0)]
     assert clip_spans(1.9, 2.0) == []
+
+
+def test_the_nearest_shape_is_the_one_with_the_nearest_aspect_ratio() -> None:
+    shapes = [(480, 832), (832, 480), (640, 640)]
+    assert nearest_shape(1080, 1920, shapes) == (480, 832)
+    assert nearest_shape(1920, 1080, shapes) == (832, 480)
+    assert nearest_shape(90, 100, shapes) == nearest_shape(100, 90, shapes) == (640, 640)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def priors_section(clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]
     everything = [score for values in scores.values() for score in values]
     pictures = []
     for clip, row in list(zip(clips, rows, strict=True))[:SHOWN_CLIPS]:
-        answers = dict(row["answers"])
+        answers = {answer["question"]: answer["answer"] for answer in row["answers"]}
         for phenomenon, map_ in raw_maps(row).items():
             strip = film_strip(heat_overlay(clip.frames, map_))
             said = f"{phenomenon}; the VLM said: {textwrap.shorten(answers[phenomenon], SHOWN_CHARACTERS)!r}"

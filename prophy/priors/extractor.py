@@ -58,9 +58,10 @@ class PriorExtractor:
         device_map: as in transformers; None is this process's device.
         layers: language layers whose attention is kept; None is all.
         max_new_tokens: longest answer.
+        heads: heads of these layers whose attention is kept; None is all.
 
     Raises:
-        ProPhyError: the model cannot be loaded, or has no such layer.
+        ProPhyError: the model cannot be loaded, or has no such layer or head.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class PriorExtractor:
         device_map: str | None = None,
         layers: list[int] | None = None,
         max_new_tokens: int = 64,
+        heads: list[int] | None = None,
     ) -> None:
         self.vlm = VideoLanguageModel(pretrained, revision, dtype, device_map)
         self.layers = frozenset(range(self.vlm.num_layers) if layers is None else layers)
@@ -79,6 +81,12 @@ class PriorExtractor:
                 f"vlm.layers ({layers}) must name language layers of {pretrained}, "
                 f"which has 0 to {self.vlm.num_layers - 1}"
             )
+        if heads is not None and (not heads or max(heads) >= self.vlm.num_heads):
+            raise ProPhyError(
+                f"vlm.heads ({heads}) must name attention heads of {pretrained}, "
+                f"which has 0 to {self.vlm.num_heads - 1}"
+            )
+        self.heads = heads
         self.max_new_tokens = max_new_tokens
 
     def __call__(
@@ -95,7 +103,7 @@ class PriorExtractor:
 
         def ask(*questions: Question) -> dict[str, Answer]:
             texts = [question.text for question in questions]
-            answers = self.vlm.answer(prefix, texts, self.max_new_tokens, self.layers)
+            answers = self.vlm.answer(prefix, texts, self.max_new_tokens, self.layers, self.heads)
             return {question.id: answer for question, answer in zip(questions, answers, strict=True)}
 
         unparsed: tuple[str, ...] = ()
@@ -122,6 +130,7 @@ def priors_fingerprint(
     model: str,
     dtype: str,
     layers: list[int] | None,
+    heads: list[int] | None,
     max_new_tokens: int,
     num_frames: int,
     height: int,
@@ -133,6 +142,7 @@ def priors_fingerprint(
         model: fingerprint of the VLM's files or its resolved commit.
         dtype: precision of the VLM.
         layers: as given to `PriorExtractor`.
+        heads: as given to `PriorExtractor`.
         max_new_tokens: as given to `PriorExtractor`.
         num_frames: frames that the VLM sees.
         height: of these frames, in pixels.
@@ -144,6 +154,7 @@ def priors_fingerprint(
         "model": model,
         "dtype": dtype,
         "layers": layers,
+        "heads": heads,
         "max_new_tokens": max_new_tokens,
         "frames": [num_frames, height, width],
     }

@@ -32,14 +32,22 @@ _VIDEO_TOKEN_TYPE = 2  # what get_rope_index calls a video in mm_token_type_ids
 
 
 class VideoAttention:
-    """Where the one query token of each row looks in the video: the mean over heads and chosen layers.
+    """Where the one query token of each row looks in the video: the mean over chosen heads and layers.
 
     Attributes:
         mean: `[B, V]` float32, the attention of each row to the `V` video tokens.
     """
 
-    def __init__(self, layers: Collection[int], video: slice, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Collection[int],
+        heads: Collection[int] | None,
+        video: slice,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
         self.layers = layers
+        self.heads = heads
         self.video = video
         self.mean = torch.zeros(batch_size, video.stop - video.start, device=device)
 
@@ -49,8 +57,9 @@ class VideoAttention:
         scores = (grouped @ key.transpose(-1, -2)).float() * scaling
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        rows = scores.softmax(-1)[..., self.video].mean((1, 2))
-        self.mean += rows.to(self.mean.device) / len(self.layers)
+        rows = scores.softmax(-1)[..., self.video]
+        mean = rows.mean((1, 2)) if self.heads is None else rows.flatten(1, 2)[:, list(self.heads)].mean(1)
+        self.mean += mean.to(self.mean.device) / len(self.layers)
 
 
 def _attention(
@@ -109,7 +118,7 @@ class Answer:
         text: the answer without special tokens.
         token_ids: the generated tokens, without the one that ends the answer.
         attention: `[T, H, W]` float32 on the CPU: attention of the answer's tokens to the video's, mean over
-            tokens, heads and chosen layers; not normalised over the video. All zero for an empty answer.
+            tokens, chosen heads and layers; not normalised over the video. All zero for an empty answer.
     """
 
     text: str
@@ -161,6 +170,11 @@ class VideoLanguageModel:
     def num_layers(self) -> int:
         """Number of language layers, whose attention can be kept."""
         return self.model.config.text_config.num_hidden_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Number of attention heads of each of them."""
+        return self.model.config.text_config.num_attention_heads
 
     def pixels(self, frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames as the model reads them: normalised patches in the order of the stock processor, on the CPU.
@@ -246,7 +260,12 @@ class VideoLanguageModel:
 
     @torch.inference_mode()
     def answer(
-        self, prefix: VideoPrefix, questions: Sequence[str], max_new_tokens: int, layers: Collection[int]
+        self,
+        prefix: VideoPrefix,
+        questions: Sequence[str],
+        max_new_tokens: int,
+        layers: Collection[int],
+        heads: Collection[int] | None = None,
     ) -> list[Answer]:
         """Answers all questions as one batch, greedily, and keeps where each answer looks.
 
@@ -255,6 +274,7 @@ class VideoLanguageModel:
             questions: at least one.
             max_new_tokens: an answer is cut there.
             layers: language layers whose attention is averaged.
+            heads: heads of these layers that are averaged; None is all.
         """
         batch_size, device = len(questions), self.model.device
         tails = [self.split_prompt(question)[1] for question in questions]
@@ -290,7 +310,7 @@ class VideoLanguageModel:
                 token_ids[row].append(int(tokens[row]))
             mask = torch.cat([mask, mask.new_ones(batch_size, 1)], 1)
             positions = positions[:, -1:] + 1
-            video_attention = VideoAttention(layers, prefix.video, batch_size, device)
+            video_attention = VideoAttention(layers, heads, prefix.video, batch_size, device)
             logits = forward(video_attention)
             attention += video_attention.mean * live[:, None]
         return [

@@ -1,5 +1,6 @@
 """`prophy cache` as users run it: real videos, real Ray Data, real tiny models."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from pipelines import cache
 from pipelines.config import Config, load_config
 from pipelines.progress import GraphReport
 from pipelines.sources import find_videos
+from prophy.backbones import resolve_pretrained
 from prophy.encoding import VideoEncoder
 from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
@@ -56,11 +58,22 @@ def rows(folder: str | Path) -> dict[str, dict]:
     return {row["sample_id"]: row for row in found}
 
 
+def vlm_calls(summary: cache.CacheSummary) -> int:
+    """Clips that went through the stage that holds the VLM, by Ray Data's own count."""
+    stages = [*summary.added_priors.stages, *summary.added_encodings.stages]
+    return sum(stage.rows for stage in stages if stage.name == "ExtractPriors")
+
+
 def test_good_videos_are_cached_and_bad_ones_quarantined(cached: tuple[Config, cache.CacheSummary]) -> None:
     config, summary = cached
     assert (summary.num_videos, summary.num_priors, summary.num_encodings) == (7, NUM_GOOD, NUM_GOOD)
     assert (summary.added_priors.written, summary.added_priors.failed) == (NUM_GOOD, NUM_BAD)
     assert (summary.added_encodings.written, summary.added_encodings.failed) == (NUM_GOOD, 0)
+    assert vlm_calls(summary) == NUM_GOOD + NUM_BAD  # a bad one passes it by
+    stages = {stage.name: summary.added_priors.utilisation(stage) for stage in summary.added_priors.stages}
+    assert list(stages) == ["CutVideo", "ReadClip", "ExtractPriors", "WriteRows"]
+    assert min(stages.values()) > 0
+    assert summary.added_priors.spilled_bytes == 0
     refused = pa.concat_tables(
         pq.read_table(file) for file in Path(config.cache.output, "quarantine").glob("*.parquet")
     ).to_pylist()
@@ -159,6 +172,25 @@ def test_what_a_lost_file_held_is_done_again_and_nothing_else(
         torch.testing.assert_close(tensor_from_columns("latents", row), latents, atol=0.05, rtol=0)
 
 
+def test_another_recipe_makes_nothing_new(cached: tuple[Config, cache.CacheSummary]) -> None:
+    config, _ = cached
+    train = config.train.model_copy(update={"recipe": "none"})
+    summary = cache.run(config.model_copy(update={"train": train}))
+    assert (vlm_calls(summary), summary.added_encodings.written) == (0, 0)
+
+
+def test_another_backbone_asks_no_vlm(cached: tuple[Config, cache.CacheSummary], tmp_path: Path) -> None:
+    config, _ = cached
+    folder = Path(shutil.copytree(resolve_pretrained("tiny"), tmp_path / "other"))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text() + "\n")  # another model by its files
+    update = {"pretrained": str(folder)}
+    other = config.model_copy(update={"backbone": config.backbone.model_copy(update=update)})
+    assert cache.encodings_folder(other) != cache.encodings_folder(config)
+    summary = cache.run(other.model_copy(update={"run_dir": tmp_path / "run"}))
+    assert (vlm_calls(summary), summary.added_encodings.written) == (0, NUM_GOOD)
+
+
 def test_another_resolution_is_another_folder_and_asks_no_vlm(
     cached: tuple[Config, cache.CacheSummary],
 ) -> None:
@@ -172,7 +204,7 @@ def test_another_resolution_is_another_folder_and_asks_no_vlm(
     )
     assert cache.encodings_folder(smaller) != cache.encodings_folder(config)
     summary = cache.run(smaller)
-    assert (summary.added_priors.written, summary.added_encodings.written) == (0, NUM_GOOD)
+    assert (vlm_calls(summary), summary.added_encodings.written) == (0, NUM_GOOD)
     assert files(cache.priors_folder(config)) == priors_before
     assert files(cache.encodings_folder(config)) == before
     assert {tuple(row["latents_shape"]) for row in rows(cache.encodings_folder(smaller)).values()} == {
@@ -238,6 +270,20 @@ def test_only_bad_videos_is_an_error_with_the_first_reason(
     only_bad = config.model_copy(update={"cache": config.cache.model_copy(update={"input": str(manifest)})})
     with pytest.raises(ProPhyError, match=r"none of the 1 videos in .* can be used; the first: .*text\.mp4"):
         cache.run(only_bad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 18, "fps": 8.5}, r"cannot encode 18 frames of 64x64; take 4 n \+ 1 frames"),
+        ({"height": 60}, r"cannot encode 17 frames of 60x64; .* multiples of 8 and 8 pixels"),
+        ({"aspect_buckets": [(64, 64), (32, 90)]}, r"cannot encode 17 frames of 32x90"),
+    ],
+)
+def test_clips_that_the_backbone_cannot_encode(config: Config, changes: dict, message: str) -> None:
+    backbone = config.backbone.model_copy(update=changes)
+    with pytest.raises(ProPhyError, match=message):
+        cache.run(config.model_copy(update={"backbone": backbone}))
 
 
 def test_clip_and_backbone_must_last_equally(config: Config) -> None:

@@ -68,6 +68,16 @@ def test_folder_of_another_run(prophy: CommandLine, tmp_path: Path) -> None:
     assert "belongs to another run: simulate.num_clips is 1 there and 2 here" in sentence
 
 
+def test_the_commands_of_the_cache_take_their_options_after_their_names(
+    prophy: CommandLine, tmp_path: Path
+) -> None:
+    for command in ("verify", "inspect", "explain"):
+        assert "--set" in re.sub(r"\x1b\[[0-9;]*m", "", prophy("cache", command, "--help")[1])
+    sentence = prophy.mistake("cache", *in_folder(tmp_path), "verify")
+    assert "options of `prophy cache verify` come after its name" in sentence
+    assert f"no cache in {tmp_path / 'cache'}" in prophy.mistake("cache", "verify", *in_folder(tmp_path))
+
+
 def test_no_videos(prophy: CommandLine, ray_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     overrides = in_folder(tmp_path / "run", f"cache.input={tmp_path / 'empty'}")

@@ -8,17 +8,20 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import Config, VideoLimits
+from pipelines.sink import Table
 from pipelines.stages import (
     CLIPS,
     CLIPS_WITH_FRAMES,
+    ENCODINGS_OR_ERROR,
     PRIORS_OR_ERROR,
     SOURCES,
     CutVideo,
+    EncodeClip,
     ExtractPriors,
     ReadClip,
 )
 from prophy.sandbox import simulate_clip
-from prophy.schema import PRIORS
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
 from prophy.taxonomy import Phenomenon, from_multi_hot
 from prophy.video import read_frames, write_video
 
@@ -77,12 +80,33 @@ def test_a_video_shorter_than_a_clip_is_an_error_row(tmp_path: Path) -> None:
 
 def test_clips_get_their_frames(video: Path) -> None:
     clips = pa.Table.from_pylist(cut(video), CLIPS)
-    read = ReadClip(17, 32, 48, VideoLimits())(clips)
+    read = ReadClip(17, [(32, 48)], VideoLimits())(clips)
     assert read.schema.equals(CLIPS_WITH_FRAMES)
     for row in read.to_pylist():
         frames = np.frombuffer(row["frames"], np.uint8).reshape(17, 32, 48, 3)
         expected = read_frames(video, row["start_s"], row["end_s"], 17, 32, 48)
         assert np.array_equal(frames, expected)
+
+
+def test_clips_take_the_nearest_shape_and_are_encoded_together(
+    config: Config, video: Path, tmp_path: Path
+) -> None:
+    write_video(tmp_path / "wide.mp4", np.zeros((17, 48, 96, 3), np.uint8), 8)
+    buckets = [(64, 64), (32, 64), (64, 32)]
+    backbone = config.backbone.model_copy(update={"aspect_buckets": buckets})
+    square, wide = cut(video)[0], cut(tmp_path / "wide.mp4")[0]
+    read = ReadClip(17, backbone.frame_shapes, VideoLimits())(
+        pa.Table.from_pylist(
+            [square, wide, {**square, "sample_id": "tall", "height": 90, "width": 60}], CLIPS
+        )
+    )
+    assert [len(row["frames"]) // (17 * 3) for row in read.to_pylist()] == [64 * 64, 32 * 64, 64 * 32]
+    table = Table(tmp_path / "encodings", ENCODINGS, {}, {})
+    encoded = EncodeClip(backbone, table, tmp_path / "attempts")(read)
+    assert encoded.schema.equals(ENCODINGS_OR_ERROR)
+    shapes = [row["latents_shape"] for row in encoded.to_pylist()]
+    assert shapes == [[16, 5, 16, 16], [16, 5, 8, 16], [16, 5, 16, 8]]
+    assert (tmp_path / "encodings" / EMPTY_PROMPT).exists()
 
 
 def test_a_clip_that_cannot_be_decoded_becomes_an_error_row_and_the_rest_goes_on(
@@ -94,7 +118,7 @@ def test_a_clip_that_cannot_be_decoded_becomes_an_error_row_and_the_rest_goes_on
     damaged.write_bytes(video.read_bytes()[:200])
     good = cut(video)[0]
     [earlier] = cut(tmp_path / "missing.mp4")
-    rows = ReadClip(17, 64, 64, VideoLimits())(
+    rows = ReadClip(17, [(64, 64)], VideoLimits())(
         pa.Table.from_pylist([second, good, earlier], CLIPS)
     ).to_pylist()
     assert rows[0]["error"]["stage"] == "ReadClip"
@@ -114,7 +138,7 @@ def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(
     [failed] = cut(video, max_pixels=10)
     clips = pa.Table.from_pylist([labelled, {**unlabelled, "labels": None}, failed], CLIPS)
     stage = ExtractPriors(vlm, tmp_path)
-    rows = stage(ReadClip(vlm.num_frames, vlm.height, vlm.width, VideoLimits())(clips))
+    rows = stage(ReadClip(vlm.num_frames, [(vlm.height, vlm.width)], VideoLimits())(clips))
     assert rows.schema.equals(PRIORS_OR_ERROR)
     rows.slice(0, 2).select(PRIORS.names).cast(PRIORS)  # every column is there
 
@@ -124,9 +148,9 @@ def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(
     frames = read_frames(video, 0.0, 2.0, vlm.num_frames, vlm.height, vlm.width)
     expected = stage.extractor(frames, (vlm.num_frames - 1) / 2.0, (Phenomenon.COLLISION,))
     assert first["vlm_caption"] == expected.vlm_caption
-    assert dict(first["answers"]) == expected.answers
+    assert {row["question"]: row["answer"] for row in first["answers"]} == expected.answers
     assert first["map_phenomena"] == [Phenomenon.COLLISION.id]
     assert first["maps_shape"] == [2, 4, 8, 8]
     assert np.array_equal(np.float32(first["maps"]).reshape(first["maps_shape"]), expected.maps)
-    assert "presence" in dict(second["answers"])
+    assert "presence" in [row["question"] for row in second["answers"]]
     assert len(second["map_phenomena"]) == second["maps_shape"][0] - 1 == sum(second["phenomena"])

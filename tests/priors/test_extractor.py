@@ -92,11 +92,29 @@ def test_layers_that_do_not_exist(taught, layers):
         PriorExtractor(str(taught), layers=layers)
 
 
+@pytest.mark.parametrize("heads", [[4], []])
+def test_heads_that_do_not_exist(taught, heads):
+    with pytest.raises(ProPhyError, match=r"vlm.heads .* 0 to 3"):
+        PriorExtractor(str(taught), heads=heads)
+
+
+def test_chosen_heads_add_up_to_all_of_them(taught, extractor, frames):
+    by_head = [
+        PriorExtractor(str(taught), dtype="float32", max_new_tokens=8, heads=[head])(
+            frames, FPS, PRESENT
+        ).maps
+        for head in range(4)
+    ]
+    np.testing.assert_allclose(np.mean(by_head, 0), extractor(frames, FPS, PRESENT).maps, atol=1e-6)
+    assert max(np.abs(maps - by_head[0]).max() for maps in by_head[1:]) > 1e-4
+
+
 def test_the_fingerprint_names_everything_that_priors_depend_on():
     base = {
         "model": "a",
         "dtype": "float32",
         "layers": [1, 2],
+        "heads": None,
         "max_new_tokens": 8,
         "num_frames": 8,
         "height": 64,
@@ -106,6 +124,7 @@ def test_the_fingerprint_names_everything_that_priors_depend_on():
         "model": "b",
         "dtype": "bfloat16",
         "layers": None,
+        "heads": [0],
         "max_new_tokens": 9,
         "num_frames": 16,
         "height": 32,

@@ -1,0 +1,186 @@
+"""Claim: the cache keeps its costly stage busy, spills nothing, and needs no more memory for more clips.
+
+Caches copies of simulated clips with a Qwen2.5-VL of minimal width and the embedded backbone, as users do.
+`efficiency` is (clips / rate of the slowest stage alone) / (time from its first task to the last of all);
+alone is in this process, without Ray, before the run: other work on the machine makes it meaningless.
+`utilisation` is the share of that time in which the slowest stage's workers computed. The slope is that of the
+memory of all of Ray's processes over the clips that are done, after the first fifth; it takes 500 clips to
+mean anything.
+
+    python tests/benchmarks/streaming.py                  # 60 clips
+    python tests/benchmarks/streaming.py --clips 2000
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from pipelines import cache
+from pipelines.config import Config, load_config
+from pipelines.progress import GraphReport
+from pipelines.runtime import ray_session
+from pipelines.sources import find_videos, videos_left
+from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
+from prophy.sandbox import simulate_clip
+from prophy.schema import PRIORS, QUARANTINE
+from prophy.tiny.vlm import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, build_config, build_tokenizer
+from prophy.video import write_video
+
+DIFFERENT_CLIPS = 8
+SAMPLE_CLIPS = 8  # for the rate of a stage alone
+SAMPLE_EVERY_S = 0.5
+
+
+def write_minimal_vlm(folder: Path) -> None:
+    """The embedded VLM's files with one layer of width 32 in each tower."""
+    config = build_config(build_tokenizer())
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32, 32, 1
+    text.num_attention_heads = text.num_key_value_heads = 2
+    text.layer_types = text.layer_types[:1]
+    text.rope_parameters["mrope_section"] = [2, 3, 3]
+    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 1, 32, 32, 2
+    vision.out_hidden_size, vision.fullatt_block_indexes = 32, [0]
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    sizes = {"patch_size": PATCH_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
+    Qwen2VLImageProcessorPil(**sizes).save_pretrained(folder)
+
+
+def write_clips(folder: Path, count: int) -> None:
+    """Some simulated clips under many names."""
+    folder.mkdir()
+    for number in range(count):
+        path = folder / f"{number:06d}.mp4"
+        if number < DIFFERENT_CLIPS:
+            write_video(path, simulate_clip(number, num_frames=17, fps=8, size=64).frames, 8)
+        else:
+            os.link(folder / f"{number % DIFFERENT_CLIPS:06d}.mp4", path)
+
+
+def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
+    """Seconds per clip of the two stages that hold models, each without Ray and with its own threads."""
+    limits, vlm, backbone = config.cache.limits, config.vlm, config.backbone
+    nothing = PRIORS.empty_table(), QUARANTINE.empty_table()
+    videos = videos_left(find_videos(config.cache.input)[:SAMPLE_CLIPS], *nothing, 2.0)
+    clips = pa.concat_tables(CutVideo(config.cache.clip_duration_s, limits)(videos))
+    table = cache.encodings_table(config)
+    table = type(table)(folder / "encodings", table.schema, table.settings, table.provenance)
+    stages = {
+        "ExtractPriors": (
+            ExtractPriors(vlm, folder / "attempts"),
+            ReadClip(vlm.num_frames, [(vlm.height, vlm.width)], limits),
+            1,
+            config.cache.extract.num_cpus,
+        ),
+        "EncodeClip": (
+            EncodeClip(backbone, table, folder / "attempts"),
+            ReadClip(backbone.num_frames, backbone.frame_shapes, limits),
+            config.cache.encode_batch_size,
+            config.cache.encode.num_cpus,
+        ),
+    }
+    alone = {}
+    for name, (stage, reader, batch_size, threads) in stages.items():
+        torch.set_num_threads(int(threads))
+        captions = pa.array(["a ball falls"] * len(clips))
+        frames = reader(clips.set_column(clips.schema.get_field_index("caption"), "caption", captions))
+        batches = [frames.slice(start, batch_size) for start in range(0, len(frames), batch_size)]
+        stage(batches[0])
+        start = time.perf_counter()
+        for batch in batches:
+            stage(batch)
+        alone[name] = (time.perf_counter() - start) / len(clips)
+    return alone
+
+
+class MemoryLog(threading.Thread):
+    """Unique memory of all processes below this one, and how many clips are in files by then."""
+
+    def __init__(self, priors: Path, rows_per_file: int) -> None:
+        super().__init__(daemon=True)
+        self.priors, self.rows_per_file = priors, rows_per_file
+        self.samples: list[tuple[int, float]] = []
+
+    def run(self) -> None:
+        while True:
+            total = 0.0
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    total += process.memory_full_info().uss / 2**20
+                except psutil.Error:
+                    continue  # it has just ended
+            done = len(list(self.priors.glob("*.parquet"))) * self.rows_per_file
+            self.samples.append((done, total))
+            time.sleep(SAMPLE_EVERY_S)
+
+    def slope_mb_per_100_clips(self, num_clips: int) -> float:
+        settled = [(done, mb) for done, mb in self.samples if num_clips / 5 <= done < num_clips]
+        return (
+            float(np.polyfit(*zip(*settled, strict=True), 1)[0] * 100) if len(settled) > 2 else float("nan")
+        )
+
+
+def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | str]:
+    slowest = report.busiest
+    seconds = alone[slowest.name] * report.written / slowest.workers
+    return {
+        "slowest": slowest.name,
+        "clips": report.written,
+        "span_s": report.span_s,
+        "efficiency": seconds / report.span_s,
+        "utilisation": report.utilisation(slowest),
+        "spilled_bytes": report.spilled_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--save", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="prophy-") as scratch:
+        folder = Path(scratch)
+        write_minimal_vlm(folder / "vlm")
+        write_clips(folder / "clips", options.clips)
+        overrides = {"run_dir": folder / "run", "vlm.pretrained": folder / "vlm", "cache.rows_per_file": 10}
+        config = load_config("tiny", [f"{key}={value}" for key, value in overrides.items()])
+        config = config.model_copy(
+            update={"cache": config.cache.model_copy(update={"input": str(folder / "clips")})}
+        )
+        alone = seconds_alone(config, folder)
+        memory = MemoryLog(folder / "run" / "cache" / "priors", config.cache.rows_per_file)
+        with ray_session(config):
+            memory.start()
+            summary = cache.run(config)
+        results = {
+            "priors": describe(summary.added_priors, alone),
+            "encodings": describe(summary.added_encodings, alone),
+            "memory_slope_mb_per_100_clips": memory.slope_mb_per_100_clips(options.clips),
+        }
+    table = Table("graph", "slowest stage", "clips", "span s", "efficiency", "utilisation", "spilled bytes")
+    for name in ("priors", "encodings"):
+        row = results[name]
+        numbers = (f"{row[key]:.2f}" for key in ("span_s", "efficiency", "utilisation"))
+        table.add_row(name, row["slowest"], str(row["clips"]), *numbers, str(row["spilled_bytes"]))
+    Console().print(table)
+    print(f"memory over clips: {results['memory_slope_mb_per_100_clips']:.2f} MB per 100 clips")
+    if options.save:
+        options.save.write_text(json.dumps({"clips": options.clips, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

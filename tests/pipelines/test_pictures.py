@@ -1,0 +1,47 @@
+"""`prophy cache inspect` and `prophy cache explain` on the tiny cache: what they print and draw."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import pictures
+from pipelines.config import Config
+from pipelines.sources import find_videos
+from prophy.errors import ProPhyError
+
+
+def colourful_rows(sheet: Path) -> int:
+    """Strips of 96 pixels in which something is drawn beside the label."""
+    pixels = np.asarray(Image.open(sheet).convert("RGB"))[:, pictures._LABEL_WIDTH :]
+    return int((pixels.max((1, 2)) > 60).sum()) // pictures._HEIGHT
+
+
+def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures.inspect(tiny_cache, 3, tmp_path / "deep" / "sheet.png")
+    printed = capsys.readouterr().out
+    assert "12 videos, 24 s of clips" in printed
+    assert "0 clips without a given caption" in printed
+    with Image.open(tmp_path / "deep" / "sheet.png") as sheet:
+        assert sheet.width == pictures._LABEL_WIDTH + pictures._COLUMNS * 96
+    assert (
+        colourful_rows(tmp_path / "deep" / "sheet.png") >= 3 * 2
+    )  # frames and at least a background map each
+
+
+def test_explain(tiny_cache: Config, tmp_path: Path) -> None:
+    video = find_videos(tiny_cache.cache.input)[0]["source"]["uri"]
+    pictures.explain(tiny_cache, video, ["collision", "combustion"], tmp_path / "explain.png")
+    assert colourful_rows(tmp_path / "explain.png") >= 1 + 3 * (1 + 4)  # three questions, four layers
+
+
+def test_mistakes(tiny_cache: Config, config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="no cache in"):
+        pictures.inspect(config, 3, tmp_path / "sheet.png")
+    with pytest.raises(ProPhyError, match=r"none.mp4 cannot be opened \(No such file"):
+        pictures.explain(tiny_cache, str(tmp_path / "none.mp4"), [], tmp_path / "explain.png")
+    with pytest.raises(ProPhyError, match="did you mean 'collision'"):
+        pictures.explain(tiny_cache, str(tmp_path / "none.mp4"), ["colision"], tmp_path / "explain.png")
+    with pytest.raises(ProPhyError, match="cannot write the picture"):
+        pictures.inspect(tiny_cache, 1, tmp_path / "sheet.txt")
