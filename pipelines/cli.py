@@ -140,6 +140,24 @@ def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
 
 
 @app.command()
+def export(
+    output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    complete: Annotated[
+        bool, typer.Option(help="A whole diffusers pipeline with a model card, not the branch alone.")
+    ] = False,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the latest by default.")] = None,
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+) -> None:
+    """Turn a training checkpoint, of any ZeRO stage, into safetensors. Needs no GPU and little memory."""
+    resolved = _configure(config, set_, print_config)
+    from pipelines import export
+
+    export.run(resolved, output.absolute(), step, complete)
+
+
+@app.command()
 def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt. Repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,

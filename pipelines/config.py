@@ -193,14 +193,26 @@ class TrainConfig(Section):
     )
     num_steps: PositiveInt
     micro_batch_size: PositiveInt
-    gradient_accumulation_steps: PositiveInt = 1
+    global_batch_size: PositiveInt = Field(
+        description="samples in a step, whatever the number of workers; the rest is accumulated"
+    )
     num_workers: PositiveInt
     cpus_per_worker: NonNegativeFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="to the CPU: the optimizer (ZeRO 1 to 3), or parameters too (ZeRO 3)"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
     precision: Literal["fp32", "bf16"] = "bf16"
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 200
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="after the warm-up; cosine ends at 0 with the last step"
+    )
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="of a moving average of the trained parameters, which is then what is exported"
+    )
     weight_decay: NonNegativeFloat = 0.01
     gradient_clipping: PositiveFloat = 1.0
     caption_dropout: Fraction = 0.1
@@ -219,9 +231,21 @@ class TrainConfig(Section):
     )
 
     @property
-    def global_batch_size(self) -> int:
-        """Samples in a step."""
-        return self.micro_batch_size * self.num_workers * self.gradient_accumulation_steps
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of each worker in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch_size % (self.micro_batch_size * self.num_workers):
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) times num_workers ({self.num_workers})"
+            )
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} at least")
+        return self
 
 
 class SamplingConfig(Section):
@@ -332,6 +356,11 @@ class Config(Section):
     serve: ServeConfig
     generate: GenerateConfig
     pretrain: PretrainConfig = PretrainConfig()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of training."""
+        return self.run_dir / "train" / "checkpoints"
 
     def to_yaml(self) -> str:
         """The resolved configuration, as a file that `load_config` reads back."""

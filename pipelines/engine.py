@@ -1,28 +1,31 @@
-"""Everything DeepSpeed: configuration, initialisation, checkpoints, and weights gathered from shards.
+"""Everything DeepSpeed: configuration, initialisation, steps, and what each rank holds.
 
-It does not know Ray, the cache, or what the module computes.
+It does not know Ray, the cache, or what the module computes. Checkpoints are not DeepSpeed's own: those are
+pickles that only as many ranks with the same ZeRO stage can read.
 """
 
 import logging
+import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch.optim.lr_scheduler import LambdaLR
 
+from pipelines.checkpoint import Checkpoint, EveryRankError, Fragment, save
 from pipelines.config import TrainConfig
 from prophy.device import default_device, has_bfloat16
-from prophy.errors import ProPhyError
 
 # Otherwise DeepSpeed asks the compiler which ops it could build, and on a CPU builds one (40 s): shared
 # memory for tensor-parallel inference, which training never calls.
 deepspeed.ops.__compatible_ops__ = {}
+
+_STATE = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
@@ -30,11 +33,17 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
 
     Parameters keep the precision they are loaded with; `bf16` is autocast; gradients are reduced in float32.
     """
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
     return {
+        "zero_force_ds_cpu_optimizer": False,  # with offload: torch's AdamW, as everywhere
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.gradient_clipping,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": zero,
         "torch_autocast": {
             "enabled": train.precision == "bf16" and has_bfloat16(default_device()),
             "dtype": "bfloat16",
@@ -48,23 +57,28 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
 
 
 def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
-    """Wraps `module` for this rank of the process group; optimises the parameters that require gradients.
-
-    The learning rate rises linearly over `warmup_steps` and stays.
-    """
+    """Wraps `module` for this rank of the process group; optimises the parameters that require gradients."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # calls that DeepSpeed makes
-
-    def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, train.warmup_steps)))
-
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr_scheduler=schedule,
         config=deepspeed_config(train),
     )
+    _make_optimizer_state(engine)
     return engine
+
+
+def set_learning_rate(engine: DeepSpeedEngine, train: TrainConfig) -> float:
+    """Sets and returns the learning rate of the next step: a function of its number alone."""
+    step = engine.global_steps
+    rate = train.learning_rate * min(1.0, (step + 1) / max(1, train.warmup_steps))
+    if train.lr_schedule == "cosine" and step >= train.warmup_steps:
+        done = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
+        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def backward_and_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
@@ -85,30 +99,135 @@ def backward_and_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | No
     return None if norm is None else float(norm)
 
 
-def save_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Saves this rank's share of trained parameters, optimiser and schedule; call it on every rank.
+def fragments(engine: DeepSpeedEngine, ema: "Ema | None" = None) -> list[Fragment]:
+    """What this rank holds of the trained parameters and of what the optimiser (and `ema`) keeps of them.
 
-    The folders of all ranks together are the checkpoint.
+    With ZeRO these are its shards; without, everything on every rank.
     """
-    engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+    stage = engine.zero_optimization_stage()
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 0:
+            state = engine.optimizer.state[parameter]
+            start, tensors = 0, {"parameter": parameter.data, **{kind: state[kind] for kind in _STATE}}
+        elif stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # it lies with other ranks
+                continue
+            start = mapping.lp_fragment_address.start
+            tensors = {"parameter": mapping.hp_fragment}
+            tensors |= {kind: mapping.get_optim_state_fragment(kind) for kind in _STATE}
+        else:
+            shards = {
+                kind: engine.optimizer._get_fp32_opt_state_partition(parameter, False, key)[0]
+                for kind, key in {"parameter": None, **{kind: kind for kind in _STATE}}.items()
+            }
+            start = len(shards["parameter"]) * engine.optimizer._get_param_partition_rank(parameter)
+            length = parameter.ds_numel - start  # the last shards are padded
+            if length <= 0:
+                continue
+            tensors = {kind: shard[:length] for kind, shard in shards.items()}
+        flat = {kind: tensor.view(-1) for kind, tensor in tensors.items()}
+        if ema is not None:
+            flat["ema"] = ema.averages[name]
+        found.append(Fragment(name, start, flat))
+    return found
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Restores what as many ranks saved, `engine.global_steps` included; call it on every rank.
+def shapes(engine: DeepSpeedEngine) -> dict[str, torch.Size]:
+    """Shapes of the trained parameters, whole."""
+    return {
+        name: getattr(parameter, "ds_shape", parameter.shape)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+class Ema:
+    """Exponential moving average of the trained parameters, each rank of what it holds.
+
+    Args:
+        decay: share of the old average that a step keeps; less in the first steps, (1 + step) / (10 + step).
+        parts: `fragments` of the engine.
+    """
+
+    def __init__(self, decay: float, parts: list[Fragment]) -> None:
+        self._decay = decay
+        self._parameters = [part.tensors["parameter"] for part in parts]
+        self.averages = {part.name: part.tensors["parameter"].clone() for part in parts}
+
+    def update(self, step: int) -> None:
+        """Takes in the parameters after `step` steps."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.averages.values()), self._parameters, 1 - decay)
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine, ema: Ema | None, root: Path, run: Mapping[str, Any], num_to_keep: int
+) -> None:
+    """Saves trained parameters, optimiser, average and step in a folder of `root`; a collective.
 
     Raises:
-        ProPhyError: the folder holds no checkpoint.
+        EveryRankError: some rank cannot write.
     """
-    path, _ = engine.load_checkpoint(str(folder), load_module_strict=False)
-    if path is None:
-        raise ProPhyError(
-            f"{folder} holds no checkpoint of DeepSpeed; remove it, or start in another run_dir"
+    parts = fragments(engine, ema)
+    if engine.zero_optimization_stage() == 0:  # every rank has all of it, and writes its share
+        parts = [_share(part) for part in parts]
+    save(root, engine.global_steps, parts, shapes(engine), run, num_to_keep)
+
+
+def load_parameters(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Gives `module`, before it is sharded, the trained parameters of a checkpoint.
+
+    Raises:
+        EveryRankError: the checkpoint holds other parameters.
+    """
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    if checkpoint.shapes != {name: value.shape for name, value in trained.items()}:
+        raise EveryRankError(
+            f"{checkpoint.folder} has other parameters than this configuration trains; choose another run_dir"
         )
+    for name, parameter in trained.items():
+        parameter.data.copy_(checkpoint.tensor("parameter", name))
 
 
-@contextmanager
-def gathered_parameters(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Within the block the trained parameters are whole on every rank, for any ZeRO stage; a collective."""
-    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    with deepspeed.zero.GatheredParameters(trained, enabled=engine.zero_optimization_stage() == 3):
-        yield
+def load_optimizer(engine: DeepSpeedEngine, ema: Ema | None, checkpoint: Checkpoint) -> None:
+    """Gives the optimiser, the average and the step counter what they had; each rank reads its own part."""
+    engine.global_steps = checkpoint.step
+    for state in _base_optimizer(engine).state.values():
+        state["step"].fill_(checkpoint.step)
+    for part in fragments(engine, ema):
+        for kind, value in part.tensors.items():
+            if kind != "parameter":
+                value.copy_(checkpoint.read(kind, part.name, part.start, part.start + len(value)))
+
+
+def _make_optimizer_state(engine: DeepSpeedEngine) -> None:
+    """Makes the state that AdamW would make at its first step."""
+    base = _base_optimizer(engine)
+    if engine.zero_optimization_stage() == 3:
+        held = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        held = [parameter for group in base.param_groups for parameter in group["params"]]
+    for parameter in held:
+        base.state[parameter] = {
+            "step": torch.tensor(0.0),
+            **{kind: torch.zeros_like(parameter) for kind in _STATE},
+        }
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+
+
+def _share(part: Fragment) -> Fragment:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    length = len(part.tensors["parameter"])
+    low, high = length * rank // world_size, length * (rank + 1) // world_size
+    return Fragment(
+        part.name, part.start + low, {kind: value[low:high] for kind, value in part.tensors.items()}
+    )

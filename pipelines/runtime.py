@@ -30,6 +30,9 @@ _FREE_KEYS = {
     "train": {
         "num_steps",
         "num_workers",
+        "zero_stage",
+        "offload",
+        "gradient_checkpointing",
         "cpus_per_worker",
         "gpus_per_worker",
         "log_every",

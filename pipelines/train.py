@@ -1,52 +1,57 @@
 """`prophy train`: trains the Physical Branch on the cache with Ray Train and DeepSpeed.
 
-The same command resumes: Ray Train finds the last checkpoint in the run folder, and what a step draws
-depends on the number of the step alone.
+The same command resumes from the last checkpoint in the run folder, with as many workers as it now says:
+what a step draws depends on the number of the step alone.
 """
 
-import json
 import logging
-import tempfile
-import time
-from datetime import timedelta
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.cache import encodings_folder, priors_folder
-from pipelines.config import BackboneConfig, Config, TrainConfig
+from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank
+from pipelines.config import BackboneConfig, Config
 from pipelines.engine import (
+    Ema,
     backward_and_step,
-    gathered_parameters,
+    fragments,
     initialize,
-    load_checkpoint,
+    load_optimizer,
+    load_parameters,
     save_checkpoint,
+    set_learning_rate,
 )
+from pipelines.export import export_branch
 from pipelines.runtime import open_run, ray_session
+from pipelines.train_metrics import MetricsLog
 from prophy.backbones import BACKBONES, fingerprint, load_configs, load_pipeline
-from prophy.data import BatchPlan, ClipShape, PriorCache, PriorDataset
+from prophy.data import BatchPlan, ClipShape, PriorCache, PriorDataset, TrainBatch
 from prophy.errors import ProPhyError
-from prophy.models.checkpoint import save_branch
+from prophy.models.checkpoint import physics_config
 from prophy.train_module import LossOutput, ProPhyTrainModule
 
 MODEL_FOLDER = "model"
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 logger = logging.getLogger(__name__)
 
 _NAME = "train"  # of Ray Train's run, and of its folder in the run folder
+_STOP_FILE = "stop"  # in that folder: save, then leave
 
 
 def run(config: Config) -> Path:
     """Trains to `train.num_steps`, from the last checkpoint if there is one.
+
+    SIGTERM saves a checkpoint after the step at work, then ends the process.
 
     Returns:
         Folder of the trained branch.
@@ -56,21 +61,37 @@ def run(config: Config) -> Path:
     """
     trainer = build_trainer(config)
     run_dir = open_run(config, "train")
-    with ray_session(config):
-        trainer.fit()
+    with ray_session(config), _stop_on_sigterm(run_dir / _NAME / _STOP_FILE) as stop:
+        mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
+    if mistake is not None:
+        raise ProPhyError(mistake)
+    if stop.exists():
+        logger.info("stopped on SIGTERM; the same command goes on")
+        raise SystemExit(128 + signal.SIGTERM)
     return run_dir / MODEL_FOLDER
 
 
+@contextmanager
+def _stop_on_sigterm(flag: Path) -> Iterator[Path]:
+    """Turns SIGTERM into a file that the workers look for after each step."""
+    flag.parent.mkdir(parents=True, exist_ok=True)
+    flag.unlink(missing_ok=True)
+    previous = signal.signal(signal.SIGTERM, lambda *_: flag.touch())
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def build_trainer(config: Config) -> TorchTrainer:
-    """The trainer: workers, what each reserves, where checkpoints go. Reads the first step as a trial.
+    """The trainer: workers, and what each reserves. Reads the first step as a trial.
 
     Raises:
-        ProPhyError: the cache, or checkpoints that are there, do not fit the configuration.
+        ProPhyError: the cache does not fit the configuration.
     """
     train, backbone = config.train, config.backbone
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
     _ = build_dataset(config, cache, rank=0)[0]
-    _check_num_workers(config)
     identity = {
         "name": backbone.pretrained,
         "revision": backbone.revision,
@@ -78,7 +99,7 @@ def build_trainer(config: Config) -> TorchTrainer:
     }
     gpus = {"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}
     return TorchTrainer(
-        train_loop_per_worker,
+        train_loop_per_worker,  # type: ignore[arg-type]  # Ray's annotation has no return value
         train_loop_config={"config": config, "cache": cache, "backbone": identity},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -89,54 +110,81 @@ def build_trainer(config: Config) -> TorchTrainer:
         run_config=RunConfig(
             name=_NAME,
             storage_path=str(config.run_dir),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.num_to_keep),
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
 
 
-def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
+def train_loop_per_worker(loop_config: dict[str, Any]) -> str | None:
     """What each worker runs: from the frozen backbone to the trained branch in the run folder.
 
     Args:
         loop_config: `config`, the opened `cache`, and the `backbone` that the trained branch will name.
+
+    Returns:
+        What the user must mend, if that ended training: such errors are not worth a restart by Ray.
     """
+    try:
+        _train(loop_config)
+    except EveryRankError as error:
+        return str(error)
+    return None
+
+
+def _train(loop_config: dict[str, Any]) -> None:
     config, cache = loop_config["config"], loop_config["cache"]
-    train = config.train
+    train, root = config.train, config.run_dir / _NAME
     rank, device = ray.train.get_context().get_world_rank(), get_device()
 
-    # 1. Data and model; DeepSpeed shards what is trained
+    # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
     dataset = build_dataset(config, cache, rank)
-    engine = initialize(build_module(config, cache.null_text_embeds()), train)
+    module = build_module(config, cache.null_text_embeds())
+    checkpoint = latest_on_every_rank(config.checkpoints)
+    if checkpoint is not None:
+        load_parameters(module, checkpoint)
+    engine = initialize(module, train)
+    ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
+    if checkpoint is not None:
+        load_optimizer(engine, ema, checkpoint)
+    first_step = engine.global_steps
+    log = MetricsLog(root, first_step, train) if rank == 0 else None
 
-    # 2. The step that the last run ended with
-    first_step = _resume(engine)
-    log = MetricsLog(config.run_dir / _NAME, first_step, train) if rank == 0 else None
-
-    # 3. Steps; a process of its own reads ahead
+    # 2. Steps; a process of its own reads ahead
     loader = DataLoader(dataset, batch_size=None, sampler=range(first_step, train.num_steps), num_workers=1)
+    saved, preempted = first_step, False
     for step, (batches, semantic) in enumerate(loader, start=first_step + 1):
-        outputs, learning_rate = [], engine.get_lr()[0]
+        outputs, learning_rate = [], set_learning_rate(engine, train)
         for batch in batches:
             boundary = engine.is_gradient_accumulation_boundary()
             output = engine(batch.to(device), semantic.to(device) if boundary else None)
             gradient_norm = backward_and_step(engine, output.loss)
             outputs.append(output)
+        assert gradient_norm is not None  # the last micro-batch ends the step
+        _check_finite(gradient_norm, outputs, batches, step, saved)
+        if ema is not None:
+            ema.update(step)
 
-        # 4. Metrics and checkpoints
+        # 3. Metrics and checkpoints
         if step % train.log_every == 0 or step == train.num_steps:
             losses = _mean_over_workers(outputs)
             if log is not None:
                 log.write(step, losses | {"learning_rate": learning_rate, "gradient_norm": gradient_norm})
-        if step % train.save_every == 0 or step == train.num_steps:
-            _report_checkpoint(engine, config)
+        stop = _on_rank_0(lambda: (root / _STOP_FILE).exists())
+        # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
+        leaving = ray.train.get_preemption_info() is not None and not preempted
+        if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
+            run = {"backbone": loop_config["backbone"], "physics": physics_config(engine.module.transformer)}
+            save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
+            saved, preempted = step, preempted or leaving
+        if stop:
+            return
 
-    # 5. The trained branch
-    with gathered_parameters(engine):
-        if rank == 0:
-            folder = config.run_dir / MODEL_FOLDER
-            save_branch(engine.module.transformer, folder, loop_config["backbone"])
-            logger.info("trained branch after %d steps: %s", engine.global_steps, folder)
+    # 4. The trained branch
+    if rank == 0:
+        last = latest(config.checkpoints)
+        assert last is not None
+        export_branch(last, config.run_dir / MODEL_FOLDER)
+        logger.info("trained branch after %d steps: %s", engine.global_steps, config.run_dir / MODEL_FOLDER)
 
 
 def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
@@ -199,6 +247,8 @@ def build_module(config: Config, null_text_embeds: torch.Tensor) -> ProPhyTrainM
                 )
     transformer.physics_branch.float()
     transformer.freeze_backbone()
+    if train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     return ProPhyTrainModule(
         transformer,
         family.objective.from_scheduler(pipeline.scheduler.config),
@@ -221,35 +271,37 @@ def _clip_shape(backbone: BackboneConfig) -> ClipShape:
     )
 
 
-def _check_num_workers(config: Config) -> None:
-    """What DeepSpeed shards over some workers, it cannot load on more or fewer."""
-    now = config.train.num_workers
-    for folder in (config.run_dir / _NAME).glob("step-*"):
-        saved_by = Checkpoint.from_directory(folder).get_metadata().get("num_workers", now)
-        if saved_by != now:
-            raise ProPhyError(
-                f"the checkpoints in {config.run_dir} were saved by {saved_by} workers, and "
-                f"train.num_workers is {now}; set it back, or choose another run_dir"
-            )
+def _on_rank_0(ask: Callable[[], bool]) -> bool:
+    """The answer of rank 0, on every rank."""
+    answer = torch.tensor(ray.train.get_context().get_world_rank() == 0 and ask(), device=get_device())
+    torch.distributed.broadcast(answer, src=0)
+    return bool(answer)
 
 
-def _resume(engine: DeepSpeedEngine) -> int:
-    """Loads the last checkpoint, if there is one, and returns the step that it was saved after."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        load_checkpoint(engine, Path(folder))
-    return engine.global_steps
+def _check_finite(
+    gradient_norm: float, outputs: list[LossOutput], batches: list[TrainBatch], step: int, saved: int
+) -> None:
+    """Ends training where a step spoilt the parameters; the norm is the same on every rank.
 
-
-def _report_checkpoint(engine: DeepSpeedEngine, config: Config) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(engine, Path(folder))
-        checkpoint = Checkpoint.from_directory(folder)
-        checkpoint.set_metadata({"num_workers": config.train.num_workers})
-        step = engine.global_steps
-        ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:08d}")
+    Raises:
+        EveryRankError: the gradient is not finite; names the step and the samples whose loss is not.
+    """
+    if math.isfinite(gradient_norm) and gradient_norm >= 0:  # DeepSpeed says -1 for "not finite"
+        return
+    own = [
+        sample_id
+        for batch, output in zip(batches, outputs, strict=True)
+        if not output.loss.isfinite()
+        for sample_id in batch.sample_ids
+    ]
+    gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    guilty = sorted(sample_id for ids in gathered for sample_id in ids)
+    what = f"the loss of the samples {', '.join(guilty)}" if guilty else "the gradient"
+    raise EveryRankError(
+        f"{what} is not finite at step {step}; the checkpoint of step {saved} is kept: take these samples "
+        f"out of the cache, or lower train.learning_rate"
+    )
 
 
 def _mean_over_workers(outputs: list[LossOutput]) -> dict[str, float]:
@@ -260,47 +312,3 @@ def _mean_over_workers(outputs: list[LossOutput]) -> dict[str, float]:
     )
     torch.distributed.all_reduce(means)
     return dict(zip(names, (means / torch.distributed.get_world_size()).tolist(), strict=True))
-
-
-class MetricsLog:
-    """What one worker writes of all: a file with a JSON object per line, TensorBoard, and a line of progress.
-
-    Args:
-        folder: of these files.
-        first_step: the step that the run resumes from; what was written of later ones is dropped.
-        train: the configuration.
-    """
-
-    def __init__(self, folder: Path, first_step: int, train: TrainConfig) -> None:
-        self._train = train
-        self._file = folder / METRICS_FILE
-        if self._file.exists():
-            lines = self._file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-            self._file.write_text("".join(kept))
-        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
-        self._last = (first_step, time.perf_counter())
-        if first_step >= train.num_steps:
-            logger.info("step %d of %d was reached before; nothing to train", first_step, train.num_steps)
-        elif first_step:
-            logger.info("resumed from step %d of %d", first_step, train.num_steps)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of `step`, with step time and throughput since the step written before."""
-        now = time.perf_counter()
-        last_step, last_time = self._last
-        self._last = (step, now)
-        step_time = (now - last_time) / (step - last_step)
-        speed = self._train.global_batch_size / step_time
-        loss = metrics["diffusion"] + sum(weight * metrics[name] for name, weight in self._train.loss_weights)
-        metrics = {"loss": loss, **metrics, "step_time_s": step_time, "samples_per_s": speed}
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
-        left = timedelta(seconds=round((self._train.num_steps - step) * step_time))
-        logger.info(
-            f"step {step}/{self._train.num_steps}  loss {loss:.4f}  "
-            f"diffusion {metrics['diffusion']:.4f}  {speed:.2f} samples/s  {left} left"
-        )

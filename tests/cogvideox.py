@@ -1,4 +1,4 @@
-"""A CogVideoX pipeline in diffusers' layout, tiny, with random weights: T5, causal VAE, two-stream blocks."""
+"""A CogVideoX pipeline in diffusers' layout, at tiny random weights: T5, causal VAE, transformer."""
 
 from pathlib import Path
 from typing import Any

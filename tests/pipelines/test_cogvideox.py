@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from pipelines import cache, generate, train
 from pipelines.config import Config
+from pipelines.train_metrics import METRICS_FILE
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 
@@ -32,7 +33,7 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
     assert (summary.added_priors.written, summary.added_encodings.written) == (0, 12)
 
     model = train.run(config)
-    rows = [json.loads(line) for line in (config.run_dir / "train" / train.METRICS_FILE).open()]
+    rows = [json.loads(line) for line in (config.run_dir / "train" / METRICS_FILE).open()]
     assert [row["step"] for row in rows] == [1, 2, 3] and all(row["gradient_norm"] > 0 for row in rows)
     weights = load_file(model / "physics_branch.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())

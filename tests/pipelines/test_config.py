@@ -50,6 +50,11 @@ def test_local_paths_become_absolute_and_the_rest_stays(
         ("trian=1", "did you mean 'train'"),
         ("train.num_steps=0", "bad value for 'train.num_steps'.*greater than 0"),
         ("physics.top_k=9", r"top_k \(9\) must not exceed num_refinement_experts \(8\)"),
+        (
+            "train.num_workers=3",
+            r"global_batch_size \(4\) must be a multiple of micro_batch_size \(2\) times num_workers \(3\)",
+        ),
+        ("train.offload=all", "offload 'all' needs zero_stage 3 at least"),
         ("cache.input=${nowhere}", "nowhere"),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import multiprocessing, nn
 
+from pipelines.checkpoint import Checkpoint, latest
 from pipelines.config import LossWeights, TrainConfig
 from prophy.data import SemanticBatch, TrainBatch
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
@@ -23,6 +24,11 @@ from prophy.train_module import ProPhyTrainModule
 
 WORLD_SIZE = 2
 STAGES = (0, 1, 2, 3)
+ENGINES = {f"zero{stage}": (stage, "none") for stage in STAGES} | {
+    "zero2-offload": (2, "optimizer"),
+    "zero3-offload": (3, "all"),
+}
+EMA_DECAY = 0.4
 Result = dict[str, Any]
 
 
@@ -56,7 +62,7 @@ def train_config(zero_stage: int, **values: Any) -> TrainConfig:
         "num_steps": 6,
         "micro_batch_size": 2,
         "num_workers": WORLD_SIZE,
-        "gradient_accumulation_steps": 2,
+        "global_batch_size": 8,
         "precision": "fp32",
         "learning_rate": 1e-2,
         "warmup_steps": 4,
@@ -73,8 +79,8 @@ def network() -> nn.Sequential:
     return layers
 
 
-def micro_batch(step: int, index: int, rank: int) -> torch.Tensor:
-    return torch.randn(2, 8, generator=torch.Generator().manual_seed(100 * step + 10 * index + rank))
+def micro_batch(step: int, index: int) -> torch.Tensor:
+    return torch.randn(2, 8, generator=torch.Generator().manual_seed(100 * step + index))
 
 
 def loss_of(prediction: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -82,89 +88,90 @@ def loss_of(prediction: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def everything_on_two_ranks(rank: int, folder: Path) -> Result:
+    """Six steps by every kind of engine; and once more the last three, from the checkpoint after three."""
+    trained = {}
+    for kind, (zero_stage, offload) in ENGINES.items():
+        history = train(folder / kind, 6, zero_stage, offload)
+        if rank == 0:
+            shutil.copytree(folder / kind / "step-00000003", folder / f"{kind}-again" / "step-00000003")
+        torch.distributed.barrier()
+        trained[kind] = history, train(folder / f"{kind}-again", 6, zero_stage, offload)
+    gradients = {
+        (stage, steps): gradients_through_deepspeed(rank, WORLD_SIZE, stage, steps)
+        for stage in STAGES
+        for steps in (1, 2)
+    }
+    return {"trained": trained, "gradients": gradients}
+
+
+def on_to_step_5_on_one_rank(rank: int, folder: Path) -> Result:
     return {
-        "trained": {stage: train_and_resume(rank, folder / str(stage), stage) for stage in STAGES},
-        "gradients": {
-            (stage, steps): gradients_through_deepspeed(rank, WORLD_SIZE, stage, steps)
-            for stage in STAGES
-            for steps in (1, 2)
-        },
+        **gradients_through_deepspeed(rank, 1, zero_stage=1, accumulation_steps=2),
+        "history": train(folder.parent / "moved", 5, zero_stage=1),
     }
 
 
-def gradients_on_one_rank(rank: int, folder: Path) -> Result:
-    return gradients_through_deepspeed(rank, 1, zero_stage=1, accumulation_steps=2)
+def on_to_step_6_on_two_ranks(rank: int, folder: Path) -> Result:
+    return {"history": train(folder.parent / "moved", 6, zero_stage=3)}
 
 
-def train_and_resume(rank: int, folder: Path, zero_stage: int) -> Result:
-    """Six steps; and once more the last three of them, from a checkpoint after the first three."""
+def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list[tuple[float, float]]:
+    """From the latest checkpoint in `root` to step `last`, with a checkpoint after step 3 and at the end."""
+    from pipelines.checkpoint import latest_on_every_rank
     from pipelines.engine import (
+        Ema,
         backward_and_step,
-        gathered_parameters,
+        fragments,
         initialize,
-        load_checkpoint,
+        load_optimizer,
+        load_parameters,
         save_checkpoint,
+        set_learning_rate,
     )
 
-    def steps(engine: Any, first: int, last: int) -> list[tuple[float | None, float]]:
-        history = []
-        for step in range(first, last):
-            learning_rate = engine.get_lr()[0]
-            for index in range(2):
-                inputs = micro_batch(step, index, rank)
-                norm = backward_and_step(engine, loss_of(engine(inputs), inputs))
-                assert (norm is None) == (index == 0)
-            history.append((norm, learning_rate))
-        return history
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = train_config(zero_stage, offload=offload, num_workers=world_size)
+    module, checkpoint = network(), latest_on_every_rank(root)
+    if checkpoint is not None:
+        load_parameters(module, checkpoint)
+    engine = initialize(module, config)
+    ema = Ema(EMA_DECAY, fragments(engine))
+    if checkpoint is not None:
+        load_optimizer(engine, ema, checkpoint)
 
-    def weights(engine: Any) -> dict[str, torch.Tensor]:
-        with gathered_parameters(engine):
-            return {
-                name: parameter.detach().clone()
-                for name, parameter in engine.module.named_parameters()
-                if parameter.requires_grad
-            }
-
-    engine = initialize(network(), train_config(zero_stage))
-    history = steps(engine, 0, 3)
-    own = folder / f"rank{rank}"
-    save_checkpoint(engine, own)
-    history += steps(engine, 3, 6)
-    through = weights(engine)
-
-    shutil.copytree(own, folder / "checkpoint", dirs_exist_ok=True)
-    torch.distributed.barrier()
-    engine = initialize(network(), train_config(zero_stage))
-    load_checkpoint(engine, folder / "checkpoint")
-    resumed_at = engine.global_steps
-    resumed_history = steps(engine, 3, 6)
-    return {
-        "weights": through,
-        "history": history,
-        "resumed_at": resumed_at,
-        "resumed_weights": weights(engine),
-        "resumed_history": history[:3] + resumed_history,
-    }
+    history = []
+    for step in range(engine.global_steps, last):
+        learning_rate = set_learning_rate(engine, config)
+        for index in range(config.gradient_accumulation_steps):
+            inputs = micro_batch(step, index * world_size + rank)
+            norm = backward_and_step(engine, loss_of(engine(inputs), inputs))
+            assert (norm is None) == (index < config.gradient_accumulation_steps - 1)
+        ema.update(step + 1)
+        history.append((norm, learning_rate))
+        if step + 1 in (3, last):
+            save_checkpoint(engine, ema, root, {"name": "test"}, num_to_keep=2)
+    return history
 
 
 def train_in_bare_torch() -> Result:
-    """The same six steps in one process: mean gradient, clipping, AdamW, linear warm-up."""
+    """The same six steps in one process: mean gradient, clipping, AdamW, linear warm-up, moving average."""
     module, config = network(), train_config(0)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    history = []
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    history, average = [], {name: value.detach().clone() for name, value in trained.items()}
     for step in range(6):
         optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / 4)
         optimizer.zero_grad()
-        for index in range(2):
-            for rank in range(WORLD_SIZE):
-                inputs = micro_batch(step, index, rank)
-                (loss_of(module(inputs), inputs) / 4).backward()
-        norm = nn.utils.clip_grad_norm_(trained, config.gradient_clipping)
+        for index in range(4):
+            inputs = micro_batch(step, index)
+            (loss_of(module(inputs), inputs) / 4).backward()
+        norm = nn.utils.clip_grad_norm_(trained.values(), config.gradient_clipping)
         optimizer.step()
         history.append((norm.item(), optimizer.param_groups[0]["lr"]))
-    weights = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
-    return {"weights": weights, "history": history}
+        decay = min(EMA_DECAY, (step + 2) / (step + 11))
+        for name, value in trained.items():
+            average[name] = decay * average[name] + (1 - decay) * value.detach()
+    return {"parameter": trained, "ema": average, "history": history}
 
 
 def train_module(accumulation_steps: int) -> ProPhyTrainModule:
@@ -236,7 +243,11 @@ def gradients_through_deepspeed(
 
     from pipelines.engine import initialize
 
-    values = {"micro_batch_size": 1, "gradient_accumulation_steps": accumulation_steps}
+    values = {
+        "micro_batch_size": 1,
+        "num_workers": world_size,
+        "global_batch_size": world_size * accumulation_steps,
+    }
     engine = initialize(train_module(accumulation_steps), train_config(zero_stage, **values))
     joint = joint_batch(world_size * accumulation_steps)
     batches = [one_sample(joint, index * world_size + rank) for index in range(accumulation_steps)]
@@ -276,27 +287,53 @@ def assert_same_gradients(result: Result, expected: Result) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return on_ranks(2, everything_on_two_ranks, tmp_path_factory.mktemp("ranks"))
+def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_every_zero_stage_trains_like_bare_torch(two_ranks: Result, zero_stage: int) -> None:
-    expected, result = train_in_bare_torch(), two_ranks["trained"][zero_stage]
-    assert result["weights"].keys() == expected["weights"].keys()
-    for name, value in expected["weights"].items():
-        torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=1e-5)
-    history = torch.tensor(result["history"])
-    torch.testing.assert_close(history, torch.tensor(expected["history"]), rtol=1e-4, atol=1e-6)
+@pytest.fixture(scope="module")
+def two_ranks(ranks_folder: Path) -> Result:
+    return on_ranks(2, everything_on_two_ranks, ranks_folder)
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_every_zero_stage_resumes_exactly(two_ranks: Result, zero_stage: int) -> None:
-    result = two_ranks["trained"][zero_stage]
-    assert result["resumed_at"] == 3
-    assert result["resumed_history"] == result["history"]
-    for name, value in result["weights"].items():
-        assert torch.equal(result["resumed_weights"][name], value)
+def assert_trained_like_bare_torch(checkpoint: Checkpoint, history: list[tuple[float, float]]) -> None:
+    expected = train_in_bare_torch()
+    assert checkpoint.step == 6 and checkpoint.run == {"name": "test"}
+    for kind in ("parameter", "ema"):
+        assert checkpoint.shapes.keys() == expected[kind].keys()
+        for name, value in expected[kind].items():
+            torch.testing.assert_close(checkpoint.tensor(kind, name), value.detach(), rtol=1e-4, atol=1e-5)
+    last = torch.tensor(expected["history"][-len(history) :])
+    torch.testing.assert_close(torch.tensor(history), last, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_engine_trains_like_bare_torch(two_ranks: Result, ranks_folder: Path, kind: str) -> None:
+    assert_trained_like_bare_torch(latest(ranks_folder / kind), two_ranks["trained"][kind][0])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_engine_resumes_exactly(two_ranks: Result, ranks_folder: Path, kind: str) -> None:
+    through, resumed = latest(ranks_folder / kind), latest(ranks_folder / f"{kind}-again")
+    history, resumed_history = two_ranks["trained"][kind]
+    assert resumed_history == history[3:]
+    assert resumed.kinds == through.kinds == {"parameter", "exp_avg", "exp_avg_sq", "ema"}
+    for name in through.shapes:
+        for tensors in through.kinds:
+            assert torch.equal(resumed.tensor(tensors, name), through.tensor(tensors, name))
+
+
+def test_other_numbers_of_ranks_and_stages_go_on_alike(
+    two_ranks: Result, ranks_folder: Path, tmp_path: Path
+) -> None:
+    """Three steps on two ranks with ZeRO 2, two on one with ZeRO 1, the last on two with ZeRO 3."""
+    shutil.copytree(ranks_folder / "zero2" / "step-00000003", tmp_path / "moved" / "step-00000003")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    result = on_ranks(1, on_to_step_5_on_one_rank, tmp_path / "one")
+    history = result["history"] + on_ranks(2, on_to_step_6_on_two_ranks, tmp_path / "two")["history"]
+    assert_trained_like_bare_torch(latest(tmp_path / "moved"), history)
+    assert_same_gradients(result, gradients_of_the_joint_batch(2))
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
@@ -306,7 +343,3 @@ def test_gradient_of_two_ranks_is_that_of_the_joint_batch(
 ) -> None:
     result = two_ranks["gradients"][zero_stage, accumulation_steps]
     assert_same_gradients(result, gradients_of_the_joint_batch(2 * accumulation_steps))
-
-
-def test_gradient_of_one_rank_is_that_of_the_joint_batch(tmp_path: Path) -> None:
-    assert_same_gradients(on_ranks(1, gradients_on_one_rank, tmp_path), gradients_of_the_joint_batch(2))

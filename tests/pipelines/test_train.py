@@ -1,18 +1,30 @@
 """Training for real: two workers of Ray Train on a tiny cache, resumed by the same command; and bad input."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipelines.cache import encodings_folder
+from pipelines.checkpoint import committed
 from pipelines.config import Config
-from pipelines.train import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, build_module, run
+from pipelines.train import build_module, run
+from pipelines.train_metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
 from prophy.backbones import load_pipeline, resolve_pretrained
+from prophy.data import BatchPlan, PriorCache
 from prophy.errors import ProPhyError
+from prophy.schema import INDEX
 from tests.conftest import tiny_config
 
 
@@ -23,7 +35,6 @@ def train_config(tiny_cache: Config, run_dir: Path, *overrides: str) -> Config:
         f"cache.output={tiny_cache.cache.output}",
         "cache.rows_per_file=4",
         "train.micro_batch_size=1",
-        "train.gradient_accumulation_steps=2",
         "train.log_every=1",
         "train.save_every=2",
         "train.max_failures=0",
@@ -36,25 +47,49 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "train" / METRICS_FILE).read_text().splitlines()]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in committed(run_dir / "train" / "checkpoints")]
+
+
 @pytest.fixture(scope="module")
-def resumed(tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run that was stopped after 4 steps and resumed to 6 by the same command."""
-    run_dir = tmp_path_factory.mktemp("resumed") / "run"
-    run(train_config(tiny_cache, run_dir, "train.num_steps=4"))
+def through(tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of 6 steps without a stop."""
+    run_dir = tmp_path_factory.mktemp("through") / "run"
     config = train_config(tiny_cache, run_dir, "train.num_steps=6")
     assert run(config) == run_dir / "model"
     return config
 
 
+def stopped(through: Config, run_dir: Path) -> Path:
+    """The same run, killed during the save after step 6: the last good checkpoint is of step 4."""
+    shutil.copytree(through.run_dir, run_dir)
+    shutil.rmtree(run_dir / "model")
+    [file, _] = sorted((run_dir / "train" / "checkpoints" / "step-00000006").glob("rank-*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def resumed(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The run that was killed, and resumed by the same command."""
+    run_dir = stopped(through, tmp_path_factory.mktemp("resumed") / "run")
+    config = train_config(tiny_cache, run_dir, "train.num_steps=6")
+    run(config)
+    return config
+
+
 def test_every_step_is_in_the_metrics_once(resumed: Config) -> None:
-    folder = resumed.run_dir / "train"
-    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    folder, lines = resumed.run_dir / "train", rows(resumed.run_dir)
+    assert [row["step"] for row in lines] == [1, 2, 3, 4, 5, 6]
     board = EventAccumulator(str(folder / TENSORBOARD_FOLDER)).Reload()
-    for name in set(rows[0]) - {"step"}:
+    for name in set(lines[0]) - {"step"}:
         assert [event.step for event in board.Scalars(name)] == [1, 2, 3, 4, 5, 6]
     weights = resumed.train.loss_weights
-    for row in rows:
+    for row in lines:
         assert row["learning_rate"] == pytest.approx(1e-3 * row["step"] / 10)
         assert row["loss"] == pytest.approx(
             row["diffusion"]
@@ -67,15 +102,80 @@ def test_every_step_is_in_the_metrics_once(resumed: Config) -> None:
 
 
 def test_old_checkpoints_go(resumed: Config) -> None:
-    names = sorted(folder.name for folder in (resumed.run_dir / "train").glob("step-*"))
-    assert names == ["step-00000004", "step-00000006"]
+    assert saved_steps(resumed.run_dir) == [6, 4]
 
 
-def test_resumed_run_equals_one_that_ran_through(resumed: Config, tiny_cache: Config, tmp_path: Path) -> None:
-    through = weights(run(train_config(tiny_cache, tmp_path / "run", "train.num_steps=6")))
-    stopped = weights(resumed.run_dir / "model")
-    assert through.keys() == stopped.keys()
-    assert all(torch.equal(through[name], stopped[name]) for name in through)
+def test_resumed_run_equals_one_that_ran_through(through: Config, resumed: Config) -> None:
+    expected, after = weights(through.run_dir / "model"), weights(resumed.run_dir / "model")
+    assert expected.keys() == after.keys()
+    assert all(torch.equal(expected[name], after[name]) for name in expected)
+    timed = {"step_time_s", "samples_per_s"}
+    for before, again in zip(rows(through.run_dir), rows(resumed.run_dir), strict=True):
+        assert {key: before[key] for key in before.keys() - timed} == {
+            key: again[key] for key in again.keys() - timed
+        }
+
+
+def test_one_worker_goes_on_where_two_stopped(through: Config, tiny_cache: Config, tmp_path: Path) -> None:
+    run_dir = stopped(through, tmp_path / "run")
+    model = run(train_config(tiny_cache, run_dir, "train.num_steps=6", "train.num_workers=1"))
+    expected, after = weights(through.run_dir / "model"), weights(model)
+    for name in expected:
+        torch.testing.assert_close(after[name], expected[name], rtol=1e-3, atol=1e-4)
+    for before, again in zip(rows(through.run_dir), rows(run_dir), strict=True):
+        assert before["step"] == again["step"]
+        for key in ("loss", "diffusion", "token_alignment", "semantic_alignment", "load_balancing"):
+            assert again[key] == pytest.approx(before[key], rel=1e-3)
+
+
+def test_sigterm_saves_first(through: Config, tiny_cache: Config, tmp_path: Path) -> None:
+    config = train_config(tiny_cache, tmp_path / "run", "train.num_steps=500", "train.save_every=500")
+    metrics = config.run_dir / "train" / METRICS_FILE
+
+    def terminate() -> None:
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        run(config)
+    assert left.value.code == 143
+    [last] = saved_steps(config.run_dir)
+    assert 1 <= last < 500 and rows(config.run_dir)[-1]["step"] == last
+    for before, again in zip(rows(through.run_dir), rows(config.run_dir), strict=False):
+        assert before["loss"] == again["loss"]
+
+
+def test_a_loss_that_is_not_finite(tiny_cache: Config, tmp_path: Path) -> None:
+    """Names the step and the sample, does not restart, keeps the checkpoint before."""
+    cache = tmp_path / "cache"
+    shutil.copytree(tiny_cache.cache.output, cache)
+    config = train_config(
+        tiny_cache, tmp_path / "run", f"cache.output={cache}", "train.save_every=1", "train.max_failures=2"
+    )
+    table = Path(encodings_folder(config))
+    plan = BatchPlan(PriorCache(cache / "priors", table).shapes, 4, config.train.seed)
+    guilty = plan(2)[1]
+    spoil_latents(table, guilty)
+    first = next(step for step in range(3) if guilty in plan(step))  # counted from 0
+
+    with pytest.raises(
+        ProPhyError, match=f"the loss of the samples {guilty} is not finite at step {first + 1}"
+    ):
+        run(config)
+    assert saved_steps(config.run_dir) == list(range(first, 0, -1))[:2]
+
+
+def spoil_latents(table: Path, sample_id: str) -> None:
+    [row] = [row for row in pq.read_table(table / INDEX).to_pylist() if row["sample_id"] == sample_id]
+    file = table / row["file"]
+    content, footer = pq.read_table(file), pq.read_schema(file)
+    samples = content.to_pylist()
+    for sample in samples:
+        if sample["sample_id"] == sample_id:
+            sample["latents"] = np.full(sample["latents_shape"], np.nan, np.float32).tobytes()
+    pq.write_table(pa.Table.from_pylist(samples, footer), file, row_group_size=1)
 
 
 def test_finished_run_only_exports_again(resumed: Config) -> None:
@@ -112,12 +212,6 @@ def test_only_the_branch_is_trained(config: Config) -> None:
         assert parameter.requires_grad == name.startswith("physics_branch.")
 
 
-def test_other_workers_than_the_checkpoints(resumed: Config, tiny_cache: Config) -> None:
-    config = train_config(tiny_cache, resumed.run_dir, "train.num_workers=1", "train.num_steps=8")
-    with pytest.raises(ProPhyError, match=r"saved by 2 workers, and train\.num_workers is 1"):
-        run(config)
-
-
 def test_run_folder_of_another_run(resumed: Config, tiny_cache: Config) -> None:
     with pytest.raises(ProPhyError, match=r"belongs to another run: train\.seed is 0 there and 1 here"):
         run(train_config(tiny_cache, resumed.run_dir, "train.num_steps=8", "train.seed=1"))
@@ -144,7 +238,7 @@ def test_encodings_of_another_vae(tiny_cache: Config, tmp_path: Path) -> None:
 
 def test_fewer_samples_than_a_batch(tiny_cache: Config, tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="holds 12 samples .* fewer than the global batch of 16"):
-        run(train_config(tiny_cache, tmp_path, "train.micro_batch_size=4"))
+        run(train_config(tiny_cache, tmp_path, "train.global_batch_size=16"))
 
 
 def test_unknown_recipe(tiny_cache: Config, tmp_path: Path) -> None:
@@ -161,5 +255,5 @@ def test_log_drops_what_came_after_the_checkpoint(config: Config, tmp_path: Path
         file.write('{"step": 5, "lo')  # a worker killed while it wrote
     log = MetricsLog(tmp_path, 2, config.train)
     log.write(3, losses)
-    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [row["step"] for row in lines] == [1, 2, 3]

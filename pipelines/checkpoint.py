@@ -1,0 +1,246 @@
+"""Checkpoints of training: each rank writes what it holds, and a manifest that is written last commits them.
+
+A folder `step-00000500` holds one safetensors file per rank, with flat fragments of trained parameters and
+of what the optimiser keeps of them, and `manifest.json`: sizes and sha256 of the files, shapes, the step.
+Without a manifest that fits its files a folder is no checkpoint. Fragments say where in their parameter they
+lie, so any number of ranks, with any ZeRO stage, reads what any other wrote. It does not know DeepSpeed or
+Ray.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from prophy.errors import ProPhyError
+
+MANIFEST = "manifest.json"
+_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+class EveryRankError(ProPhyError):
+    """A mistake of the user that every rank raises at the same point: none is left waiting for another."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous part of one trained parameter, as a rank holds it.
+
+    Attributes:
+        name: of the parameter.
+        start: where in the flattened parameter it begins.
+        tensors: by kind ("parameter", "exp_avg", "exp_avg_sq", "ema"), flat float32 views of equal length;
+            what is copied into them arrives.
+    """
+
+    name: str
+    start: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Checkpoint:
+    """A committed checkpoint.
+
+    Attributes:
+        folder: where it lies.
+        step: number of steps that were taken before it.
+        shapes: of each trained parameter.
+        run: what `save` was given about the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        self.folder = folder
+        self.step: int = manifest["step"]
+        self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
+        self.run: dict[str, Any] = manifest["run"]
+        self._files: list[str] = list(manifest["files"])
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of tensors that it holds of every parameter."""
+        return {kind for kind, _ in self._pieces}
+
+    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements `start` to `stop` of a flattened parameter (or of what belongs to it), float32.
+
+        Raises:
+            ProPhyError: the checkpoint does not hold all of them.
+        """
+        stop = self.shapes[name].numel() if stop is None else stop
+        values, filled = torch.empty(stop - start), 0
+        for first, length, file, key in self._pieces.get((kind, name), []):
+            low, high = max(start, first), min(stop, first + length)
+            if low < high:
+                with safe_open(self.folder / file, "pt") as tensors:
+                    values[low - start : high - start] = tensors.get_slice(key)[low - first : high - first]
+                filled += high - low
+        if filled != stop - start:
+            raise ProPhyError(f"{self.folder} lacks {kind} of {name}; it is of another kind of run")
+        return values
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """The whole of it, in its shape."""
+        return self.read(kind, name).view(self.shapes[name])
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
+        """Of each kind and parameter: start, length, file and key of every fragment."""
+        pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for file in self._files:
+            with safe_open(self.folder / file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - not a dictionary
+                    kind, start, name = key.split("|")
+                    length = tensors.get_slice(key).get_shape()[0]
+                    pieces.setdefault((kind, name), []).append((int(start), length, file, key))
+        return pieces
+
+
+def save(
+    root: Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    shapes: Mapping[str, torch.Size],
+    run: Mapping[str, Any],
+    num_to_keep: int,
+) -> None:
+    """Writes a checkpoint into a folder of `root`, then removes those beyond `num_to_keep`; a collective.
+
+    Args:
+        root: folder of all checkpoints of the run.
+        step: number of steps taken.
+        fragments: what this rank holds; those of all ranks together make up every parameter, without overlap.
+        shapes: of all trained parameters.
+        run: what is to be known about the run, as JSON.
+        num_to_keep: committed checkpoints.
+
+    Raises:
+        EveryRankError: some rank cannot write; the checkpoints before are untouched.
+    """
+    folder = _folder(root, step)
+    file = folder / f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+
+    def write() -> tuple[str, dict[str, Any]]:
+        tensors = {
+            f"{kind}|{fragment.start}|{fragment.name}": value.detach().cpu().contiguous()
+            for fragment in fragments
+            for kind, value in fragment.tensors.items()
+        }
+        save_file(tensors, file)
+        return file.name, _describe(file)
+
+    def commit(files: dict[str, Any]) -> None:
+        manifest = {"version": _VERSION, "step": step, "files": files, "run": dict(run)}
+        manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
+        partial = folder / f"{MANIFEST}.partial"
+        with partial.open("w") as content:
+            json.dump(manifest, content, indent=1)
+            content.flush()
+            os.fsync(content.fileno())
+        partial.rename(folder / MANIFEST)
+        for old in committed(root)[num_to_keep:]:
+            (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+            shutil.rmtree(old)
+
+    _on_rank_0(lambda: _make_empty(folder), step)
+    files = dict(_on_every_rank(write, step))
+    _on_rank_0(lambda: commit(files), step)
+
+
+def committed(root: Path) -> list[Path]:
+    """Folders with a manifest, the newest first; their files are not looked at."""
+    return sorted((file.parent for file in root.glob(f"step-*/{MANIFEST}")), reverse=True)
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are what its manifest says; None if there is none."""
+    for folder in committed(root):
+        damage = _damage(folder)
+        if damage is None:
+            return Checkpoint(folder)
+        logger.warning("%s is damaged (%s); looking for the one before", folder, damage)
+    return None
+
+
+def find(root: Path, step: int) -> Checkpoint | None:
+    """The checkpoint of `step`; None if there is none whose files are what its manifest says."""
+    folder = _folder(root, step)
+    return Checkpoint(folder) if folder in committed(root) and _damage(folder) is None else None
+
+
+def latest_on_every_rank(root: Path) -> Checkpoint | None:
+    """As `latest`; rank 0 checks the files for all. A collective."""
+    found: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        checkpoint = latest(root)
+        found = [None if checkpoint is None else checkpoint.folder]
+    dist.broadcast_object_list(found)
+    return None if found[0] is None else Checkpoint(found[0])
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (ValueError, KeyError):
+        return f"{MANIFEST} cannot be read"
+
+    def check(name: str) -> str | None:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != files[name]["bytes"]:
+            return f"{name} is missing or cut short"
+        return None if _describe(file) == files[name] else f"{name} has changed"
+
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        return next(filter(None, pool.map(check, files)), None)
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    """Size and hash of a file that is on the disk for good."""
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what a save that was killed left
+    folder.mkdir(parents=True)
+
+
+def _on_rank_0(action: Callable[[], Any], step: int) -> None:
+    _on_every_rank(action if dist.get_rank() == 0 else lambda: None, step)
+
+
+def _on_every_rank(action: Callable[[], Any], step: int) -> list[Any]:
+    """Results of all ranks; if any of them cannot write, an error on all."""
+    try:
+        outcome: tuple[Any, str | None] = (action(), None)
+    except (OSError, SafetensorError) as error:
+        outcome = (None, str(error))
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    failure = next((message for _, message in outcomes if message is not None), None)
+    if failure is not None:
+        raise EveryRankError(
+            f"cannot save the checkpoint of step {step}: {failure}; make room, and run the same command "
+            f"again to go on from the checkpoint before"
+        )
+    return [result for result, _ in outcomes]
