@@ -39,7 +39,7 @@ from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
 from prophy.taxonomy import from_multi_hot
-from prophy.tiny import bundled
+from prophy.tiny import part_fingerprint
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
 _MAX_BLOCKS = 4096  # of a work list
@@ -93,9 +93,9 @@ def run(config: Config) -> CacheSummary:
 def priors_table(config: Config) -> Table:
     """The priors of this VLM and these questions."""
     vlm = config.vlm
-    folder = str(bundled("vlm")) if vlm.pretrained == "tiny" else vlm.pretrained
+    tiny = vlm.pretrained == "tiny"
     parts = {
-        "model": fingerprint(folder, vlm.revision),
+        "model": part_fingerprint("vlm") if tiny else fingerprint(vlm.pretrained, vlm.revision),
         **vlm.model_dump(
             include={"dtype", "layers", "heads", "max_new_tokens", "num_frames", "height", "width"}
         ),

@@ -16,7 +16,7 @@ from prophy.errors import ProPhyError
 
 WEIGHTS = Path(__file__).parent / "weights"
 _SHA256 = "sha256.json"
-_LOADED = (".safetensors", ".json")
+_LOADED = (".safetensors", ".json", ".jinja")
 
 
 def bundled(part: str) -> Path:
@@ -42,6 +42,11 @@ def part_sha256(part: str) -> dict[str, str]:
         raise _damaged(WEIGHTS / _SHA256)
     files: Mapping[str, str] = json.loads((WEIGHTS / _SHA256).read_text())
     return {name: value for name, value in files.items() if name.startswith(f"{part}/")}
+
+
+def part_fingerprint(part: str) -> str:
+    """What a part is: the same on every machine; its model card plays no part."""
+    return hashlib.sha256(json.dumps(part_sha256(part), sort_keys=True).encode()).hexdigest()
 
 
 def ship(parts: Mapping[str, Path]) -> None:
