@@ -1,12 +1,13 @@
 """Is what the embedded default generates what was asked for, and does it fall as things fall?
 
-    python tests/benchmarks/backbone.py
+    python tests/benchmarks/backbone.py [NUM_FALLS]
 
 By rules on pixels. Prompts for combinations of phenomenon, colour and side that were never trained;
 paraphrases that no caption holds; bouncing balls, whose acceleration is fitted. Beside them the same rulers
 on true clips and on the VAE's reconstructions of them: the ceiling.
 """
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from prophy.taxonomy import PHENOMENA
 from prophy.tiny.pretrain_backbone import SAMPLING
 from prophy.tiny.pretrain_vae import reconstruct
 
-NUM_FALLS = 108
+NUM_FALLS = 48
 FALLS_HEADER = ("falls", "followed", "acceleration, m/s^2", "within 30 % of g", "several balls")
 SCENE = {scene.name: scene for scene in SCENES}
 PARAPHRASES = (
@@ -125,7 +126,7 @@ def main() -> None:
         if not (part.phenomenon and part.colour):
             console.print(f"  not right: {request.prompt!r}")
 
-    falls = fall_requests(NUM_FALLS)
+    falls = fall_requests(int(sys.argv[1]) if len(sys.argv) > 1 else NUM_FALLS)
     truth = true_videos(falls, SAMPLING)
     table = Table(
         "falls", "followed", "acceleration, m/s^2", "within 30 % of g", "several balls", title="gravity"

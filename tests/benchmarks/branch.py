@@ -1,10 +1,11 @@
 """Does the embedded Physical Branch help? Without it, with it, and a LoRA of the backbone of the same steps.
 
-    python tests/benchmarks/branch.py RUN_DIR [NUM_LORA_STEPS]
+    python tests/benchmarks/branch.py [RUN_DIR NUM_LORA_STEPS]
 
 RUN_DIR is a run that has trained the branch (`prophy pretrain branch`): the LoRA is trained on the same
-batches with the same noise. The same prompts and seeds for all three; then where the refinement experts act
-and what the semantic experts tell apart, on true clips of combinations that were never trained.
+batches with the same noise; without it, there is no LoRA. The same prompts and seeds for all; then where the
+refinement experts act and what the semantic experts tell apart, on true clips of combinations that were never
+trained.
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from backbone import FALLS_HEADER, falls_row, rates  # beside this file
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -32,9 +34,8 @@ from prophy.taxonomy import PHENOMENA, Phenomenon
 from prophy.tiny import bundled
 from prophy.tiny.pretrain_backbone import SAMPLING
 from prophy.tiny.pretraining import held_out_clips
-from tests.benchmarks.backbone import FALLS_HEADER, falls_row, rates
 
-NUM_FALLS = 108
+NUM_FALLS = 48
 NUM_CLIPS = 200
 LORA = LoraConfig(
     r=32, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
@@ -93,7 +94,7 @@ def similarity(scores: RoutingScores, a: Phenomenon, b: Phenomenon) -> str:
 
 def main() -> None:
     console = Console(width=110)
-    requests, falls = held_out_requests(), fall_requests(NUM_FALLS)
+    requests, falls = held_out_requests(wordings=1), fall_requests(NUM_FALLS)
     with_branch = load_pipeline("wan", "tiny", None, torch.float32, bundled("branch"))
     contestants = {
         "backbone (branch at scale 0)": (with_branch, PhysicsControl(scale=0.0)),
