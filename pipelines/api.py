@@ -81,7 +81,7 @@ def create_app(service: VideoService) -> FastAPI:
     keyed = [Depends(KeyCheck(settings.api_keys))] if settings.api_keys else []
     app.include_router(router, dependencies=keyed)
     app.include_router(probes)
-    guard(app, settings.max_body_bytes, service.metrics)
+    guard(app, [*router.routes, *probes.routes], settings.max_body_bytes, service.metrics)
     return app
 
 
@@ -108,7 +108,10 @@ router = APIRouter(
 )
 _UNKNOWN = _errors(_404="No such video")
 _NO_FILE = _errors(
-    _404="No such video", _409="Not there yet, or failed", _410="Expired", _416="No such bytes"
+    _404="No such video",
+    _409="Not there yet, failed, or made without it",
+    _410="Expired",
+    _416="No such bytes",
 )
 _NOT_ACCEPTED = _errors(
     _400="The body cannot be read",
@@ -321,7 +324,7 @@ def _with_maps(video_id: str, service: VideoService) -> Job:
     job = _completed(video_id, service)
     if job.spec.physics is None or not job.spec.physics.return_maps:
         message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
-        raise ApiError(404, message, "no_maps")
+        raise ApiError(409, message, "no_maps")
     return job
 
 

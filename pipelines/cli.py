@@ -190,6 +190,36 @@ def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
 
 
 @app.command()
+def request(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")],
+    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PROPHY_API_KEY", help="If the server asks for one.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--field", "-f", metavar="NAME=VALUE", help="Such as seconds=2 or physics.scale=0.5. Repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Ask a server for a video, watch its progress, and save it. Ctrl-C cancels it on the server too."""
+    from pipelines import client
+
+    client.run(url, prompt, out, fields or [], api_key)
+
+
+@app.command()
+def key() -> None:
+    """Make an API key for a server: the key goes to a client, its hash into serve.api_keys."""
+    from pipelines.edge import hash_key, new_key
+
+    made = new_key()
+    typer.echo(f"key:  {made}\nhash: {hash_key(made)}")
+
+
+@app.command()
 def pretrain(
     part: Annotated[
         Part, typer.Argument(help="vlm, vae, backbone (after the vae), branch (after all), or bundle.")

@@ -8,6 +8,7 @@ import hmac
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -18,6 +19,7 @@ from pydantic_core import from_json
 from sqlalchemy.exc import OperationalError
 from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.metrics import Metrics
@@ -112,11 +114,11 @@ class Edge:
             self._metrics.http.labels(method, route, status).observe(time.perf_counter() - begun)
 
 
-def guard(app: FastAPI, max_body_bytes: int, metrics: Metrics) -> None:
-    """Puts `Edge` around an application, and gives all its errors one shape."""
+def guard(app: FastAPI, routes: Sequence[BaseRoute], max_body_bytes: int, metrics: Metrics) -> None:
+    """Puts `Edge` around an application of these routes, and gives all its errors one shape."""
 
     def answer(request: Request, error: Exception) -> JSONResponse:
-        api_error = _as_api_error(request, error)
+        api_error = _as_api_error(request, routes, error)
         metrics.errors.labels(api_error.body.error.code).inc()
         return JSONResponse(api_error.body.model_dump(), api_error.status, api_error.headers)
 
@@ -125,14 +127,15 @@ def guard(app: FastAPI, max_body_bytes: int, metrics: Metrics) -> None:
         app.add_exception_handler(kind, answer)
 
 
-def _as_api_error(request: Request, error: Exception) -> ApiError:
+def _as_api_error(request: Request, routes: Sequence[BaseRoute], error: Exception) -> ApiError:
     """Of a bug clients learn nothing; the server's log has the traceback."""
     match error:
         case ApiError():
             return error
         case HTTPException(status_code=status, detail=detail):  # an unknown path or method, a broken form
             message = f"{request.method} {request.url.path}: {detail}"
-            return ApiError(status, message, _HTTP_CODES.get(status, "bad_request"), headers=error.headers)
+            headers = {"allow": _allowed(request, routes)} if status == 405 else error.headers
+            return ApiError(status, message, _HTTP_CODES.get(status, "bad_request"), headers=headers)
         case RequestValidationError():
             first = error.errors()[0]
             param = str(first["loc"][-1])
@@ -142,6 +145,19 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
             message = "the job database does not answer; try again later"
             return ApiError(503, message, "database_unavailable", headers=headers)
     return ApiError(500, "the server failed; its log says why", "internal_error")
+
+
+def _allowed(request: Request, routes: Sequence[BaseRoute]) -> str:
+    """All methods of a path, where Starlette names those of its first route only."""
+    exact = [route for route in routes if isinstance(route, Route) and route.path == request.url.path]
+    found = {
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] == Match.FULL for route in exact or routes
+        )
+    }
+    return ", ".join(sorted(found))
 
 
 async def read_fields(request: Request) -> Any:

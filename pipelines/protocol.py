@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.config import Config, nearest_key
 from pipelines.jobs import Job, JobStatus
-from pipelines.spec import PhysicsSpec, ShapeLimits, VideoSpec
+from pipelines.spec import Integer, Number, PhysicsSpec, ShapeLimits, VideoSpec
 from prophy.errors import ProPhyError
 from prophy.taxonomy import Phenomenon
 
@@ -75,10 +75,10 @@ class VideoRequest(BaseModel):
         examples=["64x64"],
     )
     negative_prompt: str | None = Field(None, max_length=32_000)
-    seed: int | None = Field(None, ge=0, lt=2**63, description="drawn at random if left out")
-    num_inference_steps: int | None = Field(None, ge=1, le=200)
-    guidance_scale: float | None = Field(None, ge=0, le=20)
-    fps: float | None = Field(None, gt=0, le=120)
+    seed: Integer | None = Field(None, ge=0, lt=2**63, description="drawn at random if left out")
+    num_inference_steps: Integer | None = Field(None, ge=1, le=200)
+    guidance_scale: Number | None = Field(None, ge=0, le=20)
+    fps: Number | None = Field(None, ge=1, le=120)
     physics: PhysicsSpec | None = None
 
     @classmethod

@@ -1,7 +1,7 @@
 """What a video is asked to be, and which shapes a model can make. Knows no HTTP, no Ray and no torch."""
 
 import math
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -10,7 +10,16 @@ from prophy.taxonomy import Phenomenon, parse_phenomena
 
 VIDEO_FILE, THUMBNAIL_FILE, MAPS_FILE = "video.mp4", "thumbnail.webp", "physics.json"
 
-KnobFactor = Annotated[float, Field(ge=0.0, le=10.0)]
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+KnobFactor = Annotated[Number, Field(ge=0.0, le=10.0)]
 PhenomenonName = Annotated[Phenomenon, BeforeValidator(lambda name: parse_phenomena([name])[0])]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 import uvicorn
 
 from pipelines.api import VideoService, create_app
@@ -19,11 +18,8 @@ from pipelines.config import Config
 from pipelines.dispatcher import Dispatcher, GenerationStep
 from pipelines.jobs import JobStore
 from pipelines.metrics import Metrics
-from pipelines.overlay import draw_overlay
-from pipelines.sampling import shape_limits
-from pipelines.spec import VideoSpec
-from prophy.backbones import BACKBONES, fingerprint, load_pipeline
-from prophy.models.checkpoint import save_branch
+from pipelines.spec import ShapeLimits, VideoSpec
+from prophy.taxonomy import Phenomenon
 from tests.conftest import tiny_config
 
 PROMPT = "a red ball falls and bounces"
@@ -31,11 +27,21 @@ LONG = {"prompt": PROMPT, "num_inference_steps": 200, "size": "64x64", "seconds"
 SHORT = {"prompt": PROMPT, "num_inference_steps": 1, "seed": 0}
 PATIENCE_S = 240
 
+LIMITS = ShapeLimits(
+    frame_multiple=4, height_multiple=16, width_multiple=16, max_num_frames=17, max_pixels=4096
+)
+"""Of the tiny model."""
+
 Generate = Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]]
 
 
 def save_checkpoint(folder: Path) -> Path:
     """A branch whose injections are not zero, so that its knobs are seen in the video."""
+    import torch  # takes seconds, and servers whose videos are stand-ins do without
+
+    from prophy.backbones import BACKBONES, fingerprint, load_pipeline
+    from prophy.models.checkpoint import save_branch
+
     backbone = load_pipeline("wan", "tiny", None, torch.float32, None).transformer
     torch.manual_seed(0)
     transformer = BACKBONES["wan"].prophy_transformer.from_transformer(
@@ -78,15 +84,20 @@ def http_server(config: Config, generate: Generate) -> Iterator[str]:
     async def one_replica() -> int:
         return 1
 
+    def draw(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenomenon) -> bytes:
+        from pipelines.overlay import draw_overlay
+
+        return draw_overlay(video, maps, spec, phenomenon)
+
     service = VideoService(
         config,
-        shape_limits(config),
+        LIMITS,
         store,
         artefacts,
         Dispatcher(store, artefacts, generate, metrics, settings),
         metrics,
         one_replica,
-        partial(asyncio.to_thread, draw_overlay),
+        partial(asyncio.to_thread, draw),
     )
     server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)

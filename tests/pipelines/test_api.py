@@ -23,6 +23,7 @@ from pipelines.sampling import shape_limits
 from pipelines.serve import VideoGenerator
 from prophy.taxonomy import PHENOMENA
 from tests.pipelines.servers import (
+    LIMITS,
     LONG,
     PROMPT,
     SHORT,
@@ -46,6 +47,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def generator(config: Config) -> VideoGenerator:
     return VideoGenerator(config, shape_limits(config))
+
+
+def test_limits_of_the_model(config: Config) -> None:
+    assert shape_limits(config) == LIMITS
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +201,7 @@ def test_routing_maps(client: httpx.Client, with_maps: str) -> None:
     assert not np.array_equal(*overlays) and not np.array_equal(overlays[0], video)
     plain = submit(client, **SHORT)
     wait(client, plain)
-    check_error(client.get(f"/v1/videos/{plain}/physics"), 404, "no_maps")
+    check_error(client.get(f"/v1/videos/{plain}/physics"), 409, "no_maps")
     wrong = client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": "magic"})
     check_error(wrong, 422, "invalid_value", "phenomenon")
 
@@ -264,6 +269,8 @@ def test_pages(client: httpx.Client) -> None:
         ({"prompt": "x", "size": "128x128"}, "invalid_value", "size", "at most 4096"),
         ({"prompt": "x", "num_inference_steps": 0}, "invalid_value", "num_inference_steps", "greater than"),
         ({"prompt": "x", "seed": -1}, "invalid_value", "seed", "greater than"),
+        ({"prompt": "x", "seed": True}, "invalid_value", "seed", "a number is needed"),
+        ({"prompt": "x", "fps": 1e-300}, "invalid_value", "fps", "greater than"),
         ({"prompt": "x", "physics": {"sclae": 1}}, "unknown_parameter", "physics.sclae", "'physics.scale'"),
         (
             {"prompt": "x", "physics": {"strength": {"colision": 1}}},
@@ -303,7 +310,9 @@ def test_bad_requests(client: httpx.Client) -> None:
     picture = client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": b"png"})
     check_error(picture, 422, "unsupported_parameter", "input_reference")
     check_error(client.get("/v1/pictures"), 404, "not_found")
-    check_error(client.put("/v1/videos"), 405, "method_not_allowed")
+    wrong_method = client.put("/v1/videos")
+    check_error(wrong_method, 405, "method_not_allowed")
+    assert wrong_method.headers["allow"] == "GET, POST"
     check_error(client.get("/v1/videos", params={"limit": 0}), 422, "invalid_value", "limit")
     form = {"prompt": "x", "physics": '{"scale": 11}'}
     check_error(client.post("/v1/videos", data=form), 422, "invalid_value", "physics.scale")

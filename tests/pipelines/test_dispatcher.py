@@ -14,10 +14,10 @@ from pipelines.config import ServeConfig
 from pipelines.dispatcher import Dispatcher, GenerationStep, QueueFullError
 from pipelines.jobs import JobStore
 from pipelines.metrics import Metrics
-from pipelines.spec import VIDEO_FILE, VideoResult, VideoSpec
+from pipelines.spec import THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
 from tests.pipelines.test_jobs import DURATIONS, SPEC, status_of
 
-RESULT = VideoResult({VIDEO_FILE: b"mp4"}, DURATIONS)
+RESULT = VideoResult({VIDEO_FILE: b"mp4", THUMBNAIL_FILE: b"webp"}, DURATIONS)
 
 
 @pytest.fixture
