@@ -3,9 +3,9 @@
 Caches copies of simulated clips with a Qwen2.5-VL of minimal width and the embedded backbone, as users do.
 `efficiency` is (clips / rate of the slowest stage alone) / (time from its first task to the last of all);
 alone is in this process, without Ray, before the run: other work on the machine makes it meaningless.
-`utilisation` is the share of that time in which the slowest stage's workers computed. The slope is that of the
-memory of all of Ray's processes over the clips that are done, after the first fifth; it takes 500 clips to
-mean anything.
+`utilisation` is the share of that time in which the slowest stage's workers computed. The slope is that of
+the memory of all of Ray's processes over the clips that are done, after the first fifth; it takes 500 clips
+to mean anything.
 
     python tests/benchmarks/streaming.py                  # 60 clips
     python tests/benchmarks/streaming.py --clips 2000
