@@ -191,7 +191,10 @@ def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
 
 
 def _output(config: Config) -> Path:
-    return Path(config.cache.output)
+    output = config.cache.output
+    if "://" in output:
+        raise ProPhyError(f"cache.output {output} is no folder; mount the bucket, and give the folder")
+    return Path(output)
 
 
 def _quarantine(config: Config) -> Path:
