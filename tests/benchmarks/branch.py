@@ -45,7 +45,8 @@ LORA_LEARNING_RATE = 1e-3
 
 def train_lora(run_dir: Path, num_steps: int) -> torch.nn.Module:
     """The backbone with a LoRA, trained as the branch was: same batches, noise, warm-up and clipping."""
-    config = load_config(str(run_dir / "train.yaml"), ["train.num_workers=1", "train.micro_batch_size=16"])
+    one_worker = ["train.num_workers=1", "train.micro_batch_size=${train.global_batch_size}"]
+    config = load_config(str(run_dir / "train.yaml"), one_worker)
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
     dataset, empty = build_dataset(config, cache, rank=0), cache.null_text_embeds()
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)

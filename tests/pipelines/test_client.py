@@ -3,6 +3,7 @@
 import _thread
 import asyncio
 import re
+import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -74,7 +75,15 @@ def test_mistakes(prophy: CommandLine, url: str, tmp_path: Path, monkeypatch: py
     assert "a valid API key is needed" in mistake(PROMPT, "--url", url)
 
 
-def test_interrupt_cancels_the_video(url: str, tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises here, also where the shell that started the tests ignores it, as for a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_cancels_the_video(url: str, tmp_path: Path, interruptible: None) -> None:
     headers = {"authorization": f"Bearer {KEY}"}
 
     def interrupt() -> None:
