@@ -17,6 +17,13 @@ def _refuse_bool(value: Any) -> Any:
     return value
 
 
+def _refuse_number(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("true or false is needed")
+    return value
+
+
+Boolean = Annotated[bool, BeforeValidator(_refuse_number)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 KnobFactor = Annotated[Number, Field(ge=0.0, le=10.0)]
@@ -34,8 +41,8 @@ class PhysicsSpec(BaseModel):
     strength: dict[PhenomenonName, KnobFactor] = Field(
         {}, description="factor per phenomenon on what the refinement experts add where it acts"
     )
-    invert_refinement: bool = Field(False, description="route every token to the experts that fit it least")
-    return_maps: bool = Field(False, description="keep what the routers said, for /v1/videos/{id}/physics")
+    invert_refinement: Boolean = Field(False, description="route tokens to the experts that fit them least")
+    return_maps: Boolean = Field(False, description="keep what the routers said, for /v1/videos/{id}/physics")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

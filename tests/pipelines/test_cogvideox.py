@@ -23,6 +23,8 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
         f"backbone.pretrained={write_pipeline(tmp_path / 'backbone')}",
         f"backbone.max_sequence_length={MAX_SEQUENCE_LENGTH}",
         "physics.physics_layers=[0,2]",
+        "checkpoint=null",
+        "train.start_from=null",
         "train.num_steps=3",
         "train.log_every=1",
         "sampling.num_inference_steps=2",

@@ -77,6 +77,12 @@ def client(interrupted: dict[str, Any], config: Config) -> Iterator[httpx.Client
         yield client
 
 
+def test_database_of_another_server(ray_cluster: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "serve.port=0", "serve.database=sqlite:////proc/none/jobs.sqlite")
+    with pytest.raises(ProPhyError, match="cannot open the job database"), serve.serving(config):
+        pass
+
+
 def test_sigterm_under_load_and_the_next_server_makes_every_video(
     interrupted: dict[str, Any], client: httpx.Client
 ) -> None:
@@ -203,12 +209,6 @@ def test_taken_port(tmp_path: Path) -> None:
 def test_other_machines_need_keys(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "serve.host=0.0.0.0")
     with pytest.raises(ProPhyError, match="make one with `prophy key`"), serve.serving(config):
-        pass
-
-
-def test_database_of_another_server(ray_cluster: None, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "serve.port=0", "serve.database=sqlite:////proc/none/jobs.sqlite")
-    with pytest.raises(ProPhyError, match="cannot open the job database"), serve.serving(config):
         pass
 
 
