@@ -330,9 +330,9 @@ class PretrainConfig(Section):
     """How long each part of the embedded default is trained, where it is made from nothing."""
 
     num_clips: PositiveInt = Field(3000, description="simulated clips that VAE and backbone learn from")
-    vlm_steps: PositiveInt = 1500
+    vlm_steps: PositiveInt = 2000
     vae_steps: PositiveInt = 2400
-    backbone_steps: PositiveInt = 1200
+    backbone_steps: PositiveInt = 1300
     seed: int = 0
 
 
