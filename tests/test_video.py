@@ -1,5 +1,8 @@
 """Real files, written and damaged here."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -43,6 +46,24 @@ def test_a_written_video_is_playable_and_keeps_its_pictures(video: Path) -> None
     assert content.index(b"moov") < content.index(b"mdat")  # the index comes first: players start at once
     frames = read_frames(video, 0.0, 33 / FPS, 34, 64, 64)
     assert np.abs(frames.astype(float) - counting_frames(34)).mean() < 3
+
+
+def test_equal_frames_give_equal_bytes_whatever_lies_in_memory(tmp_path: Path) -> None:
+    t, y, x = np.mgrid[:5, :32, :32]
+    picture = np.stack([5 * x + 9 * t, 6 * y + 3 * t, x * y // 4], axis=-1) % 256
+    noise = np.random.default_rng(0).integers(0, 20, picture.shape)
+    np.save(tmp_path / "frames.npy", (picture + noise).clip(0, 255).astype(np.uint8))
+    code = (
+        "import sys, numpy; from prophy.video import write_video;"
+        "write_video(sys.argv[2], numpy.load(sys.argv[1]), 8)"
+    )
+    written = []
+    for filling in ("0", "77", "165"):  # glibc fills what it hands out with this byte
+        path = tmp_path / f"{filling}.mp4"
+        command = [sys.executable, "-c", code, str(tmp_path / "frames.npy"), str(path)]
+        subprocess.run(command, check=True, env=os.environ | {"MALLOC_PERTURB_": filling})
+        written.append(path.read_bytes())
+    assert written[0] == written[1] == written[2]
 
 
 def test_probe_measures(video: Path) -> None:
