@@ -81,15 +81,13 @@ def set_learning_rate(engine: DeepSpeedEngine, train: TrainConfig) -> float:
     return rate
 
 
-def backward_and_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
-    """Accumulates the gradients of one micro-batch; the last one of a step clips them and updates.
+def optimizer_step(engine: DeepSpeedEngine) -> float | None:
+    """After the backward pass of each micro-batch: the last one of a step clips the gradients and updates.
 
     Returns:
         Norm of all gradients before clipping, after the last micro-batch of a step; None after the others.
     """
-    last = engine.is_gradient_accumulation_boundary()
-    engine.backward(loss)
-    norm = None
+    last, norm = engine.is_gradient_accumulation_boundary(), None
     if last and not engine.zero_optimization():  # which DeepSpeed clips without keeping the norm
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

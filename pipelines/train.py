@@ -23,11 +23,11 @@ from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank
 from pipelines.config import BackboneConfig, Config
 from pipelines.engine import (
     Ema,
-    backward_and_step,
     fragments,
     initialize,
     load_optimizer,
     load_parameters,
+    optimizer_step,
     save_checkpoint,
     set_learning_rate,
 )
@@ -157,7 +157,8 @@ def _train(loop_config: dict[str, Any]) -> None:
         for batch in batches:
             boundary = engine.is_gradient_accumulation_boundary()
             output = engine(batch.to(device), semantic.to(device) if boundary else None)
-            gradient_norm = backward_and_step(engine, output.loss)
+            engine.backward(output.loss)
+            gradient_norm = optimizer_step(engine)
             outputs.append(output)
         assert gradient_norm is not None  # the last micro-batch ends the step
         _check_finite(gradient_norm, outputs, batches, step, saved)

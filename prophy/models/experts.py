@@ -135,13 +135,14 @@ class RefinementExpertBlock(nn.Module):
         """Runs each expert on the tokens that chose it, and on no others: `T K` products, whatever E is."""
         num_experts, device = len(self.weight), x_TD.device
         # grouped_mm, unlike nn.Linear, is not on autocast's list.
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else x_TD.dtype
 
         # 1. Rows (token, choice) sorted by expert; the end of each expert's rows
         choices = experts_TK.flatten()
         order = choices.argsort(stable=True)
-        ends_E = torch.bincount(choices, minlength=num_experts).cumsum(0, dtype=torch.int32)
+        experts_E = torch.arange(num_experts, device=device)
+        ends_E = torch.searchsorted(choices[order], experts_E, right=True, out_int32=True)
 
         # 2. One product per expert, then back to the order of the tokens
         rows = x_TD.to(dtype).index_select(0, order // self.top_k)

@@ -120,11 +120,11 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
     from pipelines.checkpoint import latest_on_every_rank
     from pipelines.engine import (
         Ema,
-        backward_and_step,
         fragments,
         initialize,
         load_optimizer,
         load_parameters,
+        optimizer_step,
         save_checkpoint,
         set_learning_rate,
     )
@@ -144,7 +144,8 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
         learning_rate = set_learning_rate(engine, config)
         for index in range(config.gradient_accumulation_steps):
             inputs = micro_batch(step, index * world_size + rank)
-            norm = backward_and_step(engine, loss_of(engine(inputs), inputs))
+            engine.backward(loss_of(engine(inputs), inputs))
+            norm = optimizer_step(engine)
             assert (norm is None) == (index < config.gradient_accumulation_steps - 1)
         ema.update(step + 1)
         history.append((norm, learning_rate))

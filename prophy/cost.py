@@ -1,0 +1,107 @@
+"""What a training step costs: operations and activations, counted on tensors that take no memory."""
+
+from math import prod
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from prophy.models.physics_transformer import PhysicsTransformer, ProPhyTransformerOutput
+
+
+class _Predict(nn.Module):
+    """`predict` as a forward pass, for `functional_call`."""
+
+    def __init__(self, transformer: PhysicsTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, *inputs: torch.Tensor) -> ProPhyTransformerOutput:
+        return self.transformer.predict(*inputs)
+
+
+def count_flops(
+    transformer: PhysicsTransformer, batch_size: int, latents: tuple[int, ...], text_length: int
+) -> int:
+    """Floating-point operations of one forward and backward pass: products and convolutions, 2 per element.
+
+    What gradient checkpointing computes again is not counted: these are the operations of the model (as in
+    PaLM's model FLOPs utilisation, Chowdhery et al., 2022). What is frozen needs no gradient of its weights.
+
+    Args:
+        transformer: on any device; its parameters are not touched.
+        batch_size: B.
+        latents: `(C, T, H, W)`.
+        text_length: L, tokens of the text encoder.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
+    # As two plain products: a fused kernel's formula counts the scores again in the backward pass.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        output = _predict(transformer, batch_size, latents, text_length, "meta")
+        assert output.routing is not None
+        outputs = (output.sample, output.routing.refinement_logits, output.routing.phenomenon_maps)
+        torch.autograd.backward([value.float().sum() for value in outputs])
+    return counter.get_total_flops()
+
+
+def count_saved_bytes(
+    transformer: PhysicsTransformer, batch_size: int, latents: tuple[int, ...], text_length: int
+) -> int:
+    """Bytes in bfloat16 that a forward pass keeps for the backward pass, without gradient checkpointing.
+
+    Attention is a fused kernel, which keeps no scores. The arguments are those of `count_flops`.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        if value.grad_fn is not None:  # neither a parameter nor an input
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        return value
+
+    with FakeTensorMode(), saved_tensors_hooks(pack, lambda value: value):
+        output = _predict(transformer, batch_size, latents, text_length, "cpu")
+        assert output.sample.requires_grad  # and so keeps the storages, whose addresses are thus unique
+    return sum(storages.values())
+
+
+def _predict(
+    transformer: PhysicsTransformer,
+    batch_size: int,
+    latents: tuple[int, ...],
+    text_length: int,
+    device: str,
+) -> ProPhyTransformerOutput:
+    """The forward pass, with tensors in the place of the parameters that hold nothing."""
+
+    def empty(value: torch.Tensor) -> torch.Tensor:
+        # `grouped_mm` without memory wants bfloat16.
+        return torch.empty(
+            value.shape, device=device, dtype=torch.bfloat16, requires_grad=value.requires_grad
+        )
+
+    module, checkpointing = _Predict(transformer), transformer.is_gradient_checkpointing
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    text_dim = transformer.config[transformer._text_dim]
+    transformer.disable_gradient_checkpointing()
+    try:
+        return torch.func.functional_call(
+            module,
+            {name: empty(value) for name, value in tensors},
+            (
+                torch.empty(batch_size, *latents, device=device, dtype=torch.bfloat16),
+                torch.empty(batch_size, device=device),
+                torch.empty(batch_size, text_length, text_dim, device=device, dtype=torch.bfloat16),
+            ),
+        )
+    finally:
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+
+
+def _grouped_mm_flop(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:
+    """Rows `[T, K]` by weights `[E, K, N]`; or, for their gradient, `[K, T]` by `[T, N]`."""
+    return 2 * prod(a) * b[-1]
