@@ -5,7 +5,7 @@ conditions, and adds the residuals. It never reads the backbone's hidden states,
 block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -102,24 +102,40 @@ class PhysicsBranch(nn.Module):
         Returns:
             One residual `[B, N, D]` per block, the last with the refinement in it; and the routing.
         """
+        steps = list(self.run(latents, encoder_hidden_states, embed, conditions, control))
+        routing = steps[-1][1]
+        assert routing is not None
+        return [residual for residual, _ in steps], routing
+
+    def run(
+        self,
+        latents: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        conditions: tuple[object, ...],
+        control: PhysicsControl,
+    ) -> Iterator[tuple[torch.Tensor, RoutingOutput | None]]:
+        """As `forward`, but computes a residual when it is asked for; the routing comes with the last."""
         latents, semantic_weights = self.semantic(latents, encoder_hidden_states)
         hidden_states, text = embed(latents)
-        residuals = []
-        for block in self.blocks:
-            hidden_states, text, residual = self._run(block, hidden_states, text, *conditions)
-            residuals.append(residual)
+        *blocks, last_block = self.blocks
+        for block in blocks:
+            hidden_states, text, residual = self._run_block(block, hidden_states, text, *conditions)
+            yield residual * control.scale, None
 
+        hidden_states, text, residual = self._run_block(last_block, hidden_states, text, *conditions)
         refined, logits, maps = self.refinement(hidden_states, invert=control.invert_refinement)
         refinement = self.refinement_injection(refined)
         if control.strength:
             refinement = (refinement * control.token_gain(maps)).to(refinement.dtype)
-        residuals[-1] = residuals[-1] + refinement
         routing = RoutingOutput(
             semantic_weights=semantic_weights, refinement_logits=logits, phenomenon_maps=maps
         )
-        return [residual * control.scale for residual in residuals], routing
+        yield (residual + refinement) * control.scale, routing
 
-    def _run(self, block: nn.Module, *inputs: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _run_block(
+        self, block: nn.Module, *inputs: object
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)

@@ -14,6 +14,9 @@ from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, RoutingOutput
 from prophy.models.physics_branch import PhysicsBranch
 
+Residual = torch.Tensor | Callable[[], torch.Tensor]
+"""What is injected at a layer, `[B, N, D]`, or what computes it."""
+
 
 @dataclass
 class ProPhyTransformerOutput(BaseOutput):
@@ -21,7 +24,7 @@ class ProPhyTransformerOutput(BaseOutput):
 
     Attributes:
         sample: the prediction, like the latents.
-        routing: what the routers said; None where the branch was skipped.
+        routing: what the routers said; None where the branch was skipped, or a step cache may skip it.
     """
 
     sample: torch.Tensor
@@ -31,12 +34,15 @@ class ProPhyTransformerOutput(BaseOutput):
 class PhysicsTransformer(ModelMixin):
     """Base of the transformers with a branch, before diffusers' own class in the order of bases.
 
-    A family names its `_block_list` (attribute) and `_text_dim` (key of the configuration), makes a
-    `_new_block`, and gives `predict`. Its `__init__` ends with `self.physics_branch = self._new_branch()`.
+    A family names its `_block_list` (attribute), its `_block` and `_injected_block` (classes) and `_text_dim`
+    (key of the configuration), makes a `_new_block`, and gives `predict`. Its `__init__` ends with
+    `self._add_branch()`.
     """
 
     physics_branch: PhysicsBranch
     _block_list: ClassVar[str]
+    _block: ClassVar[type[nn.Module]]
+    _injected_block: ClassVar[type[nn.Module]]
     _text_dim: ClassVar[str]
 
     @classmethod
@@ -55,12 +61,15 @@ class PhysicsTransformer(ModelMixin):
         config = {name: value for name, value in backbone.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             model = cls(**config, **physics)
-        for name, parameter in backbone.named_parameters(recurse=False):
-            setattr(model, name, parameter)
-        for name, module in backbone.named_children():
-            setattr(model, name, module)
+        own_blocks, blocks = getattr(model, cls._block_list), getattr(backbone, cls._block_list)
+        _take_over(model, backbone)
+        setattr(model, cls._block_list, own_blocks)
+        for layer, block in enumerate(blocks):
+            if layer in model.config.physics_layers:
+                _take_over(own_blocks[layer], block)
+            else:
+                own_blocks[layer] = block
         model.physics_branch = model._new_branch().to(backbone.device, backbone.dtype)
-        blocks = getattr(backbone, cls._block_list)
         for physical_block, layer in zip(
             model.physics_branch.blocks, model.config.physics_layers, strict=True
         ):
@@ -78,13 +87,19 @@ class PhysicsTransformer(ModelMixin):
         """The forward pass in one form for all families: latents and prediction are `[B, C, T, H, W]`."""
         raise NotImplementedError
 
-    def _new_block(self) -> nn.Module:
+    def _new_block(self, block: type[nn.Module]) -> nn.Module:
         raise NotImplementedError
+
+    def _add_branch(self) -> None:
+        blocks = getattr(self, self._block_list)
+        for layer in self.config.physics_layers:
+            blocks[layer] = self._new_block(self._injected_block)
+        self.physics_branch = self._new_branch()
 
     def _new_branch(self) -> PhysicsBranch:
         config = self.config
         return PhysicsBranch(
-            [self._new_block() for _ in config.physics_layers],
+            [self._new_block(self._block) for _ in config.physics_layers],
             hidden_dim=config.num_attention_heads * config.attention_head_dim,
             text_dim=config[self._text_dim],
             latent_channels=config.in_channels,
@@ -104,8 +119,11 @@ class PhysicsTransformer(ModelMixin):
         attention_kwargs: dict[str, Any] | None,
         timestep: torch.Tensor,
         token_grid: tuple[int, int, int],
-    ) -> tuple[dict[int, torch.Tensor], RoutingOutput | None]:
-        """Residual `[B, N, D]` of each listed layer, and the routing; nothing where the request's scale is 0.
+    ) -> tuple[dict[int, Residual], RoutingOutput | None]:
+        """Residual of each listed layer, and the routing; nothing where the request's scale is 0.
+
+        With a step cache, a residual is computed when its block asks for it: what is skipped costs nothing.
+        A trace wants the routing of every step, so there the whole branch runs.
 
         Args:
             latents: `[B, C, T, H, W]`.
@@ -119,10 +137,30 @@ class PhysicsTransformer(ModelMixin):
         control = (attention_kwargs or {}).get("physics") or PhysicsControl()
         if control.scale == 0:
             return {}, None
-        residuals, routing = self.physics_branch(latents, encoder_hidden_states, embed, conditions, control)
+        inputs = (latents, encoder_hidden_states, embed, conditions, control)
+        if self.is_cache_enabled and control.trace is None:
+            steps = self.physics_branch.run(*inputs)
+            return dict.fromkeys(self.config.physics_layers, lambda: next(steps)[0]), None
+        residuals, routing = self.physics_branch(*inputs)
         if control.trace is not None:
             control.trace.record(timestep[0].item(), routing, token_grid)
         return dict(zip(self.config.physics_layers, residuals, strict=True)), routing
+
+
+def inject(hidden_states: torch.Tensor, residual: Residual | None) -> torch.Tensor:
+    """Adds what the branch has for this layer, if anything, to tokens `[B, N, D]`."""
+    if residual is None:
+        return hidden_states
+    added = residual() if callable(residual) else residual
+    return hidden_states + added.to(hidden_states.dtype)
+
+
+def _take_over(module: nn.Module, source: nn.Module) -> None:
+    """Gives `module` the parameters and children of `source`."""
+    for name, parameter in source.named_parameters(recurse=False):
+        setattr(module, name, parameter)
+    for name, child in source.named_children():
+        setattr(module, name, child)
 
 
 def check_layers(physics_layers: Sequence[int], num_layers: int) -> None:

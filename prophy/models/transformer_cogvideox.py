@@ -7,16 +7,46 @@ import torch
 # DiffusionPipeline.from_pretrained looks for ModelMixin in the module of a component.
 from diffusers import CogVideoXTransformer3DModel, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.utils import apply_lora_scale
+from torch import nn
 
 from prophy.errors import ProPhyError
-from prophy.models.physics_transformer import PhysicsTransformer, ProPhyTransformerOutput, check_layers
+from prophy.models.physics_transformer import (
+    PhysicsTransformer,
+    ProPhyTransformerOutput,
+    Residual,
+    check_layers,
+    inject,
+)
 from prophy.taxonomy import NUM_PHENOMENA
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class InjectedCogVideoXBlock(CogVideoXBlock):
+    """A listed block. It adds its residual itself: a step cache, which wraps blocks, then counts it once."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: Rotary | None = None,
+        residual: Residual | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As upstream's, then the residual on the video stream."""
+        hidden_states, text = super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+        return inject(hidden_states, residual), text
+
+
+TransformerBlockRegistry.register(
+    InjectedCogVideoXBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
+)
 
 
 class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer3DModel):
@@ -34,9 +64,16 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         num_phenomena: E_phys.
     """
 
-    _no_split_modules: ClassVar = ["CogVideoXBlock", "CogVideoXPatchEmbed", "PhysicalBlock"]
-    _repeated_blocks: ClassVar = ["CogVideoXBlock"]
+    _no_split_modules: ClassVar = [
+        "CogVideoXBlock",
+        "InjectedCogVideoXBlock",
+        "CogVideoXPatchEmbed",
+        "PhysicalBlock",
+    ]
+    _repeated_blocks: ClassVar = ["CogVideoXBlock", "InjectedCogVideoXBlock"]
     _block_list = "transformer_blocks"
+    _block = CogVideoXBlock
+    _injected_block = InjectedCogVideoXBlock
     _text_dim = "text_embed_dim"
 
     # Written out in full: with **kwargs, `from_pretrained` would lose upstream's part of the configuration.
@@ -114,7 +151,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
             use_learned_positional_embeddings=use_learned_positional_embeddings,
             patch_bias=patch_bias,
         )
-        self.physics_branch = self._new_branch()
+        self._add_branch()
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -158,14 +195,13 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         # 3. Transformer blocks
         hidden_states, text = self._embed(hidden_states, encoder_hidden_states)
         for layer, block in enumerate(self.transformer_blocks):
+            injected = (residuals[layer],) if layer in residuals else ()
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states, text = self._gradient_checkpointing_func(
-                    block, hidden_states, text, *conditions
+                    block, hidden_states, text, *conditions, *injected
                 )
             else:
-                hidden_states, text = block(hidden_states, text, *conditions)
-            if layer in residuals:
-                hidden_states = hidden_states + residuals[layer].to(hidden_states.dtype)
+                hidden_states, text = block(hidden_states, text, *conditions, *injected)
 
         # 4. Output norm, projection and unpatchify
         hidden_states = self.norm_out(self.norm_final(hidden_states), temb=temb)
@@ -210,9 +246,9 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
             embed_dim=config.attention_head_dim, grid_size=grid, device=latents.device, **options
         )
 
-    def _new_block(self) -> CogVideoXBlock:
+    def _new_block(self, block: type[nn.Module]) -> nn.Module:
         config = self.config
-        return CogVideoXBlock(
+        return block(
             dim=config.num_attention_heads * config.attention_head_dim,
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,

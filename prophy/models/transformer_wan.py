@@ -7,12 +7,40 @@ import torch
 # DiffusionPipeline.from_pretrained looks for ModelMixin in the module of a component.
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import apply_lora_scale
+from torch import nn
 
 from prophy.errors import ProPhyError
-from prophy.models.physics_transformer import PhysicsTransformer, ProPhyTransformerOutput, check_layers
+from prophy.models.physics_transformer import (
+    PhysicsTransformer,
+    ProPhyTransformerOutput,
+    Residual,
+    check_layers,
+    inject,
+)
 from prophy.taxonomy import NUM_PHENOMENA
+
+
+class InjectedWanTransformerBlock(WanTransformerBlock):
+    """A listed block. It adds its residual itself: a step cache, which wraps blocks, then counts it once."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: torch.Tensor,
+        residual: Residual | None = None,
+    ) -> torch.Tensor:
+        """As upstream's, then the residual."""
+        return inject(super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb), residual)
+
+
+TransformerBlockRegistry.register(
+    InjectedWanTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0)
+)
 
 
 class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
@@ -29,8 +57,11 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         num_phenomena: E_phys.
     """
 
-    _no_split_modules: ClassVar = ["WanTransformerBlock", "PhysicalBlock"]
+    _no_split_modules: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", "PhysicalBlock"]
+    _repeated_blocks: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock"]
     _block_list = "blocks"
+    _block = WanTransformerBlock
+    _injected_block = InjectedWanTransformerBlock
     _text_dim = "text_dim"
 
     # Written out in full: with **kwargs, `from_pretrained` would lose upstream's part of the configuration.
@@ -81,7 +112,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
             rope_max_seq_len=rope_max_seq_len,
             pos_embed_seq_len=pos_embed_seq_len,
         )
-        self.physics_branch = self._new_branch()
+        self._add_branch()
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -124,12 +155,13 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         # 3. Transformer blocks
         hidden_states = self._embed_patches(hidden_states)
         for layer, block in enumerate(self.blocks):
+            injected = (residuals[layer],) if layer in residuals else ()
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, text, *conditions)
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, text, *conditions, *injected
+                )
             else:
-                hidden_states = block(hidden_states, text, *conditions)
-            if layer in residuals:
-                hidden_states = hidden_states + residuals[layer].to(hidden_states.dtype)
+                hidden_states = block(hidden_states, text, *conditions, *injected)
 
         # 4. Output norm, projection and unpatchify
         shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
@@ -148,9 +180,9 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         """See the base class."""
         return self(latents, timestep, encoder_hidden_states)
 
-    def _new_block(self) -> WanTransformerBlock:
+    def _new_block(self, block: type[nn.Module]) -> nn.Module:
         config = self.config
-        return WanTransformerBlock(
+        return block(
             config.num_attention_heads * config.attention_head_dim,
             config.ffn_dim,
             config.num_attention_heads,

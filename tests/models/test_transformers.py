@@ -1,11 +1,12 @@
 """The transformers of all families with their branches, beside upstream's."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ModelMixin
+from diffusers import FirstBlockCacheConfig, ModelMixin, TaylorSeerCacheConfig
 
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
@@ -17,6 +18,7 @@ from .conftest import BACKBONES, PHYSICS, make_inputs
 pytestmark = pytest.mark.parametrize("family", BACKBONES, indirect=True)
 
 Inputs = dict[str, torch.Tensor]
+TAYLORSEER = partial(TaylorSeerCacheConfig, use_lite_mode=True, taylor_factors_dtype=torch.float32)
 
 
 def controlled(model: PhysicsTransformer, inputs: Inputs, **control: object) -> torch.Tensor:
@@ -159,3 +161,75 @@ def test_blocks_compile_without_a_break(awakened: PhysicsTransformer, inputs: In
     compiled = [block.block._compiled_call_impl for block in awakened.physics_branch.blocks]
     assert all(compiled)
     torch.testing.assert_close(awakened(**inputs).sample, expected)
+
+
+class Sampling:
+    """A few steps of a loop that uses the model as the pipelines do: two passes in contexts of their own."""
+
+    def __init__(self, model: PhysicsTransformer, inputs: Inputs) -> None:
+        self.model, self.inputs, self.num_blocks_run = model, inputs, 0
+        for block in model.physics_branch.blocks:
+            block.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.num_blocks_run += 1
+
+    @torch.no_grad()
+    def __call__(self, trace: PhysicsTrace | None = None, num_steps: int = 6) -> torch.Tensor:
+        self.num_blocks_run = 0
+        control = {"physics": PhysicsControl(trace=trace)}
+        latents, outputs = self.inputs["hidden_states"], []
+        for step in range(num_steps):
+            now = self.inputs | {"hidden_states": latents, "timestep": torch.tensor([900 - 100 * step] * 2)}
+            with self.model.cache_context("cond"):
+                guided = self.model(**now, attention_kwargs=control, return_dict=False)[0]
+            now["encoder_hidden_states"] = -now["encoder_hidden_states"]
+            with self.model.cache_context("uncond"):
+                unguided = self.model(**now, attention_kwargs=control, return_dict=False)[0]
+            latents = latents - 0.1 * (3 * guided - 2 * unguided)
+            outputs.append(latents)
+        return torch.stack(outputs)
+
+
+def test_a_step_cache_that_skips_nothing_changes_nothing(
+    awakened: PhysicsTransformer, inputs: Inputs
+) -> None:
+    sample = Sampling(awakened, inputs)
+    expected = sample()
+    for exact in (FirstBlockCacheConfig(threshold=0.0), TAYLORSEER(cache_interval=1)):
+        awakened.enable_cache(exact)
+        assert torch.equal(sample(), expected)
+        assert sample.num_blocks_run == 24, "two Physical Blocks, two passes, six steps"
+        awakened.disable_cache()
+    assert torch.equal(sample(), expected)
+
+
+@torch.no_grad()
+def test_a_skipped_step_counts_each_residual_once(awakened: PhysicsTransformer, inputs: Inputs) -> None:
+    """On the same input again, what the cache has kept is right."""
+    awakened.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    with awakened.cache_context("cond"):
+        expected = awakened(**inputs, return_dict=False)[0]
+        awakened.physics_branch.blocks[1].register_forward_pre_hook(lambda *_: pytest.fail("not skipped"))
+        torch.testing.assert_close(awakened(**inputs, return_dict=False)[0], expected)
+
+
+def test_a_step_that_is_skipped_runs_no_physical_block_unless_a_trace_wants_it(
+    awakened: PhysicsTransformer, inputs: Inputs
+) -> None:
+    sample = Sampling(awakened, inputs)
+    expected = sample()
+    # By the first block, which has a Physical Block, or by none: of six steps, one and three are whole.
+    for cache, num_blocks_run in (
+        (FirstBlockCacheConfig(threshold=100.0), 2 * (1 * 2 + 5 * 1)),
+        (TAYLORSEER(cache_interval=3), 2 * (4 * 2)),
+    ):
+        awakened.enable_cache(cache)
+        cached = sample()
+        assert sample.num_blocks_run == num_blocks_run
+        assert torch.equal(cached[0], expected[0]) and not torch.equal(cached, expected)
+        awakened._reset_stateful_cache()
+        trace = PhysicsTrace()
+        assert torch.equal(sample(trace), cached), "a trace only watches"
+        assert trace.num_passes == 6 and sample.num_blocks_run == 24
+        awakened.disable_cache()
