@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.spec import StepCache
 from prophy.errors import ProPhyError
 from prophy.tiny import bundled
 
@@ -254,6 +255,7 @@ class SamplingConfig(Section):
     num_inference_steps: PositiveInt = 50
     guidance_scale: NonNegativeFloat = 5.0
     negative_prompt: str = ""
+    step_cache: StepCache = Field(StepCache(), description="not for a request to choose; off by default")
 
 
 class ServeConfig(Section):

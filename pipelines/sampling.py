@@ -8,19 +8,30 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from PIL import Image
 
 from pipelines.config import Config
-from pipelines.spec import MAPS_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits, VideoResult, VideoSpec
+from pipelines.spec import (
+    MAPS_FILE,
+    THUMBNAIL_FILE,
+    VIDEO_FILE,
+    ShapeLimits,
+    StepCache,
+    VideoResult,
+    VideoSpec,
+)
 from prophy.backbones import check_checkpoint, fingerprint, load_pipeline, shape_multiples
 from prophy.device import autocast, default_device
+from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.taxonomy import PHENOMENA
 from prophy.video import write_video
@@ -30,11 +41,17 @@ CACHED_PROMPTS = 32  # text embeddings kept on the device, 4 MB each at Wan's 51
 
 
 def check_model(config: Config) -> None:
-    """Checks that the checkpoint of a run, if it has one, fits its backbone; loads no model.
+    """Checks that checkpoint and step cache of a run, if it has them, fit its backbone; loads no model.
 
     Raises:
-        ProPhyError: there is no such model or checkpoint, or the checkpoint was trained on another backbone.
+        ProPhyError: no such model or checkpoint, the checkpoint was trained on another backbone, or the step
+            cache is not for this family.
     """
+    if config.sampling.step_cache.sea is not None and config.backbone.family != "wan":
+        raise ProPhyError(
+            f"sampling.step_cache.sea wants to know each step's noise level, which the pipeline of "
+            f"{config.backbone.family} does not tell; use first_block or taylorseer"
+        )
     if config.checkpoint is not None:
         check_checkpoint(config.checkpoint, config.backbone.pretrained, config.backbone.revision)
 
@@ -135,7 +152,7 @@ class VideoSampler:
 
         knobs = {} if spec.physics is None else spec.physics.model_dump(exclude={"return_maps"})
         physics = None if spec.physics is None and trace is None else PhysicsControl(**knobs, trace=trace)
-        with autocast(self._device, self._autocast):
+        with autocast(self._device, self._autocast), self._caching_steps(spec.step_cache):
             output = self._pipeline(
                 prompt_embeds=self.embed(spec.prompt),
                 negative_prompt_embeds=self.embed(spec.negative_prompt),
@@ -183,6 +200,19 @@ class VideoSampler:
         times = list(marks.values())
         return VideoResult(files, dict(zip(list(marks)[1:], np.diff(times).round(3).tolist(), strict=True)))
 
+    @contextmanager
+    def _caching_steps(self, step_cache: StepCache) -> Iterator[None]:
+        """Has the transformer skip steps while the block lasts; nothing is left for the next video."""
+        cache = _diffusers_cache(step_cache)
+        if cache is None:
+            yield
+            return
+        self._pipeline.transformer.enable_cache(cache)
+        try:
+            yield
+        finally:
+            self._pipeline.transformer.disable_cache()
+
     def _embed(self, text: str) -> torch.Tensor:
         """What the backbone's text encoder makes of one text."""
         with torch.no_grad(), autocast(self._device, self._autocast):
@@ -193,6 +223,21 @@ class VideoSampler:
                 device=self._device,
             )
         return embeds
+
+
+def _diffusers_cache(
+    step_cache: StepCache,
+) -> FirstBlockCacheConfig | SeaCacheConfig | TaylorSeerCacheConfig | None:
+    if step_cache.first_block is not None:
+        return FirstBlockCacheConfig(threshold=step_cache.first_block)
+    if step_cache.sea is not None:
+        return SeaCacheConfig(threshold=step_cache.sea)
+    if step_cache.taylorseer is not None:
+        # Lite: only what the last projection gives is extrapolated, so that a skipped step runs no block.
+        return TaylorSeerCacheConfig(
+            cache_interval=step_cache.taylorseer, use_lite_mode=True, taylor_factors_dtype=torch.float32
+        )
+    return None
 
 
 def _thumbnail(frames: np.ndarray) -> bytes:

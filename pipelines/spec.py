@@ -51,6 +51,36 @@ class PhysicsSpec(BaseModel):
         return self
 
 
+class StepCache(BaseModel):
+    """Which denoising steps reuse what an earlier one computed: by one of diffusers' caches, or none.
+
+    It trades fidelity for time. Of diffusers' others, MagCache wants ratios measured on the very model, and
+    Pyramid Attention Broadcast and FasterCache do not keep the two passes of Wan's guidance apart.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first_block: float | None = Field(
+        None,
+        ge=0,
+        description="First Block Cache: relative change of the first block's work that is let pass",
+    )
+    sea: float | None = Field(
+        None,
+        ge=0,
+        description="SeaCache, for Wan: accumulated relative change of the latents that is let pass",
+    )
+    taylorseer: int | None = Field(
+        None, ge=1, description="TaylorSeer: one step in so many is computed, the others are extrapolated"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) > 1:
+            raise ValueError(f"at most one of {', '.join(type(self).model_fields)} can be set")
+        return self
+
+
 class VideoSpec(BaseModel):
     """Everything that decides a video, given the model."""
 
@@ -65,6 +95,7 @@ class VideoSpec(BaseModel):
     fps: float
     num_inference_steps: int
     guidance_scale: float
+    step_cache: StepCache = StepCache()
     physics: PhysicsSpec | None = None
 
     @property

@@ -35,24 +35,23 @@ LIMITS = ShapeLimits(
 Generate = Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]]
 
 
-def save_checkpoint(folder: Path) -> Path:
+def save_checkpoint(folder: Path, family: str = "wan", pretrained: str = "tiny") -> Path:
     """A branch whose injections are not zero, so that its knobs are seen in the video."""
     import torch  # takes seconds, and servers whose videos are stand-ins do without
 
     from prophy.backbones import BACKBONES, fingerprint, load_pipeline
     from prophy.models.checkpoint import save_branch
 
-    backbone = load_pipeline("wan", "tiny", None, torch.float32, None).transformer
+    backbone = load_pipeline(family, pretrained, None, torch.float32, None).transformer
     torch.manual_seed(0)
-    transformer = BACKBONES["wan"].prophy_transformer.from_transformer(
+    transformer = BACKBONES[family].prophy_transformer.from_transformer(
         backbone, physics_layers=[0, 2], latent_shape=(5, 16, 16)
     )
     with torch.no_grad():
         for parameter in transformer.physics_branch.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    save_branch(
-        transformer, folder, {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)}
-    )
+    trained_on = {"name": pretrained, "revision": None, "fingerprint": fingerprint(pretrained, None)}
+    save_branch(transformer, folder, trained_on)
     return folder
 
 

@@ -56,6 +56,12 @@ def test_local_paths_become_absolute_and_the_rest_stays(
         ),
         ("train.offload=all", "offload 'all' needs zero_stage 3 at least"),
         ("cache.input=${nowhere}", "nowhere"),
+        ("sampling.step_cache.first_blok=0.1", "did you mean 'sampling.step_cache.first_block'"),
+        (
+            "sampling.step_cache={first_block: 0.1, taylorseer: 3}",
+            "at most one of first_block, sea, taylorseer",
+        ),
+        ("sampling.step_cache.taylorseer=0", "bad value for 'sampling.step_cache.taylorseer'"),
     ],
 )
 def test_mistakes_name_the_key_and_the_cure(override: str, message: str) -> None:
