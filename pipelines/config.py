@@ -123,13 +123,22 @@ class PhysicsConfig(Section):
     """The Physical Branch: where it acts and how many experts it has."""
 
     physics_layers: list[NonNegativeInt] = Field(min_length=1)
-    num_semantic_experts: PositiveInt = 8
-    num_refinement_experts: PositiveInt = 8
+    physical_blocks: bool = Field(
+        True,
+        description="false: the listed layers get none, and the experts act on the backbone's own stream",
+    )
+    num_semantic_experts: NonNegativeInt = Field(8, description="0: no Semantic Expert Block")
+    num_refinement_experts: NonNegativeInt = Field(8, description="0: no Refinement Expert Block")
     top_k: PositiveInt = 2
+
+    @property
+    def any(self) -> bool:
+        """Whether the branch has anything at all; without, a run is LoRA or full tuning alone."""
+        return bool(self.physical_blocks or self.num_semantic_experts or self.num_refinement_experts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.top_k > self.num_refinement_experts:
+        if self.num_refinement_experts and self.top_k > self.num_refinement_experts:
             raise ValueError(
                 f"top_k ({self.top_k}) must not exceed num_refinement_experts ({self.num_refinement_experts})"
             )
@@ -192,6 +201,11 @@ class TrainConfig(Section):
         None,
         description="folder of a trained branch to go on from; 'tiny' is the embedded one, null is a new one",
     )
+    backbone: Literal["frozen", "lora", "full"] = Field(
+        "frozen", description="what of the backbone is trained beside the branch"
+    )
+    lora_rank: PositiveInt = 128
+    lora_alpha: PositiveInt = 16
     num_steps: PositiveInt
     micro_batch_size: PositiveInt
     global_batch_size: PositiveInt = Field(
@@ -207,6 +221,9 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
     precision: Literal["fp32", "bf16"] = "bf16"
     learning_rate: PositiveFloat = 1e-4
+    backbone_learning_rate: PositiveFloat = Field(
+        2e-5, description="of the adapter, or of the whole backbone"
+    )
     warmup_steps: NonNegativeInt = 200
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="after the warm-up; cosine ends at 0 with the last step"
@@ -358,6 +375,12 @@ class Config(Section):
     serve: ServeConfig
     generate: GenerateConfig
     pretrain: PretrainConfig = PretrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.physics.any and self.train.backbone == "frozen":
+            raise ValueError("nothing to train: physics has no part, and train.backbone is 'frozen'")
+        return self
 
     @property
     def checkpoints(self) -> Path:

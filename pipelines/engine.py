@@ -7,7 +7,7 @@ pickles that only as many ranks with the same ZeRO stage can read.
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from pipelines.checkpoint import Checkpoint, EveryRankError, Fragment, save
+from pipelines.checkpoint import Checkpoint, Fragment, save
 from pipelines.config import TrainConfig
 from prophy.device import default_device, has_bfloat16
+from prophy.models.physics_transformer import BRANCH
 
 # Otherwise DeepSpeed asks the compiler which ops it could build, and on a CPU builds one (40 s): shared
 # memory for tensor-parallel inference, which training never calls.
@@ -56,13 +57,34 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
     }
 
 
+def placement(train: TrainConfig) -> Callable[[torch.nn.Parameter], None]:
+    """What puts a parameter where this rank keeps it, so that none waits whole for the engine.
+
+    With ZeRO 3 the rank keeps its share of it; a collective, with the same parameters in the same order.
+    Otherwise all of it, on the rank's device.
+    """
+    if train.zero_stage < 3:
+        device = default_device()
+
+        def move(parameter: torch.nn.Parameter) -> None:
+            parameter.data = parameter.data.to(device)
+
+        return move
+    # As `deepspeed.initialize` shards a module that is whole; there all parameters at once.
+    sharding = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(train), dtype=torch.float32)
+    return lambda parameter: sharding._convert_to_zero_parameters([parameter])
+
+
 def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
-    """Wraps `module` for this rank of the process group; optimises the parameters that require gradients."""
+    """Wraps `module` for this rank of the process group; optimises the parameters that require gradients.
+
+    The branch has the learning rate of its own, what is trained of the backbone has the other.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # calls that DeepSpeed makes
     engine, *_ = deepspeed.initialize(
         model=module,
-        model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+        model_parameters=_parameter_groups(module, train),
         config=deepspeed_config(train),
     )
     _make_optimizer_state(engine)
@@ -70,15 +92,15 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
 
 
 def set_learning_rate(engine: DeepSpeedEngine, train: TrainConfig) -> float:
-    """Sets and returns the learning rate of the next step: a function of its number alone."""
+    """Sets the learning rates of the next step, a function of its number alone, and returns the branch's."""
     step = engine.global_steps
-    rate = train.learning_rate * min(1.0, (step + 1) / max(1, train.warmup_steps))
+    factor = min(1.0, (step + 1) / max(1, train.warmup_steps))
     if train.lr_schedule == "cosine" and step >= train.warmup_steps:
         done = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
-        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+        group["lr"] = factor * group["initial_lr"]
+    return factor * train.learning_rate
 
 
 def optimizer_step(engine: DeepSpeedEngine) -> float | None:
@@ -176,21 +198,6 @@ def save_checkpoint(
     save(root, engine.global_steps, parts, shapes(engine), run, num_to_keep)
 
 
-def load_parameters(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Gives `module`, before it is sharded, the trained parameters of a checkpoint.
-
-    Raises:
-        EveryRankError: the checkpoint holds other parameters.
-    """
-    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    if checkpoint.shapes != {name: value.shape for name, value in trained.items()}:
-        raise EveryRankError(
-            f"{checkpoint.folder} has other parameters than this configuration trains; choose another run_dir"
-        )
-    for name, parameter in trained.items():
-        parameter.data.copy_(checkpoint.tensor("parameter", name))
-
-
 def load_optimizer(engine: DeepSpeedEngine, ema: Ema | None, checkpoint: Checkpoint) -> None:
     """Gives the optimiser, the average and the step counter what they had; each rank reads its own part."""
     engine.global_steps = checkpoint.step
@@ -200,6 +207,17 @@ def load_optimizer(engine: DeepSpeedEngine, ema: Ema | None, checkpoint: Checkpo
         for kind, value in part.tensors.items():
             if kind != "parameter":
                 value.copy_(checkpoint.read(kind, part.name, part.start, part.start + len(value)))
+
+
+def _parameter_groups(module: torch.nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
+    """Branch and backbone, each with its learning rate."""
+    branch: list[torch.nn.Parameter] = []
+    backbone: list[torch.nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (branch if BRANCH in name else backbone).append(parameter)
+    rates = ((branch, train.learning_rate), (backbone, train.backbone_learning_rate))
+    return [{"params": own, "lr": rate, "initial_lr": rate} for own, rate in rates if own]
 
 
 def _make_optimizer_state(engine: DeepSpeedEngine) -> None:

@@ -1,8 +1,9 @@
 """`prophy export`: from a checkpoint of training to safetensors that need neither this run nor DeepSpeed.
 
-The branch alone, as `serve` and `generate` take it, or a complete pipeline in diffusers' layout. Tensors are
-read one by one and written file by file, and the backbone's files are copied: nothing is ever in memory as a
-whole, and no GPU is needed.
+What was trained alone (branch, adapter), as `serve` and `generate` take it, or a complete pipeline in
+diffusers' layout, with the adapter fused into the backbone: it loads like any other, and costs nothing more.
+Tensors are read one by one and written file by file, and what was not trained is copied: nothing is ever in
+memory as a whole, and no GPU is needed.
 """
 
 import json
@@ -11,29 +12,32 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+import torch
+from safetensors.torch import save_file
 
 from pipelines.checkpoint import Checkpoint, find, latest
 from pipelines.config import Config
-from prophy.backbones import BACKBONES, fingerprint, load_configs, resolve_pretrained
+from prophy.backbones import BACKBONES, download, fingerprint, load_configs
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import write_branch, write_files
+from prophy.models.physics_transformer import BRANCH
+from prophy.models.weights import INDEX, WeightFiles
 
-_BRANCH = "transformer.physics_branch."  # begins the names of its parameters in training
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_TRANSFORMER = "transformer."  # begins the names of its parameters in training
+
+_FORMAT = {"format": "pt"}  # which diffusers looks for
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
-    """Writes the trained branch, its moving average if there is one, into `output`.
+    """Writes what was trained, its moving average if there is one, into `output`.
 
     Args:
         config: the run.
         output: a folder that does not exist yet, or is empty.
         step: which checkpoint; the latest if None.
-        complete: a whole pipeline instead of the branch alone.
+        complete: a whole pipeline instead of branch and adapter alone.
 
     Raises:
         ProPhyError: no such checkpoint, or a damaged one; the folder is not empty; or the backbone is not
@@ -60,19 +64,14 @@ def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
 
 
 def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the trained branch, or its moving average if there is one, as `load_branch` reads it."""
-    kind = "ema" if "ema" in checkpoint.kinds else "parameter"
-    shapes = {
-        name.removeprefix(_BRANCH): shape
-        for name, shape in checkpoint.shapes.items()
-        if name.startswith(_BRANCH)
-    }
+    """Writes what was trained, or its moving average if there is one, as `load_branch` reads it."""
     write_branch(
         folder,
         checkpoint.run["physics"],
         _backbone(checkpoint),
-        shapes,
-        lambda name: checkpoint.tensor(kind, _BRANCH + name),
+        checkpoint.run["lora"],
+        {name.removeprefix(_TRANSFORMER): shape for name, shape in checkpoint.shapes.items()},
+        lambda name: _trained(checkpoint, name),
     )
 
 
@@ -90,25 +89,30 @@ def _backbone(checkpoint: Checkpoint) -> dict[str, str | None]:
 
 def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> None:
     backbone, family = config.backbone, BACKBONES[config.backbone.family]
-    source = Path(resolve_pretrained(backbone.pretrained))
-    if not source.is_dir():
-        source = Path(snapshot_download(str(source), revision=backbone.revision))
+    source = download(backbone.pretrained, backbone.revision)
 
-    # 1. Everything but the transformer's index and the pipeline's is taken as it is
+    # 1. What is not the transformer's is taken as it is; its files too, unless they hold what was trained
     shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "README.md"))
     folder = output / "transformer"
-    weight_map = _weight_map(folder)
+    weights = WeightFiles(source / "transformer")
+    for file in sorted(set(weights.files.values())):
+        own = [name for name, place in weights.files.items() if place == file]
+        if any(_is_trained(checkpoint, name) for name in own):
+            (folder / file).unlink()  # it may be a link
+            save_file({name: _fused(checkpoint, weights, name) for name in own}, folder / file, _FORMAT)
 
     # 2. The branch, as more files of the transformer
-    kind = "ema" if "ema" in checkpoint.kinds else "parameter"
-    names = {name.removeprefix("transformer."): name for name in checkpoint.shapes}
-    shapes = {own: checkpoint.shapes[name] for own, name in names.items()}
-    weight_map |= write_files(
-        folder, "physics_branch{suffix}.safetensors", shapes, lambda own: checkpoint.tensor(kind, names[own])
+    shapes = {
+        name.removeprefix(_TRANSFORMER): shape
+        for name, shape in checkpoint.shapes.items()
+        if name.startswith(_TRANSFORMER + BRANCH)
+    }
+    weight_map = weights.files | write_files(
+        folder, "physics_branch{suffix}.safetensors", shapes, lambda name: _trained(checkpoint, name)
     )
     total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=1))
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
 
     # 3. Configurations that name our classes
     _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
@@ -126,17 +130,45 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     (output / "README.md").write_text(_model_card(config, checkpoint))
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """File of each tensor of the backbone, from its index, or from its only file."""
-    if (folder / _INDEX).is_file():
-        return json.loads((folder / _INDEX).read_text())["weight_map"]
-    file = "diffusion_pytorch_model.safetensors"
-    with safe_open(folder / file, "pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
+def _trained(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """What was trained of a name in the transformer, or its moving average."""
+    return checkpoint.tensor("ema" if "ema" in checkpoint.kinds else "parameter", _TRANSFORMER + name)
+
+
+def _lora_names(name: str) -> tuple[str, str]:
+    """The two matrices of an adapter on the layer whose weight `name` is."""
+    layer = name.removesuffix(".weight")
+    return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
+
+
+def _is_trained(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor of the backbone, or an adapter on it, was trained."""
+    return any(_TRANSFORMER + own in checkpoint.shapes for own in (name, *_lora_names(name)))
+
+
+def _fused(checkpoint: Checkpoint, weights: WeightFiles, name: str) -> torch.Tensor:
+    """A tensor of the backbone as it is after training, in the precision that it had."""
+    value = weights.read(name)
+    if not _is_trained(checkpoint, name):
+        return value
+    if _TRANSFORMER + name in checkpoint.shapes:
+        return _trained(checkpoint, name).to(value.dtype)
+    lora_a, lora_b = (_trained(checkpoint, own) for own in _lora_names(name))
+    lora = checkpoint.run["lora"]
+    return value + (lora_b @ lora_a * (lora["alpha"] / lora["rank"])).to(value.dtype)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _backbone_says(checkpoint: Checkpoint) -> str:
+    """What became of the backbone's weights."""
+    if lora := checkpoint.run["lora"]:
+        return f"hold an adapter (LoRA) of rank {lora['rank']} and alpha {lora['alpha']}, fused"
+    if all(name.startswith(_TRANSFORMER + BRANCH) for name in checkpoint.shapes):
+        return "are unchanged"
+    return "were trained too"
 
 
 def _model_card(config: Config, checkpoint: Checkpoint) -> str:
@@ -144,6 +176,11 @@ def _model_card(config: Config, checkpoint: Checkpoint) -> str:
     pipeline = BACKBONES[config.backbone.family].pipeline
     base_model = "" if name == "tiny" or Path(str(name)).is_dir() else f"base_model: {name}\n"
     revision = _backbone(checkpoint)["revision"]
+    blocks = (
+        f"Physical Blocks beside the layers {physics['physics_layers']},"
+        if physics["physical_blocks"]
+        else "No Physical Blocks,"
+    )
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-video
@@ -151,7 +188,7 @@ pipeline_tag: text-to-video
 # {Path(str(name)).name} with a Physical Branch (ProPhy)
 
 Trained for {checkpoint.step} steps with `prophy train` on {name}{f" at {revision}" if revision else ""}; the
-backbone's weights are unchanged. Physical Blocks beside the layers {physics["physics_layers"]},
+backbone's weights {_backbone_says(checkpoint)}. {blocks}
 {physics["num_semantic_experts"]} semantic and {physics["num_refinement_experts"]} refinement experts
 ({physics["top_k"]} per token). The method is that of https://arxiv.org/abs/2512.05564. The backbone's licence
 holds for its weights.

@@ -20,25 +20,26 @@ from torch.utils.data import DataLoader
 
 from pipelines.cache import encodings_folder, priors_folder
 from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank
-from pipelines.config import BackboneConfig, Config
+from pipelines.config import Config
 from pipelines.engine import (
     Ema,
     fragments,
     initialize,
     load_optimizer,
-    load_parameters,
     optimizer_step,
+    placement,
     save_checkpoint,
     set_learning_rate,
 )
 from pipelines.export import export_branch
 from pipelines.runtime import open_run, ray_session
 from pipelines.train_metrics import MetricsLog
-from prophy.backbones import BACKBONES, fingerprint, load_configs, load_pipeline
-from prophy.data import BatchPlan, ClipShape, PriorCache, PriorDataset, TrainBatch
+from pipelines.train_model import build_module, clip_shape
+from prophy.backbones import fingerprint
+from prophy.data import BatchPlan, PriorCache, PriorDataset, TrainBatch
 from prophy.errors import ProPhyError
-from prophy.models.checkpoint import physics_config
-from prophy.train_module import LossOutput, ProPhyTrainModule
+from prophy.models.checkpoint import lora_config, physics_config
+from prophy.train_module import LossOutput
 
 MODEL_FOLDER = "model"
 
@@ -138,10 +139,8 @@ def _train(loop_config: dict[str, Any]) -> None:
 
     # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
     dataset = build_dataset(config, cache, rank)
-    module = build_module(config, cache.null_text_embeds())
     checkpoint = latest_on_every_rank(config.checkpoints)
-    if checkpoint is not None:
-        load_parameters(module, checkpoint)
+    module = build_module(config, cache.null_text_embeds(), checkpoint, placement(train))
     engine = initialize(module, train)
     ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
     if checkpoint is not None:
@@ -174,7 +173,9 @@ def _train(loop_config: dict[str, Any]) -> None:
         # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
         leaving = ray.train.get_preemption_info() is not None and not preempted
         if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
-            run = {"backbone": loop_config["backbone"], "physics": physics_config(engine.module.transformer)}
+            transformer = engine.module.transformer
+            run = {"backbone": loop_config["backbone"], "physics": physics_config(transformer)}
+            run["lora"] = lora_config(transformer)
             save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
             saved, preempted = step, preempted or leaving
         if stop:
@@ -199,7 +200,7 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
         cache,
         BatchPlan(cache.shapes, train.global_batch_size, train.seed),
         [
-            _clip_shape(config.backbone.model_copy(update={"height": height, "width": width}))
+            clip_shape(config.backbone.model_copy(update={"height": height, "width": width}))
             for height, width in config.backbone.frame_shapes
         ],
         micro_batch_size=train.micro_batch_size,
@@ -209,66 +210,6 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
         negatives=train.negatives,
         caption_dropout=train.caption_dropout,
         seed=train.seed,
-    )
-
-
-def build_module(config: Config, null_text_embeds: torch.Tensor) -> ProPhyTrainModule:
-    """The backbone, frozen, with the Physical Branch in float32, and the losses around it.
-
-    Args:
-        config: of the run; its seed decides the parameters of a new branch.
-        null_text_embeds: embedding of the empty prompt, `[L, D]`.
-
-    Raises:
-        ProPhyError: the branch to start from is of another backbone, or of another shape.
-    """
-    backbone, train = config.backbone, config.train
-    family = BACKBONES[backbone.family]
-    pipeline = load_pipeline(
-        backbone.family,
-        backbone.pretrained,
-        backbone.revision,
-        getattr(torch, backbone.dtype),
-        train.start_from,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-    )
-    physics = config.physics.model_dump() | {"latent_shape": list(_clip_shape(backbone).latents[1:])}
-    if train.start_from is None:
-        torch.manual_seed(train.seed)
-        transformer = family.prophy_transformer.from_transformer(pipeline.transformer, **physics)
-    else:
-        transformer = pipeline.transformer
-        for name, value in physics.items():
-            if transformer.config[name] != value:
-                raise ProPhyError(
-                    f"the branch in {train.start_from} has {name} {transformer.config[name]}, and this run "
-                    f"{value}; make them equal, or set train.start_from=null for a new branch"
-                )
-    transformer.physics_branch.float()
-    transformer.freeze_backbone()
-    if train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return ProPhyTrainModule(
-        transformer,
-        family.objective.from_scheduler(pipeline.scheduler.config),
-        null_text_embeds,
-        train.loss_weights,
-        train.reduction,
-        train.gradient_accumulation_steps,
-    )
-
-
-def _clip_shape(backbone: BackboneConfig) -> ClipShape:
-    """The clip that the configured backbone is trained on, from its configuration files alone."""
-    family = BACKBONES[backbone.family]
-    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-    size = family.latent_shape(backbone.num_frames, backbone.height, backbone.width, vae, transformer)
-    return ClipShape(
-        num_frames=backbone.num_frames,
-        latents=(transformer["in_channels"], *size),
-        token_grid=family.token_grid(size, transformer),
     )
 
 

@@ -46,7 +46,8 @@ class MetricsLog:
         self._last = (step, now)
         step_time = (now - last_time) / (step - last_step)
         speed = self._train.global_batch_size / step_time
-        loss = metrics["diffusion"] + sum(weight * metrics[name] for name, weight in self._train.loss_weights)
+        terms = [weight * metrics[name] for name, weight in self._train.loss_weights if name in metrics]
+        loss = metrics["diffusion"] + sum(terms)
         metrics = {"loss": loss, **metrics, "step_time_s": step_time, "samples_per_s": speed}
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -22,7 +22,7 @@ from prophy.errors import ProPhyError
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, trained_on
-from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.models.physics_transformer import BRANCH, PhysicsTransformer
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.objectives import FlowMatching, Objective, VPrediction
@@ -205,6 +205,26 @@ def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Co
         raise _unloadable(pretrained) from None
 
 
+def download(pretrained: str, revision: str | None, parts: list[str] | None = None) -> Path:
+    """The folder of a pretrained model; from the hub, each node fetches a file once (the hub's cache locks).
+
+    Args:
+        pretrained: see `resolve_pretrained`.
+        revision: of a hub id.
+        parts: patterns of the files that are needed; all if None.
+
+    Raises:
+        ProPhyError: there is no such model.
+    """
+    path = Path(resolve_pretrained(pretrained))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=parts))
+    except OSError:
+        raise _unloadable(pretrained) from None
+
+
 def load_pipeline(
     family: str,
     pretrained: str,
@@ -215,7 +235,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """Loads a backbone's pipeline, with the branch of `checkpoint` if one is given.
 
-    The VAE stays in float32, as upstream recommends for Wan.
+    What the checkpoint holds of the backbone takes the place of what it was: an adapter is fused. The VAE
+    stays in float32, as upstream recommends for Wan.
 
     Args:
         family: key of `BACKBONES`.
@@ -243,7 +264,13 @@ def load_pipeline(
         raise _unloadable(pretrained) from None
     if branch is not None:
         transformer = backbone.prophy_transformer.from_transformer(pipeline.transformer, **branch.physics)
-        transformer.physics_branch.load_state_dict(branch.state_dict)
+        if branch.lora is not None:
+            transformer.add_lora(**branch.lora)
+        missing, unexpected = transformer.load_state_dict(branch.state_dict, strict=False)
+        assert not unexpected and not any(name.startswith(BRANCH) or "lora_" in name for name in missing)
+        if branch.lora is not None:
+            transformer.fuse_lora()
+            transformer.unload_lora()
         pipeline.register_modules(transformer=transformer.eval())
     return pipeline
 

@@ -45,7 +45,8 @@ class LossWeights(Protocol):
 class LossOutput(BaseOutput):
     """Losses and router statistics of a micro-batch: scalars, float32, detached but for `loss`.
 
-    A dictionary too (diffusers' BaseOutput): ZeRO-3 finds tensors in dictionaries, but not in dataclasses.
+    Those of experts that the branch lacks are None. A dictionary too (diffusers' BaseOutput): ZeRO-3 finds
+    tensors in dictionaries, but not in dataclasses.
 
     Attributes:
         loss: what to call `backward` on.
@@ -59,10 +60,10 @@ class LossOutput(BaseOutput):
 
     loss: torch.Tensor
     diffusion: torch.Tensor
-    token_alignment: torch.Tensor
-    load_balancing: torch.Tensor
-    router_entropy: torch.Tensor
-    max_expert_load: torch.Tensor
+    token_alignment: torch.Tensor | None = None
+    load_balancing: torch.Tensor | None = None
+    router_entropy: torch.Tensor | None = None
+    max_expert_load: torch.Tensor | None = None
     semantic_alignment: torch.Tensor | None = None
 
 
@@ -117,40 +118,30 @@ class ProPhyTrainModule(nn.Module):
         dtype = self.transformer.dtype
         output = self.transformer.predict(noisy.to(dtype), timesteps, text.to(dtype))
         assert output.routing is not None  # the branch is skipped by a knob of requests alone
-        logits = output.routing.refinement_logits
-        top_k = self.transformer.config.top_k
+        branch, top_k = self.transformer.physics_branch, self.transformer.config.top_k
 
-        # 3. Losses (Eq. 6)
-        diffusion = F.mse_loss(output.sample.float(), target.float())
-        token_alignment = token_alignment_loss(
-            output.routing.phenomenon_maps, batch.target_maps, batch.target_mask, self.reduction
-        )
-        load_balancing = load_balancing_loss(logits, top_k)
-        loss = (
-            diffusion
-            + self.loss_weights.token_alignment * token_alignment
-            + self.loss_weights.load_balancing * load_balancing
-        )
-        semantic_alignment = None
-        if semantic is not None:
-            semantic_alignment = self._semantic_alignment(semantic)
-            loss = loss + self._undo_averaging() * self.loss_weights.semantic_alignment * semantic_alignment
-            semantic_alignment = semantic_alignment.detach()
+        # 3. Losses (Eq. 6), of the experts that there are
+        loss = F.mse_loss(output.sample.float(), target.float())
+        terms = {"diffusion": loss.detach()}
+        if branch.refinement is not None:
+            logits, maps = output.routing.refinement_logits, output.routing.phenomenon_maps
+            assert logits is not None and maps is not None
+            alignment = token_alignment_loss(maps, batch.target_maps, batch.target_mask, self.reduction)
+            balancing = load_balancing_loss(logits, top_k)
+            loss = loss + self.loss_weights.token_alignment * alignment
+            loss = loss + self.loss_weights.load_balancing * balancing
+            terms |= {"token_alignment": alignment.detach(), "load_balancing": balancing.detach()}
+            log_weights = logits.detach().log_softmax(dim=-1)
+            terms["router_entropy"] = -(log_weights.exp() * log_weights).sum(dim=-1).mean()
+            terms["max_expert_load"] = expert_load(logits, top_k).max()
+        if branch.semantic is not None and semantic is not None:
+            alignment = self._semantic_alignment(semantic, branch.semantic.router)
+            loss = loss + self._undo_averaging() * self.loss_weights.semantic_alignment * alignment
+            terms["semantic_alignment"] = alignment.detach()
+        return LossOutput(loss=loss, **terms)
 
-        log_weights = logits.detach().log_softmax(dim=-1)
-        return LossOutput(
-            loss=loss,
-            diffusion=diffusion.detach(),
-            token_alignment=token_alignment.detach(),
-            load_balancing=load_balancing.detach(),
-            router_entropy=-(log_weights.exp() * log_weights).sum(dim=-1).mean(),
-            max_expert_load=expert_load(logits, top_k).max(),
-            semantic_alignment=semantic_alignment,
-        )
-
-    def _semantic_alignment(self, semantic: SemanticBatch) -> torch.Tensor:
+    def _semantic_alignment(self, semantic: SemanticBatch, router: nn.Module) -> torch.Tensor:
         """L_coarse over the captions of all ranks; only this rank's rows carry gradient."""
-        router = self.transformer.physics_branch.semantic.router
         weights = router(semantic.encoder_hidden_states.to(self.transformer.dtype))
         return semantic_alignment_loss(_gather(weights), _gather(semantic.phenomena), self.reduction)
 

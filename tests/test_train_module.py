@@ -39,7 +39,7 @@ def build(accumulation: int = 1, reduction: str = "mean") -> ProPhyTrainModule:
         top_k=2,
         latent_shape=(2, 4, 4),
     )
-    transformer.freeze_backbone()
+    transformer.train_backbone("frozen")
     null = torch.randn(5, 16)
     return ProPhyTrainModule(transformer, FlowMatching(3.0), null, WEIGHTS, reduction, accumulation)
 

@@ -59,7 +59,8 @@ def score_routing(
         noisy = objective.add_noise(x_0, torch.randn(x_0.shape, generator=generator), timestep)
         with autocast(transformer.device, "bfloat16"):
             routing = transformer.predict(noisy, timestep, text_embeds[index : index + 1].float()).routing
-        assert routing is not None  # the branch was not skipped
+        assert routing is not None  # the branch was not skipped, and has both kinds of experts
+        assert routing.phenomenon_maps is not None and routing.semantic_weights is not None
         found = routing.phenomenon_maps[0].unflatten(0, token_grid).numpy()
         maps = {phenomenon: found[..., phenomenon.id] for phenomenon in clip.phenomena}
         for scores, of_clip in (

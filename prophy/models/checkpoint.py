@@ -1,4 +1,8 @@
-"""Branch-only checkpoints: the Physical Branch as safetensors, and a JSON file that names its backbone."""
+"""What was trained, as safetensors, and a JSON file that names its backbone.
+
+The Physical Branch; the adapter, if there is one, as diffusers' `load_lora_weights` reads it too; the
+backbone, if that was trained.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,12 +16,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
 from prophy.errors import ProPhyError
+from prophy.models.physics_transformer import BRANCH, PhysicsTransformer
 
 _WEIGHTS = "physics_branch{suffix}.safetensors"  # the suffix is empty where one file holds all
+_ADAPTER = "pytorch_lora_weights{suffix}.safetensors"
+_BACKBONE = "backbone{suffix}.safetensors"
 _MAX_FILE = 5_000_000_000  # bytes
 _DESCRIPTION = "physics_branch.json"
 _PHYSICS = (
     "physics_layers",
+    "physical_blocks",
     "num_semantic_experts",
     "num_refinement_experts",
     "top_k",
@@ -33,12 +41,14 @@ class BranchCheckpoint:
     Attributes:
         physics: the branch's part of the transformer's configuration.
         backbone: `name`, `revision` and `fingerprint` of the pipeline that it was trained on.
-        state_dict: of the transformer's `physics_branch`.
+        state_dict: what was trained, by its names in the transformer with branch and adapter.
+        lora: `rank` and `alpha` of the adapter; None if there is none.
     """
 
     physics: dict[str, Any]
     backbone: dict[str, str | None]
     state_dict: dict[str, torch.Tensor]
+    lora: dict[str, Any] | None = None
 
 
 def physics_config(transformer: ModelMixin) -> dict[str, Any]:
@@ -46,18 +56,34 @@ def physics_config(transformer: ModelMixin) -> dict[str, Any]:
     return {key: transformer.config[key] for key in _PHYSICS}
 
 
-def save_branch(transformer: ModelMixin, folder: Path, backbone: dict[str, str | None]) -> None:
-    """Writes the branch of `transformer` to `folder`.
+def lora_config(transformer: ModelMixin) -> dict[str, Any] | None:
+    """`rank` and `alpha` of the adapter of `transformer`; None if it has none."""
+    if not transformer._hf_peft_config_loaded:
+        return None
+    adapter = transformer.peft_config["default"]
+    return {"rank": adapter.r, "alpha": adapter.lora_alpha}
+
+
+def save_branch(transformer: PhysicsTransformer, folder: Path, backbone: dict[str, str | None]) -> None:
+    """Writes branch and adapter of `transformer` to `folder`.
 
     Args:
         transformer: a transformer with a Physical Branch.
         folder: created if missing.
         backbone: `name`, `revision` and `fingerprint` of its pipeline.
     """
-    state_dict = transformer.physics_branch.state_dict()
-    shapes = {name: value.shape for name, value in state_dict.items()}
+    state_dict = {
+        name: value
+        for name, value in transformer.state_dict().items()
+        if name.startswith(BRANCH) or "lora_" in name
+    }
     write_branch(
-        folder, physics_config(transformer), backbone, shapes, lambda name: state_dict[name].detach().cpu()
+        folder,
+        physics_config(transformer),
+        backbone,
+        lora_config(transformer),
+        {name: value.shape for name, value in state_dict.items()},
+        lambda name: state_dict[name].detach().cpu(),
     )
 
 
@@ -65,25 +91,53 @@ def write_branch(
     folder: Path,
     physics: dict[str, Any],
     backbone: dict[str, str | None],
+    lora: dict[str, Any] | None,
     shapes: Mapping[str, torch.Size],
     read: Callable[[str], torch.Tensor],
 ) -> None:
-    """Writes a branch that need not be in memory: one file after the other, of 5 GB at most.
+    """Writes what was trained, which need not be in memory: one file after the other, of 5 GB at most.
 
     Args:
         folder: created if missing.
         physics: see `BranchCheckpoint`.
         backbone: see `BranchCheckpoint`.
-        shapes: of each tensor of the branch.
+        lora: see `BranchCheckpoint`.
+        shapes: of each tensor, by its name in the transformer.
         read: the tensor of a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_files(folder, _WEIGHTS, shapes, read)
-    (folder / _DESCRIPTION).write_text(json.dumps({"physics": physics, "backbone": backbone}, indent=2))
+    names: dict[str, dict[str, str]] = {
+        _WEIGHTS: {},
+        _ADAPTER: {},
+        _BACKBONE: {},
+    }  # in the file: in the model
+    for name in shapes:
+        if name.startswith(BRANCH):
+            names[_WEIGHTS][name.removeprefix(BRANCH)] = name
+        elif "lora_" in name:
+            names[_ADAPTER]["transformer." + name.replace(".default.", ".")] = name
+        else:
+            names[_BACKBONE][name] = name
+    for pattern, own in names.items():
+        if own:
+            sizes = {key: shapes[name] for key, name in own.items()}
+            write_files(
+                folder,
+                pattern,
+                sizes,
+                lambda key, own=own: read(own[key]),  # type: ignore[misc]
+                _lora_metadata(lora) if pattern == _ADAPTER else None,
+            )
+    description = {"physics": physics, "backbone": backbone, **({"lora": lora} if lora else {})}
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2))
 
 
 def write_files(
-    folder: Path, pattern: str, shapes: Mapping[str, torch.Size], read: Callable[[str], torch.Tensor]
+    folder: Path,
+    pattern: str,
+    shapes: Mapping[str, torch.Size],
+    read: Callable[[str], torch.Tensor],
+    metadata: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """Writes float32 tensors, of which one file's are in memory at a time.
 
@@ -92,6 +146,7 @@ def write_files(
         pattern: name of the files, with `{suffix}`, which is empty where one file holds all.
         shapes: of each tensor.
         read: the tensor of a name.
+        metadata: of the files.
 
     Returns:
         The file of each tensor.
@@ -99,7 +154,7 @@ def write_files(
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=_MAX_FILE)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: read(name).contiguous() for name in names}, folder / file)
+        save_file({name: read(name).contiguous() for name in names}, folder / file, metadata)
     return dict(split.tensor_to_filename)
 
 
@@ -118,19 +173,35 @@ def load_branch(folder: Path) -> BranchCheckpoint:
     Raises:
         ProPhyError: the folder holds no such checkpoint.
     """
+    description = _describe(folder)
     state_dict: dict[str, torch.Tensor] = {}
-    for file in _weights(folder):
+    for file in _files(folder, _WEIGHTS):
+        state_dict |= {BRANCH + name: value for name, value in load_file(file).items()}
+    for file in _files(folder, _ADAPTER):
+        for name, value in load_file(file).items():
+            own = name.removeprefix("transformer.").removesuffix(".weight")
+            state_dict[f"{own}.default.weight"] = value
+    for file in _files(folder, _BACKBONE):
         state_dict |= load_file(file)
-    return BranchCheckpoint(**_describe(folder), state_dict=state_dict)
+    return BranchCheckpoint(**description, state_dict=state_dict)
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    if not (folder / _DESCRIPTION).is_file() or not _weights(folder):
+    if not (folder / _DESCRIPTION).is_file() or not any(folder.glob("*.safetensors")):
         raise ProPhyError(
             f"no trained branch in {folder}; give the `model` folder of a finished training run"
         )
     return json.loads((folder / _DESCRIPTION).read_text())
 
 
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_WEIGHTS.format(suffix="*")))
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern.format(suffix="*")))
+
+
+def _lora_metadata(lora: dict[str, Any] | None) -> dict[str, str]:
+    """What diffusers' `load_lora_weights` reads: without it, alpha would be the rank."""
+    assert lora is not None
+    adapter = {"r": lora["rank"], "lora_alpha": lora["alpha"]}
+    adapter["target_modules"] = ["to_q", "to_k", "to_v", "to_out.0"]
+    packed = {f"transformer.{key}": value for key, value in adapter.items()}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(packed)}

@@ -15,7 +15,7 @@ from prophy.taxonomy import Phenomenon
 
 @dataclass
 class RoutingOutput(BaseOutput):
-    """What the routers said in one forward pass; all float32.
+    """What the routers said in one forward pass; all float32. None for experts that the branch lacks.
 
     Attributes:
         semantic_weights: rho_s `[B, E_s]`, rows sum to 1.
@@ -23,9 +23,9 @@ class RoutingOutput(BaseOutput):
         phenomenon_maps: P' `[B, N, E_phys]` in (0, 1): where each phenomenon acts.
     """
 
-    semantic_weights: torch.Tensor
-    refinement_logits: torch.Tensor
-    phenomenon_maps: torch.Tensor
+    semantic_weights: torch.Tensor | None = None
+    refinement_logits: torch.Tensor | None = None
+    phenomenon_maps: torch.Tensor | None = None
 
 
 class PhysicsTrace:
@@ -52,6 +52,7 @@ class PhysicsTrace:
         self._timestep = timestep
         self.num_passes += 1
         guided = slice(None) if self.num_videos is None else slice(-self.num_videos, None)
+        assert routing.semantic_weights is not None and routing.phenomenon_maps is not None
         self.semantic_weights = self._mean(self.semantic_weights, routing.semantic_weights[guided])
         maps = routing.phenomenon_maps[guided].unflatten(1, token_grid)
         self.phenomenon_maps = self._mean(self.phenomenon_maps, maps)

@@ -44,20 +44,28 @@ class PhysicalBlock(nn.Module):
 
 
 class PhysicsBranch(nn.Module):
-    """Semantic Expert Block, Physical Blocks, Refinement Expert Block, in this order.
+    """Semantic Expert Block, Physical Blocks, Refinement Expert Block, in this order; each may be missing.
+
+    Without Physical Blocks the experts act on the backbone's own stream, as in the paper's ablation: the
+    semantic ones before its first block, where an injection equal to the identity would hand the backbone X~
+    in the place of X; the refinement ones by `refine`, on what the last listed layer gives.
 
     Args:
-        blocks: copies of the backbone's blocks, one per listed layer.
+        blocks: copies of the backbone's blocks, one per listed layer; or none.
         hidden_dim: width of a token.
         text_dim: width of the text encoder's output.
         latent_channels: C.
         latent_shape: native (T, H, W) of the basis maps.
-        num_semantic_experts: E_s.
-        num_refinement_experts: E_r.
+        num_semantic_experts: E_s; 0 leaves the block out.
+        num_refinement_experts: E_r; 0 leaves the block out.
         top_k: refinement experts per token.
         num_phenomena: E_phys.
     """
 
+    semantic: SemanticExpertBlock | None
+    semantic_injection: ZeroLinear | None
+    refinement: RefinementExpertBlock | None
+    refinement_injection: ZeroLinear | None
     _gradient_checkpointing_func: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
     def __init__(
@@ -74,10 +82,15 @@ class PhysicsBranch(nn.Module):
         num_phenomena: int,
     ) -> None:
         super().__init__()
-        self.semantic = SemanticExpertBlock(text_dim, num_semantic_experts, latent_channels, latent_shape)
+        self.semantic = self.semantic_injection = self.refinement = self.refinement_injection = None
+        if num_semantic_experts:
+            self.semantic = SemanticExpertBlock(text_dim, num_semantic_experts, latent_channels, latent_shape)
+            if not blocks:
+                self.semantic_injection = ZeroLinear(hidden_dim, hidden_dim)
         self.blocks = nn.ModuleList(PhysicalBlock(block, hidden_dim) for block in blocks)
-        self.refinement = RefinementExpertBlock(hidden_dim, num_refinement_experts, top_k, num_phenomena)
-        self.refinement_injection = ZeroLinear(hidden_dim, hidden_dim)
+        if num_refinement_experts:
+            self.refinement = RefinementExpertBlock(hidden_dim, num_refinement_experts, top_k, num_phenomena)
+            self.refinement_injection = ZeroLinear(hidden_dim, hidden_dim)
         self.gradient_checkpointing = (
             False  # diffusers switches it on, and sets `_gradient_checkpointing_func`
         )
@@ -89,8 +102,8 @@ class PhysicsBranch(nn.Module):
         embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         conditions: tuple[object, ...],
         control: PhysicsControl,
-    ) -> tuple[list[torch.Tensor], RoutingOutput]:
-        """Computes all residuals.
+    ) -> tuple[torch.Tensor | None, Iterator[torch.Tensor], RoutingOutput]:
+        """Computes what does not need the backbone's hidden states; a residual only when it is asked for.
 
         Args:
             latents: noisy latents X `[B, C, T, H, W]`.
@@ -100,38 +113,47 @@ class PhysicsBranch(nn.Module):
             control: the request's knobs.
 
         Returns:
-            One residual `[B, N, D]` per block, the last with the refinement in it; and the routing.
+            The residual `[B, N, D]` before the first block, where there are no Physical Blocks to inject the
+            semantic experts; one per Physical Block, the last with the refinement in it; and the routing,
+            complete with the last.
         """
-        steps = list(self.run(latents, encoder_hidden_states, embed, conditions, control))
-        routing = steps[-1][1]
-        assert routing is not None
-        return [residual for residual, _ in steps], routing
+        routing, start = RoutingOutput(), None
+        mixed = latents
+        if self.semantic is not None:
+            mixed, routing["semantic_weights"] = self.semantic(latents, encoder_hidden_states)
+        if self.semantic_injection is not None:
+            start = self.semantic_injection(embed(mixed)[0] - embed(latents)[0]) * control.scale
+        return start, self._residuals(mixed, embed, conditions, control, routing), routing
 
-    def run(
-        self,
-        latents: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-        conditions: tuple[object, ...],
-        control: PhysicsControl,
-    ) -> Iterator[tuple[torch.Tensor, RoutingOutput | None]]:
-        """As `forward`, but computes a residual when it is asked for; the routing comes with the last."""
-        latents, semantic_weights = self.semantic(latents, encoder_hidden_states)
-        hidden_states, text = embed(latents)
-        *blocks, last_block = self.blocks
-        for block in blocks:
-            hidden_states, text, residual = self._run_block(block, hidden_states, text, *conditions)
-            yield residual * control.scale, None
-
-        hidden_states, text, residual = self._run_block(last_block, hidden_states, text, *conditions)
+    def refine(
+        self, hidden_states: torch.Tensor, control: PhysicsControl, routing: RoutingOutput
+    ) -> torch.Tensor:
+        """What the refinement experts inject `[B, N, D]` for tokens of that shape; completes `routing`."""
+        assert self.refinement is not None and self.refinement_injection is not None
         refined, logits, maps = self.refinement(hidden_states, invert=control.invert_refinement)
+        routing["refinement_logits"], routing["phenomenon_maps"] = logits, maps
         refinement = self.refinement_injection(refined)
         if control.strength:
             refinement = (refinement * control.token_gain(maps)).to(refinement.dtype)
-        routing = RoutingOutput(
-            semantic_weights=semantic_weights, refinement_logits=logits, phenomenon_maps=maps
-        )
-        yield (residual + refinement) * control.scale, routing
+        return refinement * control.scale
+
+    def _residuals(
+        self,
+        latents: torch.Tensor,
+        embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        conditions: tuple[object, ...],
+        control: PhysicsControl,
+        routing: RoutingOutput,
+    ) -> Iterator[torch.Tensor]:
+        if not self.blocks:
+            return
+        hidden_states, text = embed(latents)
+        for index, block in enumerate(self.blocks, start=1):
+            hidden_states, text, residual = self._run_block(block, hidden_states, text, *conditions)
+            residual = residual * control.scale
+            if index == len(self.blocks) and self.refinement is not None:
+                residual = residual + self.refine(hidden_states, control, routing)
+            yield residual
 
     def _run_block(
         self, block: nn.Module, *inputs: object

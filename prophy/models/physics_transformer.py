@@ -1,21 +1,25 @@
 """What every backbone with a Physical Branch has in common, whatever its family."""
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, RoutingOutput
 from prophy.models.physics_branch import PhysicsBranch
 
-Residual = torch.Tensor | Callable[[], torch.Tensor]
-"""What is injected at a layer, `[B, N, D]`, or what computes it."""
+BRANCH = "physics_branch."  # begins the names of the branch's parameters
+Residual = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+"""What is injected at a layer, `[B, N, D]`, or what computes it from the layer's output."""
 
 
 @dataclass
@@ -52,7 +56,8 @@ class PhysicsTransformer(ModelMixin):
         The backbone's parameters are taken over, not copied: the two share memory.
 
         Args:
-            backbone: a text-to-video transformer of this family.
+            backbone: a text-to-video transformer of this family; where its parameters are on the meta device,
+                those of the copied blocks are too, and the rest of the branch is on the CPU.
             physics: this class's own arguments, `physics_layers` and so on.
 
         Raises:
@@ -69,17 +74,38 @@ class PhysicsTransformer(ModelMixin):
                 _take_over(own_blocks[layer], block)
             else:
                 own_blocks[layer] = block
-        model.physics_branch = model._new_branch().to(backbone.device, backbone.dtype)
-        for physical_block, layer in zip(
-            model.physics_branch.blocks, model.config.physics_layers, strict=True
-        ):
-            physical_block.block = copy.deepcopy(blocks[layer])
+        layers = model.config.physics_layers if model.config.physical_blocks else []
+        branch = model._new_branch([copy.deepcopy(blocks[layer]) for layer in layers]).to(backbone.dtype)
+        model.physics_branch = branch if backbone.device.type == "meta" else branch.to(backbone.device)
         return model
 
-    def freeze_backbone(self) -> None:
-        """Leaves gradients to the branch alone."""
-        self.requires_grad_(False)
-        self.physics_branch.requires_grad_(True)
+    def train_backbone(self, how: Literal["frozen", "lora", "full"]) -> None:
+        """Gives gradients to the branch, and to nothing, the adapter or everything of the backbone."""
+        for name, parameter in self.named_parameters():
+            own = "lora_" in name if how == "lora" else how == "full"
+            parameter.requires_grad_(name.startswith(BRANCH) or own)
+
+    def add_lora(self, rank: int, alpha: int) -> None:
+        """Puts a new adapter, float32, on the attention of the backbone's blocks, not on the branch's.
+
+        It starts as the identity: the second of its two matrices is zero.
+        """
+        layers = rf"{self._block_list}\.\d+\..*(to_q|to_k|to_v|to_out\.0)"
+        self.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))
+        for module in self.modules():
+            if isinstance(module, LoraLayer):  # made like the layer beneath: in its precision, or on meta
+                base = module.get_base_layer().weight
+                for matrices in (module.lora_A, module.lora_B):
+                    matrices.to_empty(device=torch.device("cpu") if base.is_meta else base.device).float()
+                module.reset_lora_parameters("default", True)
+
+    def backbone_name(self, name: str) -> str | None:
+        """Tensor of the pretrained backbone that a new one of this model equals; None where it is new."""
+        if block := re.fullmatch(rf"{BRANCH}blocks\.(\d+)\.block\.(.+)", name):
+            return f"{self._block_list}.{self.config.physics_layers[int(block[1])]}.{block[2]}"
+        if name.startswith(BRANCH) or "lora_" in name:
+            return None
+        return name.replace(".base_layer.", ".")
 
     def predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
@@ -94,12 +120,13 @@ class PhysicsTransformer(ModelMixin):
         blocks = getattr(self, self._block_list)
         for layer in self.config.physics_layers:
             blocks[layer] = self._new_block(self._injected_block)
-        self.physics_branch = self._new_branch()
+        new = [self._new_block(self._block) for _ in self.config.physics_layers if self.config.physical_blocks]
+        self.physics_branch = self._new_branch(new)
 
-    def _new_branch(self) -> PhysicsBranch:
+    def _new_branch(self, blocks: Sequence[nn.Module]) -> PhysicsBranch:
         config = self.config
         return PhysicsBranch(
-            [self._new_block(self._block) for _ in config.physics_layers],
+            blocks,
             hidden_dim=config.num_attention_heads * config.attention_head_dim,
             text_dim=config[self._text_dim],
             latent_channels=config.in_channels,
@@ -120,10 +147,11 @@ class PhysicsTransformer(ModelMixin):
         timestep: torch.Tensor,
         token_grid: tuple[int, int, int],
     ) -> tuple[dict[int, Residual], RoutingOutput | None]:
-        """Residual of each listed layer, and the routing; nothing where the request's scale is 0.
+        """What is injected after each layer (-1: before the first), and the routing, whole after the last.
 
-        With a step cache, a residual is computed when its block asks for it: what is skipped costs nothing.
-        A trace wants the routing of every step, so there the whole branch runs.
+        Nothing where the request's scale is 0. With a step cache, a residual is computed when its block asks
+        for it: what is skipped costs nothing. A trace wants the routing of every step, so there the whole
+        branch runs.
 
         Args:
             latents: `[B, C, T, H, W]`.
@@ -133,25 +161,49 @@ class PhysicsTransformer(ModelMixin):
             attention_kwargs: may hold `physics`, a `PhysicsControl`.
             timestep: `[B]`.
             token_grid: `(T', H', W')`.
+
+        Raises:
+            ProPhyError: the request asks for maps or turns knobs of experts that the branch lacks.
         """
         control = (attention_kwargs or {}).get("physics") or PhysicsControl()
         if control.scale == 0:
             return {}, None
-        inputs = (latents, encoder_hidden_states, embed, conditions, control)
+        branch, layers = self.physics_branch, self.config.physics_layers
+        complete = branch.semantic is not None and branch.refinement is not None
+        if not complete and (control.strength or control.invert_refinement or control.trace is not None):
+            raise ProPhyError(
+                "this model lacks semantic or refinement experts, so there are no maps and no strengths; "
+                "leave them out, or use a model that has both"
+            )
+
+        start, steps, routing = branch(latents, encoder_hidden_states, embed, conditions, control)
+        residuals: dict[int, Residual] = {} if start is None else {-1: start}
+
+        def record() -> None:
+            if control.trace is not None:
+                control.trace.record(timestep[0].item(), routing, token_grid)
+
+        def refine(hidden_states: torch.Tensor) -> torch.Tensor:
+            refinement = branch.refine(hidden_states, control, routing)
+            record()
+            return refinement
+
+        if not branch.blocks:
+            if branch.refinement is not None:
+                residuals[layers[-1]] = refine
+            return residuals, routing
         if self.is_cache_enabled and control.trace is None:
-            steps = self.physics_branch.run(*inputs)
-            return dict.fromkeys(self.config.physics_layers, lambda: next(steps)[0]), None
-        residuals, routing = self.physics_branch(*inputs)
-        if control.trace is not None:
-            control.trace.record(timestep[0].item(), routing, token_grid)
-        return dict(zip(self.config.physics_layers, residuals, strict=True)), routing
+            return residuals | dict.fromkeys(layers, lambda _: next(steps)), None
+        residuals |= zip(layers, steps, strict=True)
+        record()
+        return residuals, routing
 
 
 def inject(hidden_states: torch.Tensor, residual: Residual | None) -> torch.Tensor:
     """Adds what the branch has for this layer, if anything, to tokens `[B, N, D]`."""
     if residual is None:
         return hidden_states
-    added = residual() if callable(residual) else residual
+    added = residual if isinstance(residual, torch.Tensor) else residual(hidden_states)
     return hidden_states + added.to(hidden_states.dtype)
 
 

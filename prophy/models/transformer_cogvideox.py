@@ -57,8 +57,9 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
 
     Args:
         physics_layers: blocks of the backbone that get a Physical Block, ascending.
-        num_semantic_experts: E_s.
-        num_refinement_experts: E_r.
+        physical_blocks: False: they get none, and the experts act on the backbone's own stream.
+        num_semantic_experts: E_s; 0 for none.
+        num_refinement_experts: E_r; 0 for none.
         top_k: refinement experts per token.
         latent_shape: native (T, H, W) of the basis maps.
         num_phenomena: E_phys.
@@ -109,6 +110,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         use_learned_positional_embeddings: bool = False,
         patch_bias: bool = True,
         physics_layers: tuple[int, ...] = (0, 3, 6, 9, 12, 15, 18),
+        physical_blocks: bool = True,
         num_semantic_experts: int = 8,
         num_refinement_experts: int = 8,
         top_k: int = 2,
@@ -194,6 +196,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
 
         # 3. Transformer blocks
         hidden_states, text = self._embed(hidden_states, encoder_hidden_states)
+        hidden_states = inject(hidden_states, residuals.get(-1))
         for layer, block in enumerate(self.transformer_blocks):
             injected = (residuals[layer],) if layer in residuals else ()
             if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -50,8 +50,9 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
 
     Args:
         physics_layers: blocks of the backbone that get a Physical Block, ascending.
-        num_semantic_experts: E_s.
-        num_refinement_experts: E_r.
+        physical_blocks: False: they get none, and the experts act on the backbone's own stream.
+        num_semantic_experts: E_s; 0 for none.
+        num_refinement_experts: E_r; 0 for none.
         top_k: refinement experts per token.
         latent_shape: native (T, H, W) of the basis maps.
         num_phenomena: E_phys.
@@ -85,6 +86,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
         physics_layers: tuple[int, ...] = (0, 3, 6, 9, 12, 15, 18, 21, 24),
+        physical_blocks: bool = True,
         num_semantic_experts: int = 8,
         num_refinement_experts: int = 8,
         top_k: int = 2,
@@ -153,7 +155,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         )
 
         # 3. Transformer blocks
-        hidden_states = self._embed_patches(hidden_states)
+        hidden_states = inject(self._embed_patches(hidden_states), residuals.get(-1))
         for layer, block in enumerate(self.blocks):
             injected = (residuals[layer],) if layer in residuals else ()
             if torch.is_grad_enabled() and self.gradient_checkpointing:

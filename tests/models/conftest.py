@@ -64,6 +64,15 @@ BACKBONES: dict[str, tuple[type[ModelMixin], type[PhysicsTransformer], dict[str,
     ),
 }
 """By kind: diffusers' class, ours, and a small configuration."""
+BASELINES: dict[str, dict[str, Any]] = {
+    "lora": {"physical_blocks": False, "num_semantic_experts": 0, "num_refinement_experts": 0},
+    "lora+seb": {"physical_blocks": False, "num_refinement_experts": 0},
+    "lora+reb": {"physical_blocks": False, "num_semantic_experts": 0},
+    "lora+seb+reb": {"physical_blocks": False},
+    "lora+pb": {"num_semantic_experts": 0, "num_refinement_experts": 0},
+    "lora+pb+seb+reb": {},
+}
+"""What of the branch there is, beside an adapter: the paper's ablation, and more."""
 
 
 def make_inputs(backbone: ModelMixin, latents: torch.Tensor) -> dict[str, torch.Tensor]:

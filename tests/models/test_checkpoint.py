@@ -1,13 +1,15 @@
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ModelMixin
 
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import load_branch, save_branch, trained_on
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 
-from .conftest import PHYSICS
+from .conftest import BASELINES, PHYSICS
 
 BACKBONE = {"name": "some/backbone", "revision": None, "fingerprint": "abc"}
 
@@ -17,9 +19,32 @@ def test_save_and_load(awakened: ProPhyWanTransformer3DModel, tmp_path: Path) ->
     checkpoint = load_branch(tmp_path / "model")
     assert checkpoint.backbone == trained_on(tmp_path / "model") == BACKBONE
     assert tuple(checkpoint.physics["physics_layers"]) == PHYSICS["physics_layers"]
-    expected = awakened.physics_branch.state_dict()
+    expected = {f"physics_branch.{key}": value for key, value in awakened.physics_branch.state_dict().items()}
     assert checkpoint.state_dict.keys() == expected.keys()
     assert all(torch.equal(checkpoint.state_dict[key], value) for key, value in expected.items())
+
+
+def test_an_adapter_is_diffusers_own(backbone: ModelMixin, inputs: dict, tmp_path: Path) -> None:
+    """A run that trains an adapter alone writes a file that diffusers loads without this project."""
+    plain = copy.deepcopy(backbone)
+    model = ProPhyWanTransformer3DModel.from_transformer(backbone, **PHYSICS | BASELINES["lora"])
+    model.add_lora(rank=4, alpha=8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_branch(model, tmp_path, BACKBONE)
+    checkpoint = load_branch(tmp_path)
+    assert checkpoint.lora == {"rank": 4, "alpha": 8}
+    expected = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    assert checkpoint.state_dict.keys() == expected.keys()
+    assert all(torch.equal(checkpoint.state_dict[name], value) for name, value in expected.items())
+    plain.load_lora_adapter(
+        tmp_path,
+        prefix="transformer",
+        weight_name="pytorch_lora_weights.safetensors",
+        use_safetensors=True,
+    )
+    assert torch.equal(plain(**inputs).sample, model(**inputs).sample)
 
 
 def test_a_folder_without_a_branch(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.taxonomy import PHENOMENA, Phenomenon
 
-from .conftest import BACKBONES, PHYSICS, make_inputs
+from .conftest import BACKBONES, BASELINES, PHYSICS, make_inputs
 
 pytestmark = pytest.mark.parametrize("family", BACKBONES, indirect=True)
 
@@ -42,7 +42,7 @@ def test_untrained_equals_the_backbone_bit_for_bit(
 def test_one_step_changes_the_output_and_the_second_reaches_everything(
     backbone: ModelMixin, transformer: PhysicsTransformer, inputs: Inputs
 ) -> None:
-    transformer.freeze_backbone()
+    transformer.train_backbone("frozen")
     optimizer = torch.optim.SGD([p for p in transformer.parameters() if p.requires_grad], lr=0.1)
     target, untrained = torch.randn_like(inputs["hidden_states"]), backbone(**inputs).sample
 
@@ -66,6 +66,67 @@ def test_one_step_changes_the_output_and_the_second_reaches_everything(
             assert parameter.grad is None and not parameter.requires_grad, name
     experts = transformer(**inputs).routing.refinement_logits.topk(PHYSICS["top_k"]).indices.unique()
     assert all(transformer.physics_branch.refinement.weight.grad[expert].any() for expert in experts)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_start_as_the_backbone_and_learn_all_that_they_have(
+    family: str, backbone: ModelMixin, inputs: Inputs, baseline: str
+) -> None:
+    untrained = backbone(**inputs).sample
+    transformer = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES[baseline])
+    transformer.add_lora(rank=4, alpha=8)
+    transformer.train_backbone("lora")
+    trained = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
+    assert {name for name in trained if not name.startswith("physics_branch.")} == {
+        name for name, _ in transformer.named_parameters() if "lora_" in name
+    }
+    output = transformer(**inputs)
+    assert torch.equal(output.sample, untrained)
+    has = PHYSICS | BASELINES[baseline]
+    assert (output.routing.semantic_weights is None) == (has["num_semantic_experts"] == 0)
+    assert (output.routing.phenomenon_maps is None) == (has["num_refinement_experts"] == 0)
+
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for _ in range(3):  # the third reaches what lies behind two zeros: an adapter and an injection
+        optimizer.zero_grad()
+        output = transformer(**inputs)
+        loss = output.sample.square().mean()
+        if output.routing.phenomenon_maps is not None:
+            loss = loss + output.routing.phenomenon_maps.mean()
+        loss.backward()
+        optimizer.step()
+    assert not torch.equal(transformer(**inputs).sample, untrained)
+    for name, value in trained.items():
+        assert value.grad is not None and value.grad.any(), name
+
+
+def test_knobs_of_experts_that_are_missing(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
+    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb"])
+    assert torch.equal(controlled(model, inputs, scale=0.5), backbone(**inputs).sample)
+    with pytest.raises(ProPhyError, match="lacks semantic or refinement experts"):
+        controlled(model, inputs, trace=PhysicsTrace())
+
+
+def test_experts_without_blocks_give_maps(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
+    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb+reb"])
+    trace = PhysicsTrace()
+    controlled(model, inputs, trace=trace)
+    assert torch.equal(trace.phenomenon_maps.flatten(1, 3), model(**inputs).routing.phenomenon_maps)
+
+
+def test_semantic_experts_without_blocks_hand_over_the_mixture(
+    family: str, backbone: ModelMixin, inputs: Inputs
+) -> None:
+    """An injection that is the identity gives the backbone X~ instead of X (Eq. 1)."""
+    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb"])
+    torch.nn.init.eye_(model.physics_branch.semantic_injection.weight)
+    latents = inputs["hidden_states"]
+    channels_first = latents if model._block_list == "blocks" else latents.transpose(1, 2)
+    mixed, _ = model.physics_branch.semantic(channels_first, inputs["encoder_hidden_states"])
+    expected = mixed if model._block_list == "blocks" else mixed.transpose(1, 2)
+    torch.testing.assert_close(
+        model(**inputs).sample, backbone(**inputs | {"hidden_states": expected}).sample
+    )
 
 
 def test_backbone_keys_are_upstreams_and_the_rest_is_the_branch(

@@ -6,6 +6,7 @@ And the gradient of the relative alignment is that of one process with the joint
 import os
 import shutil
 import socket
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipelines.checkpoint import Checkpoint, latest
 from pipelines.config import LossWeights, TrainConfig
 from prophy.data import SemanticBatch, TrainBatch
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.models.weights import fill
 from prophy.objectives import FlowMatching
 from prophy.train_module import ProPhyTrainModule
 
@@ -65,6 +67,7 @@ def train_config(zero_stage: int, **values: Any) -> TrainConfig:
         "global_batch_size": 8,
         "precision": "fp32",
         "learning_rate": 1e-2,
+        "backbone_learning_rate": 5e-3,
         "warmup_steps": 4,
         "gradient_clipping": 0.5,
     }
@@ -72,11 +75,13 @@ def train_config(zero_stage: int, **values: Any) -> TrainConfig:
 
 
 def network() -> nn.Sequential:
-    """Three layers, the first of them frozen."""
+    """Three layers: the first is frozen, the others have a learning rate each."""
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
-    layers[0].requires_grad_(False)
-    return layers
+    layers = {"frozen": nn.Linear(8, 16), "physics_branch": nn.Linear(16, 16), "last": nn.Linear(16, 1)}
+    layers["frozen"].requires_grad_(False)
+    between = {"act": nn.GELU(), "act2": nn.GELU()}
+    names = ("frozen", "act", "physics_branch", "act2", "last")
+    return nn.Sequential(OrderedDict((name, (layers | between)[name]) for name in names))
 
 
 def micro_batch(step: int, index: int) -> torch.Tensor:
@@ -123,8 +128,8 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
         fragments,
         initialize,
         load_optimizer,
-        load_parameters,
         optimizer_step,
+        placement,
         save_checkpoint,
         set_learning_rate,
     )
@@ -132,8 +137,12 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = train_config(zero_stage, offload=offload, num_workers=world_size)
     module, checkpoint = network(), latest_on_every_rank(root)
-    if checkpoint is not None:
-        load_parameters(module, checkpoint)
+    saved = {} if checkpoint is None else checkpoint.shapes
+    fill(
+        module,
+        lambda name: checkpoint.tensor("parameter", name) if name in saved else None,
+        placement(config),
+    )
     engine = initialize(module, config)
     ema = Ema(EMA_DECAY, fragments(engine))
     if checkpoint is not None:
@@ -158,10 +167,13 @@ def train_in_bare_torch() -> Result:
     """The same six steps in one process: mean gradient, clipping, AdamW, linear warm-up, moving average."""
     module, config = network(), train_config(0)
     trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    rates = [config.learning_rate, config.learning_rate] + [config.backbone_learning_rate] * 2
+    groups = [{"params": [value], "rate": rate} for value, rate in zip(trained.values(), rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     history, average = [], {name: value.detach().clone() for name, value in trained.items()}
     for step in range(6):
-        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / 4)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * min(1.0, (step + 1) / 4)
         optimizer.zero_grad()
         for index in range(4):
             inputs = micro_batch(step, index)
@@ -175,8 +187,8 @@ def train_in_bare_torch() -> Result:
     return {"parameter": trained, "ema": average, "history": history}
 
 
-def train_module(accumulation_steps: int) -> ProPhyTrainModule:
-    """A small transformer whose frozen backbone and branch all matter: the injections are not zero."""
+def train_module(accumulation_steps: int, backbone_mode: str = "frozen") -> ProPhyTrainModule:
+    """A small transformer whose backbone and branch all matter: the injections are not zero."""
     torch.manual_seed(0)
     backbone = WanTransformer3DModel(
         num_attention_heads=2,
@@ -199,7 +211,9 @@ def train_module(accumulation_steps: int) -> ProPhyTrainModule:
     for parameter in transformer.physics_branch.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    transformer.freeze_backbone()
+    if backbone_mode == "lora":
+        transformer.add_lora(rank=2, alpha=4)
+    transformer.train_backbone(backbone_mode)
     # Balancing depends on which samples share a micro-batch; all other losses must not.
     weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=0.0)
     return ProPhyTrainModule(
@@ -207,8 +221,8 @@ def train_module(accumulation_steps: int) -> ProPhyTrainModule:
     )
 
 
-def joint_batch(size: int) -> TrainBatch:
-    generator = torch.Generator().manual_seed(3)
+def joint_batch(size: int, seed: int = 3) -> TrainBatch:
+    generator = torch.Generator().manual_seed(seed)
     labels = torch.zeros(size, 17)
     labels[torch.arange(size), torch.arange(size) % 3] = 1.0
     labels[:, 5] = 1.0
@@ -223,6 +237,109 @@ def joint_batch(size: int) -> TrainBatch:
         noise=torch.randn(size, 4, 3, 4, 4, generator=generator),
         timestep_quantile=torch.rand(size, generator=generator),
     )
+
+
+def curve_config(zero_stage: int, num_steps: int, num_workers: int) -> TrainConfig:
+    """Micro-batches of one sample, four in a step; warm-up, then cosine to zero."""
+    values = {"micro_batch_size": 1, "num_workers": num_workers, "global_batch_size": 4}
+    values |= {"num_steps": num_steps, "learning_rate": 1e-3, "lr_schedule": "cosine"}
+    return train_config(zero_stage, **values)
+
+
+def curve_batch(step: int) -> TrainBatch:
+    return joint_batch(4, seed=3 + step % 5)
+
+
+def loss_curve(zero_stage: int, backbone_mode: str, num_steps: int) -> Result:
+    """Losses by step, learning rates, and the moving average at the end, through DeepSpeed."""
+    from pipelines.engine import Ema, fragments, initialize, optimizer_step, placement, set_learning_rate
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = curve_config(zero_stage, num_steps, world_size)
+    module = train_module(config.gradient_accumulation_steps, backbone_mode)
+    fill(module, lambda name: None, placement(config))
+    engine = initialize(module, config)
+    ema = Ema(EMA_DECAY, fragments(engine))
+    losses, rates = [], []
+    for step in range(num_steps):
+        rates.append(set_learning_rate(engine, config))
+        joint = curve_batch(step)
+        batches = [one_sample(joint, i) for i in range(rank, 4, world_size)]
+        outputs = []
+        for index, batch in enumerate(batches):
+            outputs.append(engine(batch, captions(batches) if index == len(batches) - 1 else None))
+            engine.backward(outputs[-1].loss)
+            optimizer_step(engine)
+        ema.update(step + 1)
+        own = torch.stack([torch.stack([o.diffusion, o.token_alignment]) for o in outputs]).mean(0)
+        torch.distributed.all_reduce(own)
+        losses.append(torch.cat([own / world_size, outputs[-1].semantic_alignment[None]]))
+    parts: list = [None] * world_size
+    averages = [(part.name, part.start, ema.averages[part.name]) for part in fragments(engine)]
+    torch.distributed.all_gather_object(parts, averages)
+    whole: dict[str, dict[int, torch.Tensor]] = {}
+    for name, start, average in (part for own in parts for part in own):
+        whole.setdefault(name, {})[start] = average
+    ema_values = {name: torch.cat([found[start] for start in sorted(found)]) for name, found in whole.items()}
+    return {"losses": torch.stack(losses), "rates": rates, "ema": ema_values}
+
+
+def loss_curve_of_bare_torch(backbone_mode: str, num_steps: int) -> Result:
+    """The same steps in one process, all samples in one batch."""
+    config, module = curve_config(0, num_steps, 1), train_module(1, backbone_mode)
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    groups = [
+        {"params": [v], "rate": config.learning_rate if "physics_branch" in name else 5e-3}
+        for name, v in trained.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    warm_up = torch.linspace(0.25, 1, 4)
+    factors = torch.cat(
+        [warm_up, (1 + torch.cos(torch.pi * torch.arange(num_steps - 4) / (num_steps - 4))) / 2]
+    )
+    losses, average = [], {name: value.detach().clone() for name, value in trained.items()}
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * factors[step].item()
+        optimizer.zero_grad()
+        joint = curve_batch(step)
+        output = module(joint, captions([joint]))
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), config.gradient_clipping)
+        optimizer.step()
+        decay = min(EMA_DECAY, (step + 2) / (step + 11))
+        for name, value in trained.items():
+            average[name] = decay * average[name] + (1 - decay) * value.detach()
+        losses.append(torch.stack([output.diffusion, output.token_alignment, output.semantic_alignment]))
+    ema = {name: value.flatten() for name, value in average.items()}
+    return {"losses": torch.stack(losses), "rates": (config.learning_rate * factors).tolist(), "ema": ema}
+
+
+def loss_curves(rank: int, folder: Path) -> Result:
+    num_steps, modes = torch.load(folder / "task.pt")
+    return {(stage, mode): loss_curve(stage, mode, num_steps) for stage in STAGES for mode in modes}
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "modes"),
+    [(6, ("lora",)), pytest.param(50, ("frozen", "lora", "full"), marks=pytest.mark.slow)],
+)
+def test_loss_curves_are_those_of_one_process(num_steps: int, modes: tuple[str, ...], tmp_path: Path) -> None:
+    """Two ranks with every ZeRO stage: losses, cosine schedule and moving average as in bare torch."""
+    torch.save((num_steps, modes), tmp_path / "task.pt")
+    curves = on_ranks(2, loss_curves, tmp_path)
+    for mode in modes:
+        expected = loss_curve_of_bare_torch(mode, num_steps)
+        assert expected["losses"][-5:, 0].mean() < expected["losses"][:5, 0].mean()
+        for stage in STAGES:
+            curve = curves[stage, mode]
+            worst = ((curve["losses"] - expected["losses"]).abs() / expected["losses"]).max()
+            print(f"ZeRO {stage}, backbone {mode}, {num_steps} steps: losses differ by {worst:.1e} at most")
+            torch.testing.assert_close(curve["losses"], expected["losses"], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(curve["rates"], expected["rates"], rtol=1e-5, atol=1e-9)
+            assert curve["ema"].keys() == expected["ema"].keys()
+            for name, value in expected["ema"].items():
+                torch.testing.assert_close(curve["ema"][name], value, rtol=1e-2, atol=1e-4, msg=name)
 
 
 def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
