@@ -43,7 +43,7 @@ def count_flops(
         output = _predict(transformer, batch_size, latents, text_length, "meta")
         assert output.routing is not None
         outputs = (output.sample, output.routing.refinement_logits, output.routing.phenomenon_maps)
-        torch.autograd.backward([value.float().sum() for value in outputs])
+        torch.autograd.backward([value.float().sum() for value in outputs if value is not None])
     return counter.get_total_flops()
 
 

@@ -75,8 +75,13 @@ class PhysicsTransformer(ModelMixin):
             else:
                 own_blocks[layer] = block
         layers = model.config.physics_layers if model.config.physical_blocks else []
-        branch = model._new_branch([copy.deepcopy(blocks[layer]) for layer in layers]).to(backbone.dtype)
-        model.physics_branch = branch if backbone.device.type == "meta" else branch.to(backbone.device)
+        model.physics_branch = model._new_branch([copy.deepcopy(blocks[layer]) for layer in layers])
+        device = torch.device("cpu") if backbone.device.type == "meta" else backbone.device
+        for name, parameter in model.physics_branch.named_parameters():
+            if (
+                ".block." not in name
+            ):  # the copies are what the backbone's blocks are, here float32, there not
+                parameter.data = parameter.data.to(device, backbone.dtype)
         return model
 
     def train_backbone(self, how: Literal["frozen", "lora", "full"]) -> None:
@@ -92,11 +97,11 @@ class PhysicsTransformer(ModelMixin):
         """
         layers = rf"{self._block_list}\.\d+\..*(to_q|to_k|to_v|to_out\.0)"
         self.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
         for module in self.modules():
             if isinstance(module, LoraLayer):  # made like the layer beneath: in its precision, or on meta
-                base = module.get_base_layer().weight
                 for matrices in (module.lora_A, module.lora_B):
-                    matrices.to_empty(device=torch.device("cpu") if base.is_meta else base.device).float()
+                    matrices.to_empty(device=device).float()
                 module.reset_lora_parameters("default", True)
 
     def backbone_name(self, name: str) -> str | None:
@@ -120,7 +125,9 @@ class PhysicsTransformer(ModelMixin):
         blocks = getattr(self, self._block_list)
         for layer in self.config.physics_layers:
             blocks[layer] = self._new_block(self._injected_block)
-        new = [self._new_block(self._block) for _ in self.config.physics_layers if self.config.physical_blocks]
+        new = [
+            self._new_block(self._block) for _ in self.config.physics_layers if self.config.physical_blocks
+        ]
         self.physics_branch = self._new_branch(new)
 
     def _new_branch(self, blocks: Sequence[nn.Module]) -> PhysicsBranch:
