@@ -184,7 +184,11 @@ class Dispatcher:
 
     def _finish(self, job_id: str, result: VideoResult) -> None:
         """Puts all files in place before the row says so. Runs to its end even where the job is cancelled."""
-        self._artefacts.write(job_id, result.files)
+        try:
+            self._artefacts.write(job_id, result.files)
+        except OSError:
+            self._artefacts.remove(job_id)  # a full disk must have room for the row that says so
+            raise
         done = _persist(self._store.complete, job_id, result.stage_durations, self._expire_after_s)
         if not done:  # deleted meanwhile
             self._artefacts.remove(job_id)

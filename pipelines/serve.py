@@ -6,6 +6,7 @@ hold the model and nothing else: a call brings a specification, and streams prog
 
 import asyncio
 import ipaddress
+import os
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig, ReplicaState
 
+from pipelines import proxy
 from pipelines.api import VideoService, create_app
 from pipelines.artefacts import ArtefactStore
 from pipelines.config import Config
@@ -159,6 +161,8 @@ def build_app(config: Config) -> serve.Application:
             "target_ongoing_requests": 1,
             "upscale_delay_s": settings.upscale_delay_s,
             "downscale_delay_s": settings.downscale_delay_s,
+            "metrics_interval_s": 1.0,  # by default the queue is seen every 10 s and averaged over 30
+            "look_back_period_s": 2.0,
         },
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -194,6 +198,7 @@ def serving(config: Config) -> Iterator[str]:
     port = _free_port(settings.host, settings.port)
     check_model(config)
     open_run(config, "serve")
+    os.environ[proxy.CALLBACK_VARIABLE] = proxy.CALLBACK  # a Ray that is started here hands it on
     with ray_session(config):
         app = build_app(config)
         running = ", ".join(serve.status().applications)

@@ -16,6 +16,7 @@ os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_V2_ENABLED": "1",
     "HF_HUB_OFFLINE": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.proxy.middleware",
     "RAY_prestart_worker_first_driver": "0",  # else an idle process per logical CPU, two seconds of work each
     "OMP_NUM_THREADS": "1",  # on tensors this small, two threads are slower than one beside other work
 }

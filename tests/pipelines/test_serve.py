@@ -127,9 +127,16 @@ def test_one_video_at_a_time_and_delete(client: httpx.Client) -> None:
 
 
 def test_sync_client_that_goes_away_stops_its_video(client: httpx.Client) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/videos/sync", json=LONG, timeout=2)
-    while client.get("/v1/videos", params={"limit": 1}).json()["data"][0]["num_inference_steps"] == 200:
+    def newest() -> dict[str, Any]:
+        return client.get("/v1/videos", params={"limit": 1}).json()["data"][0]
+
+    body = json.dumps(LONG | {"seed": 4711}).encode()
+    head = f"POST /v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        while (video := newest())["seed"] != 4711 or video["status"] != "in_progress":
+            time.sleep(0.05)
+    while newest()["seed"] == 4711:
         time.sleep(0.05)
     assert client.post("/v1/videos/sync", json=SHORT).content == make(client)
 
@@ -181,7 +188,7 @@ def test_request_ids_in_answers_and_logs(client: httpx.Client) -> None:
     ids=lambda headers: next(iter(headers)),
 )
 def test_header_tricks(client: httpx.Client, headers: dict[str, str]) -> None:
-    assert client.get("/v1/models", headers=headers).status_code in (200, 408)
+    assert client.get("/v1/models", headers=headers).status_code == 200
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
