@@ -18,7 +18,7 @@ _CONTROLS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 
 
 class ProxyErrors:
-    """ASGI middleware: takes the reins from clients, and answers 503 in our shape where Serve has only its own.
+    """ASGI middleware: takes the reins from clients; an error that is not of our API becomes its 503.
 
     Args:
         app: Serve's proxy.

@@ -131,9 +131,9 @@ def test_sync_client_that_goes_away_stops_its_video(client: httpx.Client) -> Non
         return client.get("/v1/videos", params={"limit": 1}).json()["data"][0]
 
     body = json.dumps(LONG | {"seed": 4711}).encode()
-    head = f"POST /v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    headers = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        connection.sendall(f"POST /v1/videos/sync HTTP/1.1\r\n{headers}".encode() + body)
         while (video := newest())["seed"] != 4711 or video["status"] != "in_progress":
             time.sleep(0.05)
     while newest()["seed"] == 4711:

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.pipelines.servers import PATIENCE_S, PROMPT, submit
+from tests.pipelines.servers import PATIENCE_S, PROMPT, check_error, submit
 
 SETTINGS = (
     "serve.port=0",
@@ -81,10 +81,13 @@ class Server:
     def count(self, ids: list[str], status: str) -> int:
         """How many of these videos have a status; -1 while the server does not say."""
         try:
-            page = self.client.get("/v1/videos", params={"limit": len(ids)}).raise_for_status().json()
-        except httpx.HTTPError:
+            response = self.client.get("/v1/videos", params={"limit": len(ids)})
+        except httpx.TransportError:  # the proxy is away
             return -1
-        return sum(video["status"] == status for video in page["data"] if video["id"] in ids)
+        if not response.is_success:  # the ingress is
+            check_error(response, 503, "unavailable")
+            return -1
+        return sum(video["status"] == status for video in response.json()["data"] if video["id"] in ids)
 
     def num_replicas(self) -> int:
         text = self.client.get("/metrics").raise_for_status().text

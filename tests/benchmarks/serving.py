@@ -1,0 +1,206 @@
+"""Claim: HTTP costs next to nothing beside the model, and the endpoint stays quick while it is busy.
+
+All in one run on the embedded default, with one server:
+- throughput: videos per second over HTTP, against the bare pipeline in a loop in this process with as many
+  threads; the two take turns. Bar: 95 %.
+- latency of POST and GET at 50 requests/s while a video is being made, as this client sees it.
+  Bar: p50 under 10 ms, p99 under 60 ms.
+- time from a burst of jobs to the second replica, and the part of it in which that loads its model.
+- cancelling: from a DELETE until the next video has begun. Bar: one denoising step.
+
+    python tests/benchmarks/serving.py
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.config import Config, load_config
+from pipelines.sampling import VideoSampler, shape_limits
+from pipelines.serve import serving
+from pipelines.spec import VideoSpec
+
+PROMPT = "a red ball falls and bounces"
+RATE_PER_S = 50
+POSTS_PER_S = 5
+ROUNDS = 3
+MAX_STEPS = 200
+
+
+def request_body(num_steps: int, seed: int = 0) -> dict:
+    return {"prompt": PROMPT, "num_inference_steps": num_steps, "seed": seed}
+
+
+def spec(config: Config, num_steps: int) -> VideoSpec:
+    backbone, sampling = config.backbone, config.sampling
+    return VideoSpec(
+        prompt=PROMPT,
+        negative_prompt=sampling.negative_prompt,
+        seed=0,
+        num_frames=backbone.num_frames,
+        height=backbone.height,
+        width=backbone.width,
+        fps=backbone.fps,
+        num_inference_steps=num_steps,
+        guidance_scale=sampling.guidance_scale,
+    )
+
+
+def submit(client: httpx.Client, num_steps: int, seed: int = 0) -> str:
+    response = client.post("/v1/videos", json=request_body(num_steps, seed))
+    return response.raise_for_status().json()["id"]
+
+
+def until(happened: Callable[[], bool], every_s: float = 0.02) -> None:
+    while not happened():
+        time.sleep(every_s)
+
+
+def has_status(client: httpx.Client, video_id: str, *statuses: str) -> bool:
+    return client.get(f"/v1/videos/{video_id}").json()["status"] in statuses
+
+
+def throughput(client: httpx.Client, config: Config, num_videos: int, num_steps: int) -> dict[str, float]:
+    """Seconds per video; the first of each kind is not counted."""
+    torch.set_num_threads(max(1, int(config.serve.num_cpus)))
+    sampler = VideoSampler(config)
+    sampler.warm_up(shape_limits(config))
+    seconds: dict[str, list[float]] = {"bare": [], "http": []}
+    for round_ in range(ROUNDS + 1):
+        begun = time.perf_counter()
+        for _ in range(num_videos):
+            sampler.render(spec(config, num_steps))
+        between = time.perf_counter()
+        ids = [submit(client, num_steps) for _ in range(num_videos)]
+        until(lambda ids=ids: has_status(client, ids[-1], "completed"), 0.05)
+        ended = time.perf_counter()
+        assert all(has_status(client, video_id, "completed") for video_id in ids)
+        if round_:
+            seconds["bare"].append((between - begun) / num_videos)
+            seconds["http"].append((ended - between) / num_videos)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+async def latencies(url: str, video_id: str, duration_s: float) -> dict[str, list[float]]:
+    """Milliseconds of each request; they are sent on time, whether or not earlier ones are answered."""
+    found: dict[str, list[float]] = {"POST": [], "GET": []}
+    limits = httpx.Limits(max_connections=RATE_PER_S, max_keepalive_connections=RATE_PER_S)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+
+        async def send(number: int, begin: float) -> None:
+            await asyncio.sleep(begin - time.perf_counter())
+            late = time.perf_counter()
+            if number % (RATE_PER_S // POSTS_PER_S):
+                method, response = "GET", await client.get(f"/v1/videos/{video_id}")
+            else:
+                method, response = "POST", await client.post("/v1/videos", json=request_body(1))
+            found[method].append((time.perf_counter() - late) * 1e3)
+            response.raise_for_status()
+
+        start = time.perf_counter() + 0.1
+        numbers = range(int(duration_s * RATE_PER_S))
+        await asyncio.gather(*(send(number, start + number / RATE_PER_S) for number in numbers))
+    return found
+
+
+def delete_all(client: httpx.Client) -> None:
+    while videos := client.get("/v1/videos", params={"limit": 100}).json()["data"]:
+        for video in videos:
+            client.delete(f"/v1/videos/{video['id']}")
+
+
+def cancelling(client: httpx.Client, num_steps: int) -> dict[str, float]:
+    """Seconds from a DELETE in mid-video to the next begun, and those of one denoising step; medians."""
+    delays, steps = [], []
+    for seed in range(5):
+        running, next_ = submit(client, MAX_STEPS, seed), submit(client, num_steps, seed)
+        until(lambda video=running: client.get(f"/v1/videos/{video}").json()["progress"] > 1)
+        begun = time.perf_counter()
+        client.delete(f"/v1/videos/{running}").raise_for_status()
+        until(lambda video=next_: has_status(client, video, "in_progress", "completed"), 0.005)
+        delays.append(time.perf_counter() - begun)
+        until(lambda video=next_: has_status(client, video, "completed"))
+        steps.append(client.get(f"/v1/videos/{next_}").json()["stage_durations"]["denoise"] / num_steps)
+    return {"delay_s": float(np.median(delays)), "step_s": float(np.median(steps))}
+
+
+def num_replicas(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("prophy_replicas "))
+
+
+def second_replica(client: httpx.Client, num_steps: int) -> float:
+    """Seconds from a burst to the second replica, where there is one."""
+    until(lambda: num_replicas(client) == 1)
+    begun = time.perf_counter()
+    for seed in range(8):
+        submit(client, MAX_STEPS, seed)
+    until(lambda: num_replicas(client) == 2, 0.1)
+    seconds = time.perf_counter() - begun
+    delete_all(client)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--videos", type=int, default=4, help="per round of the throughput")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps of a video")
+    parser.add_argument("--seconds", type=float, default=10, help="of requests at 50/s")
+    parser.add_argument("--save", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="prophy-") as scratch:
+        settings = {"min_replicas": 1, "max_replicas": 1, "max_queued": 10_000, "port": 0}
+        overrides = [f"run_dir={scratch}/run", *(f"serve.{key}={value}" for key, value in settings.items())]
+        config = load_config("tiny", overrides)
+        with serving(config) as url, httpx.Client(base_url=url, timeout=60) as client:
+            until(lambda: client.get("/readyz").is_success)
+            results["seconds_per_video"] = throughput(client, config, options.videos, options.steps)
+            long = submit(client, MAX_STEPS)
+            until(lambda: has_status(client, long, "in_progress"))
+            results["latency_ms"] = {
+                method: {f"p{share}": float(np.percentile(values, share)) for share in (50, 99)}
+                for method, values in asyncio.run(latencies(url, long, options.seconds)).items()
+            }
+            delete_all(client)
+            results["cancelling"] = cancelling(client, options.steps)
+        two = load_config("tiny", [*overrides, "serve.max_replicas=2"])
+        with serving(two) as url, httpx.Client(base_url=url, timeout=60) as client:
+            until(lambda: client.get("/readyz").is_success)
+            results["second_replica_s"] = second_replica(client, options.steps)
+
+    seconds, cancel = results["seconds_per_video"], results["cancelling"]
+    table = Table("what", "measured", "bar")
+    share = seconds["bare"] / seconds["http"]
+    table.add_row("throughput against the bare pipeline", f"{share:.1%}", "95 %")
+    table.add_row("  seconds per video, bare / HTTP", f"{seconds['bare']:.2f} / {seconds['http']:.2f}", "")
+    for method, values in results["latency_ms"].items():
+        for name, bar in (("p50", 10), ("p99", 60)):
+            table.add_row(
+                f"{method} {name} at {RATE_PER_S} requests/s", f"{values[name]:.1f} ms", f"{bar} ms"
+            )
+    table.add_row("from a burst to the second replica", f"{results['second_replica_s']:.1f} s", "")
+    table.add_row(
+        "from DELETE to the next video",
+        f"{cancel['delay_s'] * 1e3:.0f} ms",
+        f"{cancel['step_s'] * 1e3:.0f} ms (a step)",
+    )
+    Console().print(table)
+    if options.save:
+        options.save.write_text(
+            json.dumps(vars(options) | {"save": None, "results": results}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
