@@ -3,11 +3,13 @@
 A rank never holds more than its share, one whole parameter, and the new experts. It knows no Ray.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import SchedulerMixin
 from torch import nn
 
 from pipelines.checkpoint import Checkpoint, EveryRankError
@@ -49,7 +51,7 @@ def build_module(
     start = None if train.start_from is None else _start(config, train.start_from)
     module = ProPhyTrainModule(
         transformer,
-        family.objective.from_scheduler(SchedulerMixin.load_config(folder, subfolder="scheduler")),
+        family.objective.from_scheduler(_scheduler_config(folder / "scheduler")),
         null_text_embeds,
         train.loss_weights,
         train.reduction,
@@ -87,6 +89,12 @@ def clip_shape(backbone: BackboneConfig) -> ClipShape:
         latents=(transformer["in_channels"], *size),
         token_grid=family.token_grid(size, transformer),
     )
+
+
+def _scheduler_config(folder: Path) -> Mapping[str, Any]:
+    """The pipeline's scheduler's, with the defaults of its class."""
+    settings = json.loads((folder / "scheduler_config.json").read_text())
+    return getattr(diffusers, settings["_class_name"]).from_config(settings).config
 
 
 def _empty_transformer(config: Config) -> PhysicsTransformer:
