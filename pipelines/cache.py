@@ -34,7 +34,7 @@ from pipelines.sink import (
 )
 from pipelines.sources import changed, clips_left, find_videos, looked_up_again, of_videos, videos_left
 from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
-from prophy.backbones import fingerprint, shape_multiples
+from prophy.backbones import BACKBONES, encoders_fingerprint, fingerprint, load_configs, shape_multiples
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
@@ -110,8 +110,11 @@ def priors_table(config: Config) -> Table:
 def encodings_table(config: Config) -> Table:
     """The encodings for this backbone, at this resolution and frame rate."""
     backbone = config.backbone
+    _, transformer_config = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     settings = {
-        "model": fingerprint(backbone.pretrained, backbone.revision),
+        # All that matters of the transformer: others of its shape go on with these encodings.
+        "patch_size_t": BACKBONES[backbone.family].patch_size(transformer_config)[0],
+        "encoders": encoders_fingerprint(backbone.pretrained, backbone.revision),
         **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
         "clip_duration_s": config.cache.clip_duration_s,
         "version": _ENCODING_VERSION,

