@@ -338,6 +338,9 @@ class GenerateConfig(Section):
 
     output: LocalPath
     seed: int = 0
+    batch_size: PositiveInt = Field(
+        1, description="videos made at once; more than 1 is quicker, but changes a video by rounding"
+    )
     pool: PoolConfig = PoolConfig()
 
 

@@ -16,15 +16,15 @@ from pipelines.runtime import open_run, ray_session
 from pipelines.spec import PhysicsSpec, VideoSpec
 from prophy.errors import ProPhyError
 from prophy.sandbox import film_sheet
-from prophy.video import read_frames
+from prophy.video import read_frames, write_video
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.jsonl"
 
 
-class GenerateVideo:
-    """Row callable `{"spec", "path"}` -> `{"path"}` that writes the mp4; holds the model.
+class GenerateVideos:
+    """Row callable `{"specs", "paths"}` -> `{"paths"}` that writes the mp4 files of a batch; holds the model.
 
     Args:
         config: the run.
@@ -35,13 +35,14 @@ class GenerateVideo:
 
         self._sampler = VideoSampler(config)
 
-    def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        """Makes one video; its file is there in whole or not at all."""
-        path = Path(row["path"])
-        partial = path.with_suffix(".partial")
-        self._sampler.write(VideoSpec.model_validate_json(row["spec"]), partial)
-        partial.rename(path)
-        return {"path": row["path"]}
+    def __call__(self, row: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Makes the videos at once; a file is there in whole or not at all."""
+        specs = [VideoSpec.model_validate_json(spec) for spec in row["specs"]]
+        for path, spec, frames in zip(row["paths"], specs, self._sampler.sample_batch(specs), strict=True):
+            partial = Path(path).with_suffix(".partial")
+            write_video(partial, frames, spec.fps)
+            partial.rename(path)
+        return {"paths": row["paths"]}
 
 
 def run(config: Config, prompts: list[str]) -> list[Path]:
@@ -55,12 +56,19 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
         The videos, in the order of the prompts.
 
     Raises:
-        ProPhyError: no prompts, an empty one, or a checkpoint of another backbone.
+        ProPhyError: no prompts, an empty one, a checkpoint of another backbone, or batches with a step cache
+            that would have a video depend on the others of its batch.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ProPhyError(f"cannot make videos from prompts {prompts}; give at least one, and none empty")
     from pipelines.sampling import check_model, model_fingerprint
 
+    step_cache, batch_size = config.sampling.step_cache, config.generate.batch_size
+    if batch_size > 1 and (step_cache.first_block is not None or step_cache.sea is not None):
+        raise ProPhyError(
+            f"with a generate.batch_size of {batch_size} a step cache with a threshold would have a video "
+            "depend on the others of its batch; use sampling.step_cache.taylorseer, or a batch_size of 1"
+        )
     check_model(config)
     model = model_fingerprint(config)
     open_run(config, "generate")
@@ -71,7 +79,7 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
     ]
     paths = [output / f"{_digest(video, model)}.mp4" for video in specs]
     missing = [
-        {"spec": video.model_dump_json(), "path": str(path)}
+        (video.model_dump_json(), str(path))
         for video, path in zip(specs, paths, strict=True)
         if not path.exists()
     ]
@@ -117,18 +125,23 @@ def _digest(video: VideoSpec, model: str) -> str:
     return hashlib.sha256(f"{model} {video.model_dump_json()}".encode()).hexdigest()[:16]
 
 
-def _generate(config: Config, rows: list[dict[str, str]]) -> None:
-    """One block per video: every actor of the pool has work, and each video is reported when it is there."""
-    pool = config.generate.pool
-    videos = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        GenerateVideo,  # type: ignore[arg-type]  # Ray's annotation knows functions only
+def _generate(config: Config, videos: list[tuple[str, str]]) -> None:
+    """One block per batch: every actor of the pool has work, and each batch is reported when it is there."""
+    pool, size = config.generate.pool, config.generate.batch_size
+    batches = [zip(*videos[start : start + size], strict=True) for start in range(0, len(videos), size)]
+    rows = [{"specs": list(specs), "paths": list(paths)} for specs, paths in batches]
+    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        GenerateVideos,  # type: ignore[arg-type]  # Ray's annotation knows functions only
         fn_constructor_args=(config,),
         compute=ray.data.ActorPoolStrategy(size=min(pool.size, len(rows))),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
     )
-    for count, row in enumerate(videos.iter_rows(), start=1):
-        logger.info("%d/%d %s", count, len(rows), row["path"])
+    count = 0
+    for row in made.iter_rows():
+        for path in row["paths"]:
+            count += 1
+            logger.info("%d/%d %s", count, len(videos), path)
 
 
 def _write_manifest(path: Path, videos: dict[Path, VideoSpec]) -> None:

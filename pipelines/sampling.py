@@ -8,7 +8,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -86,7 +86,7 @@ def shape_limits(config: Config) -> ShapeLimits:
 
 
 class VideoSampler:
-    """A loaded model that makes videos, one at a time.
+    """A loaded model that makes videos, one call at a time.
 
     Args:
         config: names the backbone and, if there is one, the checkpoint of the Physical Branch.
@@ -132,17 +132,34 @@ class VideoSampler:
         on_step: Callable[[float], None] = lambda progress: None,
         trace: PhysicsTrace | None = None,
     ) -> np.ndarray:
-        """Makes the frames of a video; the same specification gives the same frames.
+        """Makes the frames of a video, uint8 `[T, H, W, 3]`; the same specification gives the same frames.
+
+        The arguments are those of `sample_batch`.
+        """
+        return self.sample_batch([spec], on_step, trace)[0]
+
+    def sample_batch(
+        self,
+        specs: Sequence[VideoSpec],
+        on_step: Callable[[float], None] = lambda progress: None,
+        trace: PhysicsTrace | None = None,
+    ) -> np.ndarray:
+        """Makes the frames of several videos at once: each as it is alone, but for rounding.
 
         Args:
-            spec: the video.
+            specs: the videos, which differ in nothing but prompts and seed.
             on_step: called after each denoising step with the part that is done, 0 to 1; what it raises ends
                 the sampling.
             trace: collects the routing, if given; the model must have a branch.
 
         Returns:
-            RGB frames, uint8 `[T, H, W, 3]`.
+            RGB frames, uint8 `[B, T, H, W, 3]`.
         """
+        spec = specs[0]
+        own = ("prompt", "negative_prompt", "seed")
+        assert all(
+            other.model_copy(update={key: getattr(spec, key) for key in own}) == spec for other in specs
+        )
 
         def report(
             pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
@@ -154,25 +171,22 @@ class VideoSampler:
         physics = None if spec.physics is None and trace is None else PhysicsControl(**knobs, trace=trace)
         with autocast(self._device, self._autocast), self._caching_steps(spec.step_cache):
             output = self._pipeline(
-                prompt_embeds=self.embed(spec.prompt),
-                negative_prompt_embeds=self.embed(spec.negative_prompt),
+                prompt_embeds=torch.cat([self.embed(spec.prompt) for spec in specs]),
+                negative_prompt_embeds=torch.cat([self.embed(spec.negative_prompt) for spec in specs]),
                 height=spec.height,
                 width=spec.width,
                 num_frames=spec.num_frames,
                 num_inference_steps=spec.num_inference_steps,
                 guidance_scale=spec.guidance_scale,
-                generator=torch.Generator().manual_seed(spec.seed),  # on the CPU: one noise on every device
+                # On the CPU: one noise on every device.
+                generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
                 physics=physics,
                 max_sequence_length=self._max_sequence_length,
                 callback_on_step_end=report,
                 callback_on_step_end_tensor_inputs=[],
                 output_type="np",
             )
-        return (output.frames[0] * 255).round().astype(np.uint8)
-
-    def write(self, spec: VideoSpec, path: Path) -> None:
-        """Makes a video as `sample` does and writes it to `path` as an mp4."""
-        write_video(path, self.sample(spec), spec.fps)
+        return (output.frames * 255).round().astype(np.uint8)
 
     def render(
         self, spec: VideoSpec, on_step: Callable[[float], None] = lambda progress: None

@@ -35,6 +35,22 @@ def test_prompts_become_videos_and_are_not_made_again(ray_cluster: None, tmp_pat
     assert manifest.read_text().splitlines() == [json.dumps(line) for line in lines]
 
 
+def test_batches(ray_cluster: None, tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path / "run", *SMALL, "generate.batch_size=2", "sampling.step_cache.taylorseer=2"
+    )
+    paths = generate.run(config, ["a red ball falls", "a yellow fire burns", "a blue ball falls"])
+    assert len({path.read_bytes() for path in paths}) == 3
+    assert all(probe(path).num_frames == 5 for path in paths)
+
+    for cache in ("first_block", "sea"):
+        config = tiny_config(tmp_path, "generate.batch_size=2", f"sampling.step_cache.{cache}=0.1")
+        with pytest.raises(
+            ProPhyError, match="generate.batch_size of 2 .*; use sampling.step_cache.taylorseer"
+        ):
+            generate.run(config, ["a red ball falls"])
+
+
 def test_empty_prompts(tmp_path: Path) -> None:
     for prompts in ([], ["a ball", " "]):
         with pytest.raises(ProPhyError, match="give at least one, and none empty"):

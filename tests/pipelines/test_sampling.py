@@ -90,6 +90,17 @@ def test_a_trace_of_a_video_with_skipped_steps_has_them_all(config: Config, samp
         assert trace.phenomenon_maps.shape == whole.phenomenon_maps.shape
 
 
+def test_a_video_of_a_batch_is_as_alone_but_for_rounding(sampler: VideoSampler) -> None:
+    for step_cache in ({}, {"taylorseer": 3}):
+        specs = [
+            cached(step_cache).model_copy(update={"prompt": prompt, "seed": seed})
+            for seed, prompt in enumerate(("a red ball falls", "a yellow fire burns", "a red ball falls"))
+        ]
+        alone = np.stack([sampler.sample(spec) for spec in specs]).astype(int)
+        difference = np.abs(sampler.sample_batch(specs) - alone)
+        assert difference.mean() < 0.5 and np.abs(alone[0] - alone[1]).mean() > 5, step_cache
+
+
 def test_sea_cache_is_for_wan(config: Config) -> None:
     sampling = config.sampling.model_copy(update={"step_cache": StepCache(sea=0.1)})
     config = config.model_copy(update={"sampling": sampling})
