@@ -354,7 +354,7 @@ class PretrainConfig(Section):
     num_clips: PositiveInt = Field(3000, description="simulated clips that VAE and backbone learn from")
     vlm_steps: PositiveInt = 2000
     vae_steps: PositiveInt = 2400
-    backbone_steps: PositiveInt = 1300
+    backbone_steps: PositiveInt = 1900
     seed: int = 0
 
 

@@ -15,6 +15,13 @@ import torch.nn.functional as F
 from prophy.errors import ProPhyError
 from prophy.taxonomy import NUM_PHENOMENA
 
+_SATURATED = 0.2
+"""Share of a map's positive cells whose target is 1.
+
+Attention has few cells far above the rest: divided by its maximum, a map is near 0 almost everywhere, and a
+constant 0 nearly solves Eq. 5, whose optimum is a median.
+"""
+
 _FRAMES_PER_SLICE = 2  # Qwen2.5-VL's temporal patch: each slice of a map is a pair of frames
 
 
@@ -121,9 +128,10 @@ def make_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets `Q_r` and mask `M` of Eq. 5 for one clip.
 
-    Each phenomenon's map (by the recipe, on the token grid) keeps its positive part, divided by its maximum.
-    `M` is true where that map is positive; with `negatives="zero"` also where it is not, with target 0. It is
-    false for phenomena without a map, and for a map without any positive cell: that says nothing about where.
+    Each phenomenon's map (by the recipe, on the token grid) keeps its positive part, scaled so that its highest
+    fifth is 1. `M` is true where that map is positive; with `negatives="zero"` also where it is not, with
+    target 0. It is false for phenomena without a map, and for a map without any positive cell: that says
+    nothing about where.
 
     Args:
         maps: raw maps `[K + 1, T, H, W]` on the VLM's grid, the background's last.
@@ -149,8 +157,8 @@ def make_targets(
     mask = torch.zeros(num_tokens, NUM_PHENOMENA, dtype=torch.bool)
     if map_phenomena:
         signed = RECIPES[recipe](maps, latents, grid, num_frames).flatten(1).T
-        positive = signed.clamp(min=0)
-        peak = positive.amax(0)
-        targets[:, map_phenomena] = positive / peak.clamp(min=torch.finfo(peak.dtype).tiny)
-        mask[:, map_phenomena] = (signed > 0) if negatives == "ignore" else (peak > 0).expand_as(signed)
+        positive = signed > 0
+        saturated = signed.where(positive, torch.nan).nanquantile(1 - _SATURATED, dim=0)
+        targets[:, map_phenomena] = (signed / saturated).clamp(0, 1).nan_to_num()
+        mask[:, map_phenomena] = positive if negatives == "ignore" else positive.any(0).expand_as(positive)
     return targets, mask

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _CLIPS_PER_FILE = 50
 
-SAMPLING = Sampling(num_frames=NUM_FRAMES, fps=FPS, size=SIZE, num_inference_steps=25, guidance_scale=3.0)
+SAMPLING = Sampling(num_frames=NUM_FRAMES, fps=FPS, size=SIZE, num_inference_steps=25, guidance_scale=5.0)
 """How the embedded default makes videos; the preset `tiny` says the same."""
 
 Tensors = dict[str, torch.Tensor]
