@@ -128,10 +128,10 @@ def make_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets `Q_r` and mask `M` of Eq. 5 for one clip.
 
-    Each phenomenon's map (by the recipe, on the token grid) keeps its positive part, scaled so that its highest
-    fifth is 1. `M` is true where that map is positive; with `negatives="zero"` also where it is not, with
-    target 0. It is false for phenomena without a map, and for a map without any positive cell: that says
-    nothing about where.
+    Each phenomenon's map (by the recipe, on the token grid) keeps its positive part, scaled so that its
+    highest fifth is 1. `M` is true where that map is positive; with `negatives="zero"` also where it is not,
+    with target 0. It is false for phenomena without a map, and for a map without any positive cell: that
+    says nothing about where.
 
     Args:
         maps: raw maps `[K + 1, T, H, W]` on the VLM's grid, the background's last.
