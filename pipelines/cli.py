@@ -140,6 +140,33 @@ def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
 
 
 @app.command()
+def plan(
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Of the same kind; by default train.num_workers.")
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Of one GPU, in GB.")] = 80.0,
+) -> None:
+    """Say what `prophy train` would take of each GPU, what fits, and which settings are the fastest.
+
+    Needs no GPU and no weights. The published backbones of the presets are known; of another one the
+    configuration is read, from its folder or from the hub.
+
+    ZeRO 0 keeps everything on every GPU. ZeRO 1 shares out the optimizer's state, ZeRO 2 the gradients too,
+    and ZeRO 3 all parameters, the frozen ones as well; the higher, the more has to be communicated. Offload
+    moves the optimizer, or also the parameters, to the CPU's memory, which is slower than any of them.
+    Gradient checkpointing keeps few activations and computes the rest again.
+    """
+    workers = [] if gpus is None else [f"train.num_workers={gpus}"]
+    resolved = _configure(config, [*(set_ or []), *workers], print_config)
+    from pipelines import plan
+
+    plan.run(resolved, gpu_memory)
+
+
+@app.command()
 def export(
     output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
     complete: Annotated[

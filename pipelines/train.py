@@ -7,10 +7,10 @@ what a step draws depends on the number of the step alone.
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from pipelines.cache import encodings_folder, priors_folder
 from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank
-from pipelines.config import Config
+from pipelines.config import Config, TrainConfig
 from pipelines.engine import (
     Ema,
     fragments,
@@ -33,13 +33,15 @@ from pipelines.engine import (
 )
 from pipelines.export import export_branch
 from pipelines.runtime import open_run, ray_session
-from pipelines.train_metrics import MetricsLog
+from pipelines.train_metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.train_model import build_module, clip_shape
 from prophy.backbones import fingerprint
+from prophy.cost import count_flops
 from prophy.data import BatchPlan, PriorCache, PriorDataset, TrainBatch
+from prophy.device import has_bfloat16, peak_flops
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import lora_config, physics_config
-from prophy.train_module import LossOutput
+from prophy.train_module import LossOutput, ProPhyTrainModule
 
 MODEL_FOLDER = "model"
 
@@ -141,34 +143,46 @@ def _train(loop_config: dict[str, Any]) -> None:
     dataset = build_dataset(config, cache, rank)
     checkpoint = latest_on_every_rank(config.checkpoints)
     module = build_module(config, cache.null_text_embeds(), checkpoint, placement(train))
+    if rank == 0:
+        flops = _flops_of_micro_batches(module, cache, train)
     engine = initialize(module, train)
     ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
     if checkpoint is not None:
         load_optimizer(engine, ema, checkpoint)
     first_step = engine.global_steps
-    log = MetricsLog(root, first_step, train) if rank == 0 else None
+    log = None
+    if rank == 0:
+        precision = torch.bfloat16 if train.precision == "bf16" and has_bfloat16(device) else torch.float32
+        log = MetricsLog(root, first_step, train, flops, peak_flops(device, precision))
 
     # 2. Steps; a process of its own reads ahead
     loader = DataLoader(dataset, batch_size=None, sampler=range(first_step, train.num_steps), num_workers=1)
-    saved, preempted = first_step, False
-    for step, (batches, semantic) in enumerate(loader, start=first_step + 1):
+    saved, preempted, clock = first_step, False, StepClock()
+    for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
         outputs, learning_rate = [], set_learning_rate(engine, train)
         for batch in batches:
             boundary = engine.is_gradient_accumulation_boundary()
-            output = engine(batch.to(device), semantic.to(device) if boundary else None)
-            engine.backward(output.loss)
-            gradient_norm = optimizer_step(engine)
+            with clock("forward"):
+                output = engine(batch.to(device), semantic.to(device) if boundary else None)
+            with clock("backward"):
+                engine.backward(output.loss)
+            with clock("optimizer"):
+                gradient_norm = optimizer_step(engine)
             outputs.append(output)
         assert gradient_norm is not None  # the last micro-batch ends the step
         _check_finite(gradient_norm, outputs, batches, step, saved)
         if ema is not None:
-            ema.update(step)
+            with clock("optimizer"):
+                ema.update(step)
 
         # 3. Metrics and checkpoints
+        if log is not None:
+            log.count(batches)
         if step % train.log_every == 0 or step == train.num_steps:
-            losses = _mean_over_workers(outputs)
+            metrics = _over_workers(mean_losses(outputs), "mean") | _over_workers(peak_memory(), "max")
+            metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
             if log is not None:
-                log.write(step, losses | {"learning_rate": learning_rate, "gradient_norm": gradient_norm})
+                log.write(step, metrics, clock.read())
         stop = _on_rank_0(lambda: (root / _STOP_FILE).exists())
         # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
         leaving = ray.train.get_preemption_info() is not None and not preempted
@@ -246,11 +260,24 @@ def _check_finite(
     )
 
 
-def _mean_over_workers(outputs: list[LossOutput]) -> dict[str, float]:
-    """Mean of every scalar over the micro-batches of all workers."""
-    names = [name for name in outputs[-1] if name != "loss"]  # which is scaled for the engine's averaging
-    means = torch.stack(
-        [torch.stack([output[name] for output in outputs if name in output]).mean() for name in names]
-    )
-    torch.distributed.all_reduce(means)
-    return dict(zip(names, (means / torch.distributed.get_world_size()).tolist(), strict=True))
+def _flops_of_micro_batches(
+    module: ProPhyTrainModule, cache: PriorCache, train: TrainConfig
+) -> dict[tuple[int, ...], int]:
+    """Operations of a micro-batch of each shape of latents in the cache."""
+    text_length = len(module.null_text_embeds)
+    return {
+        shape: count_flops(module.transformer, train.micro_batch_size, shape, text_length)
+        for shape in set(cache.shapes.values())
+    }
+
+
+def _over_workers(
+    values: Mapping[str, float | torch.Tensor], reduction: Literal["mean", "max"]
+) -> dict[str, float]:
+    """Mean or maximum of each value over all workers."""
+    joint = torch.stack([torch.as_tensor(value, device=get_device()).float() for value in values.values()])
+    operation = torch.distributed.ReduceOp.SUM if reduction == "mean" else torch.distributed.ReduceOp.MAX
+    torch.distributed.all_reduce(joint, operation)
+    if reduction == "mean":
+        joint /= torch.distributed.get_world_size()
+    return dict(zip(values, joint.tolist(), strict=True))

@@ -2,18 +2,57 @@
 
 import json
 import logging
+import resource
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal, TypeVar
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.config import TrainConfig
+from prophy.data import TrainBatch
+from prophy.train_module import LossOutput
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
+Phase = Literal["data", "forward", "backward", "optimizer"]
+Item = TypeVar("Item")
+
 logger = logging.getLogger(__name__)
+
+
+class StepClock:
+    """Seconds that this process spent in each phase of its steps; waits for the device where a phase ends."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Phase, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        """Times the block as part of `phase`."""
+        start = _now()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + _now() - start
+
+    def waiting_for(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, whose arrival is timed as "data"."""
+        iterator = iter(items)
+        while True:
+            with self("data"):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def read(self) -> dict[Phase, float]:
+        """Seconds of each phase since it was last read."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
 
 class MetricsLog:
@@ -23,10 +62,19 @@ class MetricsLog:
         folder: of these files.
         first_step: the step that the run resumes from; what was written of later ones is dropped.
         train: the configuration.
+        flops: of a micro-batch, by the shape of its samples' latents.
+        peak_flops: of one worker's device, per second.
     """
 
-    def __init__(self, folder: Path, first_step: int, train: TrainConfig) -> None:
-        self._train = train
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        train: TrainConfig,
+        flops: Mapping[tuple[int, ...], int],
+        peak_flops: float,
+    ) -> None:
+        self._train, self._flops, self._peak_flops = train, flops, peak_flops
         self._file = folder / METRICS_FILE
         if self._file.exists():
             lines = self._file.read_text().splitlines(keepends=True)
@@ -34,28 +82,79 @@ class MetricsLog:
             self._file.write_text("".join(kept))
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
         self._last = (first_step, time.perf_counter())
+        self._tokens = self._operations = 0
         if first_step >= train.num_steps:
             logger.info("step %d of %d was reached before; nothing to train", first_step, train.num_steps)
         elif first_step:
             logger.info("resumed from step %d of %d", first_step, train.num_steps)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of `step`, with step time and throughput since the step written before."""
+    def count(self, batches: Iterable[TrainBatch]) -> None:
+        """Counts the work of a step, whose micro-batches are alike on every worker."""
+        for batch in batches:
+            self._tokens += self._train.num_workers * batch.target_mask[..., 0].numel()
+            self._operations += self._train.num_workers * self._flops[tuple(batch.latents.shape[1:])]
+
+    def write(self, step: int, metrics: Mapping[str, float], seconds: Mapping[Phase, float]) -> None:
+        """Writes the metrics of `step`, with times and throughput since the step written before.
+
+        Args:
+            step: number of steps taken.
+            metrics: of this step.
+            seconds: of each phase, since the step written before.
+        """
         now = time.perf_counter()
         last_step, last_time = self._last
         self._last = (step, now)
-        step_time = (now - last_time) / (step - last_step)
-        speed = self._train.global_batch_size / step_time
+        elapsed, steps = now - last_time, step - last_step
+        speed = self._train.global_batch_size * steps / elapsed
+        mfu = self._operations / elapsed / (self._train.num_workers * self._peak_flops)
         terms = [weight * metrics[name] for name, weight in self._train.loss_weights if name in metrics]
         loss = metrics["diffusion"] + sum(terms)
-        metrics = {"loss": loss, **metrics, "step_time_s": step_time, "samples_per_s": speed}
+        metrics = {
+            "loss": loss,
+            **metrics,
+            "step_time_s": elapsed / steps,
+            **{f"{phase}_time_s": value / steps for phase, value in seconds.items()},
+            "samples_per_s": speed,
+            "tokens_per_s": self._tokens / elapsed,
+            "mfu": mfu,
+        }
+        self._tokens = self._operations = 0
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
-        left = timedelta(seconds=round((self._train.num_steps - step) * step_time))
+        left = timedelta(seconds=round((self._train.num_steps - step) * elapsed / steps))
         logger.info(
-            f"step {step}/{self._train.num_steps}  loss {loss:.4f}  "
-            f"diffusion {metrics['diffusion']:.4f}  {speed:.2f} samples/s  {left} left"
+            f"step {step}/{self._train.num_steps}  loss {loss:.4f}  diffusion {metrics['diffusion']:.4f}  "
+            f"{speed:.2f} samples/s  MFU {mfu:.1%}  {left} left"
         )
+
+
+def mean_losses(outputs: list[LossOutput]) -> dict[str, torch.Tensor]:
+    """Mean over micro-batches of every scalar but the loss, which is scaled for the engine's averaging.
+
+    A vector's entries are named `vector/0`, `vector/1` and so on.
+    """
+    means: dict[str, torch.Tensor] = {}
+    for name in outputs[-1]:
+        mean = torch.stack([output[name] for output in outputs if name in output]).mean(0)
+        if name != "loss":
+            entries = {f"{name}/{index}": value for index, value in enumerate(mean)} if mean.ndim else {}
+            means |= entries or {name: mean}
+    return means
+
+
+def peak_memory() -> dict[str, float]:
+    """Most memory that this process had so far, in GB: of the host, and of its GPU."""
+    peaks = {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return peaks
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -78,10 +78,9 @@ def _predict(
     """The forward pass, with tensors in the place of the parameters that hold nothing."""
 
     def empty(value: torch.Tensor) -> torch.Tensor:
+        shape = getattr(value, "ds_shape", value.shape)  # whole, where ZeRO 3 has sharded it
         # `grouped_mm` without memory wants bfloat16.
-        return torch.empty(
-            value.shape, device=device, dtype=torch.bfloat16, requires_grad=value.requires_grad
-        )
+        return torch.empty(shape, device=device, dtype=torch.bfloat16, requires_grad=value.requires_grad)
 
     module, checkpointing = _Predict(transformer), transformer.is_gradient_checkpointing
     tensors = [*module.named_parameters(), *module.named_buffers()]

@@ -1,8 +1,26 @@
-"""Where tensors live and in which precision a forward pass computes."""
+"""Where tensors live, in which precision a forward pass computes, and how fast it could be."""
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+# Dense bfloat16 operations per second in NVIDIA's data sheets, by a part of the device's name: the first.
+_PEAK_BFLOAT16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10": 125e12,
+}
 
 
 def default_device() -> torch.device:
@@ -28,3 +46,32 @@ def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager:
     if dtype is None or not has_bfloat16(device):
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second that `device` can do at most in `dtype`.
+
+    Of the device's data sheet where it is known, else measured by large products with as many threads as now.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for part, peak in _PEAK_BFLOAT16.items() if part in name), None)
+        if known is not None:
+            return known
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+    torch.mm(a, b)  # buffers and kernels; not timed
+    return max(_flops_of_product(a, b) for _ in range(5))
+
+
+def _flops_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    _wait(a.device)
+    start = time.perf_counter()
+    torch.mm(a, b)
+    _wait(a.device)
+    return 2 * a.numel() * b.shape[1] / (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

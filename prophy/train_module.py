@@ -43,7 +43,7 @@ class LossWeights(Protocol):
 
 @dataclass
 class LossOutput(BaseOutput):
-    """Losses and router statistics of a micro-batch: scalars, float32, detached but for `loss`.
+    """Losses and router statistics of a micro-batch: float32, detached but for `loss`; scalars but the load.
 
     Those of experts that the branch lacks are None. A dictionary too (diffusers' BaseOutput): ZeRO-3 finds
     tensors in dictionaries, but not in dataclasses.
@@ -54,7 +54,7 @@ class LossOutput(BaseOutput):
         token_alignment: L_fine_align.
         load_balancing: L_fine_balance.
         router_entropy: of rho_r, mean over tokens, in nats; log E_r is uniform.
-        max_expert_load: largest share of the tokens' choices on one expert; 1 / E_r is balanced.
+        expert_load: `[E_r]`, share of the tokens' choices that falls on each expert; 1 / E_r is balanced.
         semantic_alignment: L_coarse over the global batch; None where no captions were given.
     """
 
@@ -63,7 +63,7 @@ class LossOutput(BaseOutput):
     token_alignment: torch.Tensor | None = None
     load_balancing: torch.Tensor | None = None
     router_entropy: torch.Tensor | None = None
-    max_expert_load: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None
     semantic_alignment: torch.Tensor | None = None
 
 
@@ -133,7 +133,7 @@ class ProPhyTrainModule(nn.Module):
             terms |= {"token_alignment": alignment.detach(), "load_balancing": balancing.detach()}
             log_weights = logits.detach().log_softmax(dim=-1)
             terms["router_entropy"] = -(log_weights.exp() * log_weights).sum(dim=-1).mean()
-            terms["max_expert_load"] = expert_load(logits, top_k).max()
+            terms["expert_load"] = expert_load(logits, top_k)
         if branch.semantic is not None and semantic is not None:
             alignment = self._semantic_alignment(semantic, branch.semantic.router)
             loss = loss + self._undo_averaging() * self.loss_weights.semantic_alignment * alignment

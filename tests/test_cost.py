@@ -47,7 +47,7 @@ def test_operations_where_all_is_trained(transformer: ProPhyWanTransformer3DMode
 
 def test_operations_with_a_frozen_backbone(transformer: ProPhyWanTransformer3DModel) -> None:
     """Behind the first injection it passes gradients on to its tokens; text and weights get none."""
-    transformer.freeze_backbone()
+    transformer.train_backbone("frozen")
     backward = (NUM_LAYERS - 2) * (TOKEN_PROJECTIONS + 2 * SELF_ATTENTION + CROSS_ATTENTION)
     text = 2 * TEXT_PROJECTIONS  # of the branch: gradients of weights alone
     expected = NUM_LAYERS * BLOCK + backward + 3 * BRANCH - text / 2
@@ -73,7 +73,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
         physics_layers=(0, 1),
         latent_shape=LATENTS[1:],
     ).to(torch.bfloat16)
-    transformer.freeze_backbone()
+    transformer.train_backbone("frozen")
     kept: dict[int, torch.Tensor] = {}
 
     def pack(value: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,8 @@ def test_output_is_a_dictionary_whose_loss_alone_has_a_graph(batch: TrainBatch) 
     assert isinstance(output, LossOutput) and isinstance(output, dict)
     assert output.semantic_alignment is None
     assert [name for name, value in output.items() if value.requires_grad] == ["loss"]
-    assert 0 < output.router_entropy <= torch.tensor(4.0).log() and 0.25 <= output.max_expert_load <= 0.5
+    assert 0 < output.router_entropy <= torch.tensor(4.0).log()
+    assert output.expert_load.shape == (4,) and output.expert_load.sum() == pytest.approx(1.0)
 
 
 def test_semantic_gradient_survives_the_averaging_over_micro_steps(batch: TrainBatch) -> None:

@@ -1,58 +1,32 @@
 """The published configurations with a branch, on the meta device: their sizes, and whose keys are whose."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from pipelines.config import load_config
 from prophy.backbones import BACKBONES
+from prophy.published import TRANSFORMERS, VAES
 
-# By preset, what `transformer/config.json` of the published model says where it is not diffusers' default;
-# how many parameters that makes; and the latents and tokens of a clip.
-PUBLISHED: dict[str, tuple[dict[str, Any], int, tuple[int, ...], tuple[int, ...]]] = {
-    "wan2.1-1.3b": (
-        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-        1_418_996_800,
-        (21, 60, 104),
-        (21, 30, 52),
-    ),
-    "wan2.1-14b": ({}, 14_288_491_584, (21, 60, 104), (21, 30, 52)),
-    "cogvideox-2b": ({}, 1_693_783_872, (13, 60, 90), (13, 30, 45)),
-    "cogvideox-5b": (
-        {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
-        5_570_283_072,
-        (13, 60, 90),
-        (13, 30, 45),
-    ),
-    "cogvideox1.5-5b": (
-        {
-            "num_attention_heads": 48,
-            "num_layers": 42,
-            "use_rotary_positional_embeddings": True,
-            "patch_size_t": 2,
-            "patch_bias": False,
-            "sample_frames": 81,
-            "sample_height": 96,
-            "sample_width": 170,
-        },
-        5_570_676_352,
-        (22, 96, 170),
-        (11, 48, 85),
-    ),
+# By preset: parameters of the published model; latents and tokens of a clip.
+PUBLISHED: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    "wan2.1-1.3b": (1_418_996_800, (21, 60, 104), (21, 30, 52)),
+    "wan2.1-14b": (14_288_491_584, (21, 60, 104), (21, 30, 52)),
+    "cogvideox-2b": (1_693_783_872, (13, 60, 90), (13, 30, 45)),
+    "cogvideox-5b": (5_570_283_072, (13, 60, 90), (13, 30, 45)),
+    "cogvideox1.5-5b": (5_570_676_352, (22, 96, 170), (11, 48, 85)),
 }
-VAE = {"wan": {}, "cogvideox": {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}}
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_published_configuration(preset: str) -> None:
-    published, num_parameters, latents, tokens = PUBLISHED[preset]
+    num_parameters, latents, tokens = PUBLISHED[preset]
     config = load_config(preset)
+    published = TRANSFORMERS[config.backbone.pretrained]
     clip, family = config.backbone, BACKBONES[config.backbone.family]
     with torch.device("meta"):
         upstream = family.transformer(**published)
         shape = family.latent_shape(
-            clip.num_frames, clip.height, clip.width, VAE[clip.family], upstream.config
+            clip.num_frames, clip.height, clip.width, VAES[clip.family], upstream.config
         )
         model = family.prophy_transformer(**published, **config.physics.model_dump(), latent_shape=shape)
     assert shape == latents and family.token_grid(shape, upstream.config) == tokens

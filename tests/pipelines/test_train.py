@@ -1,6 +1,7 @@
 """Training for real: two workers of Ray Train on a tiny cache, resumed by the same command; and bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from pipelines.config import Config
 from pipelines.train import build_module, run
 from pipelines.train_metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
 from prophy.backbones import load_pipeline, resolve_pretrained
-from prophy.data import BatchPlan, PriorCache
+from prophy.data import BatchPlan, PriorCache, TrainBatch
 from prophy.errors import ProPhyError
 from prophy.schema import INDEX
 from tests.conftest import tiny_config
@@ -99,6 +100,12 @@ def test_every_step_is_in_the_metrics_once(resumed: Config) -> None:
         )
         assert row["gradient_norm"] > 0 and row["samples_per_s"] > 0
         assert row["samples_per_s"] * row["step_time_s"] == pytest.approx(4)
+        assert row["tokens_per_s"] == pytest.approx(row["samples_per_s"] * 5 * 8 * 8)
+        phases = [row[f"{phase}_time_s"] for phase in ("data", "forward", "backward", "optimizer")]
+        assert min(phases) > 0 and sum(phases) < row["step_time_s"]
+        assert row["mfu"] > 0 and row["peak_rss_gb"] > 0.1
+        assert sum(row[f"expert_load/{index}"] for index in range(8)) == pytest.approx(1)
+        assert 0 < row["router_entropy"] <= math.log(8)
 
 
 def test_old_checkpoints_go(resumed: Config) -> None:
@@ -109,10 +116,11 @@ def test_resumed_run_equals_one_that_ran_through(through: Config, resumed: Confi
     expected, after = weights(through.run_dir / "model"), weights(resumed.run_dir / "model")
     assert expected.keys() == after.keys()
     assert all(torch.equal(expected[name], after[name]) for name in expected)
-    timed = {"step_time_s", "samples_per_s"}
+    measured = {"samples_per_s", "tokens_per_s", "mfu", "peak_rss_gb"}
+    measured |= {key for key in rows(through.run_dir)[0] if key.endswith("time_s")}
     for before, again in zip(rows(through.run_dir), rows(resumed.run_dir), strict=True):
-        assert {key: before[key] for key in before.keys() - timed} == {
-            key: again[key] for key in again.keys() - timed
+        assert {key: before[key] for key in before.keys() - measured} == {
+            key: again[key] for key in again.keys() - measured
         }
 
 
@@ -248,12 +256,26 @@ def test_unknown_recipe(tiny_cache: Config, tmp_path: Path) -> None:
 
 def test_log_drops_what_came_after_the_checkpoint(config: Config, tmp_path: Path) -> None:
     losses = dict.fromkeys(("diffusion", "semantic_alignment", "token_alignment", "load_balancing"), 1.0)
-    log = MetricsLog(tmp_path, 0, config.train)
+    log = MetricsLog(tmp_path, 0, config.train, {}, 1.0)
     for step in (1, 2, 3, 4):
-        log.write(step, losses)
+        log.write(step, losses, {})
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"step": 5, "lo')  # a worker killed while it wrote
-    log = MetricsLog(tmp_path, 2, config.train)
-    log.write(3, losses)
+    log = MetricsLog(tmp_path, 2, config.train, {}, 1.0)
+    log.write(3, losses, {})
     lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert [row["step"] for row in lines] == [1, 2, 3]
+
+
+def test_utilisation_is_of_all_workers(config: Config, tmp_path: Path) -> None:
+    """Two workers with a peak of 100 operations per second and two micro-batches of 50 each per step."""
+    losses = dict.fromkeys(("diffusion", "semantic_alignment", "token_alignment", "load_balancing"), 1.0)
+    batch = TrainBatch(["a"], torch.zeros(1, 4, 3, 8, 8), *[torch.zeros(1, 48, 17)] * 7)
+    log = MetricsLog(tmp_path, 0, config.train, {(4, 3, 8, 8): 50}, 100.0)
+    for _ in range(3):
+        log.count([batch, batch])
+    log.write(3, losses, {"data": 3.0})
+    [row] = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert row["mfu"] * row["step_time_s"] == pytest.approx(1.0)
+    assert row["tokens_per_s"] * row["step_time_s"] == pytest.approx(2 * 2 * 48)
+    assert row["data_time_s"] == 1.0
