@@ -240,6 +240,17 @@ class TrainConfig(Section):
     negatives: Literal["ignore", "zero"] = "ignore"
     reduction: Literal["mean", "sum"] = "mean"
     loss_weights: LossWeights = LossWeights()
+    num_held_out: NonNegativeInt = Field(
+        0,
+        description="videos of the cache that are not trained on; every checkpoint is measured there",
+    )
+    sample_prompts: list[str] = Field(
+        [], description="of videos that every checkpoint makes, with pictures of its routing maps"
+    )
+    evaluation_cpus: NonNegativeFloat = Field(
+        1.0, description="of the task that does both, beside the workers; they do not wait for it"
+    )
+    evaluation_gpus: NonNegativeFloat = 0.0
     seed: int = 0
     log_every: PositiveInt = 10
     save_every: PositiveInt = 500

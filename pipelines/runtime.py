@@ -39,6 +39,9 @@ _FREE_KEYS = {
         "save_every",
         "num_to_keep",
         "max_failures",
+        "sample_prompts",
+        "evaluation_cpus",
+        "evaluation_gpus",
     },
 }
 

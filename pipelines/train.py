@@ -33,11 +33,13 @@ from pipelines.engine import (
 )
 from pipelines.export import export_branch
 from pipelines.runtime import open_run, ray_session
+from pipelines.train_data import build_dataset
+from pipelines.train_evaluation import evaluation
 from pipelines.train_metrics import MetricsLog, StepClock, mean_losses, peak_memory
-from pipelines.train_model import build_module, clip_shape
+from pipelines.train_model import build_module
 from prophy.backbones import fingerprint
 from prophy.cost import count_flops
-from prophy.data import BatchPlan, PriorCache, PriorDataset, TrainBatch
+from prophy.data import PriorCache, TrainBatch
 from prophy.device import has_bfloat16, peak_flops
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import lora_config, physics_config
@@ -62,16 +64,21 @@ def run(config: Config) -> Path:
     Raises:
         ProPhyError: no cache, or one that does not fit; or the run folder belongs to another run.
     """
-    trainer = build_trainer(config)
-    run_dir = open_run(config, "train")
-    with ray_session(config), _stop_on_sigterm(run_dir / _NAME / _STOP_FILE) as stop:
+    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+    trainer = build_trainer(config, cache)
+    root = open_run(config, "train") / _NAME
+    with (
+        ray_session(config),
+        _stop_on_sigterm(root / _STOP_FILE) as stop,
+        evaluation(config, cache, root),
+    ):
         mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
-    if mistake is not None:
-        raise ProPhyError(mistake)
-    if stop.exists():
-        logger.info("stopped on SIGTERM; the same command goes on")
-        raise SystemExit(128 + signal.SIGTERM)
-    return run_dir / MODEL_FOLDER
+        if mistake is not None:
+            raise ProPhyError(mistake)
+        if stop.exists():
+            logger.info("stopped on SIGTERM; the same command goes on")
+            raise SystemExit(128 + signal.SIGTERM)
+    return config.run_dir / MODEL_FOLDER
 
 
 @contextmanager
@@ -86,14 +93,13 @@ def _stop_on_sigterm(flag: Path) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def build_trainer(config: Config) -> TorchTrainer:
+def build_trainer(config: Config, cache: PriorCache) -> TorchTrainer:
     """The trainer: workers, and what each reserves. Reads the first step as a trial.
 
     Raises:
         ProPhyError: the cache does not fit the configuration.
     """
     train, backbone = config.train, config.backbone
-    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
     _ = build_dataset(config, cache, rank=0)[0]
     identity = {
         "name": backbone.pretrained,
@@ -201,30 +207,6 @@ def _train(loop_config: dict[str, Any]) -> None:
         assert last is not None
         export_branch(last, config.run_dir / MODEL_FOLDER)
         logger.info("trained branch after %d steps: %s", engine.global_steps, config.run_dir / MODEL_FOLDER)
-
-
-def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
-    """The share of worker `rank` in the cached samples.
-
-    Raises:
-        ProPhyError: the cache does not fit the configuration.
-    """
-    train = config.train
-    return PriorDataset(
-        cache,
-        BatchPlan(cache.shapes, train.global_batch_size, train.seed),
-        [
-            clip_shape(config.backbone.model_copy(update={"height": height, "width": width}))
-            for height, width in config.backbone.frame_shapes
-        ],
-        micro_batch_size=train.micro_batch_size,
-        rank=rank,
-        world_size=train.num_workers,
-        recipe=train.recipe,
-        negatives=train.negatives,
-        caption_dropout=train.caption_dropout,
-        seed=train.seed,
-    )
 
 
 def _on_rank_0(ask: Callable[[], bool]) -> bool:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from pipelines.cache import encodings_folder, priors_folder
 from pipelines.config import load_config
-from pipelines.train import build_dataset
+from pipelines.train_data import build_dataset
 from prophy.backbones import load_pipeline
 from prophy.data import PriorCache
 from prophy.device import autocast
