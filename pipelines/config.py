@@ -393,7 +393,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.physics.any and self.train.backbone == "frozen":
-            raise ValueError("nothing to train: physics has no part, and train.backbone is 'frozen'")
+            raise ValueError(
+                "nothing to train: physics has neither blocks nor experts, and train.backbone is 'frozen'; "
+                "set it to 'lora' or 'full', or add a part of the branch"
+            )
         return self
 
     @property
@@ -453,6 +456,8 @@ def _explain(error: ValidationError, path: Path) -> str:
         return f"unknown key {key!r} in {path}; did you mean {nearest_key(Config, first['loc'])!r}?"
     if first["type"] == "missing":
         return f"missing key {key!r} in {path}; add it"
+    if not key:  # keys of several sections; the message says which
+        return f"bad values in {path}: {first['msg']}"
     return f"bad value for {key!r} in {path}: {first['msg']} (got {first['input']!r})"
 
 

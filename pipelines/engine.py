@@ -57,22 +57,34 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
     }
 
 
-def placement(train: TrainConfig) -> Callable[[torch.nn.Parameter], None]:
+def placement(train: TrainConfig) -> Callable[[torch.nn.Parameter, torch.dtype], None]:
     """What puts a parameter where this rank keeps it, so that none waits whole for the engine.
 
     With ZeRO 3 the rank keeps its share of it; a collective, with the same parameters in the same order.
     Otherwise all of it, on the rank's device.
     """
+    device = default_device()
     if train.zero_stage < 3:
-        device = default_device()
 
-        def move(parameter: torch.nn.Parameter) -> None:
-            parameter.data = parameter.data.to(device)
+        def move(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
+            parameter.data = parameter.data.to(device, dtype, copy=parameter.requires_grad)
 
         return move
-    # As `deepspeed.initialize` shards a module that is whole; there all parameters at once.
+    # As `deepspeed.initialize` shards a module that is whole; there all parameters at once. One buffer holds
+    # the whole parameters in turn: memory of each its own would leave holes between the shares.
     sharding = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(train), dtype=torch.float32)
-    return lambda parameter: sharding._convert_to_zero_parameters([parameter])
+    buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def shard(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
+        nonlocal buffer
+        size = parameter.numel() * dtype.itemsize
+        if size > len(buffer):
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        whole = buffer[:size].view(dtype).view(parameter.shape)
+        parameter.data = whole.copy_(parameter.data)
+        sharding._convert_to_zero_parameters([parameter])
+
+    return shard
 
 
 def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:

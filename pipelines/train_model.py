@@ -19,7 +19,7 @@ from prophy.data import ClipShape
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
 from prophy.models.physics_transformer import PhysicsTransformer
-from prophy.models.weights import WeightFiles, empty_model, fill
+from prophy.models.weights import WeightFiles, empty_model, fill, keep
 from prophy.train_module import ProPhyTrainModule
 
 _TRANSFORMER = "transformer."  # begins the names of its parameters in the module
@@ -29,7 +29,7 @@ def build_module(
     config: Config,
     null_text_embeds: torch.Tensor,
     checkpoint: Checkpoint | None = None,
-    place: Callable[[nn.Parameter], None] = lambda parameter: None,
+    place: Callable[[nn.Parameter, torch.dtype], None] = keep,
 ) -> ProPhyTrainModule:
     """The backbone with the Physical Branch, and the losses around it; what is trained is float32.
 
@@ -37,7 +37,7 @@ def build_module(
         config: of the run; its seed decides the parameters of a new branch and adapter.
         null_text_embeds: embedding of the empty prompt, `[L, D]`.
         checkpoint: what to resume from.
-        place: called with each parameter when it has its value; it may shard or move it.
+        place: see `fill`.
 
     Raises:
         ProPhyError: the branch to start from is of another backbone, or of another shape; or the checkpoint

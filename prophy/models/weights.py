@@ -57,17 +57,23 @@ def empty_model(model_class: type[ModelMixin], config: Mapping[str, Any], dtype:
     return model
 
 
+def keep(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Leaves a parameter whole, where it is; memory of its own where it is trained."""
+    parameter.data = parameter.data.to(dtype=dtype, copy=parameter.requires_grad)
+
+
 def fill(
     model: nn.Module,
     read: Callable[[str], torch.Tensor | None],
-    place: Callable[[nn.Parameter], None],
+    place: Callable[[nn.Parameter, torch.dtype], None],
 ) -> None:
     """Gives every parameter its value and its place, one after the other: no two are whole at a time.
 
     Args:
         model: parameters on the meta device get memory here.
         read: value of a name (parameter or saved buffer); None keeps what it has.
-        place: called with each parameter when it has its value; it may shard or move it.
+        place: called with each parameter when it has its value, which may be mapped from a file and in
+            another precision, and with the precision that it shall have; it may shard or move it.
     """
     saved = set(model.state_dict(keep_vars=True))
     for name, buffer in model.named_buffers():
@@ -78,9 +84,10 @@ def fill(
         if parameter.is_meta:
             assert value is not None, name
             owner, _, attribute = name.rpartition(".")
-            own = value.to(parameter.dtype, copy=parameter.requires_grad)
-            parameter = nn.Parameter(own, parameter.requires_grad)
+            dtype, parameter = parameter.dtype, nn.Parameter(value, parameter.requires_grad)
             setattr(model.get_submodule(owner), attribute, parameter)
-        elif value is not None:
-            parameter.data.copy_(value)
-        place(parameter)
+            place(parameter, dtype)
+        else:
+            if value is not None:
+                parameter.data.copy_(value)
+            place(parameter, parameter.dtype)

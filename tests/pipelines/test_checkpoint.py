@@ -1,7 +1,10 @@
 """Checkpoints on disk: what is committed, what is damaged, what is kept, and what a full disk leaves."""
 
 import json
+import os
 import resource
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +111,38 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     assert latest(tmp_path).step == 1
     write(tmp_path, 2, num_to_keep=1)
     assert latest(tmp_path).step == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("only root can mount a disk that is small")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk: Path) -> None:
+    """100 kB each: the third does not fit beside the two that are kept, until others have made room."""
+
+    def write_large(step: int) -> None:
+        part = Fragment("a", 0, {"parameter": torch.full((25_000,), float(step))})
+        save(small_disk / "checkpoints", step, [part], {"a": torch.Size([25_000])}, {}, num_to_keep=2)
+
+    write_large(1)
+    write_large(2)
+    with pytest.raises(
+        EveryRankError, match="cannot save the checkpoint of step 3: .*No space left.*make room"
+    ):
+        write_large(3)
+    last = latest(small_disk / "checkpoints")
+    assert last.step == 2 and torch.equal(last.read("parameter", "a"), torch.full((25_000,), 2.0))
+    shutil.rmtree(small_disk / "checkpoints" / "step-00000001")
+    write_large(3)
+    assert latest(small_disk / "checkpoints").step == 3
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:

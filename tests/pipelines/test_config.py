@@ -69,6 +69,15 @@ def test_mistakes_name_the_key_and_the_cure(override: str, message: str) -> None
         load_config("tiny", [override])
 
 
+def test_nothing_to_train() -> None:
+    nothing = ["physics.physical_blocks=false"]
+    nothing += [f"physics.num_{kind}_experts=0" for kind in ("semantic", "refinement")]
+    with pytest.raises(ProPhyError, match="nothing to train: .*; set it to 'lora' or 'full'") as caught:
+        load_config("tiny", nothing)
+    assert len(str(caught.value)) < 400
+    assert not load_config("tiny", [*nothing, "train.backbone=lora"]).physics.any
+
+
 def test_missing_file_lists_the_presets() -> None:
     with pytest.raises(ProPhyError, match="no configuration 'tinny'.*tiny"):
         load_config("tinny")
