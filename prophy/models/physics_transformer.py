@@ -170,7 +170,8 @@ class PhysicsTransformer(ModelMixin):
             token_grid: `(T', H', W')`.
 
         Raises:
-            ProPhyError: the request asks for maps or turns knobs of experts that the branch lacks.
+            ProPhyError: the request asks for maps or turns knobs of experts that the branch lacks, or asks
+                for maps where a step cache leaves them out.
         """
         control = (attention_kwargs or {}).get("physics") or PhysicsControl()
         if control.scale == 0:
@@ -181,6 +182,11 @@ class PhysicsTransformer(ModelMixin):
             raise ProPhyError(
                 "this model lacks semantic or refinement experts, so there are no maps and no strengths; "
                 "leave them out, or use a model that has both"
+            )
+        if self.is_cache_enabled and control.trace is not None and not branch.blocks:
+            raise ProPhyError(
+                "this model has no Physical Blocks: its maps come from tokens that a step cache leaves out; "
+                "switch the step cache off, or ask for no maps"
             )
 
         start, steps, routing = branch(latents, encoder_hidden_states, embed, conditions, control)

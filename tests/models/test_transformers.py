@@ -294,3 +294,15 @@ def test_a_step_that_is_skipped_runs_no_physical_block_unless_a_trace_wants_it(
         assert torch.equal(sample(trace), cached), "a trace only watches"
         assert trace.num_passes == 6 and sample.num_blocks_run == 24
         awakened.disable_cache()
+
+
+def test_no_maps_of_experts_without_blocks_where_steps_are_skipped(
+    family: str, backbone: ModelMixin, inputs: Inputs
+) -> None:
+    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb+reb"])
+    sample = Sampling(model, inputs)
+    expected = sample()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    assert torch.equal(sample(), expected)
+    with pytest.raises(ProPhyError, match="switch the step cache off, or ask for no maps"):
+        sample(PhysicsTrace())
