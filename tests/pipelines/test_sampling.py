@@ -1,18 +1,21 @@
 """From a specification to frames, in both families: step caches, with a branch that injects something."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines import generate
 from pipelines.config import Config
+from pipelines.protocol import ApiError, VideoRequest
 from pipelines.sampling import VideoSampler, check_model
 from pipelines.spec import StepCache, VideoSpec
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsTrace
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
-from tests.pipelines.servers import save_checkpoint
+from tests.pipelines.servers import LIMITS, save_checkpoint
 
 SPEC = VideoSpec(
     prompt="a red ball falls",
@@ -109,3 +112,11 @@ def test_sea_cache_is_for_wan(config: Config) -> None:
     else:
         with pytest.raises(ProPhyError, match="of cogvideox does not tell; use first_block or taylorseer"):
             check_model(config)
+
+
+def test_the_step_cache_is_the_operators_choice(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "sampling.step_cache.taylorseer=3")
+    served = VideoRequest.parse({"prompt": "a ball"}).to_spec(config, LIMITS)
+    assert served.step_cache == generate.spec(config, "a ball").step_cache == StepCache(taylorseer=3)
+    with pytest.raises(ApiError, match="unknown field 'step_cache'"):
+        VideoRequest.parse({"prompt": "a ball", "step_cache": {"taylorseer": 3}})
