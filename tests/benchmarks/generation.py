@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
@@ -123,15 +123,18 @@ def count_operations() -> Table:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         _predict(transformer, 1, LATENTS, TEXT_LENGTH, "meta")
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    share: Callable[[str], float] = lambda name: (  # noqa: E731
-        next(count for key, count in counts.items() if key.endswith(name)) / counts["Global"]
-    )
+
+    def share(*modules: str) -> float:
+        return sum(counts[f"_Predict.transformer.{name}"] for name in modules) / counts["Global"]
+
+    branch = transformer.physics_branch
+    blocks = [f"physics_branch.blocks.{index}" for index in range(len(branch.blocks))]
+    semantic, refinement = "physics_branch.semantic", "physics_branch.refinement"
+    whole = share(semantic, *blocks, refinement, f"{refinement}_injection")
+    first = share(semantic, blocks[0], "blocks.0")
     table = Table("", "of all operations", title="a forward pass of Wan2.1-1.3B with its branch")
-    table.add_row("Physical Branch", f"{share('physics_branch'):.1%}")
-    table.add_row("of that, Semantic Expert Block", f"{share('physics_branch.semantic'):.5%}")
-    first = (
-        share("physics_branch.semantic") + share("physics_branch.blocks.0") + share("transformer.blocks.0")
-    )
+    table.add_row("Physical Branch", f"{whole:.1%}")
+    table.add_row("of that, Semantic Expert Block", f"{share(semantic):.5%}")
     table.add_row("a step that first_block skips: first block, first Physical Block", f"{first:.1%}")
     return table
 
@@ -146,7 +149,9 @@ def main() -> None:
     denoise(videos[:1])  # warm-up
     num_steps, num_threads = config.sampling.num_inference_steps, torch.get_num_threads()
     console.print(f"{len(videos)} videos, {num_steps} steps, {num_threads} threads")
-    console.print(compare_caches(denoise, videos), compare_batches(denoise, videos), count_operations())
+    console.print(compare_caches(denoise, videos))
+    console.print(compare_batches(denoise, videos))
+    console.print(count_operations())
 
 
 if __name__ == "__main__":
