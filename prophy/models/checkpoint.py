@@ -199,9 +199,12 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _lora_metadata(lora: dict[str, Any] | None) -> dict[str, str]:
-    """What diffusers' `load_lora_weights` reads: without it, alpha would be the rank."""
+    """What diffusers' `load_lora_weights` reads: without it, alpha would be the rank.
+
+    One entry only: safetensors writes several in any order, and equal weights shall give equal files.
+    """
     assert lora is not None
     adapter = {"r": lora["rank"], "lora_alpha": lora["alpha"]}
     adapter["target_modules"] = ["to_q", "to_k", "to_v", "to_out.0"]
     packed = {f"transformer.{key}": value for key, value in adapter.items()}
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(packed)}
+    return {"lora_adapter_metadata": json.dumps(packed)}
