@@ -85,7 +85,7 @@ def create_app(service: VideoService) -> FastAPI:
     return app
 
 
-def _service(request: Request) -> VideoService:
+async def _service(request: Request) -> VideoService:  # FastAPI would give a plain function a thread
     return request.app.state.service
 
 

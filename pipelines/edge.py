@@ -51,7 +51,7 @@ class KeyCheck:
     def __init__(self, hashes: list[str]) -> None:
         self._hashes = hashes
 
-    def __call__(
+    async def __call__(
         self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
     ) -> None:
         """Compares in constant time, and with every key.
