@@ -6,6 +6,7 @@ hold the model and nothing else: a call brings a specification, and streams prog
 
 import asyncio
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -105,6 +106,7 @@ class VideoAPI:
     """
 
     def __init__(self, config: Config, limits: ShapeLimits, generator: DeploymentHandle) -> None:
+        logging.getLogger("ray.serve").addFilter(_is_news)
         self._generator = generator
         settings, metrics = config.serve, Metrics()
         store = JobStore(settings.database_url)
@@ -136,6 +138,11 @@ class VideoAPI:
         status = await asyncio.to_thread(serve.status)
         replicas = status.applications[APP_NAME].deployments["VideoGenerator"].replica_states
         return replicas.get(ReplicaState.RUNNING, 0)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Serve warns, again and again, of a call that waits for a replica; here that is a video in the queue."""
+    return not record.getMessage().startswith("Failed to route request after")
 
 
 def build_app(config: Config) -> serve.Application:
