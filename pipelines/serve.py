@@ -18,7 +18,6 @@ from contextlib import contextmanager
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig, ReplicaState
 
@@ -172,7 +171,7 @@ def build_app(config: Config) -> serve.Application:
             "metrics_interval_s": 1.0,  # by default the queue is seen every 10 s and averaged over 30
             "look_back_period_s": 2.0,
         },
-        request_router_config=RequestRouterConfig(max_backoff_s=0.1),  # else a replica idles up to 0.5 s
+        request_router_config={"max_backoff_s": 0.1},  # else a replica idles up to 0.5 s
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
     )(VideoGenerator).bind(config, limits)

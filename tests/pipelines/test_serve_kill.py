@@ -60,12 +60,15 @@ class Server:
         self.client.close()
 
     def kill(self, actor: str, count: int) -> None:
-        """SIGKILL to as many processes of an actor, in whose titles Ray puts its name and what it does."""
-        family = self.process.children(recursive=True)
-        found = [process for process in family if re.match(rf"ray::.*{actor}", " ".join(process.cmdline()))]
-        assert len(found) >= count
-        for process in found[:count]:
+        """SIGKILL to as many processes of an actor, once they are there."""
+        until(lambda: len(self.processes(actor)) >= count)
+        for process in self.processes(actor)[:count]:
             process.kill()
+
+    def processes(self, actor: str) -> list[psutil.Process]:
+        """Ray puts an actor's name, and what it does, into the title of its process."""
+        family = self.process.children(recursive=True)
+        return [process for process in family if re.match(rf"ray::.*{actor}", " ".join(process.cmdline()))]
 
     def burst(self, num_jobs: int) -> list[str]:
         """Submits jobs at once, of which none is finished before `go`."""
