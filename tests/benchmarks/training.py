@@ -38,7 +38,7 @@ from prophy.priors.extractor import PriorExtractor
 from prophy.video import read_frames
 
 BLOCK = 5  # steps
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 NO_BRANCH = [
     "physics.physical_blocks=false",
     "physics.num_semantic_experts=0",
@@ -60,7 +60,7 @@ def configuration(folder: Path, run: str, overrides: list[str]) -> Config:
             f"cache.input={folder / 'clips'}",
             f"cache.output={folder / 'cache'}",
             f"simulate.output={folder / 'clips'}",
-            f"simulate.num_clips={2 * BATCH_SIZE}",
+            f"simulate.num_clips={4 * BATCH_SIZE}",
             "train.start_from=null",
             f"train.global_batch_size={BATCH_SIZE}",
             f"train.micro_batch_size={BATCH_SIZE // 2}",
@@ -124,7 +124,7 @@ def online(config: Config) -> list[float]:
     )
     extractor = PriorExtractor(vlm.pretrained, None, vlm.dtype, None, vlm.layers, vlm.max_new_tokens)
     duration_s = config.cache.clip_duration_s
-    videos = sorted(config.simulate.output.glob("*.mp4"))[: BATCH_SIZE + 1]
+    videos = sorted(config.simulate.output.rglob("*.mp4"))[: BATCH_SIZE + 1]
     times = []
     for video in videos:
         start = time.perf_counter()
