@@ -16,11 +16,13 @@ os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_V2_ENABLED": "1",
     "HF_HUB_OFFLINE": "1",
+    "AWS_CONFIG_FILE": str(_SCRATCH / "aws"),  # of the tests' own object store
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.proxy.middleware",
     "RAY_prestart_worker_first_driver": "0",  # else an idle process per logical CPU, two seconds of work each
     "OMP_NUM_THREADS": "1",  # on tensors this small, two threads are slower than one beside other work
 }
-os.environ.pop("RAY_ADDRESS", None)
+for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
+    os.environ.pop(name, None)
 
 from pipelines.config import Config, load_config  # noqa: E402
 
