@@ -4,8 +4,9 @@ Caches copies of simulated clips with a Qwen2.5-VL of minimal width and the embe
 `efficiency` is (clips / rate of the slowest stage alone) / (time from its first task to the last of all);
 alone is in this process, without Ray, before the run: other work on the machine makes it meaningless.
 `utilisation` is the share of that time in which the slowest stage's workers computed. The slope is that of
-the memory of all of Ray's processes over the clips that are done, after the first fifth; it takes 500 clips
-to mean anything.
+the memory of the driver and all of Ray's processes, the object store included, over the clips that are done,
+after the first fifth; it takes 500 clips to mean anything. Threads are the configuration's: leave
+OMP_NUM_THREADS unset, which Ray's workers would obey.
 
     python tests/benchmarks/streaming.py                  # 60 clips
     python tests/benchmarks/streaming.py --clips 2000
@@ -40,7 +41,7 @@ from prophy.video import write_video
 
 DIFFERENT_CLIPS = 8
 SAMPLE_CLIPS = 8  # for the rate of a stage alone
-SAMPLE_EVERY_S = 0.5
+SAMPLE_EVERY_S = 5.0  # reading the memory of thirty processes takes a part of a second
 
 
 def write_minimal_vlm(folder: Path) -> None:
@@ -108,30 +109,42 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
 
 
 class MemoryLog(threading.Thread):
-    """Unique memory of all processes below this one, and how many clips are in files by then."""
+    """Memory of this process and all below it, and how many clips each graph has in files by then."""
 
-    def __init__(self, priors: Path, rows_per_file: int) -> None:
+    def __init__(self, output: Path, rows_per_file: int) -> None:
         super().__init__(daemon=True)
-        self.priors, self.rows_per_file = priors, rows_per_file
-        self.samples: list[tuple[int, float]] = []
+        self.output, self.rows_per_file = output, rows_per_file
+        self.samples: list[tuple[int, int, float]] = []
 
     def run(self) -> None:
+        driver = psutil.Process()
         while True:
             total = 0.0
-            for process in psutil.Process().children(recursive=True):
+            for process in (driver, *driver.children(recursive=True)):
                 try:
-                    total += process.memory_full_info().uss / 2**20
+                    # Of what processes share, such as the object store, each has its part.
+                    total += process.memory_full_info().pss / 2**20
                 except psutil.Error:
                     continue  # it has just ended
-            done = len(list(self.priors.glob("*.parquet"))) * self.rows_per_file
-            self.samples.append((done, total))
+            priors, encodings = (
+                len(list(self.output.glob(f"{place}/*[0-9a-f].parquet"))) * self.rows_per_file
+                for place in ("priors", "encodings/*")
+            )
+            self.samples.append((priors, encodings, total))
             time.sleep(SAMPLE_EVERY_S)
 
-    def slope_mb_per_100_clips(self, num_clips: int) -> float:
-        settled = [(done, mb) for done, mb in self.samples if num_clips / 5 <= done < num_clips]
-        return (
-            float(np.polyfit(*zip(*settled, strict=True), 1)[0] * 100) if len(settled) > 2 else float("nan")
-        )
+    def slopes_mb_per_100_clips(self, num_clips: int) -> dict[str, float]:
+        """Of each graph; they run one after the other."""
+        graphs = {
+            "priors": [(priors, mb) for priors, encodings, mb in self.samples if not encodings],
+            "encodings": [(encodings, mb) for _, encodings, mb in self.samples],
+        }
+        slopes = {}
+        for name, samples in graphs.items():
+            settled = [(done, mb) for done, mb in samples if num_clips / 5 <= done < num_clips]
+            enough = len(settled) > 2
+            slopes[name] = np.polyfit(*zip(*settled, strict=True), 1)[0] * 100 if enough else float("nan")
+        return slopes
 
 
 def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | str]:
@@ -162,22 +175,23 @@ def main() -> None:
             update={"cache": config.cache.model_copy(update={"input": str(folder / "clips")})}
         )
         alone = seconds_alone(config, folder)
-        memory = MemoryLog(folder / "run" / "cache" / "priors", config.cache.rows_per_file)
+        memory = MemoryLog(folder / "run" / "cache", config.cache.rows_per_file)
         with ray_session(config):
             memory.start()
             summary = cache.run(config)
+        slopes = memory.slopes_mb_per_100_clips(options.clips)
         results = {
-            "priors": describe(summary.added_priors, alone),
-            "encodings": describe(summary.added_encodings, alone),
-            "memory_slope_mb_per_100_clips": memory.slope_mb_per_100_clips(options.clips),
+            name: describe(report, alone) | {"memory_slope_mb_per_100_clips": slopes[name]}
+            for name, report in (
+                ("priors", summary.added_priors),
+                ("encodings", summary.added_encodings),
+            )
         }
-    table = Table("graph", "slowest stage", "clips", "span s", "efficiency", "utilisation", "spilled bytes")
-    for name in ("priors", "encodings"):
-        row = results[name]
-        numbers = (f"{row[key]:.2f}" for key in ("span_s", "efficiency", "utilisation"))
-        table.add_row(name, row["slowest"], str(row["clips"]), *numbers, str(row["spilled_bytes"]))
+    columns = ("span_s", "efficiency", "utilisation", "spilled_bytes", "memory_slope_mb_per_100_clips")
+    table = Table("graph", "slowest stage", "clips", *(name.replace("_", " ") for name in columns))
+    for name, row in results.items():
+        table.add_row(name, row["slowest"], str(row["clips"]), *(f"{row[key]:.2f}" for key in columns))
     Console().print(table)
-    print(f"memory over clips: {results['memory_slope_mb_per_100_clips']:.2f} MB per 100 clips")
     if options.save:
         options.save.write_text(json.dumps({"clips": options.clips, "results": results}, indent=1) + "\n")
 
