@@ -247,7 +247,7 @@ def _size(transformer: PhysicsTransformer, dtype: torch.dtype) -> ModelSize:
 def _checkpointed(transformer: PhysicsTransformer, saved: int, num_tokens: int, train: TrainConfig) -> int:
     """Every block's input and every residual, and the inside of one block, which is computed again."""
     config = transformer.config
-    num_layers, num_physical = config.num_layers, len(config.physics_layers)
+    num_layers, num_physical = config.num_layers, len(transformer.physics_branch.blocks)
     item = 4 if train.precision == "fp32" else 2
     tokens = train.micro_batch_size * num_tokens * config.num_attention_heads * config.attention_head_dim
     return (num_layers + 2 * num_physical) * tokens * item + saved // (num_layers + num_physical)
