@@ -1,16 +1,20 @@
-"""CogVideoX all the way: cache, train with two ZeRO workers, generate, at tiny random weights."""
+"""CogVideoX all the way: cache, train with two ZeRO workers, export, serve, at tiny random weights."""
 
 import json
 import shutil
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines import cache, generate, train
+from pipelines import cache, export, generate, train
 from pipelines.config import Config
+from pipelines.sampling import VideoSampler, shape_limits
+from pipelines.serve import VideoGenerator
 from pipelines.sink import file_names
 from pipelines.train_metrics import METRICS_FILE
 from pipelines.verify import verify
@@ -21,6 +25,7 @@ from prophy.video import read_frames, write_video
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 from tests.hostile import FPS, moving_square
+from tests.pipelines.servers import http_server, make
 
 SHAPES = [(64, 64), (48, 80), (80, 48)]
 
@@ -31,7 +36,6 @@ def assert_encoded(row: dict, backbone: Path, pipeline: ProPhyCogVideoXPipeline)
     configs = load_configs("cogvideox", str(backbone), None)
     latents = tensor_from_columns("latents", row)
     assert latents.shape == (4, *BACKBONES["cogvideox"].latent_shape(17, *shape, *configs))
-
     frames = read_frames(row["source"]["uri"], 0.0, 2.0, 17, *shape)
     pixels = pipeline.video_processor.preprocess_video([[Image.fromarray(frame) for frame in frames]])
     padding = (pipeline.transformer.config.patch_size_t or 1) - 1
@@ -70,7 +74,6 @@ def test_encodings_in_several_shapes_are_what_the_pipeline_takes(ray_cluster: No
         )
         summary = cache.run(config)
         assert (summary.added_priors.written, summary.added_encodings.written) == (num_priors, len(SHAPES))
-
         folder = Path(cache.encodings_folder(config))
         pipeline = load_pipeline("cogvideox", str(backbone), None, torch.float32, None)
         rows = [row for name in file_names(folder) for row in pq.read_table(folder / name).to_pylist()]
@@ -94,6 +97,9 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
         "physics.physics_layers=[0,2]",
         "checkpoint=null",
         "train.start_from=null",
+        "train.backbone=lora",
+        "train.lora_rank=4",
+        "train.backbone_learning_rate=1e-2",
         "train.num_steps=3",
         "train.log_every=1",
         "sampling.num_inference_steps=2",
@@ -110,6 +116,23 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert weights["blocks.0.injection.weight"].any()
 
+    assert load_file(model / "pytorch_lora_weights.safetensors")[
+        "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight"
+    ].any()
+
     trained = config.model_copy(update={"checkpoint": model})
     [video] = generate.run(trained, ["a red ball falls"])
     assert video.stat().st_size > 0
+
+    # The complete pipeline, its adapter fused, makes what the trained branch and adapter make.
+    complete = export.run(config, tmp_path / "complete", None, complete=True)
+    backbone = config.backbone.model_copy(update={"pretrained": str(complete)})
+    exported = config.model_copy(update={"backbone": backbone})
+    spec = generate.spec(exported, "a red ball falls")
+    expected = VideoSampler(trained).sample(spec)
+    assert np.array_equal(VideoSampler(exported).sample(spec), expected)
+    assert not np.array_equal(VideoSampler(config).sample(spec), expected)
+
+    generator = VideoGenerator(exported, shape_limits(exported))
+    with http_server(exported, generator.generate) as url, httpx.Client(base_url=url, timeout=60) as client:
+        assert make(client)[4:8] == b"ftyp"
