@@ -3,24 +3,28 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from pipelines import cache
-from pipelines.config import VideoLimits
-from pipelines.sink import ATTEMPTS_FOLDER, read_quarantine
+from pipelines.config import Config, VideoLimits
+from pipelines.sink import ATTEMPTS_FOLDER, file_names, read_quarantine
 from pipelines.sources import find_videos
 from pipelines.stages import CLIPS, SOURCES, CutVideo, ReadClip
+from pipelines.verify import verify
 from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import FPS, REFUSED, moving_square
+from tests.pipelines.test_cli import CommandLine, in_folder
 
 WORK = """
 import json, os, signal, sys
@@ -181,3 +185,83 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_whole(tmp_path: Path) -
     )
     [whole] = folder.iterdir()
     assert hashlib.sha256(whole.read_bytes()).hexdigest() == whole.stem
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a disk takes root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def test_a_disk_that_is_read_only_and_then_full(
+    tiny_cache: Config,
+    disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """12 encodings of 130 kB are to be written; the priors are there."""
+    output = disk / "cache"
+    shutil.copytree(Path(tiny_cache.cache.output, "priors"), output / "priors")
+    options = (f"cache.input={tiny_cache.cache.input}", f"cache.output={output}", "cache.rows_per_file=1")
+    prophy, command = CommandLine(monkeypatch, capsys), ["cache", *in_folder(tmp_path / "run", *options)]
+    again = "then run the same command again: what was written before is whole"
+
+    remount(disk, "ro")
+    sentence = prophy.mistake(*command)
+    assert f"cannot write to {output} (Read-only file system)" in sentence and again in sentence
+
+    remount(disk, "rw")
+    encodings = cache.encodings_folder(tiny_config(tmp_path / "run", *options))
+    sentence = prophy.mistake(*command)
+    assert f"cannot write to {encodings} (No space left on device)" in sentence and again in sentence
+    written = times(encodings)
+    assert 1 <= len(written) < 12
+    assert verify(output).damaged == []
+
+    remount(disk, "size=20m")
+    assert prophy(*command)[0] == 0
+    assert written.items() <= times(encodings).items() and len(times(encodings)) == 12
+    assert verify(output).damaged == []
+
+
+def times(folder: str) -> dict[str, int]:
+    """The files of a table, and when they were written."""
+    return {name: Path(folder, name).stat().st_mtime_ns for name in file_names(Path(folder))}
+
+
+def test_a_video_that_vanishes_during_the_run_is_missing_until_it_is_back(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "run", "cache.rows_per_file=1")
+    clips = Path(config.cache.input)
+    clips.mkdir(parents=True)
+    for number in range(4):
+        write_video(clips / f"{number}.mp4", moving_square(17 + number), FPS)
+    priors = Path(cache.priors_folder(config))
+
+    def hide_the_last() -> None:
+        while not file_names(priors):
+            time.sleep(0.002)
+        (clips / "3.mp4").rename(tmp_path / "hidden")
+
+    hider = threading.Thread(target=hide_the_last, daemon=True)
+    hider.start()
+    summary = cache.run(config)
+    hider.join()
+    assert summary.num_encodings == 3
+    assert summary.quarantined == [f"{clips / '3.mp4'} cannot be opened (No such file or directory)"]
+    assert verify(Path(config.cache.output)).damaged == []
+
+    (tmp_path / "hidden").rename(clips / "3.mp4")
+    summary = cache.run(config)
+    assert (summary.added_encodings.written, summary.num_encodings, summary.quarantined) == (1, 4, [])
