@@ -23,7 +23,7 @@ from pipelines.verify import verify
 from prophy.schema import EMPTY_PROMPT
 from tests.conftest import tiny_config
 
-NUM_CLIPS = 6
+NUM_CLIPS = 6  # two rows each
 OVERRIDES = (f"simulate.num_clips={NUM_CLIPS}", "cache.rows_per_file=2", "cache.encode_batch_size=1")
 VICTIMS = ("driver", "worker", "node")
 
@@ -49,8 +49,14 @@ class Run:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             time.sleep(0.005)
 
-    def kill(self, victim: str) -> None:
-        """SIGKILL to the driver, to one of the workers that hold rows, or to every process of this Ray."""
+    def kill(self, victim: str) -> int:
+        """SIGKILL to the driver, to one of the workers that hold rows, or to the whole node.
+
+        The node is the driver with its Ray: raylet, GCS, dashboard and all workers.
+
+        Returns:
+            How many processes were killed; early in a run there is no worker yet.
+        """
         self.family |= set(self.process.children(recursive=True))
         victims = [self.process]
         if victim == "node":
@@ -59,6 +65,7 @@ class Run:
             victims = [random.choice(workers)] if (workers := [*filter(is_worker, self.family)]) else []
         for process in victims:
             kill(process)
+        return len(victims)
 
     def finish(self) -> None:
         assert self.process.wait() == 0, self.log.read_text()[-3000:]
@@ -120,24 +127,35 @@ def assert_equal_caches(output: Path, undisturbed: Config) -> None:
     assert not file_names(output / "quarantine")
 
 
-def test_a_killed_driver_and_a_killed_worker_cost_nothing(
+def whole_files(output: Path) -> dict[str, int]:
+    """Rows of each file of priors and encodings; what was whole once must not be made again."""
+    files = [
+        file for place in ("priors", "encodings/*") for file in output.glob(f"{place}/*[0-9a-f].parquet")
+    ]
+    return {str(file): pq.read_metadata(file).num_rows for file in files}
+
+
+def test_a_killed_driver_node_and_worker_cost_nothing(
     runs: Callable[[], Run], undisturbed: Config, tmp_path: Path
 ) -> None:
     output = tmp_path / "run" / "cache"
-    priors, encodings = (
-        output / "priors",
-        output / Path(cache.encodings_folder(undisturbed)).relative_to(undisturbed.cache.output),
-    )
+    encodings = output / Path(cache.encodings_folder(undisturbed)).relative_to(undisturbed.cache.output)
     first = runs()
-    first.wait_until(lambda: bool(file_names(priors)))
+    first.wait_until(lambda: bool(file_names(output / "priors")))
     first.kill("driver")
-    done = set(file_names(priors))
+    done = whole_files(output)
 
     second = runs()
     second.wait_until(lambda: (encodings / EMPTY_PROMPT).exists())
-    second.kill("worker")
-    second.finish()
-    assert done <= set(file_names(priors))  # nothing that was whole was made again
+    assert second.kill("node") > 10
+    assert done.items() <= whole_files(output).items()
+    done = whole_files(output)
+
+    third = runs()
+    third.wait_until(lambda: bool(file_names(encodings)))
+    assert third.kill("worker") == 1
+    third.finish()
+    assert done.items() <= whole_files(output).items()
     assert_equal_caches(output, undisturbed)
 
 
@@ -151,13 +169,24 @@ def usual_seconds(undisturbed: Config, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
 def test_a_kill_at_any_moment_costs_nothing(
-    runs: Callable[[], Run], undisturbed: Config, usual_seconds: float, tmp_path: Path, trial: int
+    runs: Callable[[], Run],
+    undisturbed: Config,
+    usual_seconds: float,
+    tmp_path: Path,
+    trial: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     random.seed(trial)
+    victim, moment, output = VICTIMS[trial % 3], random.uniform(0, usual_seconds), tmp_path / "run" / "cache"
     first = runs()
-    deadline = time.monotonic() + random.uniform(0, usual_seconds)
+    deadline = time.monotonic() + moment
     first.wait_until(lambda: time.monotonic() > deadline or first.process.poll() is not None)
-    first.kill(VICTIMS[trial % len(VICTIMS)])
+    killed = first.kill(victim)
+    done = whole_files(output)
     first.process.wait()
+    kept = whole_files(output)
     runs().finish()
-    assert_equal_caches(tmp_path / "run" / "cache", undisturbed)
+    assert done.items() <= kept.items() <= whole_files(output).items()
+    assert_equal_caches(output, undisturbed)
+    # For `--junit-xml`: who died, when, and how many of the 12 rows were whole by then.
+    record_property("trial", f"{victim} ({killed}) after {moment:.1f} s: {sum(done.values())} rows whole")
