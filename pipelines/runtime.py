@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray.data import DataContext
 from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
@@ -94,6 +95,8 @@ def ray_session(config: Config) -> Iterator[None]:
             ray.init()
         else:
             ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)
+    # Else Ray Data wraps an exception in one that loses its cause on the way here.
+    DataContext.get_current().raise_original_map_exception = True
     try:
         yield
     except Exception as error:
