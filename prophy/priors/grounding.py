@@ -31,7 +31,8 @@ class Recipe:
 
     Attributes:
         subtract: raw maps `[K + 1, T, H, W]`, the background's last, to signed maps `[K, T, H, W]`.
-        blur: whether each cell first becomes the mean over the 3x3 cells around it.
+        blur: whether each cell first becomes the mean over the 3x3x3 cells around it,
+            in time and space.
         by_motion: whether the result is multiplied by how much the latents move there: the VLM names, motion
             delimits. For a still camera.
     """
@@ -68,8 +69,8 @@ def _minus_others(maps: torch.Tensor) -> torch.Tensor:
 
 
 def _blur(maps: torch.Tensor) -> torch.Tensor:
-    """Mean over the 3x3 cells around each cell, of those that exist."""
-    return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+    """Mean over the 3x3x3 cells around each cell, in time and space, of those that exist."""
+    return F.avg_pool3d(maps, 3, stride=1, padding=1, count_include_pad=False)
 
 
 _SUBTRACTIONS = {

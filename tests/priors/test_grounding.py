@@ -17,10 +17,9 @@ def maps() -> torch.Tensor:
 
 def blurred(maps: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(maps)
-    for y in range(maps.shape[2]):
-        for x in range(maps.shape[3]):
-            window = maps[:, :, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
-            out[:, :, y, x] = window.mean((2, 3))
+    for t, y, x in np.ndindex(*maps.shape[1:]):
+        window = maps[:, max(t - 1, 0) : t + 2, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+        out[:, t, y, x] = window.mean((1, 2, 3))
     return out
 
 
