@@ -82,9 +82,9 @@ def throughput(client: httpx.Client, config: Config, num_videos: int, num_steps:
             sampler.render(spec(config, num_steps))
         between = time.perf_counter()
         ids = [submit(client, num_steps) for _ in range(num_videos)]
-        until(lambda ids=ids: has_status(client, ids[-1], "completed"), 0.1)
+        for video_id in ids:  # whichever comes first
+            until(lambda video_id=video_id: has_status(client, video_id, "completed"), 0.1)
         ended = time.perf_counter()
-        assert all(has_status(client, video_id, "completed") for video_id in ids)
         if round_:
             seconds["bare"].append((between - begun) / num_videos)
             seconds["http"].append((ended - between) / num_videos)
