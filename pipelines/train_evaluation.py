@@ -124,11 +124,12 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
     for index in range(num_samples):
         [batch], caption = dataset[index]
         captions.append(caption)
-        everything = SemanticBatch(
-            torch.cat([each.encoder_hidden_states for each in captions]),
-            torch.cat([each.phenomena for each in captions]),
-        )
-        semantic = everything.to(device) if index == num_samples - 1 else None
+        semantic = None
+        if index == num_samples - 1:  # the pairs are made over all clips
+            semantic = SemanticBatch(
+                torch.cat([each.encoder_hidden_states for each in captions]),
+                torch.cat([each.phenomena for each in captions]),
+            ).to(device)
         for quantile in QUANTILES:
             at = replace(batch, timestep_quantile=torch.full_like(batch.timestep_quantile, quantile))
             with autocast(device, "bfloat16" if train.precision == "bf16" else None):
