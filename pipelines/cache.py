@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 from rich.console import Console
 from rich.table import Table as Grid
 
@@ -42,7 +42,10 @@ from prophy.taxonomy import from_multi_hot
 from prophy.tiny import part_fingerprint
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
-_MAX_BLOCKS = 4096  # of a work list
+_CLIPS_PER_TASK = 8  # where there are many: Ray's books of a task take time and memory
+_BLOCKS = 256, 4096  # of a work list, least and most; fewer only where there are fewer clips
+_MAX_WAITING = 4  # tasks at each actor: with Ray Data's 2 it waits for the driver whenever clips are short
+_MAX_DECODED = 64  # clips between the decoders and each actor that holds models
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,12 @@ def encodings_folder(config: Config) -> str:
 def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
     cache, vlm = config.cache, config.vlm
-    rows: Dataset = _read(work)
+    shapes = [(vlm.height, vlm.width)]
+    rows: Dataset = _read(work, cache.extract.size, vlm.num_frames, shapes)
     # Probe, limits, content hash: one row per clip from here on. Waits for the disk more than it computes.
     cut = PoolConfig(size=cache.read.size, num_cpus=0.25)
     rows = rows.map_batches(CutVideo, **_pool(cut, cache.clip_duration_s, cache.limits))
     # Decode what the VLM sees.
-    shapes = [(vlm.height, vlm.width)]
     rows = rows.map_batches(ReadClip, **_pool(cache.read, vlm.num_frames, shapes, cache.limits))
     # The costly stage: each actor holds a VLM.
     rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, _attempts(config)))
@@ -152,7 +155,7 @@ def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
 def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     """Clips with their captions (`stages.CLIPS`) -> files of encodings; counts of rows come out."""
     cache, backbone = config.cache, config.backbone
-    rows: Dataset = _read(work)
+    rows: Dataset = _read(work, cache.encode.size, backbone.num_frames, backbone.frame_shapes)
     # Decode at the backbone's number of frames, in the shape that is nearest to the video's.
     seen = (backbone.num_frames, backbone.frame_shapes, cache.limits)
     rows = rows.map_batches(ReadClip, **_pool(cache.read, *seen))
@@ -164,9 +167,17 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
     return _write(rows, config, table)
 
 
-def _read(work: pa.Table) -> Dataset:
-    """The work list, in blocks so small that rows soon move on; `from_arrow` would start a task for each."""
-    return ray.data.from_items(work.to_pylist(), override_num_blocks=min(len(work), _MAX_BLOCKS))
+def _read(work: pa.Table, num_actors: int, num_frames: int, shapes: list[tuple[int, int]]) -> Dataset:
+    """The work list, in blocks so small that rows soon move on; `from_arrow` would start a task for each.
+
+    Decoders would run ahead until their frames fill the share of the object store that Ray Data may use;
+    they are held back at `_MAX_DECODED` clips of the largest shape for each actor.
+    """
+    clip_bytes = num_frames * 3 * max(map(math.prod, shapes))
+    limits = ExecutionResources.for_limits(object_store_memory=_MAX_DECODED * num_actors * clip_bytes)
+    DataContext.get_current().execution_options.resource_limits = limits
+    num_blocks = min(max(len(work) // _CLIPS_PER_TASK, _BLOCKS[0]), _BLOCKS[1], len(work))
+    return ray.data.from_items(work.to_pylist(), override_num_blocks=num_blocks)
 
 
 def _write(rows: Dataset, config: Config, table: Table) -> Dataset:
@@ -186,7 +197,7 @@ def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
     return {
         "batch_size": 1,
         "batch_format": "pyarrow",
-        "compute": ActorPoolStrategy(size=pool.size),
+        "compute": ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=_MAX_WAITING),
         "num_cpus": pool.num_cpus,
         "num_gpus": pool.num_gpus,
         "fn_constructor_args": arguments,

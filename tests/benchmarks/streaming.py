@@ -1,15 +1,15 @@
 """Claim: the cache keeps its costly stage busy, spills nothing, and needs no more memory for more clips.
 
-Caches copies of simulated clips with a Qwen2.5-VL of minimal width and the embedded backbone, as users do.
+Caches copies of simulated clips with the embedded VLM and backbone, as users do.
 `efficiency` is (clips / rate of the slowest stage alone) / (time from its first task to the last of all);
 alone is in this process, without Ray, before the run: other work on the machine makes it meaningless.
 `utilisation` is the share of that time in which the slowest stage's workers computed. The slope is that of
 the memory of the driver and all of Ray's processes, the object store included, over the clips that are done,
-after the first fifth; it takes 500 clips to mean anything. Threads are the configuration's: leave
-OMP_NUM_THREADS unset, which Ray's workers would obey.
+after the first fifth, process by process; it takes 500 clips to mean anything. Threads are the
+configuration's: leave OMP_NUM_THREADS unset, which Ray's workers would obey.
 
     python tests/benchmarks/streaming.py                  # 60 clips
-    python tests/benchmarks/streaming.py --clips 2000
+    python tests/benchmarks/streaming.py --clips 2000 --minimal
 """
 
 import argparse
@@ -18,11 +18,13 @@ import os
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +42,7 @@ from prophy.tiny.vlm import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, build_c
 from prophy.video import write_video
 
 DIFFERENT_CLIPS = 8
-SAMPLE_CLIPS = 8  # for the rate of a stage alone
+SAMPLE_CLIPS = 32  # for the rate of a stage alone
 SAMPLE_EVERY_S = 5.0  # reading the memory of thirty processes takes a part of a second
 
 
@@ -109,42 +111,44 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
 
 
 class MemoryLog(threading.Thread):
-    """Memory of this process and all below it, and how many clips each graph has in files by then."""
+    """Memory of this process and of each below it, and how many clips each graph has in files by then."""
 
-    def __init__(self, output: Path, rows_per_file: int) -> None:
+    def __init__(self, output: Path) -> None:
         super().__init__(daemon=True)
-        self.output, self.rows_per_file = output, rows_per_file
-        self.samples: list[tuple[int, int, float]] = []
+        self.output = output
+        self.samples: dict[str, dict[int, list[tuple[int, float]]]] = {
+            "priors": defaultdict(list),
+            "encodings": defaultdict(list),
+        }
 
     def run(self) -> None:
         driver = psutil.Process()
         while True:
-            total = 0.0
+            done = {
+                name: sum(pq.read_metadata(file).num_rows for file in self.output.glob(place))
+                for name, place in (
+                    ("priors", "priors/*[0-9a-f].parquet"),
+                    ("encodings", "encodings/*/*[0-9a-f].parquet"),
+                )
+            }
+            graph = "encodings" if done["encodings"] else "priors"
             for process in (driver, *driver.children(recursive=True)):
                 try:
                     # Of what processes share, such as the object store, each has its part.
-                    total += process.memory_full_info().pss / 2**20
+                    memory_mb = process.memory_full_info().pss / 2**20
                 except psutil.Error:
                     continue  # it has just ended
-            priors, encodings = (
-                len(list(self.output.glob(f"{place}/*[0-9a-f].parquet"))) * self.rows_per_file
-                for place in ("priors", "encodings/*")
-            )
-            self.samples.append((priors, encodings, total))
+                self.samples[graph][process.pid].append((done[graph], memory_mb))
             time.sleep(SAMPLE_EVERY_S)
 
-    def slopes_mb_per_100_clips(self, num_clips: int) -> dict[str, float]:
-        """Of each graph; they run one after the other."""
-        graphs = {
-            "priors": [(priors, mb) for priors, encodings, mb in self.samples if not encodings],
-            "encodings": [(encodings, mb) for _, encodings, mb in self.samples],
-        }
-        slopes = {}
-        for name, samples in graphs.items():
+    def slope_mb_per_100_clips(self, graph: str, num_clips: int) -> float:
+        """The slopes of all processes together: each ends when its stage does, and then frees all it had."""
+        total = 0.0
+        for samples in self.samples[graph].values():
             settled = [(done, mb) for done, mb in samples if num_clips / 5 <= done < num_clips]
-            enough = len(settled) > 2
-            slopes[name] = np.polyfit(*zip(*settled, strict=True), 1)[0] * 100 if enough else float("nan")
-        return slopes
+            if len(settled) > 2:
+                total += np.polyfit(*zip(*settled, strict=True), 1)[0] * 100
+        return total
 
 
 def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | str]:
@@ -163,25 +167,30 @@ def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument(
+        "--minimal", action="store_true", help="a VLM of one layer and width 32, for many clips"
+    )
     parser.add_argument("--save", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="prophy-") as scratch:
         folder = Path(scratch)
-        write_minimal_vlm(folder / "vlm")
         write_clips(folder / "clips", options.clips)
-        overrides = {"run_dir": folder / "run", "vlm.pretrained": folder / "vlm", "cache.rows_per_file": 10}
+        overrides = {"run_dir": folder / "run"}
+        if options.minimal:
+            write_minimal_vlm(folder / "vlm")
+            overrides["vlm.pretrained"] = folder / "vlm"
         config = load_config("tiny", [f"{key}={value}" for key, value in overrides.items()])
         config = config.model_copy(
             update={"cache": config.cache.model_copy(update={"input": str(folder / "clips")})}
         )
         alone = seconds_alone(config, folder)
-        memory = MemoryLog(folder / "run" / "cache", config.cache.rows_per_file)
+        memory = MemoryLog(folder / "run" / "cache")
         with ray_session(config):
             memory.start()
             summary = cache.run(config)
-        slopes = memory.slopes_mb_per_100_clips(options.clips)
         results = {
-            name: describe(report, alone) | {"memory_slope_mb_per_100_clips": slopes[name]}
+            name: describe(report, alone)
+            | {"memory_slope_mb_per_100_clips": memory.slope_mb_per_100_clips(name, options.clips)}
             for name, report in (
                 ("priors", summary.added_priors),
                 ("encodings", summary.added_encodings),
