@@ -5,6 +5,7 @@ depend on the backbone, so another backbone or resolution adds a folder of encod
 again. What is done already is read from the files themselves; so the same command resumes.
 """
 
+import itertools
 import math
 import operator
 from collections import Counter
@@ -104,7 +105,7 @@ def priors_table(config: Config) -> Table:
         ),
     }
     settings = parts | {
-        "clip_duration_s": config.cache.clip_duration_s,
+        "clip_durations_s": _clip_durations(config),
         "extraction": priors_fingerprint(**parts),
     }
     return Table(_output(config) / "priors", PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
@@ -119,7 +120,7 @@ def encodings_table(config: Config) -> Table:
         "patch_size_t": BACKBONES[backbone.family].patch_size(transformer_config)[0],
         "encoders": encoders_fingerprint(backbone.pretrained, backbone.revision),
         **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
-        "clip_duration_s": config.cache.clip_duration_s,
+        "clip_durations_s": _clip_durations(config),
         "version": _ENCODING_VERSION,
     }
     folder = _output(config) / "encodings" / fingerprint_of(settings)
@@ -139,13 +140,14 @@ def encodings_folder(config: Config) -> str:
 def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
     cache, vlm = config.cache, config.vlm
+    lengths = [(cache.clip_duration_s, vlm.num_frames)]  # whatever the clip's length
     shapes = [(vlm.height, vlm.width)]
     rows: Dataset = _read(work, cache.extract.size, vlm.num_frames, shapes)
     # Probe, limits, content hash: one row per clip from here on. Waits for the disk more than it computes.
     cut = PoolConfig(size=cache.read.size, num_cpus=0.25)
-    rows = rows.map_batches(CutVideo, **_pool(cut, cache.clip_duration_s, cache.limits))
+    rows = rows.map_batches(CutVideo, **_pool(cut, _clip_durations(config), cache.limits))
     # Decode what the VLM sees.
-    rows = rows.map_batches(ReadClip, **_pool(cache.read, vlm.num_frames, shapes, cache.limits))
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, lengths, shapes, cache.limits))
     # The costly stage: each actor holds a VLM.
     rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, _attempts(config)))
     # Good rows go into a file of the table, errors into one of the quarantine.
@@ -157,7 +159,7 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
     cache, backbone = config.cache, config.backbone
     rows: Dataset = _read(work, cache.encode.size, backbone.num_frames, backbone.frame_shapes)
     # Decode at the backbone's number of frames, in the shape that is nearest to the video's.
-    seen = (backbone.num_frames, backbone.frame_shapes, cache.limits)
+    seen = (config.clip_lengths, backbone.frame_shapes, cache.limits)
     rows = rows.map_batches(ReadClip, **_pool(cache.read, *seen))
     # Each actor holds the VAE and the text encoder.
     encoders = _pool(cache.encode, backbone, table, _attempts(config))
@@ -219,6 +221,10 @@ def _attempts(config: Config) -> Path:
     return _output(config) / ATTEMPTS_FOLDER
 
 
+def _clip_durations(config: Config) -> list[float]:
+    return [duration_s for duration_s, _ in config.clip_lengths]
+
+
 def _check_clips(config: Config) -> None:
     """Whether the VLM and the backbone see the same seconds of a clip, and the backbone can encode them."""
     backbone, clip_duration_s = config.backbone, config.cache.clip_duration_s
@@ -229,10 +235,10 @@ def _check_clips(config: Config) -> None:
             f"at backbone.fps ({backbone.fps:g}) last {lasts:g} s; make them equal"
         )
     time, *space = shape_multiples(backbone.family, backbone.pretrained, backbone.revision)
-    for shape in backbone.frame_shapes:
-        if (backbone.num_frames - 1) % time or any(map(operator.mod, shape, space)):
+    for (_, num_frames), shape in itertools.product(config.clip_lengths, backbone.frame_shapes):
+        if (num_frames - 1) % time or any(map(operator.mod, shape, space)):
             raise ProPhyError(
-                f"{backbone.pretrained} cannot encode {backbone.num_frames} frames of {shape[0]}x{shape[1]}; "
+                f"{backbone.pretrained} cannot encode {num_frames} frames of {shape[0]}x{shape[1]}; "
                 f"take {time} n + 1 frames, and multiples of {space[0]} and {space[1]} pixels"
             )
 
@@ -248,7 +254,7 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     def left() -> tuple[pa.Table, pa.Table]:
         index, refused = update_index(priors), read_quarantine(_quarantine(config))
         return (
-            videos_left(videos, index, refused, config.cache.clip_duration_s),
+            videos_left(videos, index, refused, _clip_durations(config)),
             clips_left(videos, index, update_index(encodings), refused),
         )
 

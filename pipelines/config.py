@@ -178,6 +178,9 @@ class CacheConfig(Section):
     )
     output: Location
     clip_duration_s: PositiveFloat = Field(description="videos are cut into clips of this length")
+    shorter_clips_s: list[PositiveFloat] = Field(
+        [], description="lengths of clips for what is left at the end, or of a video shorter than a clip"
+    )
     limits: VideoLimits = VideoLimits()
     rows_per_file: PositiveInt = 32
     read: PoolConfig = PoolConfig()
@@ -403,6 +406,12 @@ class Config(Section):
     def checkpoints(self) -> Path:
         """Folder of the checkpoints of training."""
         return self.run_dir / "train" / "checkpoints"
+
+    @property
+    def clip_lengths(self) -> list[tuple[float, int]]:
+        """(seconds, frames of the backbone) of each length that a cached clip may have, the longest first."""
+        durations_s = sorted([self.cache.clip_duration_s, *self.cache.shorter_clips_s], reverse=True)
+        return [(duration_s, round(duration_s * self.backbone.fps) + 1) for duration_s in durations_s]
 
     def to_yaml(self) -> str:
         """The resolved configuration, as a file that `load_config` reads back."""

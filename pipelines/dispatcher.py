@@ -178,20 +178,25 @@ class Dispatcher:
                     _log(job, "begun")
                 self._progress[job.id] = int(99 * step.progress)
                 if step.result is not None:
-                    await asyncio.to_thread(self._finish, job.id, step.result)
+                    done = await asyncio.to_thread(self._finish, job.id, step.result)
                     self._metrics.observe_stages(step.result.stage_durations, job.spec.num_inference_steps)
-                    _log(job, f"completed {time.time() - job.created_at:.3f} s after it was accepted")
+                    event = "completed" if done else "deleted, yet made,"
+                    _log(job, f"{event} {time.time() - job.created_at:.3f} s after it was accepted")
 
-    def _finish(self, job_id: str, result: VideoResult) -> None:
-        """Puts all files in place before the row says so. Runs to its end even where the job is cancelled."""
+    def _finish(self, job_id: str, result: VideoResult) -> bool:
+        """Puts all files in place before the row says so; False if the job was deleted meanwhile.
+
+        Runs to its end even where the job is cancelled.
+        """
         try:
             self._artefacts.write(job_id, result.files)
         except OSError:
             self._artefacts.remove(job_id)  # a full disk must have room for the row that says so
             raise
         done = _persist(self._store.complete, job_id, result.stage_durations, self._expire_after_s)
-        if not done:  # deleted meanwhile
+        if not done:
             self._artefacts.remove(job_id)
+        return done
 
     async def _sweep_for_ever(self) -> None:
         while True:

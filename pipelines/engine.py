@@ -26,6 +26,7 @@ from prophy.models.physics_transformer import BRANCH
 # memory for tensor-parallel inference, which training never calls.
 deepspeed.ops.__compatible_ops__ = {}
 
+_MAX_BUCKET = 500_000_000  # gradients that are reduced at once
 _STATE = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
@@ -94,11 +95,11 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # calls that DeepSpeed makes
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=_parameter_groups(module, train),
-        config=deepspeed_config(train),
-    )
+    groups, settings = _parameter_groups(module, train), deepspeed_config(train)
+    # DeepSpeed's own bucket is 2 GB, which it allocates anew in every step.
+    num_trained = sum(getattr(part, "ds_numel", part.numel()) for group in groups for part in group["params"])
+    settings["zero_optimization"]["reduce_bucket_size"] = min(num_trained, _MAX_BUCKET)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=settings)
     _make_optimizer_state(engine)
     return engine
 

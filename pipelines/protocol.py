@@ -114,7 +114,7 @@ class VideoRequest(BaseModel):
         if self.model not in (None, model_name(config)):
             message = f"no model {self.model!r} here; use {model_name(config)!r}, or leave the field out"
             raise ApiError(404, message, "model_not_found", "model")
-        if self.physics is not None and config.checkpoint is None:
+        if self.physics is not None and not limits.has_branch:
             message = "this server runs the bare backbone, which has no physics knobs; leave the field out"
             raise ApiError(422, message, "unsupported_parameter", "physics")
         backbone, sampling = config.backbone, config.sampling

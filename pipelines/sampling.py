@@ -29,7 +29,7 @@ from pipelines.spec import (
     VideoResult,
     VideoSpec,
 )
-from prophy.backbones import check_checkpoint, fingerprint, load_pipeline, shape_multiples
+from prophy.backbones import check_checkpoint, fingerprint, load_configs, load_pipeline, shape_multiples
 from prophy.device import autocast, default_device
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
@@ -69,19 +69,22 @@ def model_fingerprint(config: Config) -> str:
 
 
 def shape_limits(config: Config) -> ShapeLimits:
-    """The shapes that the model of a run can make and its endpoint allows; loads no model.
+    """What the model of a run can make and its endpoint allows; loads no model.
 
     Raises:
         ProPhyError: there is no such model.
     """
     backbone = config.backbone
     frames, height, width = shape_multiples(backbone.family, backbone.pretrained, backbone.revision)
+    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     return ShapeLimits(
         frame_multiple=frames,
         height_multiple=math.lcm(height, PIPELINE_MULTIPLE),
         width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
         max_num_frames=config.serve.max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
+        # A complete export brings its branch along.
+        has_branch=config.checkpoint is not None or "physics_layers" in transformer,
     )
 
 

@@ -71,7 +71,7 @@ def changed(rows: pa.Table, videos: Iterable[Video]) -> list[str]:
 
 
 def videos_left(
-    videos: list[Video], priors: pa.Table, quarantine: pa.Table, clip_duration_s: float
+    videos: list[Video], priors: pa.Table, quarantine: pa.Table, clip_durations_s: list[float]
 ) -> pa.Table:
     """The videos that have clips without priors, as `stages.SOURCES`.
 
@@ -79,7 +79,7 @@ def videos_left(
         videos: of the input.
         priors: index of the priors.
         quarantine: what cannot be used: such clips and videos are left out while their file is the same.
-        clip_duration_s: length of a clip.
+        clip_durations_s: lengths that a clip may have.
     """
     known, unusable = _by_video(priors), _by_video(quarantine)
     left = []
@@ -89,7 +89,7 @@ def videos_left(
         if rows:
             first = rows[0]
             duration_s = first["num_frames"] / first["fps"]
-            num_clips = len(clip_ids(video["source"], first["content_hash"], duration_s, clip_duration_s))
+            num_clips = len(clip_ids(video["source"], first["content_hash"], duration_s, clip_durations_s))
         else:
             num_clips = max((row["num_clips"] or 0 for row in refused), default=1)
         if None not in done and len(done) < num_clips:

@@ -117,7 +117,10 @@ class VideoResult(NamedTuple):
 
 
 class ShapeLimits(BaseModel):
-    """The shapes that a model can make and an operator allows: `k * frame_multiple + 1` frames."""
+    """The shapes that a model can make and an operator allows: `k * frame_multiple + 1` frames.
+
+    `has_branch` says whether the model has physics knobs at all.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -126,6 +129,7 @@ class ShapeLimits(BaseModel):
     width_multiple: int
     max_num_frames: int
     max_pixels: int
+    has_branch: bool
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         """The number of frames, among those that the model can make, that comes nearest to `duration_s`.

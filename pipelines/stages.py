@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,13 @@ ENCODINGS_OR_ERROR = _or_error(list(ENCODINGS))
 
 
 def clip_ids(
-    source: dict[str, Any], content_hash: str, duration_s: float, clip_duration_s: float
+    source: dict[str, Any], content_hash: str, duration_s: float, clip_durations_s: list[float]
 ) -> dict[str, tuple[float, float]]:
     """The clips of a video: `sample_id` -> (start, end) in seconds."""
     video = hashlib.sha256(f"{source['uri']}\n{content_hash}".encode()).hexdigest()[:16]
     return {
         f"{video}-{round(start * 1000):07d}-{round(end * 1000):07d}": (start, end)
-        for start, end in clip_spans(duration_s, clip_duration_s)
+        for start, end in clip_spans(duration_s, clip_durations_s)
     }
 
 
@@ -74,8 +75,8 @@ def decoder(limits: VideoLimits) -> Decoder:
 class CutVideo:
     """`SOURCES` -> `CLIPS`, one table per clip: measures a video, checks the limits, lists its clips."""
 
-    def __init__(self, clip_duration_s: float, limits: VideoLimits) -> None:
-        self.clip_duration_s = clip_duration_s
+    def __init__(self, clip_durations_s: list[float], limits: VideoLimits) -> None:
+        self.clip_durations_s = clip_durations_s
         self.limits = limits.model_dump(exclude={"max_seconds", "max_memory_bytes"})
         self.files = LocalFiles(limits.max_bytes)
         self.decoder = decoder(limits)
@@ -95,11 +96,11 @@ class CutVideo:
         with self.files.open(uri) as path, open(path, "rb") as file:
             info = self.decoder.probe(path, **self.limits)
             content_hash = hashlib.file_digest(file, "sha256").hexdigest()
-        clips = clip_ids(row["source"], content_hash, info.duration_s, self.clip_duration_s)
+        clips = clip_ids(row["source"], content_hash, info.duration_s, self.clip_durations_s)
         if not clips:
             raise VideoError(
-                f"{uri} lasts {info.duration_s:.2f} s, less than one clip of {self.clip_duration_s:g} s; "
-                f"lower cache.clip_duration_s or remove it"
+                f"{uri} lasts {info.duration_s:.2f} s, less than one clip of "
+                f"{min(self.clip_durations_s):g} s; add to cache.shorter_clips_s, or remove it"
             )
         video = row | vars(info) | {"content_hash": content_hash, "num_clips": len(clips)}
         return [
@@ -112,11 +113,14 @@ class CutVideo:
 class ReadClip:
     """`CLIPS` -> `CLIPS_WITH_FRAMES`: decodes the clip's frames, from its start to its end inclusive.
 
-    They get that one of `shapes` whose aspect ratio is nearest to the video's.
+    They get that one of `shapes` whose aspect ratio is nearest to the video's, and as many frames as the
+    nearest of `lengths`, (seconds, frames) each, says.
     """
 
-    def __init__(self, num_frames: int, shapes: list[tuple[int, int]], limits: VideoLimits) -> None:
-        self.num_frames, self.shapes = num_frames, shapes
+    def __init__(
+        self, lengths: list[tuple[float, int]], shapes: list[tuple[int, int]], limits: VideoLimits
+    ) -> None:
+        self.lengths, self.shapes = lengths, shapes
         self.files = LocalFiles(limits.max_bytes)
         self.decoder = decoder(limits)
 
@@ -128,11 +132,11 @@ class ReadClip:
         if clip["error"]:
             return clip
         shape = nearest_shape(clip["height"], clip["width"], self.shapes)
+        duration_s = clip["end_s"] - clip["start_s"]
+        _, num_frames = min(self.lengths, key=lambda length: abs(length[0] - duration_s))
         try:
             with self.files.open(clip["source"]["uri"]) as path:
-                frames = self.decoder.read_frames(
-                    path, clip["start_s"], clip["end_s"], self.num_frames, *shape
-                )
+                frames = self.decoder.read_frames(path, clip["start_s"], clip["end_s"], num_frames, *shape)
         except (VideoError, OSError) as error:
             return _failed(clip, "ReadClip", error)
         return {**clip, "frames": frames.tobytes()}
@@ -175,14 +179,20 @@ class Attempts:
             for row in group:
                 self._begin(row)
             work(group)
-            for row in group:
-                self._file(row).unlink()
+            with self._writing():
+                for row in group:
+                    self._file(row).unlink()
 
     def _begin(self, row: dict[str, Any]) -> None:
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._file(row).open("a") as file:
                 file.write(f"{os.getpid()}\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise cannot_write(self.folder, error) from None
 
@@ -200,7 +210,7 @@ class ExtractPriors:
     def __init__(self, vlm: VlmConfig, attempts: Path) -> None:
         from prophy.priors.extractor import PriorExtractor
 
-        self.size = (vlm.num_frames, vlm.height, vlm.width)
+        self.num_frames, self.shape = vlm.num_frames, (vlm.height, vlm.width)
         self.extractor = PriorExtractor(
             vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens, vlm.heads
         )
@@ -215,9 +225,9 @@ class ExtractPriors:
 
     def _extract(self, clips: list[dict[str, Any]]) -> None:
         for clip in clips:
-            fps = (self.size[0] - 1) / (clip["end_s"] - clip["start_s"])
+            fps = (self.num_frames - 1) / (clip["end_s"] - clip["start_s"])
             labels = None if clip["labels"] is None else tuple(map(Phenomenon, clip["labels"]))
-            priors = self.extractor(_frames(clip, self.size), fps, labels)
+            priors = self.extractor(_frames(clip, self.shape), fps, labels)
             clip |= {
                 "vlm_caption": priors.vlm_caption,
                 "answers": [{"question": key, "answer": said} for key, said in priors.answers.items()],
@@ -238,7 +248,7 @@ class EncodeClip:
     def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
         from prophy.encoding import VideoEncoder
 
-        self.num_frames, self.shapes = backbone.num_frames, backbone.frame_shapes
+        self.shapes = backbone.frame_shapes
         self.encoder = VideoEncoder(
             backbone.pretrained,
             backbone.revision,
@@ -262,18 +272,19 @@ class EncodeClip:
     def _encode(self, clips: list[dict[str, Any]]) -> None:
         groups = defaultdict(list)
         for clip in clips:
-            groups[nearest_shape(clip["height"], clip["width"], self.shapes)].append(clip)
-        for shape, group in groups.items():
-            frames = np.stack([_frames(clip, (self.num_frames, *shape)) for clip in group])
+            shape = nearest_shape(clip["height"], clip["width"], self.shapes)
+            groups[shape, len(clip["frames"])].append(clip)
+        for (shape, _), group in groups.items():
+            frames = np.stack([_frames(clip, shape) for clip in group])
             latents = self.encoder.encode_video(frames)
             text_embeds = self.encoder.encode_text([clip["caption"] for clip in group])
             for clip, *tensors in zip(group, latents, text_embeds, strict=True):
                 clip |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
 
 
-def _frames(clip: dict[str, Any], size: tuple[int, int, int]) -> np.ndarray:
+def _frames(clip: dict[str, Any], shape: tuple[int, int]) -> np.ndarray:
     """The clip's frames, writable as torch wants them."""
-    return np.frombuffer(bytearray(clip["frames"]), np.uint8).reshape(*size, 3)
+    return np.frombuffer(bytearray(clip["frames"]), np.uint8).reshape(-1, *shape, 3)
 
 
 def _failed(row: dict[str, Any], stage: str, error: Exception) -> dict[str, Any]:

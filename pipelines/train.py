@@ -37,7 +37,7 @@ from pipelines.train_data import build_dataset
 from pipelines.train_evaluation import evaluation
 from pipelines.train_metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.train_model import build_module
-from prophy.backbones import fingerprint
+from prophy.backbones import fingerprint, pinned_revision
 from prophy.cost import count_flops
 from prophy.data import PriorCache, TrainBatch
 from prophy.device import has_bfloat16, peak_flops
@@ -99,17 +99,19 @@ def build_trainer(config: Config, cache: PriorCache) -> TorchTrainer:
     Raises:
         ProPhyError: the cache does not fit the configuration.
     """
-    train, backbone = config.train, config.backbone
+    train, pretrained = config.train, config.backbone.pretrained
     _ = build_dataset(config, cache, rank=0)[0]
+    revision = pinned_revision(pretrained, config.backbone.revision)  # every node and restart loads this one
     identity = {
-        "name": backbone.pretrained,
-        "revision": backbone.revision,
-        "fingerprint": fingerprint(backbone.pretrained, backbone.revision),
+        "name": pretrained,
+        "revision": revision,
+        "fingerprint": fingerprint(pretrained, revision),
     }
+    pinned = config.model_copy(update={"backbone": config.backbone.model_copy(update={"revision": revision})})
     gpus = {"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}
     return TorchTrainer(
         train_loop_per_worker,  # type: ignore[arg-type]  # Ray's annotation has no return value
-        train_loop_config={"config": config, "cache": cache, "backbone": identity},
+        train_loop_config={"config": pinned, "cache": cache, "backbone": identity},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,

@@ -58,7 +58,10 @@ def _dataset(
         cache,
         plan,
         [
-            clip_shape(backbone.model_copy(update={"height": height, "width": width}))
+            clip_shape(
+                backbone.model_copy(update={"num_frames": num_frames, "height": height, "width": width})
+            )
+            for _, num_frames in config.clip_lengths
             for height, width in backbone.frame_shapes
         ],
         micro_batch_size=micro_batch_size,

@@ -158,6 +158,16 @@ def fingerprint(pretrained: str, revision: str | None) -> str:
         raise _unloadable(pretrained) from None
 
 
+def pinned_revision(pretrained: str, revision: str | None) -> str | None:
+    """The commit that `revision` of a hub id is now, so that all who load it load the same; for others itself.
+
+    Raises:
+        ProPhyError: there is no such model.
+    """
+    is_local = pretrained == "tiny" or Path(resolve_pretrained(pretrained)).is_dir()
+    return revision if is_local else fingerprint(pretrained, revision)
+
+
 def encoders_fingerprint(pretrained: str, revision: str | None) -> str:
     """As `fingerprint`, of what makes encodings: another transformer leaves it, except by a hub's commit.
 

@@ -78,7 +78,8 @@ class BatchPlan:
 
     Every latent shape has an endless stream of its own samples: epoch after epoch, each in an order of its
     own, so that none is dropped and none padded. All samples of a step have one shape; over a cycle of steps
-    each shape comes as often as it has samples. The number of workers plays no part.
+    each shape comes as often as it has samples. Where a shape has fewer samples than a batch holds, a batch
+    holds them several times. The number of workers plays no part.
 
     Args:
         shapes: latent shape of each sample id.
@@ -86,21 +87,20 @@ class BatchPlan:
         seed: of all orders.
 
     Raises:
-        ProPhyError: there are fewer samples of a shape than a batch holds.
+        ProPhyError: there are fewer samples than a batch holds.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], batch_size: int, seed: int) -> None:
+        if len(shapes) < batch_size:
+            raise ProPhyError(
+                f"the cache holds {len(shapes)} samples, fewer than the global batch of {batch_size}; "
+                f"cache more videos, or lower train.global_batch_size"
+            )
         self.batch_size = batch_size
         self._seed = seed
         groups: dict[Shape, list[str]] = {}
         for sample_id in sorted(shapes):
             groups.setdefault(shapes[sample_id], []).append(sample_id)
-        for shape, samples in groups.items():
-            if len(samples) < batch_size:
-                raise ProPhyError(
-                    f"the cache holds {len(samples)} samples with latents of shape {shape}, fewer than the "
-                    f"global batch of {batch_size}; cache more videos, or lower the batch"
-                )
         self._groups = sorted(groups.items())
         counts = np.array([len(samples) for _, samples in self._groups])
         self._steps_per_cycle = counts // np.gcd.reduce(counts)  # of each shape
@@ -213,7 +213,7 @@ class PriorCache:
 class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
     """The share of one rank in each step: item `step` is the micro-batches of that step and their captions.
 
-    Noise, timestep and caption dropout of a sample are functions of the seed, the step and the sample's id.
+    Noise, timestep and caption dropout are functions of the seed, the step and the place in its global batch.
 
     Args:
         cache: the samples.
@@ -265,21 +265,23 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         """The micro-batches of this rank in `step`, and all their captions."""
         sample_ids = self._plan(step)
         first = range(self._rank * self._micro_batch_size, self._plan.batch_size, self._stride)
-        batches = [self._batch(step, sample_ids[start : start + self._micro_batch_size]) for start in first]
+        batches = [
+            self._batch(step, start, sample_ids[start : start + self._micro_batch_size]) for start in first
+        ]
         semantic = SemanticBatch(
             encoder_hidden_states=torch.cat([batch.encoder_hidden_states for batch in batches]),
             phenomena=torch.cat([batch.phenomena for batch in batches]),
         )
         return batches, semantic
 
-    def _batch(self, step: int, sample_ids: list[str]) -> TrainBatch:
+    def _batch(self, step: int, first: int, sample_ids: list[str]) -> TrainBatch:
         columns: dict[str, list[torch.Tensor]] = {}
-        for sample_id in sample_ids:
-            for name, value in self._row(step, sample_id).items():
+        for place, sample_id in enumerate(sample_ids, start=first):
+            for name, value in self._row(step, place, sample_id).items():
                 columns.setdefault(name, []).append(value)
         return TrainBatch(sample_ids, **{name: torch.stack(values) for name, values in columns.items()})
 
-    def _row(self, step: int, sample_id: str) -> dict[str, torch.Tensor]:
+    def _row(self, step: int, place: int, sample_id: str) -> dict[str, torch.Tensor]:
         sample = self._cache.read(sample_id)
         shape = self._clip_shapes[tuple(sample.latents.shape)]
         targets, mask = self._make_targets(
@@ -289,7 +291,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
             grid=shape.token_grid,
             num_frames=shape.num_frames,
         )
-        generator = torch.Generator().manual_seed(_seed(self._seed, step, sample_id))
+        generator = torch.Generator().manual_seed(_seed(self._seed, step, place))
         return {
             "latents": sample.latents,
             "encoder_hidden_states": sample.text_embeds,

@@ -9,7 +9,7 @@ still crash or stall FFmpeg; `prophy.decoder` calls this module in a process tha
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -110,13 +110,18 @@ def probe(
     return VideoInfo(1 / interval, len(times), height, width)
 
 
-def clip_spans(duration_s: float, clip_duration_s: float) -> list[tuple[float, float]]:
-    """Cuts a video into clips of one length, as (start, end) in seconds; the rest at the end is left out.
+def clip_spans(duration_s: float, clip_durations_s: Iterable[float]) -> list[tuple[float, float]]:
+    """Cuts a video into clips of the given lengths, as (start, end) in seconds.
 
-    Empty where the video is shorter than one clip.
+    As many of the longest as there is room for; then of the next in what is left at the end. Less than the
+    shortest is left out, so there is no clip of a shorter video.
     """
-    count = math.floor(duration_s / clip_duration_s + 1e-6)
-    return [(index * clip_duration_s, (index + 1) * clip_duration_s) for index in range(count)]
+    spans, start = list[tuple[float, float]](), 0.0
+    for length in sorted(clip_durations_s, reverse=True):
+        count = math.floor((duration_s - start) / length + 1e-6)
+        spans += [(start + index * length, start + (index + 1) * length) for index in range(count)]
+        start += count * length
+    return spans
 
 
 def nearest_shape(height: int, width: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:

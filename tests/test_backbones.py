@@ -10,6 +10,7 @@ from prophy.backbones import (
     encoders_fingerprint,
     fingerprint,
     load_pipeline,
+    pinned_revision,
     resolve_pretrained,
 )
 from prophy.errors import ProPhyError
@@ -31,6 +32,20 @@ def test_shapes_are_what_the_networks_make() -> None:
     assert grid == tuple(transformer.patch_embedding(latents).shape[2:]) == (5, 8, 8)
     # The published configuration leaves the factors out.
     assert wan.latent_shape(81, 480, 832, {"z_dim": 16}, TRANSFORMER_CONFIG) == (21, 60, 104)
+
+
+def test_a_hub_id_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit, repository = 40 * "a", tmp_path / "models--someone--model"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert pinned_revision("someone/model", None) == pinned_revision("someone/model", "main") == commit
+    assert pinned_revision("tiny", None) is None
+    with pytest.raises(ProPhyError, match="someone/other"):
+        pinned_revision("someone/other", None)
 
 
 @pytest.mark.parametrize(("frames", "height"), [(16, 64), (17, 66)])

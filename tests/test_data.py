@@ -137,8 +137,16 @@ def test_plan_is_a_function_of_seed_and_step() -> None:
 
 
 def test_plan_refuses_fewer_samples_than_a_batch() -> None:
-    with pytest.raises(ProPhyError, match=r"holds 6 samples with latents of shape \(4, 3, 4, 8\)"):
-        BatchPlan(SHAPES, 7, seed=0)
+    with pytest.raises(ProPhyError, match="holds 15 samples, fewer than the global batch of 16"):
+        BatchPlan(SHAPES, 16, seed=0)
+
+
+def test_a_rare_shape_fills_its_batches_with_its_few_samples() -> None:
+    shapes = {"rare": WIDE, **{f"s{i}": SMALL for i in range(10)}}
+    plan = BatchPlan(shapes, 4, seed=1)
+    batches = [plan(step) for step in range(44)]
+    assert ["rare"] * 4 in batches
+    assert set(Counter(sample for batch in batches for sample in batch).values()) == {44 * 4 // 11}
 
 
 def test_batch_holds_what_the_cache_holds(cache: PriorCache) -> None:
@@ -182,6 +190,13 @@ def test_samples_and_noise_do_not_depend_on_the_workers(
         assert all(torch.equal(together[key][name], alone[key][name]) for key in alone for name in alone[key])
         for batches, semantic in shares:
             assert torch.equal(semantic.phenomena, torch.cat([batch.phenomena for batch in batches]))
+
+
+def test_chance_differs_for_a_sample_that_is_there_twice(cache: PriorCache) -> None:
+    source = dataset(cache)
+    sample_id = next(iter(cache.shapes))
+    batch = source._batch(0, 0, [sample_id, sample_id])
+    assert torch.equal(*batch.latents) and not torch.equal(*batch.noise)
 
 
 def test_chance_depends_on_seed_step_and_sample(cache: PriorCache) -> None:

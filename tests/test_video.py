@@ -73,9 +73,10 @@ def test_probe_measures(video: Path) -> None:
 
 
 def test_clips_have_one_length_and_leave_the_rest_out() -> None:
-    assert clip_spans(4.25, 2.0) == [(0.0, 2.0), (2.0, 4.0)]
-    assert clip_spans(59 / 29.5, 2.0) == [(0.0, 2.0)]
-    assert clip_spans(1.9, 2.0) == []
+    assert clip_spans(4.25, [2.0]) == [(0.0, 2.0), (2.0, 4.0)]
+    assert clip_spans(59 / 29.5, [2.0]) == [(0.0, 2.0)]
+    assert clip_spans(1.9, [2.0]) == []
+    assert clip_spans(5.75, [0.5, 2.0, 1.0]) == [(0.0, 2.0), (2.0, 4.0), (4.0, 5.0), (5.0, 5.5)]
 
 
 def test_the_nearest_shape_is_the_one_with_the_nearest_aspect_ratio() -> None:

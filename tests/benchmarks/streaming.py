@@ -77,21 +77,22 @@ def write_clips(folder: Path, count: int) -> None:
 def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
     """Seconds per clip of the two stages that hold models, each without Ray and with its own threads."""
     limits, vlm, backbone = config.cache.limits, config.vlm, config.backbone
+    durations_s = [config.cache.clip_duration_s]
     nothing = PRIORS.empty_table(), QUARANTINE.empty_table()
-    videos = videos_left(find_videos(config.cache.input)[:SAMPLE_CLIPS], *nothing, 2.0)
-    clips = pa.concat_tables(CutVideo(config.cache.clip_duration_s, limits)(videos))
+    videos = videos_left(find_videos(config.cache.input)[:SAMPLE_CLIPS], *nothing, durations_s)
+    clips = pa.concat_tables(CutVideo(durations_s, limits)(videos))
     table = cache.encodings_table(config)
     table = type(table)(folder / "encodings", table.schema, table.settings, table.provenance)
     stages = {
         "ExtractPriors": (
             ExtractPriors(vlm, folder / "attempts"),
-            ReadClip(vlm.num_frames, [(vlm.height, vlm.width)], limits),
+            ReadClip([(durations_s[0], vlm.num_frames)], [(vlm.height, vlm.width)], limits),
             1,
             config.cache.extract.num_cpus,
         ),
         "EncodeClip": (
             EncodeClip(backbone, table, folder / "attempts"),
-            ReadClip(backbone.num_frames, backbone.frame_shapes, limits),
+            ReadClip(config.clip_lengths, backbone.frame_shapes, limits),
             config.cache.encode_batch_size,
             config.cache.encode.num_cpus,
         ),

@@ -28,7 +28,12 @@ SHORT = {"prompt": PROMPT, "num_inference_steps": 1, "seed": 0}
 PATIENCE_S = 240
 
 LIMITS = ShapeLimits(
-    frame_multiple=4, height_multiple=16, width_multiple=16, max_num_frames=17, max_pixels=4096
+    frame_multiple=4,
+    height_multiple=16,
+    width_multiple=16,
+    max_num_frames=17,
+    max_pixels=4096,
+    has_branch=True,
 )
 """Of the tiny model."""
 

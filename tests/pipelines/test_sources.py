@@ -12,7 +12,7 @@ from pipelines.stages import clip_ids
 from prophy.errors import ProPhyError
 from prophy.schema import PRIORS, QUARANTINE
 
-CLIP_DURATION_S = 2.0
+CLIP_DURATIONS_S = [2.0]
 
 
 def video(name: str, modified: float = 1.0) -> dict:
@@ -22,7 +22,7 @@ def video(name: str, modified: float = 1.0) -> dict:
 
 def priors_of(source: dict, num_frames: int = 16 * 3, **columns: object) -> list[dict]:
     """Index rows of a video at 8 frames per second."""
-    ids = clip_ids(source, "hash", num_frames / 8, CLIP_DURATION_S)
+    ids = clip_ids(source, "hash", num_frames / 8, CLIP_DURATIONS_S)
     row = {
         "source": source,
         "content_hash": "hash",
@@ -38,7 +38,7 @@ def table(rows: list[dict], schema: pa.Schema = PRIORS) -> pa.Table:
 
 
 def left(videos: list[dict], priors: list[dict], quarantine: list[dict]) -> dict[str, list[str]]:
-    found = videos_left(videos, table(priors), table(quarantine, QUARANTINE), CLIP_DURATION_S)
+    found = videos_left(videos, table(priors), table(quarantine, QUARANTINE), CLIP_DURATIONS_S)
     return {row["source"]["uri"]: row["done"] for row in found.to_pylist()}
 
 
