@@ -159,7 +159,7 @@ def fingerprint(pretrained: str, revision: str | None) -> str:
 
 
 def pinned_revision(pretrained: str, revision: str | None) -> str | None:
-    """The commit that `revision` of a hub id is now, so that all who load it load the same; for others itself.
+    """The commit that `revision` of a hub id is now, so that all load the same; of a folder, itself.
 
     Raises:
         ProPhyError: there is no such model.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -34,8 +35,11 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head, and one node that holds the worker."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    """A head, to which a test adds nodes; beside the Ray of the session."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dashboard = {"include_dashboard": True, "dashboard_port": probe.getsockname()[1]}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **dashboard})
     yield cluster
     cluster.shutdown()
 
