@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset, ExecutionResources, TaskPoolStrategy
 from rich.console import Console
 from rich.table import Table as Grid
 
@@ -177,9 +177,10 @@ def _read(work: pa.Table, num_actors: int, num_frames: int, shapes: list[tuple[i
     """
     clip_bytes = num_frames * 3 * max(map(math.prod, shapes))
     limits = ExecutionResources.for_limits(object_store_memory=_MAX_DECODED * num_actors * clip_bytes)
-    DataContext.get_current().execution_options.resource_limits = limits
     num_blocks = min(max(len(work) // _CLIPS_PER_TASK, _BLOCKS[0]), _BLOCKS[1], len(work))
-    return ray.data.from_items(work.to_pylist(), override_num_blocks=num_blocks)
+    rows = ray.data.from_items(work.to_pylist(), override_num_blocks=num_blocks)
+    rows.context.execution_options.resource_limits = limits  # of this graph alone
+    return rows
 
 
 def _write(rows: Dataset, config: Config, table: Table) -> Dataset:
