@@ -5,6 +5,7 @@ hold the model and nothing else: a call brings a specification, and streams prog
 """
 
 import asyncio
+import faulthandler
 import ipaddress
 import logging
 import os
@@ -35,6 +36,7 @@ from prophy.taxonomy import Phenomenon
 
 APP_NAME = "prophy"
 MAX_CONNECTIONS = 1000
+STOP_WITHIN_S = 120
 
 
 class AbortedError(Exception):
@@ -223,7 +225,11 @@ def serving(config: Config) -> Iterator[str]:
 
 
 def run(config: Config) -> None:
-    """Serves until Ctrl-C or SIGTERM."""
+    """Serves until Ctrl-C or SIGTERM.
+
+    Should Ray hang at its end, the process says where and leaves with exit code 1 after `STOP_WITHIN_S`;
+    a local Ray goes with it, and unfinished jobs wait for the next server as ever.
+    """
     stop = threading.Event()
     with serving(config) as url:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -237,6 +243,8 @@ def run(config: Config) -> None:
             flush=True,
         )
         stop.wait()
+        faulthandler.dump_traceback_later(STOP_WITHIN_S, exit=True)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,12 +11,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from pipelines.serve import STOP_WITHIN_S
 from tests.pipelines.servers import PATIENCE_S, PROMPT, check_error, submit
 
 SETTINGS = (
@@ -40,23 +42,24 @@ class Server:
 
     def start(self) -> None:
         options = [part for item in (f"run_dir={self.folder}", *SETTINGS) for part in ("--set", item)]
-        log = self.folder / "server.log"
-        with log.open("w") as output:
+        self.log = self.folder / "server.log"
+        with self.log.open("w") as output:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "tests.pipelines.waiting_server", "serve", *options],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": os.getcwd()},
             )
-        until(lambda: self.process.poll() is not None or "serving on" in log.read_text())
-        match = re.search(r"serving on (http://\S+)", log.read_text())
-        assert match is not None, log.read_text()[-3000:]
+        until(lambda: self.process.poll() is not None or "serving on" in self.log.read_text())
+        match = re.search(r"serving on (http://\S+)", self.log.read_text())
+        assert match is not None, self.log.read_text()[-3000:]
         self.client = httpx.Client(base_url=match[1], timeout=60)
 
     def stop(self) -> None:
-        """SIGTERM."""
+        """SIGTERM. Where Ray hangs at its end, as was seen once, the server leaves without it."""
         self.process.terminate()
-        assert self.process.wait(PATIENCE_S) == 0
+        exit_code, log = self.process.wait(PATIENCE_S), self.log.read_text()
+        assert exit_code == 0 or f"Timeout ({timedelta(seconds=STOP_WITHIN_S)})!" in log, log[-3000:]
         self.client.close()
 
     def kill(self, actor: str, count: int) -> None:
