@@ -19,6 +19,7 @@ import ray
 
 from pipelines import generate, serve
 from pipelines.config import Config
+from pipelines.spec import StepCache
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
 from tests.pipelines.servers import (
@@ -40,7 +41,8 @@ NUM_JOBS = 8
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("serve")
-    return serve_config(folder / "run", save_checkpoint(folder / "model"), "serve.max_queued=20")
+    overrides = ("serve.max_queued=20", "sampling.step_cache.first_block=0")
+    return serve_config(folder / "run", save_checkpoint(folder / "model"), *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,9 @@ def test_progress_moves_with_the_steps(client: httpx.Client) -> None:
 
 
 def test_same_seed_same_video_over_http_and_offline(client: httpx.Client, config: Config) -> None:
-    (offline,) = generate.run(config, [PROMPT])
+    """Also with a step cache in the server alone, since its threshold of 0 lets nothing pass."""
+    uncached = config.sampling.model_copy(update={"step_cache": StepCache()})
+    (offline,) = generate.run(config.model_copy(update={"sampling": uncached}), [PROMPT])
     over_http = make(client, num_inference_steps=2, seed=config.generate.seed)
     assert over_http == offline.read_bytes()
     assert over_http != make(client, num_inference_steps=2, seed=config.generate.seed + 1)
