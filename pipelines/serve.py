@@ -36,7 +36,7 @@ from prophy.taxonomy import Phenomenon
 
 APP_NAME = "prophy"
 MAX_CONNECTIONS = 1000
-STOP_WITHIN_S = 120
+STOP_WITHIN_S = 120  # Serve waits up to 30 s for its parts; ray.shutdown() sets itself no limit
 
 
 class AbortedError(Exception):

@@ -11,14 +11,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from pipelines.serve import STOP_WITHIN_S
 from tests.pipelines.servers import PATIENCE_S, PROMPT, check_error, submit
 
 SETTINGS = (
@@ -56,10 +54,9 @@ class Server:
         self.client = httpx.Client(base_url=match[1], timeout=60)
 
     def stop(self) -> None:
-        """SIGTERM. Where Ray hangs at its end, as was seen once, the server leaves without it."""
+        """SIGTERM."""
         self.process.terminate()
-        exit_code, log = self.process.wait(PATIENCE_S), self.log.read_text()
-        assert exit_code == 0 or f"Timeout ({timedelta(seconds=STOP_WITHIN_S)})!" in log, log[-3000:]
+        assert self.process.wait(PATIENCE_S) == 0, self.log.read_text()[-6000:]
         self.client.close()
 
     def kill(self, actor: str, count: int) -> None:
