@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -84,16 +84,21 @@ def _check_same_run(saved: dict[str, Any], config: Config, command: str) -> None
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
+def ray_session(config: Config, environment: Mapping[str, str] | None = None) -> Iterator[None]:
     """Uses the Ray that is there (this process's, or the cluster of RAY_ADDRESS), else starts a local one.
 
     A local instance ends with the block. A `ProPhyError` raised inside a worker comes out as itself.
+
+    Args:
+        config: the run.
+        environment: variables that a local instance gives to its workers.
     """
     started = not ray.is_initialized()
     if started:
         if os.environ.get("RAY_ADDRESS"):
             ray.init()
         else:
+            os.environ.update(environment or {})
             ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)
     # Else Ray Data wraps an exception in one that loses its cause on the way here.
     DataContext.get_current().raise_original_map_exception = True

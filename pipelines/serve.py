@@ -8,13 +8,13 @@ import asyncio
 import faulthandler
 import ipaddress
 import logging
-import os
 import signal
-import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ray
 from fastapi import FastAPI
@@ -205,11 +205,17 @@ def serving(config: Config) -> Iterator[str]:
             f"serve.host {settings.host} lets other machines in, and there are no keys; make one with "
             "`prophy key` and put its hash into serve.api_keys, or serve on 127.0.0.1"
         )
-    port = _free_port(settings.host, settings.port)
+    try:
+        port = proxy.free_port(settings.host, settings.port)
+    except OSError as error:
+        raise ProPhyError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another serve.host "
+            "or serve.port"
+        ) from None
     check_model(config)
     open_run(config, "serve")
-    os.environ[proxy.CALLBACK_VARIABLE] = proxy.CALLBACK  # a Ray that is started here hands it on
-    with ray_session(config):
+    folder = TemporaryDirectory(prefix="prophy-", dir="/tmp")  # others may be too long for HAProxy's sockets
+    with folder as name, ray_session(config, proxy.environment(Path(name))):
         app = build_app(config)
         running = ", ".join(serve.status().applications)
         if running:
@@ -252,20 +258,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _free_port(host: str, port: int) -> int:
-    """The port itself, or any free one for 0.
-
-    Raises:
-        ProPhyError: the port is taken.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ProPhyError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another serve.host or serve.port"
-            ) from None
-        return probe.getsockname()[1]

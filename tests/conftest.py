@@ -17,13 +17,13 @@ os.environ |= {
     "RAY_TRAIN_V2_ENABLED": "1",
     "HF_HUB_OFFLINE": "1",
     "AWS_CONFIG_FILE": str(_SCRATCH / "aws"),  # of the tests' own object store
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.proxy.middleware",
     "RAY_prestart_worker_first_driver": "0",  # else an idle process per logical CPU, two seconds of work each
     "OMP_NUM_THREADS": "1",  # on tensors this small, two threads are slower than one beside other work
 }
 for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
     os.environ.pop(name, None)
 
+from pipelines import proxy  # noqa: E402
 from pipelines.config import Config, load_config  # noqa: E402
 
 
@@ -47,6 +47,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with the dashboard that Ray Train's state API wants."""
     import ray
 
+    os.environ |= proxy.environment(_SCRATCH / "serve")
     ray.init("local", num_cpus=16, include_dashboard=True)
     yield
     ray.shutdown()
