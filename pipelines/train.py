@@ -7,7 +7,8 @@ what a step draws depends on the number of the step alone.
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = "train"  # of Ray Train's run, and of its folder in the run folder
 _STOP_FILE = "stop"  # in that folder: save, then leave
+_ASK_EVERY_S = 2.0  # whether nodes go away: every worker waits milliseconds for Ray's answer
 
 
 def run(config: Config) -> Path:
@@ -165,7 +167,7 @@ def _train(loop_config: dict[str, Any]) -> None:
 
     # 2. Steps; a process of its own reads ahead
     loader = DataLoader(dataset, batch_size=None, sampler=range(first_step, train.num_steps), num_workers=1)
-    saved, preempted, clock = first_step, False, StepClock()
+    saved, preempted, asked, clock = first_step, False, 0.0, StepClock()
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
         outputs, learning_rate = [], set_learning_rate(engine, train)
         for batch in batches:
@@ -191,9 +193,12 @@ def _train(loop_config: dict[str, Any]) -> None:
             metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
             if log is not None:
                 log.write(step, metrics, clock.read())
-        stop = _on_rank_0(lambda: (root / _STOP_FILE).exists())
+        overdue = time.monotonic() - asked > _ASK_EVERY_S
+        stop, ask = _from_rank_0(rank == 0 and (root / _STOP_FILE).exists(), overdue)
         # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
-        leaving = ray.train.get_preemption_info() is not None and not preempted
+        leaving = ask and ray.train.get_preemption_info() is not None and not preempted
+        if ask:
+            asked = time.monotonic()
         if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
             transformer = engine.module.transformer
             run = {"backbone": loop_config["backbone"], "physics": physics_config(transformer)}
@@ -211,11 +216,11 @@ def _train(loop_config: dict[str, Any]) -> None:
         logger.info("trained branch after %d steps: %s", engine.global_steps, config.run_dir / MODEL_FOLDER)
 
 
-def _on_rank_0(ask: Callable[[], bool]) -> bool:
-    """The answer of rank 0, on every rank."""
-    answer = torch.tensor(ray.train.get_context().get_world_rank() == 0 and ask(), device=get_device())
-    torch.distributed.broadcast(answer, src=0)
-    return bool(answer)
+def _from_rank_0(*flags: bool) -> list[bool]:
+    """Those of rank 0, on every rank."""
+    joint = torch.tensor(flags, device=get_device())
+    torch.distributed.broadcast(joint, src=0)
+    return joint.tolist()
 
 
 def _check_finite(

@@ -5,16 +5,12 @@ the losses of an undisturbed one. It trains an adapter beside the branch, on cli
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +22,7 @@ from pipelines.train_metrics import METRICS_FILE
 from prophy.data import PriorCache
 from prophy.video import read_frames, write_video
 from tests.conftest import tiny_config
+from tests.pipelines.killing import Run, starter
 
 pytestmark = pytest.mark.slow
 
@@ -39,69 +36,24 @@ OVERRIDES = (
     "train.save_every=2",
     "train.log_every=1",
 )
-VICTIMS = ("driver", "worker", "node", "save")
+MOMENTS = (("any", "driver"), ("any", "worker"), ("any", "node"), ("save", "node"))
 
 
-class Run:
-    """`prophy train` in a process of its own."""
-
-    def __init__(self, folder: Path, cache_folder: str) -> None:
-        overrides = (f"run_dir={folder}", f"cache.output={cache_folder}", *OVERRIDES)
-        options = [part for override in overrides for part in ("--set", override)]
-        self.folder, self.log = folder, folder.with_suffix(".log")
-        with self.log.open("ab") as log:
-            self.process = psutil.Popen(
-                [sys.executable, "-m", "pipelines.cli", "train", *options],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONPATH": os.getcwd()},
-            )
-        self.family: set[psutil.Process] = set()
-
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        while not happened():
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            time.sleep(0.002)
-
-    def kill(self, victim: str) -> None:
-        """SIGKILL to the driver, to one worker, or to every process of this Ray."""
-        self.family |= set(self.process.children(recursive=True))
-        victims = [self.process]
-        if victim in ("node", "save"):
-            victims += self.family
-        if victim == "worker":
-            victims = [random.choice(workers)] if (workers := [*filter(is_worker, self.family)]) else []
-        for process in victims:
-            kill(process)
-
-    def steps(self) -> int:
-        """Steps in the metrics."""
-        metrics = self.folder / "train" / METRICS_FILE
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
-
-    def is_saving(self) -> bool:
-        """Whether a checkpoint has files, and no manifest yet."""
-        folders = (self.folder / "train" / "checkpoints").glob("step-*")
-        return any(any(folder.glob("rank-*")) and not (folder / MANIFEST).exists() for folder in folders)
-
-    def finish(self) -> None:
-        assert self.process.wait() == 0, self.log.read_text()[-3000:]
-
-    def clean_up(self) -> None:
-        for process in (*self.family, self.process):
-            kill(process)
+def command(folder: Path, cache_folder: str) -> tuple[str, Path, tuple[str, ...], str]:
+    """The arguments of `Run`."""
+    return "train", folder, (f"cache.output={cache_folder}", *OVERRIDES), "ray::RayTrainWorker"
 
 
-def kill(process: psutil.Process) -> None:
-    if process.is_running():
-        process.kill()
+def steps(folder: Path) -> int:
+    """Steps in the metrics of a run."""
+    metrics = folder / "train" / METRICS_FILE
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-def is_worker(process: psutil.Process) -> bool:
-    try:
-        return " ".join(process.cmdline()).startswith("ray::RayTrainWorker")
-    except psutil.Error:
-        return False
+def is_saving(folder: Path) -> bool:
+    """Whether a checkpoint of a run has files, and no manifest yet."""
+    checkpoints = (folder / "train" / "checkpoints").glob("step-*")
+    return any(any(step.glob("rank-*")) and not (step / MANIFEST).exists() for step in checkpoints)
 
 
 @pytest.fixture(scope="module")
@@ -118,22 +70,15 @@ def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     cache.run(config)
     latents = PriorCache(Path(cache.priors_folder(config)), Path(cache.encodings_folder(config))).shapes
     assert Counter(latents.values()) == {(16, 5, 16, 16): 6, (16, 5, 12, 20): 6}
-    Run(config.run_dir, config.cache.output).finish()
+    Run(*command(config.run_dir, config.cache.output)).finish()
     return config
 
 
 @pytest.fixture
 def runs(undisturbed: Config, tmp_path: Path) -> Iterator[Callable[[], Run]]:
     """Starts the same command, any number of times."""
-    started: list[Run] = []
-
-    def start() -> Run:
-        started.append(Run(tmp_path / "run", undisturbed.cache.output))
-        return started[-1]
-
-    yield start
-    for run in started:
-        run.clean_up()
+    with starter(*command(tmp_path / "run", undisturbed.cache.output)) as start:
+        yield start
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:
@@ -154,11 +99,11 @@ def test_killed_during_a_save_and_a_worker_killed_later(
     runs: Callable[[], Run], undisturbed: Config, tmp_path: Path
 ) -> None:
     first = runs()
-    first.wait_until(first.is_saving)
-    first.kill("save")
+    first.wait_until(lambda: is_saving(first.folder))
+    first.kill("node")
     first.process.wait()
     second = runs()
-    second.wait_until(lambda: second.steps() >= 3)
+    second.wait_until(lambda: steps(second.folder) >= 3)
     second.kill("worker")
     second.finish()
     assert_equal_runs(tmp_path / "run", undisturbed)
@@ -167,7 +112,7 @@ def test_killed_during_a_save_and_a_worker_killed_later(
 @pytest.fixture(scope="module")
 def usual_seconds(undisturbed: Config, tmp_path_factory: pytest.TempPathFactory) -> float:
     start = time.monotonic()
-    Run(tmp_path_factory.mktemp("usual") / "run", undisturbed.cache.output).finish()
+    Run(*command(tmp_path_factory.mktemp("usual") / "run", undisturbed.cache.output)).finish()
     return time.monotonic() - start
 
 
@@ -176,14 +121,12 @@ def test_a_kill_at_any_moment_costs_nothing(
     runs: Callable[[], Run], undisturbed: Config, usual_seconds: float, tmp_path: Path, trial: int
 ) -> None:
     random.seed(trial)
-    victim = VICTIMS[trial % len(VICTIMS)]
+    moment, victim = MOMENTS[trial % len(MOMENTS)]
     first = runs()
-    deadline = time.monotonic() + random.uniform(0, usual_seconds)
-    first.wait_until(
-        first.is_saving
-        if victim == "save"
-        else lambda: time.monotonic() > deadline or first.process.poll() is not None
-    )
+    if moment == "save":
+        first.wait_until(lambda: is_saving(first.folder))
+    else:
+        first.wait_for(random.uniform(0, usual_seconds))
     first.kill(victim)
     first.process.wait()
     runs().finish()

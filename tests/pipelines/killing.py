@@ -1,0 +1,101 @@
+"""A command of `prophy` in a process of its own, with a Ray of its own, to be killed in parts."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+
+class Run:
+    """`prophy COMMAND`, started at once; what it prints is added to a log beside its run folder.
+
+    Args:
+        command: of the command line.
+        folder: of the run.
+        overrides: of its configuration.
+        workers: how the titles of those processes begin that hold rows or ranks.
+    """
+
+    def __init__(self, command: str, folder: Path, overrides: tuple[str, ...], workers: str) -> None:
+        options = [part for item in (f"run_dir={folder}", *overrides) for part in ("--set", item)]
+        self.folder, self.workers = folder, workers
+        self.log = folder.with_suffix(".log")
+        with self.log.open("ab") as log:
+            self.printed_before = log.tell()
+            self.process = psutil.Popen(
+                [sys.executable, "-m", "pipelines.cli", command, *options],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": os.getcwd()},
+            )
+        self.family: set[psutil.Process] = set()
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        while not happened():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            time.sleep(0.002)
+
+    def wait_for(self, seconds: float) -> None:
+        """Waits so long, or until it ends."""
+        deadline = time.monotonic() + seconds
+        self.wait_until(lambda: time.monotonic() > deadline or self.process.poll() is not None)
+
+    def kill(self, victim: str) -> int:
+        """SIGKILL to the driver, to one worker, or to the whole node.
+
+        The node is the driver with its Ray: raylet, GCS, dashboard and all workers.
+
+        Returns:
+            How many processes were killed; early in a run there is no worker yet.
+        """
+        self.family |= set(self.process.children(recursive=True))
+        victims = [self.process]
+        if victim == "node":
+            victims += self.family
+        if victim == "worker":
+            workers = [process for process in self.family if title(process).startswith(self.workers)]
+            victims = random.sample(workers, min(len(workers), 1))
+        for process in victims:
+            kill(process)
+        return len(victims)
+
+    def finish(self) -> str:
+        """Waits for a good end; returns what the run printed."""
+        assert self.process.wait() == 0, self.log.read_text()[-3000:]
+        return self.log.read_bytes()[self.printed_before :].decode()
+
+    def clean_up(self) -> None:
+        for process in (*self.family, self.process):
+            kill(process)
+
+
+@contextmanager
+def starter(*arguments: object) -> Iterator[Callable[[], Run]]:
+    """Starts the same command, any number of times; the arguments are those of `Run`."""
+    started: list[Run] = []
+
+    def start() -> Run:
+        started.append(Run(*arguments))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.clean_up()
+
+
+def kill(process: psutil.Process) -> None:
+    if process.is_running():
+        process.kill()
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
