@@ -99,7 +99,7 @@ def ray_session(config: Config, environment: Mapping[str, str] | None = None) ->
             ray.init()
         else:
             # By default glibc gives each of a process's many threads a heap, and they all grow for hours.
-            os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+            os.environ.setdefault("MALLOC_ARENA_MAX", "2")
             # By default workers yield to all else that runs, which on two cores costs them 5 %.
             os.environ.setdefault("RAY_worker_niceness", "0")
             os.environ.update(environment or {})
