@@ -184,39 +184,24 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
     cached: tuple[Config, cache.CacheSummary], tmp_path: Path
 ) -> None:
     config, _ = cached
+    priors_before, before = files(cache.priors_folder(config)), files(cache.encodings_folder(config))
     folder = Path(shutil.copytree(resolve_pretrained("tiny"), tmp_path / "other"))
     vae = folder / "vae" / "config.json"
     vae.write_text(vae.read_text() + "\n")  # another model by its files
-    backbone = config.backbone.model_copy(update={"pretrained": str(folder)})
+    changes = {"pretrained": str(folder), "height": 32, "width": 48}
+    backbone = config.backbone.model_copy(update=changes)
     other = config.model_copy(update={"backbone": backbone, "run_dir": tmp_path / "run"})
     assert cache.encodings_folder(other) != cache.encodings_folder(config)
     summary = cache.run(other)
     assert (vlm_calls(summary), summary.added_encodings.written) == (0, NUM_GOOD)
+    assert files(cache.priors_folder(config)) == priors_before
+    assert files(cache.encodings_folder(config)) == before
+    shapes = {tuple(row["latents_shape"]) for row in rows(cache.encodings_folder(other)).values()}
+    assert shapes == {(16, 5, 8, 12)}
 
     for file in ("transformer/diffusion_pytorch_model.safetensors", "model_index.json"):
         (folder / file).write_bytes(b"of another training")
     assert cache.run(other).added_encodings == GraphReport()
-
-
-def test_another_resolution_is_another_folder_and_asks_no_vlm(
-    cached: tuple[Config, cache.CacheSummary],
-) -> None:
-    config, _ = cached
-    priors_before, before = files(cache.priors_folder(config)), files(cache.encodings_folder(config))
-    smaller = config.model_copy(
-        update={
-            "run_dir": config.run_dir.with_name("smaller"),
-            "backbone": config.backbone.model_copy(update={"height": 32, "width": 48}),
-        }
-    )
-    assert cache.encodings_folder(smaller) != cache.encodings_folder(config)
-    summary = cache.run(smaller)
-    assert (vlm_calls(summary), summary.added_encodings.written) == (0, NUM_GOOD)
-    assert files(cache.priors_folder(config)) == priors_before
-    assert files(cache.encodings_folder(config)) == before
-    assert {tuple(row["latents_shape"]) for row in rows(cache.encodings_folder(smaller)).values()} == {
-        (16, 5, 8, 12)
-    }
 
 
 def test_another_vlm_in_the_same_folder_is_refused(cached: tuple[Config, cache.CacheSummary]) -> None:
