@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -54,7 +54,8 @@ class Run:
         Returns:
             How many processes were killed; early in a run there is no worker yet.
         """
-        self.family |= set(self.process.children(recursive=True))
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            self.family |= set(self.process.children(recursive=True))
         victims = [self.process]
         if victim == "node":
             victims += self.family
@@ -90,7 +91,7 @@ def starter(*arguments: object) -> Iterator[Callable[[], Run]]:
 
 
 def kill(process: psutil.Process) -> None:
-    if process.is_running():
+    with suppress(psutil.NoSuchProcess):
         process.kill()
 
 
