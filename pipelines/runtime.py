@@ -100,7 +100,7 @@ def ray_session(config: Config, environment: Mapping[str, str] | None = None) ->
         else:
             # By default glibc gives each of a process's many threads a heap, and they all grow for hours.
             os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-            # By default workers yield to all else that runs, which on two cores costs them 5 %.
+            # By default workers yield to all else that runs, which slows them on a machine of few cores.
             os.environ.setdefault("RAY_worker_niceness", "0")
             os.environ.update(environment or {})
             ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)

@@ -23,7 +23,6 @@ os.environ |= {
 for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
     os.environ.pop(name, None)
 
-from pipelines import proxy  # noqa: E402
 from pipelines.config import Config, load_config  # noqa: E402
 
 
@@ -46,6 +45,8 @@ def config(tmp_path: Path) -> Config:
 def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with the dashboard that Ray Train's state API wants."""
     import ray
+
+    from pipelines import proxy
 
     os.environ |= proxy.environment(_SCRATCH / "serve")
     ray.init("local", num_cpus=16, include_dashboard=True)

@@ -188,10 +188,15 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
     folder = Path(shutil.copytree(resolve_pretrained("tiny"), tmp_path / "other"))
     vae = folder / "vae" / "config.json"
     vae.write_text(vae.read_text() + "\n")  # another model by its files
-    changes = {"pretrained": str(folder), "height": 32, "width": 48}
-    backbone = config.backbone.model_copy(update=changes)
-    other = config.model_copy(update={"backbone": backbone, "run_dir": tmp_path / "run"})
-    assert cache.encodings_folder(other) != cache.encodings_folder(config)
+
+    def with_backbone(**changes: object) -> Config:
+        backbone = config.backbone.model_copy(update=changes)
+        return config.model_copy(update={"backbone": backbone, "run_dir": tmp_path / "run"})
+
+    model, resolution = {"pretrained": str(folder)}, {"height": 32, "width": 48}
+    other = with_backbone(**model, **resolution)
+    each = (config, with_backbone(**model), with_backbone(**resolution), other)
+    assert len({cache.encodings_folder(one) for one in each}) == len(each)
     summary = cache.run(other)
     assert (vlm_calls(summary), summary.added_encodings.written) == (0, NUM_GOOD)
     assert files(cache.priors_folder(config)) == priors_before

@@ -72,27 +72,34 @@ def whole_files(output: Path) -> dict[str, int]:
     return {str(file): pq.read_metadata(file).num_rows for file in files}
 
 
-def finish(run: Run, done: dict[str, int]) -> None:
-    """Lets a run end that found these files; it asks the VLM of no clip that is in one of them."""
+def finish(run: Run, done: dict[str, int]) -> int:
+    """Lets a run end that found these files; it asks the VLM of no clip that is in one of them.
+
+    Returns:
+        Of how many clips it asked the VLM, by the table that it prints where there were any.
+    """
     printed = run.finish()
-    asked = re.search(r"ExtractPriors\s+│\s+1\s+│\s+(\d+)", printed)
+    stage = re.search(r"ExtractPriors\s+│\s+1\s+│\s+(\d+)", printed)
+    num_asked = int(stage[1]) if stage else 0
     num_done = sum(num_rows for file, num_rows in done.items() if Path(file).parent.name == "priors")
-    assert (int(asked[1]) if asked else 0) <= NUM_CLIPS - num_done, printed
+    assert num_asked <= NUM_CLIPS - num_done, printed
+    return num_asked
 
 
-def test_a_killed_worker_and_driver_cost_nothing(
+def test_a_killed_driver_and_worker_cost_nothing(
     runs: Callable[[], Run], undisturbed: Config, tmp_path: Path
 ) -> None:
     output = tmp_path / "run" / "cache"
     first = runs()
     first.wait_until(lambda: bool(file_names(output / "priors")))
-    assert first.kill("worker") == 1
-    encodings = output / Path(cache.encodings_folder(undisturbed)).relative_to(undisturbed.cache.output)
-    first.wait_until(lambda: bool(file_names(encodings)))
     first.kill("driver")
     done = whole_files(output)
 
-    finish(runs(), done)
+    second = runs()
+    encodings = output / Path(cache.encodings_folder(undisturbed)).relative_to(undisturbed.cache.output)
+    second.wait_until(lambda: bool(file_names(encodings)))
+    assert second.kill("worker") == 1
+    assert finish(second, done) > 0
     assert done.items() <= whole_files(output).items()
     assert_equal_caches(output, undisturbed)
 
