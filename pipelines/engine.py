@@ -19,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipelines.checkpoint import Checkpoint, Fragment, save
 from pipelines.config import TrainConfig
+from pipelines.plan import reduce_bucket_size
 from prophy.device import default_device, has_bfloat16
 from prophy.models.physics_transformer import BRANCH
 
@@ -26,7 +27,6 @@ from prophy.models.physics_transformer import BRANCH
 # memory for tensor-parallel inference, which training never calls.
 deepspeed.ops.__compatible_ops__ = {}
 
-_MAX_BUCKET = 500_000_000  # gradients that are reduced at once
 _STATE = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
@@ -96,9 +96,8 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # calls that DeepSpeed makes
     groups, settings = _parameter_groups(module, train), deepspeed_config(train)
-    # DeepSpeed's own bucket is 2 GB, which it allocates anew in every step.
     num_trained = sum(getattr(part, "ds_numel", part.numel()) for group in groups for part in group["params"])
-    settings["zero_optimization"]["reduce_bucket_size"] = min(num_trained, _MAX_BUCKET)
+    settings["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_size(num_trained)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=settings)
     _make_optimizer_state(engine)
     return engine

@@ -20,9 +20,17 @@ USABLE = 0.9  # of a GPU's memory; the rest is CUDA's context and fragments
 _MASTER_GRADIENT = 4  # bytes per trained parameter: the gradient in float32,
 _MASTER_STATE = 4 + 8  # and the parameter and AdamW's two moments
 _ADAMW = 8
-_BUCKET_BYTES = 500_000_000 * 4  # DeepSpeed's default `reduce_bucket_size`, in float32
+_NUM_BUCKETS, _MAX_BUCKET = 4, 500_000_000  # in how many parts gradients are reduced, and the most at once
 _MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default `stage3_max_live_parameters`
 _ASSUMED_FLOPS = 300e12  # per second and GPU: 30 % of an H100's peak, as Megatron reaches with Wan 14B
+
+
+def reduce_bucket_size(num_trained: int) -> int:
+    """How many gradients DeepSpeed shall reduce at once.
+
+    Its own bucket is of 2 GB, made anew in every step; small ones find their memory again.
+    """
+    return min(num_trained // _NUM_BUCKETS, _MAX_BUCKET)
 
 
 @dataclass(frozen=True)
@@ -201,14 +209,15 @@ def model_states(size: ModelSize, num_gpus: int, zero_stage: int, offload: str) 
         offload: "none", "optimizer" or "all", as in the configuration.
     """
     weights, trained = size.trained * size.trained_bytes, size.trained
+    bucket = 4 * reduce_bucket_size(trained)  # in float32
     if zero_stage == 0:
         return Memory(size.frozen_bytes + weights, weights, _ADAMW * trained)
     if zero_stage == 3:
         gathered = min(size.frozen_bytes + weights, _MAX_LIVE_PARAMETERS * size.trained_bytes)
-        resident, buffers = (size.frozen_bytes + weights) // num_gpus, _BUCKET_BYTES + gathered
+        resident, buffers = (size.frozen_bytes + weights) // num_gpus, bucket + gathered
         gradients = 0  # of each shard, in float32 at once
     else:
-        resident, buffers = size.frozen_bytes + weights, _BUCKET_BYTES
+        resident, buffers = size.frozen_bytes + weights, bucket
         gradients = weights if zero_stage == 1 else weights // num_gpus
     if offload == "none":
         gradients += _MASTER_GRADIENT * trained // num_gpus

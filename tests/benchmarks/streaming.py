@@ -43,7 +43,7 @@ from prophy.video import write_video
 
 DIFFERENT_CLIPS = 8
 SAMPLE_CLIPS = 32  # for the rate of a stage alone
-SAMPLE_EVERY_S = 5.0  # reading the memory of thirty processes takes a part of a second
+SAMPLE_EVERY_S = 0.5  # a process of a model swings by 10 % from batch to batch
 
 
 def write_minimal_vlm(folder: Path) -> None:
@@ -112,7 +112,10 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
 
 
 class MemoryLog(threading.Thread):
-    """Memory of this process and of each below it, and how many clips each graph has in files by then."""
+    """Memory of this process and of each below it, and how many clips each graph has in files by then.
+
+    What processes share is counted for the raylet alone, which holds the object store.
+    """
 
     def __init__(self, output: Path) -> None:
         super().__init__(daemon=True)
@@ -135,11 +138,12 @@ class MemoryLog(threading.Thread):
             graph = "encodings" if done["encodings"] else "priors"
             for process in (driver, *driver.children(recursive=True)):
                 try:
-                    # Of what processes share, such as the object store, each has its part.
-                    memory_mb = process.memory_full_info().pss / 2**20
+                    memory = process.memory_info()
+                    keeps_store = process.name() == "raylet"
                 except psutil.Error:
                     continue  # it has just ended
-                self.samples[graph][process.pid].append((done[graph], memory_mb))
+                own = memory.rss - (0 if keeps_store else memory.shared)
+                self.samples[graph][process.pid].append((done[graph], own / 2**20))
             time.sleep(SAMPLE_EVERY_S)
 
     def slope_mb_per_100_clips(self, graph: str, num_clips: int) -> float:
