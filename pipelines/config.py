@@ -217,7 +217,9 @@ class TrainConfig(Section):
     num_workers: PositiveInt
     cpus_per_worker: NonNegativeFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what workers share out: 1 the optimizer, 2 gradients too, 3 parameters too"
+    )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="to the CPU: the optimizer (ZeRO 1 to 3), or parameters too (ZeRO 3)"
     )

@@ -35,7 +35,10 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
 
     Parameters keep the precision they are loaded with; `bf16` is autocast; gradients are reduced in float32.
     """
-    zero: dict[str, Any] = {"stage": train.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "contiguous_gradients": train.zero_stage > 1,  # ZeRO 1 has all gradients when it reduces them
+    }
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if train.offload == "all":

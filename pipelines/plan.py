@@ -7,6 +7,7 @@ Parameters are counted on the meta device. What ZeRO shares out follows DeepSpee
 from dataclasses import dataclass
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,17 +21,14 @@ USABLE = 0.9  # of a GPU's memory; the rest is CUDA's context and fragments
 _MASTER_GRADIENT = 4  # bytes per trained parameter: the gradient in float32,
 _MASTER_STATE = 4 + 8  # and the parameter and AdamW's two moments
 _ADAMW = 8
-_NUM_BUCKETS, _MAX_BUCKET = 4, 500_000_000  # in how many parts gradients are reduced, and the most at once
+_MAX_BUCKET = 500_000_000  # gradients that are reduced at once
 _MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default `stage3_max_live_parameters`
 _ASSUMED_FLOPS = 300e12  # per second and GPU: 30 % of an H100's peak, as Megatron reaches with Wan 14B
 
 
 def reduce_bucket_size(num_trained: int) -> int:
-    """How many gradients DeepSpeed shall reduce at once.
-
-    Its own bucket is of 2 GB, made anew in every step; small ones find their memory again.
-    """
-    return min(num_trained // _NUM_BUCKETS, _MAX_BUCKET)
+    """How many gradients DeepSpeed shall reduce at once; its own 2 GB it would make anew in every step."""
+    return min(num_trained, _MAX_BUCKET)
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,12 @@ class Way:
         return " ".join(f"--set train.{key}={value}" for key, value in keys.items())
 
 
-# The less there is to communicate and to compute twice, the faster: the first that fits is advised.
+# The less there is to compute twice and to communicate, the faster: the first that fits is advised. ZeRO 2
+# reduces gradients after every micro-batch, ZeRO 1 after the last.
 WAYS = [
+    Way(1, "none", False),
     Way(2, "none", False),
+    Way(1, "none", True),
     Way(2, "none", True),
     Way(3, "none", True),
     Way(2, "optimizer", True),
@@ -266,12 +267,14 @@ def _table(plan: Plan, gpu_memory: float) -> Table:
     checkpointing = plan.train.gradient_checkpointing
     activations = plan.activations[checkpointing]
     table = Table(
-        *("ZeRO", "offload", "weights", "gradients", "optimizer", "buffers", "activations*", "GPU"),
-        *(f"fits {gpu_memory / 1e9:g} GB", "host"),
+        *("ZeRO", "offload", "weights", "gradients", "optimizer", "buffers", "activa-\ntions*", "GPU"),
+        *(f"fits\n{gpu_memory / 1e9:g} GB", "host"),
         title="GB per GPU; host: of all GPUs",
         caption=f"* an estimate, {'with' if checkpointing else 'without'} gradient checkpointing; "
         f"{'without' if checkpointing else 'with'}: {_gb(plan.activations[not checkpointing])}. "
         f"Up to {USABLE:.0%} of a GPU are used.",
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
     for zero_stage, offload in SHOWN:
         states = model_states(plan.size, plan.train.num_workers, zero_stage, offload)

@@ -4,7 +4,7 @@ Caches copies of simulated clips with the embedded VLM and backbone, as users do
 `efficiency` is (clips / rate of the slowest stage alone) / (time from its first task to the last of all);
 alone is in this process, without Ray, before the run: other work on the machine makes it meaningless.
 `utilisation` is the share of that time in which the slowest stage's workers computed. The slope is that of
-the memory of the driver and all of Ray's processes, the object store included, over the clips that are done,
+the memory of the driver, of all of Ray's processes and of the object store, over the clips that are done,
 after the first fifth, process by process; it takes 500 clips to mean anything. Threads are the
 configuration's: leave OMP_NUM_THREADS unset, which Ray's workers would obey.
 
@@ -15,10 +15,12 @@ configuration's: leave OMP_NUM_THREADS unset, which Ray's workers would obey.
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -112,10 +114,7 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
 
 
 class MemoryLog(threading.Thread):
-    """Memory of this process and of each below it, and how many clips each graph has in files by then.
-
-    What processes share is counted for the raylet alone, which holds the object store.
-    """
+    """Memory of this process, of each below it, and of the object store; and how many clips are in files."""
 
     def __init__(self, output: Path) -> None:
         super().__init__(daemon=True)
@@ -136,14 +135,13 @@ class MemoryLog(threading.Thread):
                 )
             }
             graph = "encodings" if done["encodings"] else "priors"
+            memory = {0: shutil.disk_usage("/dev/shm").used}  # where Ray keeps its objects
             for process in (driver, *driver.children(recursive=True)):
-                try:
-                    memory = process.memory_info()
-                    keeps_store = process.name() == "raylet"
-                except psutil.Error:
-                    continue  # it has just ended
-                own = memory.rss - (0 if keeps_store else memory.shared)
-                self.samples[graph][process.pid].append((done[graph], own / 2**20))
+                with suppress(psutil.Error):  # it has just ended
+                    info = process.memory_info()
+                    memory[process.pid] = info.rss - info.shared
+            for part, number in memory.items():
+                self.samples[graph][part].append((done[graph], number / 2**20))
             time.sleep(SAMPLE_EVERY_S)
 
     def slope_mb_per_100_clips(self, graph: str, num_clips: int) -> float:

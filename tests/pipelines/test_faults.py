@@ -70,45 +70,6 @@ def test_the_clip_that_kills_is_told_from_those_beside_it(tmp_path: Path) -> Non
     assert [file.name for file in (tmp_path / "attempts").iterdir()] == ["EncodeClip-b"]
 
 
-def kill_whoever_begins(file: Path, stop: threading.Event) -> None:
-    """Sends SIGSEGV to every process that begins to work on a clip."""
-    killed = 0
-    while not stop.is_set():
-        pids = file.read_text().splitlines() if file.exists() else []
-        for pid in map(int, pids[killed:]):
-            os.kill(pid, signal.SIGSEGV)
-            killed += 1
-        time.sleep(0.002)
-
-
-def test_a_deadly_clip_is_quarantined_and_the_run_goes_on(ray_cluster: None, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "run")
-    clips = Path(config.cache.input)
-    clips.mkdir(parents=True)
-    for seed in range(3):
-        write_video(clips / f"{seed}.mp4", moving_square(17 + seed), FPS)
-    deadly = find_videos(str(clips))[1]["source"]
-    [row] = cut(deadly)
-    stop = threading.Event()
-    marker = Path(config.cache.output, ATTEMPTS_FOLDER, f"ExtractPriors-{row['sample_id']}")
-    killer = threading.Thread(target=kill_whoever_begins, args=(marker, stop))
-    killer.start()
-    try:
-        summary = cache.run(config)
-    finally:
-        stop.set()
-        killer.join()
-    assert (summary.num_priors, summary.num_encodings) == (2, 2)
-    [refused] = read_quarantine(Path(config.cache.output, "quarantine")).to_pylist()
-    assert (refused["stage"], refused["error_type"], refused["attempts"]) == (
-        "ExtractPriors",
-        "DeadlyClipError",
-        2,
-    )
-    assert refused["source"] == deadly
-    assert cache.run(config).added_priors.written == 0
-
-
 def cut(source: dict, **limits: float) -> list[dict]:
     row = {"source": source, "caption": None, "labels": None, "done": []}
     tables = CutVideo([2.0], VideoLimits(**limits))(pa.Table.from_pylist([row], SOURCES))
@@ -239,29 +200,57 @@ def times(folder: str) -> dict[str, int]:
     return {name: Path(folder, name).stat().st_mtime_ns for name in file_names(Path(folder))}
 
 
-def test_a_video_that_vanishes_during_the_run_is_missing_until_it_is_back(
+def kill_whoever_begins(file: Path, stop: threading.Event) -> None:
+    """Sends SIGSEGV to every process that begins to work on a clip."""
+    killed = 0
+    while not stop.is_set():
+        pids = file.read_text().splitlines() if file.exists() else []
+        for pid in map(int, pids[killed:]):
+            os.kill(pid, signal.SIGSEGV)
+            killed += 1
+        time.sleep(0.002)
+
+
+def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     ray_cluster: None, tmp_path: Path
 ) -> None:
+    """The clip is given up for good, the video until it is back."""
     config = tiny_config(tmp_path / "run", "cache.rows_per_file=1")
     clips = Path(config.cache.input)
     clips.mkdir(parents=True)
     for number in range(4):
         write_video(clips / f"{number}.mp4", moving_square(17 + number), FPS)
-    priors = Path(cache.priors_folder(config))
+    deadly = find_videos(str(clips))[1]["source"]
+    [row] = cut(deadly)
+    marker = Path(config.cache.output, ATTEMPTS_FOLDER, f"ExtractPriors-{row['sample_id']}")
+    priors, stop = Path(cache.priors_folder(config)), threading.Event()
 
     def hide_the_last() -> None:
-        while not file_names(priors):
+        while not (file_names(priors) or stop.is_set()):
             time.sleep(0.002)
         (clips / "3.mp4").rename(tmp_path / "hidden")
 
-    hider = threading.Thread(target=hide_the_last, daemon=True)
-    hider.start()
-    summary = cache.run(config)
-    hider.join()
-    assert summary.num_encodings == 3
-    assert summary.quarantined == [f"{clips / '3.mp4'} cannot be opened (No such file or directory)"]
+    helpers = [
+        threading.Thread(target=kill_whoever_begins, args=(marker, stop)),
+        threading.Thread(target=hide_the_last),
+    ]
+    for helper in helpers:
+        helper.start()
+    try:
+        summary = cache.run(config)
+    finally:
+        stop.set()
+        for helper in helpers:
+            helper.join()
+    assert summary.num_encodings == 2
+    quarantine = read_quarantine(Path(config.cache.output, "quarantine")).to_pylist()
+    [gone] = [row for row in quarantine if row["error_type"] == "DeadlyClipError"]
+    assert (gone["stage"], gone["attempts"], gone["source"]) == ("ExtractPriors", 2, deadly)
+    missing = f"{clips / '3.mp4'} cannot be opened (No such file or directory)"
+    assert sorted(summary.quarantined) == sorted([gone["message"], missing])
     assert verify(Path(config.cache.output)).damaged == []
 
     (tmp_path / "hidden").rename(clips / "3.mp4")
     summary = cache.run(config)
-    assert (summary.added_encodings.written, summary.num_encodings, summary.quarantined) == (1, 4, [])
+    assert (summary.added_encodings.written, summary.num_encodings) == (1, 3)
+    assert summary.quarantined == [gone["message"]]

@@ -62,8 +62,8 @@ def test_plan_of_a_published_model(wan_14b: Plan) -> None:
 
 
 def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
-    assert wan_14b.advice(1e12) == Way(2, "none", gradient_checkpointing=False)
-    assert wan_14b.advice(141e9) == Way(2, "none", gradient_checkpointing=True)
+    assert wan_14b.advice(1e12) == Way(1, "none", gradient_checkpointing=False)
+    assert wan_14b.advice(141e9) == Way(1, "none", gradient_checkpointing=True)
     assert wan_14b.total(Way(2, "none", True)) > 0.9 * 80e9 > wan_14b.total(Way(3, "none", True))
     assert wan_14b.advice(80e9) == Way(3, "none", gradient_checkpointing=True)
     assert wan_14b.advice(1e9) is None
@@ -72,7 +72,7 @@ def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
 def test_command_prints_a_table() -> None:
     result = CliRunner().invoke(app, ["plan", "--config", "wan2.1-1.3b", "--gpus", "8", "--gpu-memory", "80"])
     assert result.exit_code == 0
-    assert "1.419B" in result.output and "advice: --set train.zero_stage=2" in result.output
+    assert "1.419B" in result.output and "advice: --set train.zero_stage=1" in result.output
 
 
 def test_unknown_model_without_network() -> None:
