@@ -19,6 +19,15 @@ from prophy.errors import ProPhyError
 
 LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow", "prophy-ray")
 
+# Variables that Ray starts with, where the user has not set them; `cluster/Dockerfile` sets them too.
+WORKER_ENVIRONMENT = {
+    # By default each of a process's many threads has heaps, of glibc and of Arrow, and they grow for hours.
+    "MALLOC_ARENA_MAX": "2",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    # By default workers yield to all else that runs, which slows them on a machine of few cores.
+    "RAY_worker_niceness": "0",
+}
+
 # What a command makes depends on these sections; its results in one run folder must agree in them.
 _SECTIONS = {
     "simulate": ("simulate",),
@@ -98,11 +107,7 @@ def ray_session(config: Config, environment: Mapping[str, str] | None = None) ->
         if os.environ.get("RAY_ADDRESS"):
             ray.init()
         else:
-            # By default glibc gives each of a process's many threads a heap, and they all grow for hours.
-            os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-            # By default workers yield to all else that runs, which slows them on a machine of few cores.
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            os.environ.update(environment or {})
+            os.environ.update({**WORKER_ENVIRONMENT, **os.environ, **(environment or {})})
             ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)
     # Else Ray Data wraps an exception in one that loses its cause on the way here.
     DataContext.get_current().raise_original_map_exception = True

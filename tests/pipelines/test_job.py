@@ -1,6 +1,7 @@
-"""A job submitted to a cluster that asks for a token, and the cluster manifest."""
+"""A job submitted to a cluster that asks for a token, the cluster manifest, and the image."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines import simulate
+from pipelines import proxy, simulate
+from pipelines.runtime import WORKER_ENVIRONMENT
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,3 +110,17 @@ def test_ray_job_manifest_caches_and_trains_with_a_preset() -> None:
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     wanted = config["train"]["num_workers"] * config["train"]["gpus_per_worker"]
     assert wanted <= int(limits["nvidia.com/gpu"]) * workers["maxReplicas"]
+
+
+def test_image_sets_what_a_local_ray_starts_with() -> None:
+    image = dict(
+        re.findall(r"^(?:ENV|   ) (\w+)=(\S+)", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE)
+    )
+    folder = Path("/folder")
+    local = WORKER_ENVIRONMENT | proxy.environment(folder)
+    of_one_server = {
+        name for name, value in local.items() if name.endswith("_PORT") or value.startswith(str(folder))
+    }
+    assert image.keys() == local.keys() - of_one_server
+    for name, value in image.items():
+        assert Path(value).name == Path(local[name]).name  # the command lies elsewhere there
