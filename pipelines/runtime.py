@@ -22,7 +22,7 @@ LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow"
 # Variables that Ray starts with, where the user has not set them; `cluster/Dockerfile` sets them too.
 WORKER_ENVIRONMENT = {
     # By default each of a process's many threads has heaps, of glibc and of Arrow, and they grow for hours.
-    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_ARENA_MAX": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     # By default workers yield to all else that runs, which slows them on a machine of few cores.
     "RAY_worker_niceness": "0",

@@ -169,10 +169,14 @@ def read_quarantine(folder: Path) -> pa.Table:
     return pa.concat_tables([QUARANTINE.empty_table(), *map(pq.read_table, files)])
 
 
-def update_index(table: Table) -> pa.Table:
+def update_index(table: Table, *, anew: bool = False) -> pa.Table:
     """Brings a table's `index.parquet` up to date; reads only the files that it does not know yet.
 
     A sample that was written twice, by workers of a killed run that outlived it, is left in one file.
+
+    Args:
+        table: its files.
+        anew: reads all of them, whatever the index says.
 
     Returns:
         One row per sample, ordered by `sample_id`: the table's small columns, `file` and `row_group`.
@@ -183,7 +187,7 @@ def update_index(table: Table) -> pa.Table:
     names = file_names(table.folder)
     stored = None
     parts = [_index_schema(table).empty_table()]
-    if (table.folder / INDEX).exists():
+    if not anew and (table.folder / INDEX).exists():
         stored = _open(table, INDEX).read()
         parts.append(stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string()))))
     known = set(parts[-1]["file"].to_pylist())
@@ -195,7 +199,7 @@ def update_index(table: Table) -> pa.Table:
             kept = index.filter(pc.equal(index["file"], name))["row_group"].sort()
             if len(kept) < pc.sum(pc.equal(rows["file"], name)).as_py():
                 _keep(table, name, kept)
-        return update_index(table)
+        return update_index(table, anew=anew)
     if names and (stored is None or not index.equals(stored)):
         write_file(table.folder, index, table.footer, name=INDEX)
     return index

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,63 +14,64 @@ from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INDEX, PRIORS, QUARANTINE
 
 
-@dataclass(frozen=True)
-class CacheHealth:
-    """What was found.
-
-    Attributes:
-        samples: rows of each table, by its folder.
-        damaged: a sentence for each file that was set aside.
-    """
-
-    samples: dict[str, int]
-    damaged: list[str]
-
-
-def run(config: Config) -> CacheHealth:
-    """Verifies the cache and prints what it found.
+def run(config: Config) -> dict[str, int]:
+    """Verifies the cache, rebuilds its indices and prints what it found; returns the samples of each table.
 
     Raises:
-        ProPhyError: there is no cache, a run writes to it, or something in it is damaged.
+        ProPhyError: there is no cache, a run writes to it, something in it is damaged, or no room is left.
     """
     folder = Path(config.cache.output)
     if not folder.is_dir():
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
-    with exclusive(folder):
-        health = verify(folder)
     console = Console()
-    for name, count in health.samples.items():
+    with exclusive(folder):
+        damaged = verify(folder)
+        for sentence in damaged:
+            console.print(f"[red]damaged:[/] {sentence}", highlight=False, soft_wrap=True)
+        samples = rebuild_indices(folder)
+    for name, count in samples.items():
         console.print(f"{name}: {count} samples, index rebuilt", highlight=False)
-    for sentence in health.damaged:
-        console.print(f"[red]damaged:[/] {sentence}", highlight=False, soft_wrap=True)
-    if health.damaged:
+    if damaged:
         raise ProPhyError(
-            f"{len(health.damaged)} file(s) of {folder} were damaged and set aside; run `prophy cache` to "
+            f"{len(damaged)} file(s) of {folder} were damaged and set aside; run `prophy cache` to "
             f"make their rows anew"
         )
-    return health
+    return samples
 
 
-def verify(folder: Path) -> CacheHealth:
-    """Checks name, footer and columns of every file, and rebuilds the indices from those that are whole.
+def verify(folder: Path) -> list[str]:
+    """Checks name, footer and columns of every file; a sentence for each that is damaged.
 
     A damaged file gets the ending `.damaged`; then it is no part of the cache any more, and the next
     `prophy cache` makes its rows anew.
     """
-    samples: dict[str, int] = {}
-    damaged: list[str] = []
-    tables = [(folder / "priors", PRIORS)]
-    tables += [(place, ENCODINGS) for place in sorted((folder / "encodings").glob("*")) if place.is_dir()]
-    for place, schema in tables:
+    damaged = []
+    for place, schema in _tables(folder):
         damaged += _set_damaged_aside(place, schema)
-        (place / INDEX).unlink(missing_ok=True)
-        names = file_names(place)
-        if names:
-            samples[str(place.relative_to(folder))] = len(update_index(stored_table(place, names[0], schema)))
         if (place / EMPTY_PROMPT).exists() and not _is_readable(place / EMPTY_PROMPT):
             damaged.append(_set_aside(place / EMPTY_PROMPT, "holds other bytes than were written"))
-    damaged += _set_damaged_aside(folder / "quarantine", QUARANTINE)
-    return CacheHealth(samples, damaged)
+    return damaged + _set_damaged_aside(folder / "quarantine", QUARANTINE)
+
+
+def rebuild_indices(folder: Path) -> dict[str, int]:
+    """Makes the index of each table anew from its files; returns its rows, by the table's folder.
+
+    Raises:
+        ProPhyError: no room is left for an index; the one that was there stays.
+    """
+    samples: dict[str, int] = {}
+    for place, schema in _tables(folder):
+        if names := file_names(place):
+            table = stored_table(place, names[0], schema)
+            samples[str(place.relative_to(folder))] = len(update_index(table, anew=True))
+        else:
+            (place / INDEX).unlink(missing_ok=True)
+    return samples
+
+
+def _tables(folder: Path) -> list[tuple[Path, pa.Schema]]:
+    encodings = [place for place in sorted((folder / "encodings").glob("*")) if place.is_dir()]
+    return [(folder / "priors", PRIORS), *((place, ENCODINGS) for place in encodings)]
 
 
 def _set_damaged_aside(folder: Path, schema: pa.Schema) -> list[str]:

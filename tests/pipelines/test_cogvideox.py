@@ -83,7 +83,7 @@ def test_encodings_in_several_shapes_are_what_the_pipeline_takes(ray_cluster: No
             assert_text(row, row["caption"], pipeline)
         [empty] = pq.read_table(folder / EMPTY_PROMPT).to_pylist()
         assert_text(empty, "", pipeline)
-    assert verify(Path(config.cache.output)).damaged == []
+    assert verify(Path(config.cache.output)) == []
 
 
 def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ import pytest
 
 from pipelines import cache
 from pipelines.config import Config, VideoLimits
-from pipelines.sink import ATTEMPTS_FOLDER, file_names, read_quarantine
+from pipelines.sink import ATTEMPTS_FOLDER, exclusive, file_names, read_quarantine
 from pipelines.sources import find_videos
 from pipelines.stages import CLIPS, SOURCES, CutVideo, ReadClip
 from pipelines.verify import verify
+from prophy.schema import INDEX
 from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import FPS, REFUSED, moving_square
@@ -187,12 +188,24 @@ def test_a_disk_that_is_read_only_and_then_full(
     assert f"cannot write to {encodings} (No space left on device)" in sentence and again in sentence
     written = times(encodings)
     assert 1 <= len(written) < 12
-    assert verify(output).damaged == []
+    assert verify(output) == []
+    with exclusive(output):  # which clears away what was half written
+        fill(disk / "rest")
+    before = (output / "priors" / INDEX).read_bytes()
+    assert "(No space left on device)" in prophy.mistake("cache", "verify", *command[1:])
+    assert (output / "priors" / INDEX).read_bytes() == before
 
     remount(disk, "size=20m")
     assert prophy(*command)[0] == 0
     assert written.items() <= times(encodings).items() and len(times(encodings)) == 12
-    assert verify(output).damaged == []
+    assert verify(output) == []
+
+
+def fill(file: Path) -> None:
+    """Leaves no byte of the disk."""
+    with file.open("wb", buffering=0) as rest, pytest.raises(OSError, match="No space left"):
+        while True:
+            rest.write(bytes(4096))
 
 
 def times(folder: str) -> dict[str, int]:
@@ -248,7 +261,7 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     assert (gone["stage"], gone["attempts"], gone["source"]) == ("ExtractPriors", 2, deadly)
     missing = f"{clips / '3.mp4'} cannot be opened (No such file or directory)"
     assert sorted(summary.quarantined) == sorted([gone["message"], missing])
-    assert verify(Path(config.cache.output)).damaged == []
+    assert verify(Path(config.cache.output)) == []
 
     (tmp_path / "hidden").rename(clips / "3.mp4")
     summary = cache.run(config)

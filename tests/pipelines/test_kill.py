@@ -54,7 +54,7 @@ def rows(folder: Path) -> dict[str, dict]:
 
 
 def assert_equal_caches(output: Path, undisturbed: Config) -> None:
-    assert verify(output).damaged == []
+    assert verify(output) == []
     for folder in (cache.priors_folder(undisturbed), cache.encodings_folder(undisturbed)):
         expected = Path(folder)
         place = output / expected.relative_to(undisturbed.cache.output)

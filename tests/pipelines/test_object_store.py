@@ -54,7 +54,7 @@ def test_a_prefix_is_cached_and_what_changes_in_it_is_seen(
     uris = {row["source"]["uri"]: row["sample_id"] for row in priors.to_pylist()}
     assert uris.keys() == {"s3://bucket/videos/a.mp4", "s3://bucket/videos/deep/b.mp4"}
     assert cache.run(config).added_priors.written == 0
-    assert verify(Path(config.cache.output)).damaged == []
+    assert verify(Path(config.cache.output)) == []
 
     put_video(store, "bucket/videos/a.mp4", tmp_path, 19)
     S3FileSystem.clear_instance_cache()  # as a new process has it
