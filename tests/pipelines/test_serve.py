@@ -187,11 +187,12 @@ def test_request_ids_in_answers_and_logs(client: httpx.Client) -> None:
         {"x-request-timeout-seconds": "nan", "x-request-disconnect-disabled": "?1"},
         {"serve-multiplexed-model-id": "x", "x-session-id": "y"},
         {"x-request-id": "x" * 10_000},
+        {"x-session-id": b"\xff\xfe", "x-request-id": b"\xff"},
         {"host": "elsewhere", "x-forwarded-for": "127.0.0.1", "content-length": "0"},
     ],
     ids=lambda headers: next(iter(headers)),
 )
-def test_header_tricks(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_header_tricks(client: httpx.Client, headers: dict[str, str | bytes]) -> None:
     assert client.get("/v1/models", headers=headers).status_code == 200
     assert client.get("/healthz").json() == {"status": "ok"}
 
@@ -223,9 +224,16 @@ def test_other_machines_need_keys(tmp_path: Path) -> None:
         pass
 
 
-def test_password_in_the_configuration(tmp_path: Path) -> None:
+@pytest.mark.parametrize("url", ["user:secret@host/jobs", "user:a/b@host/jobs", "host/jobs?password=secret"])
+def test_password_in_the_configuration(tmp_path: Path, url: str) -> None:
     with pytest.raises(ProPhyError, match="put it into PGPASSWORD"):
-        tiny_config(tmp_path, "serve.database=postgresql://user:secret@host/jobs")
+        tiny_config(tmp_path, f"serve.database=postgresql://{url}")
+
+
+@pytest.mark.parametrize("limit", ["max_num_frames=13", "max_pixels=1024"])
+def test_defaults_beyond_the_limits(tmp_path: Path, limit: str) -> None:
+    with pytest.raises(ProPhyError, match="which a request gets that names no"):
+        tiny_config(tmp_path, f"serve.{limit}")
 
 
 def test_replicas_out_of_order(tmp_path: Path) -> None:
