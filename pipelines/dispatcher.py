@@ -7,6 +7,7 @@ queue. How a video is made is a callable that it is given; it knows no HTTP.
 import asyncio
 import contextvars
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -14,11 +15,10 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
-from sqlalchemy.exc import OperationalError
 
 from pipelines.artefacts import ArtefactStore
 from pipelines.config import ServeConfig
-from pipelines.jobs import Job, JobStore
+from pipelines.jobs import UNANSWERED, Job, JobStore
 from pipelines.metrics import Metrics
 from pipelines.runtime import find_user_error
 from pipelines.spec import VideoResult, VideoSpec
@@ -29,6 +29,7 @@ logger = logging.getLogger("ray.serve")  # as Serve wants it: JSON lines with it
 MAX_REQUEUES = 2
 SWEEP_EVERY_S = 30.0
 DATABASE_RETRY_S = 1.0
+REPLICA_RETRY_S = 1.0  # until Serve knows that a replica is dead
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,13 +111,8 @@ class Dispatcher:
         Raises:
             QueueFullError: too many wait already.
         """
-        async with self._creating:
-            if self.num_jobs()["queued"] >= self._max_queued:
-                raise QueueFullError
-            job = await asyncio.to_thread(self._store.create, spec, request_id)
-            self._submit(job)
-        _log(job, "accepted")
-        return job
+        # Shielded: a client that goes away meanwhile must not leave a row that nobody works on.
+        return await asyncio.shield(asyncio.create_task(self._create(spec, request_id)))
 
     async def wait(self, job_id: str) -> None:
         """Returns when the job is completed, failed or deleted."""
@@ -130,6 +126,15 @@ class Dispatcher:
         await _cancel([self._tasks[job_id]] if job_id in self._tasks else [])
         await asyncio.to_thread(self._sweep)
         return True
+
+    async def _create(self, spec: VideoSpec, request_id: str | None) -> Job:
+        async with self._creating:
+            if self.num_jobs()["queued"] >= self._max_queued:
+                raise QueueFullError
+            job = await asyncio.to_thread(self._store.create, spec, request_id)
+            self._submit(job)
+        _log(job, "accepted")
+        return job
 
     def _submit(self, job: Job) -> None:
         # In a context of its own: in that of the HTTP request that created the job, Serve would take the call
@@ -160,7 +165,9 @@ class Dispatcher:
             deaths = await asyncio.to_thread(_persist, self._store.requeue, job.id)
             self._metrics.requeues.inc()
             _log(job, "lost its replica", logging.WARNING, error)
-            if deaths is not None and deaths > MAX_REQUEUES:
+            if deaths is None:  # it had not begun
+                await asyncio.sleep(REPLICA_RETRY_S)
+            elif deaths > MAX_REQUEUES:
                 raise ReplicasDiedError(
                     f"{deaths} replicas died while they made it; the last: {error}"
                 ) from error
@@ -182,6 +189,7 @@ class Dispatcher:
                     self._metrics.observe_stages(step.result.stage_durations, job.spec.num_inference_steps)
                     event = "completed" if done else "deleted, yet made,"
                     _log(job, f"{event} {time.time() - job.created_at:.3f} s after it was accepted")
+                    return  # what its replica does from here on is of no concern
 
     def _finish(self, job_id: str, result: VideoResult) -> bool:
         """Puts all files in place before the row says so; False if the job was deleted meanwhile.
@@ -193,24 +201,34 @@ class Dispatcher:
         except OSError:
             self._artefacts.remove(job_id)  # a full disk must have room for the row that says so
             raise
-        done = _persist(self._store.complete, job_id, result.stage_durations, self._expire_after_s)
-        if not done:
+        _persist(self._store.complete, job_id, result.stage_durations, self._expire_after_s)
+        # Not by what `complete` says: a database that went away may have done it before it was asked again.
+        wanted = _persist(self._store.get, job_id) is not None
+        if not wanted:
             self._artefacts.remove(job_id)
-        return done
+        return wanted
 
     async def _sweep_for_ever(self) -> None:
         while True:
+            if not await asyncio.to_thread(_persist, self._store.is_owner):
+                logger.critical("another server has taken over the job database; this one gives way")
+                os._exit(1)  # at once: what is finished from here on is no longer ours to write
             await asyncio.to_thread(self._sweep)
             await asyncio.sleep(SWEEP_EVERY_S)
 
     def _sweep(self) -> None:
         """Removes the files of deleted, failed and expired jobs; what resists waits for the next."""
         try:
-            for job_id in self._store.outdated():
+            outdated = self._store.outdated()
+        except UNANSWERED:
+            logger.exception("could not look for old files")
+            return
+        for job_id in outdated:
+            try:
                 self._artefacts.remove(job_id)
                 self._store.purge(job_id)
-        except (OSError, OperationalError):
-            logger.exception("could not remove old files")
+            except (OSError, *UNANSWERED):
+                logger.exception("could not remove the files of video %s", job_id)
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
@@ -224,8 +242,8 @@ def _persist(transaction: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     while True:
         try:
             return transaction(*args, **kwargs)
-        except OperationalError as error:
-            logger.warning("the job database does not answer; trying again: %s", error.orig)
+        except UNANSWERED as error:
+            logger.warning("the job database does not answer; trying again: %s", error)
             time.sleep(DATABASE_RETRY_S)
 
 

@@ -16,12 +16,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic_core import from_json
-from sqlalchemy.exc import OperationalError
 from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.jobs import UNANSWERED
 from pipelines.metrics import Metrics
 from pipelines.protocol import ApiError
 
@@ -123,7 +123,7 @@ def guard(app: FastAPI, routes: Sequence[BaseRoute], max_body_bytes: int, metric
         return JSONResponse(api_error.body.model_dump(), api_error.status, api_error.headers)
 
     app.add_middleware(Edge, max_body_bytes=max_body_bytes, metrics=metrics)
-    for kind in (ApiError, HTTPException, RequestValidationError, OperationalError, Exception):
+    for kind in (ApiError, HTTPException, RequestValidationError, *UNANSWERED, Exception):
         app.add_exception_handler(kind, answer)
 
 
@@ -140,7 +140,7 @@ def _as_api_error(request: Request, routes: Sequence[BaseRoute], error: Exceptio
             first = error.errors()[0]
             param = str(first["loc"][-1])
             return ApiError(422, f"bad value for {param!r}: {first['msg']}", "invalid_value", param)
-        case OperationalError():
+        case _ if isinstance(error, UNANSWERED):
             headers = {"retry-after": str(RETRY_AFTER_S)}
             message = "the job database does not answer; try again later"
             return ApiError(503, message, "database_unavailable", headers=headers)

@@ -27,6 +27,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from pipelines.spec import VideoSpec
@@ -35,6 +36,7 @@ from prophy.errors import ProPhyError
 JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 
 OWNER_TIMEOUT_S = 20.0  # an earlier owner that was told to stop is given this long
+UNANSWERED = (OperationalError, PoolTimeoutError)  # the database is away, or its connections are all in use
 _ADVISORY_LOCK = 0x70726F706879  # "prophy"
 
 
@@ -116,7 +118,7 @@ class JobStore:
                 raise ArgumentError("it is neither an absolute SQLite file nor PostgreSQL")
             self._engine = create_engine(url, pool_pre_ping=True)
             self._lock = _own(self._engine, url)
-            self._lock.__enter__()
+            self._owner = self._lock.__enter__()
             if self._engine.dialect.name == "sqlite":  # readers do not wait for the writer
                 with self._engine.connect() as connection:
                     connection.exec_driver_sql("PRAGMA journal_mode=WAL")
@@ -139,6 +141,20 @@ class JobStore:
         """Lets another process own the database."""
         self._lock.__exit__(None, None, None)
         self._engine.dispose()
+
+    def is_owner(self) -> bool:
+        """Whether the right is still ours: PostgreSQL takes it back when the connection breaks.
+
+        Takes it anew if nobody has it since.
+        """
+        if self._owner is None:
+            return True
+        try:
+            self._owner.exec_driver_sql("SELECT 1")
+        except OperationalError:
+            self._owner.rollback()  # else there is no new connection
+            return _try_lock(self._owner)
+        return True
 
     def create(self, spec: VideoSpec, request_id: str | None = None) -> Job:
         """Adds a queued job."""
@@ -233,8 +249,11 @@ class JobStore:
 
 
 @contextmanager
-def _own(engine: Engine, url: str) -> Iterator[None]:
+def _own(engine: Engine, url: str) -> Iterator[Connection | None]:
     """Holds the one right to change the database; the death of the process gives it back.
+
+    Yields:
+        The connection that the right hangs on, if it is not a file.
 
     Raises:
         ProPhyError: another process holds it.
@@ -249,7 +268,7 @@ def _own(engine: Engine, url: str) -> Iterator[None]:
             lock.acquire(timeout=OWNER_TIMEOUT_S)
         except Timeout:
             raise taken from None
-        yield
+        yield None
         lock.release()
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -258,8 +277,7 @@ def _own(engine: Engine, url: str) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise taken
             time.sleep(0.1)
-        yield
-        connection.exec_driver_sql(f"SELECT pg_advisory_unlock({_ADVISORY_LOCK})")
+        yield connection  # closing it unlocks
 
 
 def _try_lock(connection: Connection) -> bool:

@@ -1,6 +1,7 @@
 """The dispatcher over a real job store and real files; only the making of a video is a stand-in."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pipelines import dispatcher as dispatcher_module
 from pipelines.artefacts import ArtefactStore
 from pipelines.config import ServeConfig
 from pipelines.dispatcher import Dispatcher, GenerationStep, QueueFullError
-from pipelines.jobs import JobStore
+from pipelines.jobs import Job, JobStore
 from pipelines.metrics import Metrics
 from pipelines.spec import THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
 from tests.pipelines.test_jobs import DURATIONS, SPEC, status_of
@@ -21,8 +22,8 @@ RESULT = VideoResult({VIDEO_FILE: b"mp4", THUMBNAIL_FILE: b"webp"}, DURATIONS)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    with JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite'}") as store:
+def store(url: str) -> Iterator[JobStore]:
+    with JobStore(url) as store:
         yield store
 
 
@@ -206,6 +207,107 @@ def test_expired_files_go(
         while (videos / job.id).exists():
             await asyncio.sleep(0.01)
         assert status_of(store, job.id) == "completed"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_replica_that_dies_after_its_video_is_of_no_concern(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        async for step in two_steps(spec):
+            yield step
+        raise ActorDiedError
+
+    async def scenario() -> None:
+        dispatcher = new(generate)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        await dispatcher.wait(job.id)
+        assert (status_of(store, job.id), store.get(job.id).num_deaths) == ("completed", 0)
+        assert (videos / job.id / VIDEO_FILE).read_bytes() == b"mp4"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_database_that_goes_away_as_it_commits_loses_no_video(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, calls = store.complete, []
+
+    def commit_and_lose_the_connection(*args: object) -> bool:
+        calls.append(complete(*args))
+        if len(calls) == 1:
+            raise OperationalError("UPDATE", {}, OSError("server closed the connection"))
+        return calls[-1]
+
+    monkeypatch.setattr(store, "complete", commit_and_lose_the_connection)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        await dispatcher.wait(job.id)
+        assert calls == [True, False] and status_of(store, job.id) == "completed"
+        assert (videos / job.id / VIDEO_FILE).read_bytes() == b"mp4"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_client_that_goes_away_as_its_job_is_accepted(
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row is there by then: so its video is made."""
+    create, accepted = store.create, threading.Event()
+
+    def wait_until_the_client_is_gone(*args: object) -> Job:
+        assert accepted.wait(10)
+        return create(*args)
+
+    monkeypatch.setattr(store, "create", wait_until_the_client_is_gone)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        request = asyncio.create_task(dispatcher.create(SPEC, None))
+        await asyncio.sleep(0.1)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        accepted.set()
+        while not (jobs := store.page(None, 1, "asc")[0]):
+            await asyncio.sleep(0.01)
+        await until(store, jobs[0].id, "completed")
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_files_that_resist_do_not_keep_the_others(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, resisting = ArtefactStore.remove, []
+
+    def refuse_the_first(artefacts: ArtefactStore, job_id: str) -> None:
+        if job_id in resisting:
+            raise PermissionError("busy")
+        remove(artefacts, job_id)
+
+    monkeypatch.setattr(ArtefactStore, "remove", refuse_the_first)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        first, second = [await dispatcher.create(SPEC, None) for _ in range(2)]
+        await asyncio.gather(dispatcher.wait(first.id), dispatcher.wait(second.id))
+        resisting.append(first.id)
+        assert await dispatcher.delete(first.id) and await dispatcher.delete(second.id)
+        assert [folder.name for folder in videos.iterdir()] == [first.id]
+        resisting.clear()
+        dispatcher._sweep()
+        assert list(videos.iterdir()) == []
         await dispatcher.stop()
 
     run(scenario)

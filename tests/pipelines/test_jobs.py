@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import NullPool, create_engine
 
 from pipelines import jobs
 from pipelines.jobs import JobStore
 from pipelines.spec import PhysicsSpec, VideoSpec
 from prophy.errors import ProPhyError
 from prophy.taxonomy import Phenomenon
-from tests.pipelines.databases import new_database, postgres_server
+from tests.pipelines.databases import new_database
 
 SPEC = VideoSpec(
     prompt="a ball falls \x00 \N{SNOWMAN}",
@@ -29,19 +30,6 @@ SPEC = VideoSpec(
     physics=PhysicsSpec(strength={Phenomenon.COLLISION: 2.0}),
 )
 DURATIONS = {"text": 0.1, "denoise": 2.0}
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Path]:
-    with postgres_server() as folder:
-        yield folder
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'jobs.sqlite'}"
-    return new_database(request.getfixturevalue("postgres"))
 
 
 @pytest.fixture
@@ -123,6 +111,30 @@ def test_next_owner_finds_every_accepted_job_of_one_that_was_killed(url: str) ->
     with JobStore(url) as store:
         assert [job.id for job in store.requeue_unfinished()] == run.stdout.split()
         assert [status_of(store, job_id) for job_id in run.stdout.split()] == ["queued", "queued"]
+
+
+def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "OWNER_TIMEOUT_S", 0.2)
+    url = new_database(postgres)
+    server = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    def break_connection() -> None:
+        with server.connect() as connection:
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks "
+                "JOIN pg_database ON pg_locks.database = pg_database.oid "
+                "WHERE locktype = 'advisory' AND datname = current_database()"
+            )
+
+    with JobStore(url) as store:
+        assert store.is_owner()
+        break_connection()
+        assert store.is_owner() and store.is_owner(), "nobody else has come"
+        with pytest.raises(ProPhyError, match="another server uses"):
+            JobStore(url)
+        break_connection()
+        with JobStore(url):
+            assert not store.is_owner()
 
 
 def test_one_owner(store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
