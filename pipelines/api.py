@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
@@ -41,6 +41,19 @@ _VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
+class GeneratorStatus:
+    """The model behind the API.
+
+    Attributes:
+        is_ready: it has made a first forward pass; replicas that were scaled away since come back with a job.
+        num_replicas: how many hold it now.
+    """
+
+    is_ready: bool
+    num_replicas: int
+
+
+@dataclass(frozen=True)
 class VideoService:
     """What the routes act on.
 
@@ -51,8 +64,9 @@ class VideoService:
         artefacts: the files of finished videos.
         dispatcher: makes queued jobs into videos.
         metrics: what is counted.
-        num_replicas: how many replicas hold the model.
+        generator_status: of the model.
         draw_overlay: (mp4, maps as JSON, specification, phenomenon) -> mp4 with that map over it.
+        drawing: held while it is at work: it takes a processor.
     """
 
     config: Config
@@ -61,8 +75,9 @@ class VideoService:
     artefacts: ArtefactStore
     dispatcher: Dispatcher
     metrics: Metrics
-    num_replicas: Callable[[], Awaitable[int]]
+    generator_status: Callable[[], Awaitable[GeneratorStatus]]
     draw_overlay: Callable[[bytes, bytes, VideoSpec, Phenomenon], Awaitable[bytes]]
+    drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def create_app(service: VideoService) -> FastAPI:
@@ -235,12 +250,16 @@ async def download_overlay(
     job = await asyncio.to_thread(_with_maps, video_id, service)
     name = f"overlay {phenomenon}.mp4".replace(" ", "-")
     artefacts = service.artefacts
-    if await asyncio.to_thread(artefacts.size, job.id, name) is None:
-        video, maps = await asyncio.to_thread(
-            lambda: [artefacts.read(job.id, file) for file in (VIDEO_FILE, MAPS_FILE)]
-        )
-        drawn = await service.draw_overlay(video, maps, job.spec, phenomenon)
-        await asyncio.to_thread(artefacts.write, job.id, {name: drawn})
+    async with service.drawing:
+        if await asyncio.to_thread(artefacts.size, job.id, name) is None:
+            try:
+                video, maps = await asyncio.to_thread(
+                    lambda: [artefacts.read(job.id, file) for file in (VIDEO_FILE, MAPS_FILE)]
+                )
+            except FileNotFoundError:
+                raise _expired(job) from None
+            drawn = await service.draw_overlay(video, maps, job.spec, phenomenon)
+            await asyncio.to_thread(_keep, job, name, drawn, service)
     return await asyncio.to_thread(_file, request, service, job, name, "video/mp4")
 
 
@@ -261,7 +280,8 @@ def list_models(service: Service) -> ModelList:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def scrape(service: Service) -> Response:
     """Metrics for Prometheus."""
-    text = service.metrics.render(service.dispatcher.num_jobs(), await service.num_replicas())
+    status = await service.generator_status()
+    text = service.metrics.render(service.dispatcher.num_jobs(), status.num_replicas)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -273,9 +293,9 @@ def check_health() -> Health:
 
 @probes.get("/readyz", responses=_errors(_503="Not ready"))
 async def check_readiness(service: Service) -> Health:
-    """Whether as many replicas as the configuration asks for at least have made a first forward pass."""
-    if await service.num_replicas() < service.config.serve.min_replicas:
-        message = "the model is still loading; try again later"
+    """Whether the model has made a first forward pass, and no replica fails."""
+    if not (await service.generator_status()).is_ready:
+        message = "the model is loading or fails; try again later"
         raise ApiError(503, message, "not_ready", headers={"retry-after": str(RETRY_AFTER_S)})
     return Health(status="ready")
 
@@ -326,6 +346,14 @@ def _with_maps(video_id: str, service: VideoService) -> Job:
         message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
         raise ApiError(409, message, "no_maps")
     return job
+
+
+def _keep(job: Job, name: str, content: bytes, service: VideoService) -> None:
+    """Adds a file to those of a video, unless that was deleted meanwhile."""
+    service.artefacts.add(job.id, name, content)
+    if service.store.get(job.id) is None:
+        service.artefacts.remove(job.id)
+        raise _no_video(job.id, None)
 
 
 def _video(job: Job, service: VideoService, response: Response | None = None) -> Video:

@@ -1,5 +1,6 @@
 """The files of finished videos: a folder on this machine, or any location that fsspec knows."""
 
+import uuid
 from collections.abc import Iterator
 
 import fsspec
@@ -18,7 +19,7 @@ class ArtefactStore:
         self._fs, self._root = fsspec.url_to_fs(location)
 
     def write(self, job_id: str, files: dict[str, bytes]) -> None:
-        """Writes files of a job.
+        """Writes files of a job, which nobody reads before it is completed.
 
         Raises:
             OSError: they could not be written in whole.
@@ -26,6 +27,12 @@ class ArtefactStore:
         self._fs.makedirs(f"{self._root}/{job_id}", exist_ok=True)
         for name, content in files.items():
             self._fs.pipe_file(self._path(job_id, name), content)
+
+    def add(self, job_id: str, name: str, content: bytes) -> None:
+        """Adds a file to a video that readers see already; it appears whole or not at all."""
+        draft = f".{uuid.uuid4().hex}"
+        self.write(job_id, {draft: content})
+        self._fs.mv(self._path(job_id, draft), self._path(job_id, name))
 
     def read(self, job_id: str, name: str) -> bytes:
         """The content of a file."""

@@ -19,16 +19,18 @@ from tempfile import TemporaryDirectory
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.schema import LoggingConfig, ReplicaState
+from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig, ReplicaState
 
 from pipelines import proxy
-from pipelines.api import VideoService, create_app
+from pipelines.api import GeneratorStatus, VideoService, create_app
 from pipelines.artefacts import ArtefactStore
 from pipelines.config import Config
 from pipelines.dispatcher import Dispatcher, GenerationStep
 from pipelines.jobs import JobStore
 from pipelines.metrics import Metrics
+from pipelines.protocol import ApiError
 from pipelines.runtime import open_run, ray_session
 from pipelines.spec import ShapeLimits, VideoResult, VideoSpec
 from prophy.errors import ProPhyError
@@ -59,7 +61,10 @@ class VideoGenerator:
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     async def generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
-        """Makes a video, in a thread; a caller that goes away stops it after the current denoising step."""
+        """Makes a video, in a thread; a caller that goes away stops it after the current denoising step.
+
+        The first step is reported once the video before, should it be on its way out, has left the thread.
+        """
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[GenerationStep] = asyncio.Queue()
         stopped = threading.Event()
@@ -69,13 +74,16 @@ class VideoGenerator:
                 raise AbortedError
             loop.call_soon_threadsafe(steps.put_nowait, GenerationStep(progress))
 
+        def render() -> VideoResult:
+            report(0.0)
+            return self._sampler.render(spec, report)
+
         def wake(making: asyncio.Future[VideoResult]) -> None:
             steps.put_nowait(GenerationStep(1.0))
             if stopped.is_set() and not making.cancelled():
                 making.exception()  # AbortedError: nobody else asks for it
 
-        yield GenerationStep(0.0)
-        making = loop.run_in_executor(self._thread, self._sampler.render, spec, report)
+        making = loop.run_in_executor(self._thread, render)
         making.add_done_callback(wake)
         try:
             while not making.done():
@@ -119,7 +127,7 @@ class VideoAPI:
             artefacts,
             Dispatcher(store, artefacts, self._generate, metrics, settings),
             metrics,
-            self._num_replicas,
+            _generator_status,
             draw_overlay.remote,
         )
 
@@ -135,10 +143,21 @@ class VideoAPI:
         finally:
             response.cancel()
 
-    async def _num_replicas(self) -> int:
-        status = await asyncio.to_thread(serve.status)
-        replicas = status.applications[APP_NAME].deployments["VideoGenerator"].replica_states
-        return replicas.get(ReplicaState.RUNNING, 0)
+
+async def _generator_status() -> GeneratorStatus:
+    """As Serve sees it: ready once the first replica was, and for as long as none fails.
+
+    Raises:
+        ApiError: Serve's controller is starting anew.
+    """
+    try:
+        application = (await asyncio.to_thread(serve.status)).applications[APP_NAME]
+        replicas = application.deployments["VideoGenerator"].replica_states
+    except (RayError, KeyError):
+        raise ApiError(503, "Serve is starting anew; try again later", "unavailable") from None
+    return GeneratorStatus(
+        application.status == ApplicationStatus.RUNNING, replicas.get(ReplicaState.RUNNING, 0)
+    )
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -147,7 +166,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def build_app(config: Config) -> serve.Application:
-    """The Serve application of a run; also the builder that a Serve configuration file names.
+    """The Serve application of a run.
 
     Raises:
         ProPhyError: no such model; or the job database is a file, and this cluster has several nodes.
@@ -166,6 +185,7 @@ def build_app(config: Config) -> serve.Application:
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         autoscaling_config={
             "min_replicas": settings.min_replicas,
+            "initial_replicas": max(1, settings.min_replicas),  # a model that cannot run says so at once
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": 1,
             "upscale_delay_s": settings.upscale_delay_s,
@@ -195,7 +215,8 @@ def serving(config: Config) -> Iterator[str]:
 
     Raises:
         ProPhyError: open to other machines without keys, the port is taken, the job database cannot be
-            opened or is in use, Ray Serve is in use here, or the checkpoint is of another backbone.
+            opened or is in use, Ray Serve is in use here, the checkpoint is of another backbone, or the
+            model cannot run.
     """
     from pipelines.sampling import check_model
 
@@ -224,10 +245,26 @@ def serving(config: Config) -> Iterator[str]:
         JobStore(settings.database_url).close()  # what is wrong with it, the user hears here
         serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port})
         try:
-            serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON"))
+            _deploy(app)
             yield f"http://{settings.host}:{port}"
         finally:
             serve.shutdown()
+
+
+def _deploy(app: serve.Application) -> None:
+    """Returns once the first replica of the model has made a first forward pass.
+
+    Raises:
+        ProPhyError: that cannot be done.
+    """
+    try:
+        serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON"))
+    except RuntimeError:
+        deployments = serve.status().applications[APP_NAME].deployments
+        failed = (name for name in deployments if deployments[name].status == DeploymentStatus.DEPLOY_FAILED)
+        name = next(failed)
+        reason = deployments[name].message.strip().splitlines()[-1]
+        raise ProPhyError(f"{name} does not start: {reason}") from None
 
 
 def run(config: Config) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from pipelines.api import VideoService, create_app
+from pipelines.api import GeneratorStatus, VideoService, create_app
 from pipelines.artefacts import ArtefactStore
 from pipelines.config import Config
 from pipelines.dispatcher import Dispatcher, GenerationStep
@@ -79,14 +79,14 @@ def serve_config(folder: Path, checkpoint: Path, *overrides: str) -> Config:
 
 
 @contextmanager
-def http_server(config: Config, generate: Generate) -> Iterator[str]:
+def http_server(config: Config, generate: Generate, *, is_ready: bool = True) -> Iterator[str]:
     """The API over real HTTP without Ray: videos are made by `generate`, in this process. Yields its URL."""
     metrics, settings = Metrics(), config.serve
     settings.output.mkdir(parents=True, exist_ok=True)
     store, artefacts = JobStore(settings.database_url), ArtefactStore(settings.videos_location)
 
-    async def one_replica() -> int:
-        return 1
+    async def generator_status() -> GeneratorStatus:
+        return GeneratorStatus(is_ready, num_replicas=1)
 
     def draw(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenomenon) -> bytes:
         from pipelines.overlay import draw_overlay
@@ -100,7 +100,7 @@ def http_server(config: Config, generate: Generate) -> Iterator[str]:
         artefacts,
         Dispatcher(store, artefacts, generate, metrics, settings),
         metrics,
-        one_replica,
+        generator_status,
         partial(asyncio.to_thread, draw),
     )
     server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,23 @@ def test_routing_maps(client: httpx.Client, with_maps: str) -> None:
     check_error(wrong, 422, "invalid_value", "phenomenon")
 
 
+def test_overlay_for_two_at_once_and_of_a_video_that_goes(client: httpx.Client, config: Config) -> None:
+    video_id = submit(client, **SHORT, physics={"return_maps": True})
+    wait(client, video_id)
+
+    def overlay(phenomenon: str) -> httpx.Response:
+        return client.get(f"/v1/videos/{video_id}/physics/overlay", params={"phenomenon": phenomenon})
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(overlay, ["collision"] * 2)
+        assert decode(first.content).shape == (5, 32, 32, 3) and first.content == second.content
+        late = pool.submit(overlay, "liquid motion")
+        client.delete(f"/v1/videos/{video_id}").raise_for_status()
+    gone = late.result()
+    check_error(gone, *{404: (404, "video_not_found"), 410: (410, "video_expired")}[gone.status_code])
+    assert not Path(config.serve.videos_location, video_id).exists()
+
+
 def test_prompts_are_embedded_once(client: httpx.Client, generator: VideoGenerator) -> None:
     before = generator._sampler.embed.cache_info()
     for seed in (1, 2):
@@ -380,6 +398,18 @@ def test_models_health_metrics_and_description(client: httpx.Client) -> None:
         'prophy_http_request_seconds_count{method="POST",route="/v1/videos",status="200"}',
     ):
         assert sample in metrics
+
+
+def test_not_ready(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:
+    loading = serve_config(tmp_path, config.checkpoint)
+    with (
+        http_server(loading, generator.generate, is_ready=False) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        answer = client.get("/readyz")
+        check_error(answer, 503, "not_ready")
+        assert int(answer.headers["retry-after"]) > 0
+        assert client.get("/healthz").status_code == 200
 
 
 def test_api_keys(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:

@@ -17,9 +17,13 @@ import httpx
 import psutil
 import pytest
 
+from pipelines.edge import hash_key, new_key
 from tests.pipelines.servers import PATIENCE_S, PROMPT, check_error, submit
 
+KEY = new_key()
 SETTINGS = (
+    "serve.host=0.0.0.0",
+    f"serve.api_keys=[{hash_key(KEY)}]",
     "serve.port=0",
     "serve.max_replicas=2",
     "serve.num_cpus=0.5",
@@ -51,7 +55,7 @@ class Server:
         until(lambda: self.process.poll() is not None or "serving on" in self.log.read_text())
         match = re.search(r"serving on (http://\S+)", self.log.read_text())
         assert match is not None, self.log.read_text()[-3000:]
-        self.client = httpx.Client(base_url=match[1], timeout=60)
+        self.client = httpx.Client(base_url=match[1], headers={"authorization": f"Bearer {KEY}"}, timeout=60)
 
     def stop(self) -> None:
         """SIGTERM."""
@@ -126,6 +130,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
+def test_the_endpoint_alone_is_open_to_other_machines(server: Server) -> None:
+    (haproxy,) = server.processes("bin/haproxy")
+    listening = {
+        connection.laddr.port: connection.laddr.ip
+        for connection in haproxy.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening.pop(server.client.base_url.port) == "0.0.0.0"
+    assert set(listening.values()) == {"127.0.0.1"}
+
+
 few_or_many = pytest.mark.parametrize("num_jobs", [8, pytest.param(50, marks=pytest.mark.slow)])
 
 
@@ -172,3 +187,18 @@ def test_stopped_in_mid_video_and_started_again(server: Server, num_jobs: int) -
     server.start()
     server.go()
     server.check_all_made_once(ids, num_interrupted=2)
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_run_ends_the_server_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    command = [sys.executable, "-m", "tests.pipelines.waiting_server", "serve"]
+    for item in (f"run_dir={tmp_path}", *SETTINGS):
+        command += ["--set", item]
+    server = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert server.returncode == 2
+    assert server.stderr.endswith(
+        "error: VideoGenerator does not start: MemoryError: no memory for the model\n"
+    )

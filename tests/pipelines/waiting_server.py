@@ -2,7 +2,7 @@
 
     python -m tests.pipelines.waiting_server serve --set run_dir=...
 
-What it begins and ends, it notes in `renders.log` beside that.
+What it begins and ends, it notes in `renders.log` beside that. With a file `broken` there it does not start.
 """
 
 import os
@@ -37,6 +37,8 @@ class WaitingSampler:
 
 class VideoGenerator(serve.VideoGenerator):
     def __init__(self, config: Config, limits: ShapeLimits) -> None:
+        if (config.run_dir / "broken").exists():
+            raise MemoryError("no memory for the model")
         self._sampler = WaitingSampler(config.run_dir)
         self._thread = ThreadPoolExecutor(max_workers=1)
 
