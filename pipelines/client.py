@@ -102,7 +102,8 @@ def _call(http: httpx.Client, method: str, path: str, **content: Any) -> httpx.R
                 return response
             failure = _message(response)
             is_final = response.status_code not in passing
-            wait_s = float(response.headers.get("retry-after", RETRY_S))
+            retry_after = response.headers.get("retry-after", "")
+            wait_s = float(retry_after) if retry_after.isdigit() else RETRY_S  # else a date
         if is_final or time.monotonic() + wait_s > deadline:
             raise ProPhyError(failure)
         time.sleep(wait_s)

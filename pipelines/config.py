@@ -344,7 +344,7 @@ class ServeConfig(Section):
             raise ValueError(
                 f"min_replicas ({self.min_replicas}) must not exceed max_replicas ({self.max_replicas})"
             )
-        if self.database is not None and re.match(r"[^/]*//[^/@]*:[^/@]+@", self.database):
+        if self.database is not None and re.match(r"[^/]*//([^/@:]*:[^@]+@|.*[?&]password=)", self.database):
             raise ValueError("database must not hold a password; put it into PGPASSWORD or ~/.pgpass")
         return self
 
@@ -401,6 +401,18 @@ class Config(Section):
             raise ValueError(
                 "nothing to train: physics has neither blocks nor experts, and train.backbone is 'frozen'; "
                 "set it to 'lora' or 'full', or add a part of the branch"
+            )
+        allowed = self.serve.max_num_frames
+        if allowed is not None and allowed < self.backbone.num_frames:
+            raise ValueError(
+                f"serve.max_num_frames ({allowed}) is less than backbone.num_frames "
+                f"({self.backbone.num_frames}), which a request gets that names no length"
+            )
+        pixels, default = self.serve.max_pixels, self.backbone.height * self.backbone.width
+        if pixels is not None and pixels < default:
+            raise ValueError(
+                f"serve.max_pixels ({pixels}) is less than backbone.height times backbone.width ({default}), "
+                f"which a request gets that names no size"
             )
         return self
 

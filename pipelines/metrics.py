@@ -18,7 +18,7 @@ class Metrics:
         self._replicas = Gauge("prophy_replicas", "Replicas that hold the model", registry=registry)
         self.wait = Histogram(
             "prophy_queue_wait_seconds",
-            "From acceptance to the first replica",
+            "From acceptance to a replica that began it",
             buckets=_STAGE_BUCKETS,
             registry=registry,
         )
@@ -45,7 +45,7 @@ class Metrics:
             registry=registry,
         )
         self.errors = Counter(
-            "prophy_http_errors", "Answers whose status is not 2xx", ["code"], registry=registry
+            "prophy_http_errors", "Answers of the API whose status is not 2xx", ["code"], registry=registry
         )
 
     def observe_stages(self, durations: Mapping[str, float], num_steps: int) -> None:

@@ -119,7 +119,7 @@ class MemoryLog(threading.Thread):
     def __init__(self, output: Path) -> None:
         super().__init__(daemon=True)
         self.output = output
-        self.samples: dict[str, dict[int, list[tuple[int, float]]]] = {
+        self.samples: dict[str, dict[str, list[tuple[int, float]]]] = {
             "priors": defaultdict(list),
             "encodings": defaultdict(list),
         }
@@ -135,23 +135,23 @@ class MemoryLog(threading.Thread):
                 )
             }
             graph = "encodings" if done["encodings"] else "priors"
-            memory = {0: shutil.disk_usage("/dev/shm").used}  # where Ray keeps its objects
+            memory = {"objects": shutil.disk_usage("/dev/shm").used}  # where Ray keeps them
             for process in (driver, *driver.children(recursive=True)):
                 with suppress(psutil.Error):  # it has just ended
                     info = process.memory_info()
-                    memory[process.pid] = info.rss - info.shared
+                    memory[f"{process.name()} {process.pid}"] = info.rss - info.shared
             for part, number in memory.items():
                 self.samples[graph][part].append((done[graph], number / 2**20))
             time.sleep(SAMPLE_EVERY_S)
 
-    def slope_mb_per_100_clips(self, graph: str, num_clips: int) -> float:
-        """The slopes of all processes together: each ends when its stage does, and then frees all it had."""
-        total = 0.0
-        for samples in self.samples[graph].values():
+    def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> dict[str, float]:
+        """Of each part, the steepest first: a process ends when its stage does, and then frees all it had."""
+        slopes = {}
+        for part, samples in self.samples[graph].items():
             settled = [(done, mb) for done, mb in samples if num_clips / 5 <= done < num_clips]
             if len(settled) > 2:
-                total += np.polyfit(*zip(*settled, strict=True), 1)[0] * 100
-        return total
+                slopes[part] = np.polyfit(*zip(*settled, strict=True), 1)[0] * 100
+        return dict(sorted(slopes.items(), key=lambda item: -item[1]))
 
 
 def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | str]:
@@ -191,19 +191,20 @@ def main() -> None:
         with ray_session(config):
             memory.start()
             summary = cache.run(config)
+        graphs = {"priors": summary.added_priors, "encodings": summary.added_encodings}
+        slopes = {name: memory.slopes_mb_per_100_clips(name, options.clips) for name in graphs}
         results = {
-            name: describe(report, alone)
-            | {"memory_slope_mb_per_100_clips": memory.slope_mb_per_100_clips(name, options.clips)}
-            for name, report in (
-                ("priors", summary.added_priors),
-                ("encodings", summary.added_encodings),
-            )
+            name: describe(report, alone) | {"memory_slope_mb_per_100_clips": sum(slopes[name].values())}
+            for name, report in graphs.items()
         }
     columns = ("span_s", "efficiency", "utilisation", "spilled_bytes", "memory_slope_mb_per_100_clips")
     table = Table("graph", "slowest stage", "clips", *(name.replace("_", " ") for name in columns))
     for name, row in results.items():
         table.add_row(name, row["slowest"], str(row["clips"]), *(f"{row[key]:.2f}" for key in columns))
     Console().print(table)
+    for name, parts in slopes.items():
+        steepest = ", ".join(f"{part} {slope:.2f}" for part, slope in list(parts.items())[:4])
+        print(f"steepest slopes of {name}: {steepest}")
     if options.save:
         options.save.write_text(json.dumps({"clips": options.clips, "results": results}, indent=1) + "\n")
 
