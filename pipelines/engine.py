@@ -101,9 +101,17 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
     groups, settings = _parameter_groups(module, train), deepspeed_config(train)
     num_trained = sum(getattr(part, "ds_numel", part.numel()) for group in groups for part in group["params"])
     settings["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_size(num_trained)
+    move_buffers(module, default_device())
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=settings)
     _make_optimizer_state(engine)
     return engine
+
+
+def move_buffers(module: torch.nn.Module, device: torch.device) -> None:
+    """Moves what is not a parameter; DeepSpeed moves nothing of a module whose parameters are sharded."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
 
 
 def set_learning_rate(engine: DeepSpeedEngine, train: TrainConfig) -> float:

@@ -461,3 +461,17 @@ def test_gradient_of_two_ranks_is_that_of_the_joint_batch(
 ) -> None:
     result = two_ranks["gradients"][zero_stage, accumulation_steps]
     assert_same_gradients(result, gradients_of_the_joint_batch(2 * accumulation_steps))
+
+
+def test_buffers_move_and_parameters_stay() -> None:
+    """ZeRO 3 has its shards where they belong before DeepSpeed sees the module, which then moves nothing."""
+    from pipelines.engine import move_buffers
+
+    module = train_module(accumulation_steps=1)
+    saved = set(module.state_dict())
+    move_buffers(module, torch.device("meta"))
+    buffers = dict(module.named_buffers())
+    assert {"null_text_embeds", "transformer.rope.freqs_cos", "transformer.rope.freqs_sin"} <= buffers.keys()
+    assert all(buffer.is_meta for buffer in buffers.values())
+    assert not any(parameter.is_meta for parameter in module.parameters())
+    assert set(module.state_dict()) == saved
