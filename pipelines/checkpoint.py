@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,6 +165,14 @@ def save(
 def committed(root: Path) -> list[Path]:
     """Folders with a manifest, the newest first; their files are not looked at."""
     return sorted((file.parent for file in root.glob(f"step-*/{MANIFEST}")), reverse=True)
+
+
+def newest_run(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Folder of the newest checkpoint, and what `save` was given about the run; no other file is read."""
+    for folder in committed(root):
+        with suppress(ValueError, KeyError):  # a damaged manifest
+            return folder, json.loads((folder / MANIFEST).read_text())["run"]
+    return None
 
 
 def latest(root: Path) -> Checkpoint | None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from pipelines.checkpoint import Checkpoint, find, latest
 from pipelines.config import Config
-from prophy.backbones import BACKBONES, download, fingerprint, load_configs
+from prophy.backbones import BACKBONES, check_unchanged, download, load_configs
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import write_branch, write_files
 from prophy.models.physics_transformer import BRANCH
@@ -46,16 +46,8 @@ def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProPhyError(f"{output} is not empty; choose another folder for the export")
     checkpoint = _open(config.checkpoints, step)
-    backbone = config.backbone
-    if (
-        complete
-        and fingerprint(backbone.pretrained, backbone.revision) != _backbone(checkpoint)["fingerprint"]
-    ):
-        raise ProPhyError(
-            f"{checkpoint.folder} was trained on another backbone ({_backbone(checkpoint)['name']}) than "
-            f"{backbone.pretrained}; set backbone.pretrained to that one"
-        )
     if complete:
+        check_unchanged(checkpoint.folder, _backbone(checkpoint), config.backbone.pretrained)
         _export_pipeline(config, checkpoint, output)
     else:
         export_branch(checkpoint, output)
@@ -89,7 +81,8 @@ def _backbone(checkpoint: Checkpoint) -> dict[str, str | None]:
 
 def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> None:
     backbone, family = config.backbone, BACKBONES[config.backbone.family]
-    source = download(backbone.pretrained, backbone.revision)
+    revision = _backbone(checkpoint)["revision"]
+    source = download(backbone.pretrained, revision)
 
     # 1. What is not the transformer's is taken as it is; its files too, unless they hold what was trained
     shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "README.md"))
@@ -115,7 +108,7 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
     # 3. Configurations that name our classes
-    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    _, transformer = load_configs(backbone.family, backbone.pretrained, revision)
     ours = family.prophy_transformer
     _write_json(
         folder / "config.json", {**transformer, **checkpoint.run["physics"], "_class_name": ours.__name__}

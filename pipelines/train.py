@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.utils.data import DataLoader
 
 from pipelines.cache import encodings_folder, priors_folder
-from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank
+from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank, newest_run
 from pipelines.config import Config, TrainConfig
 from pipelines.engine import (
     Ema,
@@ -38,7 +38,7 @@ from pipelines.train_data import build_dataset
 from pipelines.train_evaluation import evaluation
 from pipelines.train_metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.train_model import build_module
-from prophy.backbones import fingerprint, pinned_revision
+from prophy.backbones import check_unchanged, fingerprint, pinned_revision
 from prophy.cost import count_flops
 from prophy.data import PriorCache, TrainBatch
 from prophy.device import has_bfloat16, peak_flops
@@ -66,13 +66,15 @@ def run(config: Config) -> Path:
     Raises:
         ProPhyError: no cache, or one that does not fit; or the run folder belongs to another run.
     """
-    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
-    trainer = build_trainer(config, cache)
+    backbone = pin_backbone(config)
+    pinned = _at_revision(config, backbone["revision"])
+    cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
+    trainer = build_trainer(pinned, cache, backbone)
     root = open_run(config, "train") / _NAME
     with (
         ray_session(config),
         _stop_on_sigterm(root / _STOP_FILE) as stop,
-        evaluation(config, cache, root),
+        evaluation(pinned, cache, root),
     ):
         mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
         if mistake is not None:
@@ -95,25 +97,44 @@ def _stop_on_sigterm(flag: Path) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def build_trainer(config: Config, cache: PriorCache) -> TorchTrainer:
+def pin_backbone(config: Config) -> dict[str, str | None]:
+    """`name`, `revision` and `fingerprint` of the backbone that every node, restart and resumption loads.
+
+    The first start decides: a hub that moves on does not change what a run is trained on.
+
+    Raises:
+        ProPhyError: there is no such model, or the last checkpoint was trained on another one.
+    """
+    pretrained, newest = config.backbone.pretrained, newest_run(config.checkpoints)
+    if newest is not None:
+        folder, saved = newest
+        check_unchanged(folder, saved["backbone"], pretrained)
+        return saved["backbone"]
+    revision = pinned_revision(pretrained, config.backbone.revision)
+    return {"name": pretrained, "revision": revision, "fingerprint": fingerprint(pretrained, revision)}
+
+
+def _at_revision(config: Config, revision: str | None) -> Config:
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"revision": revision})})
+
+
+def build_trainer(config: Config, cache: PriorCache, backbone: dict[str, str | None]) -> TorchTrainer:
     """The trainer: workers, and what each reserves. Reads the first step as a trial.
+
+    Args:
+        config: with the revision of `backbone`.
+        cache: the samples.
+        backbone: see `pin_backbone`.
 
     Raises:
         ProPhyError: the cache does not fit the configuration.
     """
-    train, pretrained = config.train, config.backbone.pretrained
+    train = config.train
     _ = build_dataset(config, cache, rank=0)[0]
-    revision = pinned_revision(pretrained, config.backbone.revision)  # every node and restart loads this one
-    identity = {
-        "name": pretrained,
-        "revision": revision,
-        "fingerprint": fingerprint(pretrained, revision),
-    }
-    pinned = config.model_copy(update={"backbone": config.backbone.model_copy(update={"revision": revision})})
     gpus = {"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}
     return TorchTrainer(
         train_loop_per_worker,  # type: ignore[arg-type]  # Ray's annotation has no return value
-        train_loop_config={"config": pinned, "cache": cache, "backbone": identity},
+        train_loop_config={"config": config, "cache": cache, "backbone": backbone},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,

@@ -196,6 +196,26 @@ def check_checkpoint(checkpoint: Path, pretrained: str, revision: str | None) ->
         )
 
 
+def check_unchanged(folder: Path, trained: Mapping[str, str | None], pretrained: str) -> None:
+    """Checks that `pretrained`, at the revision of then, is what a checkpoint of training was trained on.
+
+    Args:
+        folder: of the checkpoint.
+        trained: `name`, `revision` and `fingerprint` in it.
+        pretrained: see `resolve_pretrained`.
+
+    Raises:
+        ProPhyError: there is no such model, or it is another one.
+    """
+    theirs, ours = trained["fingerprint"], fingerprint(pretrained, trained["revision"])
+    if theirs != ours:
+        raise ProPhyError(
+            f"{folder} was trained on another backbone ({trained['name']}, fingerprint {theirs}) than "
+            f"{pretrained} is now (fingerprint {ours}); set backbone.pretrained to that one, or choose "
+            f"another run_dir"
+        )
+
+
 def shape_multiples(family: str, pretrained: str, revision: str | None) -> Shape:
     """What the (frames after the first, height, width) of a video must be multiples of; reads no weights.
 
