@@ -1,7 +1,7 @@
 """`prophy train`: trains the Physical Branch on the cache with Ray Train and DeepSpeed.
 
 The same command resumes from the last checkpoint in the run folder, with as many workers as it now says:
-what a step draws depends on the number of the step alone.
+what a step draws depends on the number of the step and on the samples in the cache alone.
 """
 
 import logging
@@ -34,7 +34,7 @@ from pipelines.engine import (
 )
 from pipelines.export import export_branch
 from pipelines.runtime import open_run, ray_session
-from pipelines.train_data import build_dataset
+from pipelines.train_data import build_dataset, describe_samples
 from pipelines.train_evaluation import evaluation
 from pipelines.train_metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.train_model import build_module
@@ -69,6 +69,7 @@ def run(config: Config) -> Path:
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
     cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
+    compare_samples(pinned, cache)
     trainer = build_trainer(pinned, cache, backbone)
     root = open_run(config, "train") / _NAME
     with (
@@ -112,6 +113,20 @@ def pin_backbone(config: Config) -> dict[str, str | None]:
         return saved["backbone"]
     revision = pinned_revision(pretrained, config.backbone.revision)
     return {"name": pretrained, "revision": revision, "fingerprint": fingerprint(pretrained, revision)}
+
+
+def compare_samples(config: Config, cache: PriorCache) -> None:
+    """Says where the cache has changed since the last checkpoint: it may, but the batches change with it."""
+    newest, samples = newest_run(config.checkpoints), describe_samples(config, cache)
+    # A checkpoint need not say it: the first ones did not.
+    before = samples if newest is None else newest[1].get("samples", samples)
+    if before != samples:
+        logger.warning(
+            "the cache has other samples to train on (%d) than at the last checkpoint (%d): from here on the "
+            "batches are others than without that change",
+            samples["number"],
+            before["number"],
+        )
 
 
 def _at_revision(config: Config, revision: str | None) -> Config:
@@ -172,6 +187,7 @@ def _train(loop_config: dict[str, Any]) -> None:
 
     # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
     dataset = build_dataset(config, cache, rank)
+    samples = describe_samples(config, cache)
     checkpoint = latest_on_every_rank(config.checkpoints)
     module = build_module(config, cache.null_text_embeds(), checkpoint, placement(train))
     if rank == 0:
@@ -223,7 +239,7 @@ def _train(loop_config: dict[str, Any]) -> None:
         if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
             transformer = engine.module.transformer
             run = {"backbone": loop_config["backbone"], "physics": physics_config(transformer)}
-            run["lora"] = lora_config(transformer)
+            run |= {"lora": lora_config(transformer), "samples": samples}
             save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
             saved, preempted = step, preempted or leaving
         if stop:

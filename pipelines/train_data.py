@@ -1,5 +1,6 @@
 """Which cached samples a run trains on, and which it only measures. It knows no Ray."""
 
+import hashlib
 from collections.abc import Iterable
 
 from pipelines.config import Config
@@ -15,7 +16,7 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
         ProPhyError: the cache does not fit the configuration, or all of it is held out.
     """
     train, shapes = config.train, cache.shapes
-    kept = shapes.keys() - held_out(shapes, train.num_held_out)
+    kept = trained_on(config, cache)
     if not kept:
         raise ProPhyError(
             f"train.num_held_out ({train.num_held_out}) leaves no video to train on; lower it, or cache more"
@@ -32,6 +33,20 @@ def build_held_out_dataset(config: Config, cache: PriorCache) -> tuple[PriorData
     samples = held_out(shapes, config.train.num_held_out)
     plan = BatchPlan({key: shapes[key] for key in samples}, 1, config.train.seed)
     return _dataset(config, cache, plan, 0, 1, 1, caption_dropout=0.0), len(samples)
+
+
+def trained_on(config: Config, cache: PriorCache) -> set[str]:
+    """The samples that are not held out."""
+    return cache.shapes.keys() - held_out(cache.shapes, config.train.num_held_out)
+
+
+def describe_samples(config: Config, cache: PriorCache) -> dict[str, int | str]:
+    """Number and sha256 of the ids of the samples that a run trains on: they decide what each step draws."""
+    sample_ids = sorted(trained_on(config, cache))
+    return {
+        "number": len(sample_ids),
+        "sha256": hashlib.sha256("\n".join(sample_ids).encode()).hexdigest(),
+    }
 
 
 def held_out(sample_ids: Iterable[str], num_videos: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""What a run that goes on holds on to: the backbone at its revision."""
+"""What a run that goes on holds on to: the backbone at its revision, and the samples."""
 
 import json
 import shutil
@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from pipelines.cache import encodings_folder, priors_folder
 from pipelines.checkpoint import MANIFEST
 from pipelines.config import Config
-from pipelines.train import pin_backbone
+from pipelines.train import compare_samples, pin_backbone
+from pipelines.train_data import describe_samples
+from prophy.data import PriorCache
 from prophy.errors import ProPhyError
 from prophy.tiny.pipeline import pipeline_folder
 from tests.conftest import tiny_config
@@ -62,3 +65,18 @@ def test_a_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
     message = f"{folder} was trained on another backbone .*{first['fingerprint']}.* than {backbone} is now"
     with pytest.raises(ProPhyError, match=message):
         pin_backbone(config)
+
+
+def test_a_cache_that_has_grown_is_said(
+    tiny_cache: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(tmp_path / "run", f"cache.output={tiny_cache.cache.output}")
+    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+    samples = describe_samples(config, cache)
+    assert samples["number"] == 12
+    write_checkpoint(config, {"samples": samples})
+    compare_samples(config, cache)
+    assert not caplog.text
+    write_checkpoint(config, {"samples": {"number": 11, "sha256": "0"}}, step=4)
+    compare_samples(config, cache)
+    assert "other samples to train on (12) than at the last checkpoint (11)" in caplog.text
