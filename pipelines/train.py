@@ -280,10 +280,16 @@ def _check_finite(
     torch.distributed.all_gather_object(gathered, own)
     guilty = sorted(sample_id for ids in gathered for sample_id in ids)
     what = f"the loss of the samples {', '.join(guilty)}" if guilty else "the gradient"
-    raise EveryRankError(
-        f"{what} is not finite at step {step}; the checkpoint of step {saved} is kept: take these samples "
-        f"out of the cache, or lower train.learning_rate"
-    )
+    kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved before"
+    advice = "train in another run_dir with a lower train.learning_rate"
+    if saved:
+        advice += ", where train.start_from may be what `prophy export` makes of that checkpoint"
+    if guilty:
+        advice += (
+            "; or cache without the videos of these samples, which priors/index.parquet names, into another "
+            "cache.output and run the same command with it"
+        )
+    raise EveryRankError(f"{what} is not finite at step {step}; {kept}: {advice}")
 
 
 def _flops_of_micro_batches(

@@ -170,8 +170,9 @@ def test_a_loss_that_is_not_finite(tiny_cache: Config, tmp_path: Path) -> None:
     spoil_latents(table, guilty)
     first = next(step for step in range(3) if guilty in plan(step))  # counted from 0
 
+    kept = f"the checkpoint of step {first} is kept" if first else "no checkpoint was saved before"
     with pytest.raises(
-        ProPhyError, match=f"the loss of the samples {guilty} is not finite at step {first + 1}"
+        ProPhyError, match=f"the loss of the samples {guilty} is not finite at step {first + 1}; {kept}: "
     ):
         run(config)
     assert saved_steps(config.run_dir) == list(range(first, 0, -1))[:2]
