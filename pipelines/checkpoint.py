@@ -12,9 +12,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,31 +135,53 @@ def save(
     folder = _folder(root, step)
     file = folder / f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
 
-    def write() -> tuple[str, dict[str, Any]]:
+    what, is_first = f"save the checkpoint of step {step}", dist.get_rank() == 0
+    with writing(what):
+        if is_first:
+            _make_empty(folder)
+    with writing(what):
         tensors = {
             f"{kind}|{fragment.start}|{fragment.name}": value.detach().cpu().contiguous()
             for fragment in fragments
             for kind, value in fragment.tensors.items()
         }
         save_file(tensors, file)
-        return file.name, _describe(file)
+        own = file.name, _describe(file)
+    files: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(files, own)
+    with writing(what):
+        if is_first:
+            manifest = {"version": _VERSION, "step": step, "files": dict(files), "run": dict(run)}
+            manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
+            _commit(folder, manifest)
+            for old in committed(root)[num_to_keep:]:
+                (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+                shutil.rmtree(old)
 
-    def commit(files: dict[str, Any]) -> None:
-        manifest = {"version": _VERSION, "step": step, "files": files, "run": dict(run)}
-        manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-        partial = folder / f"{MANIFEST}.partial"
-        with partial.open("w") as content:
-            json.dump(manifest, content, indent=1)
-            content.flush()
-            os.fsync(content.fileno())
-        partial.rename(folder / MANIFEST)
-        for old in committed(root)[num_to_keep:]:
-            (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-            shutil.rmtree(old)
 
-    _on_rank_0(lambda: _make_empty(folder), step)
-    files = dict(_on_every_rank(write, step))
-    _on_rank_0(lambda: commit(files), step)
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """A block in which a rank writes files; a collective, where it ends.
+
+    Args:
+        what: the block does.
+
+    Raises:
+        EveryRankError: some rank cannot.
+    """
+    failure = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failure = str(error)
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    failure = next(filter(None, failures), None)
+    if failure is not None:
+        raise EveryRankError(
+            f"cannot {what}: {failure}; make room, and run the same command again to go on from the last "
+            f"checkpoint"
+        )
 
 
 def committed(root: Path) -> list[Path]:
@@ -234,22 +256,10 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _on_rank_0(action: Callable[[], Any], step: int) -> None:
-    _on_every_rank(action if dist.get_rank() == 0 else lambda: None, step)
-
-
-def _on_every_rank(action: Callable[[], Any], step: int) -> list[Any]:
-    """Results of all ranks; if any of them cannot write, an error on all."""
-    try:
-        outcome: tuple[Any, str | None] = (action(), None)
-    except (OSError, SafetensorError) as error:
-        outcome = (None, str(error))
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    failure = next((message for _, message in outcomes if message is not None), None)
-    if failure is not None:
-        raise EveryRankError(
-            f"cannot save the checkpoint of step {step}: {failure}; make room, and run the same command "
-            f"again to go on from the checkpoint before"
-        )
-    return [result for result, _ in outcomes]
+def _commit(folder: Path, manifest: dict[str, Any]) -> None:
+    partial = folder / f"{MANIFEST}.partial"
+    with partial.open("w") as content:
+        json.dump(manifest, content, indent=1)
+        content.flush()
+        os.fsync(content.fileno())
+    partial.rename(folder / MANIFEST)

@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.utils.data import DataLoader
 
 from pipelines.cache import encodings_folder, priors_folder
-from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank, newest_run
+from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank, newest_run, writing
 from pipelines.config import Config, TrainConfig
 from pipelines.engine import (
     Ema,
@@ -200,7 +200,10 @@ def _train(loop_config: dict[str, Any]) -> None:
     log = None
     if rank == 0:
         precision = torch.bfloat16 if train.precision == "bf16" and has_bfloat16(device) else torch.float32
-        log = MetricsLog(root, first_step, train, flops, peak_flops(device, precision))
+        peak = peak_flops(device, precision)
+    with writing("write the metrics"):
+        if rank == 0:
+            log = MetricsLog(root, first_step, train, flops, peak)
 
     # 2. Steps; a process of its own reads ahead
     loader = DataLoader(dataset, batch_size=None, sampler=range(first_step, train.num_steps), num_workers=1)
@@ -228,8 +231,9 @@ def _train(loop_config: dict[str, Any]) -> None:
         if step % train.log_every == 0 or step == train.num_steps:
             metrics = _over_workers(mean_losses(outputs), "mean") | _over_workers(peak_memory(), "max")
             metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
-            if log is not None:
-                log.write(step, metrics, clock.read())
+            with writing(f"write the metrics of step {step}"):
+                if log is not None:
+                    log.write(step, metrics, clock.read())
         overdue = time.monotonic() - asked > _ASK_EVERY_S
         stop, ask = _from_rank_0(rank == 0 and (root / _STOP_FILE).exists(), overdue)
         # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
@@ -246,11 +250,13 @@ def _train(loop_config: dict[str, Any]) -> None:
             return
 
     # 4. The trained branch
-    if rank == 0:
-        last = latest(config.checkpoints)
-        assert last is not None
-        export_branch(last, config.run_dir / MODEL_FOLDER)
-        logger.info("trained branch after %d steps: %s", engine.global_steps, config.run_dir / MODEL_FOLDER)
+    model = config.run_dir / MODEL_FOLDER
+    with writing(f"write the trained branch to {model}"):
+        if rank == 0:
+            last = latest(config.checkpoints)
+            assert last is not None
+            export_branch(last, model)
+            logger.info("trained branch after %d steps: %s", engine.global_steps, model)
 
 
 def _from_rank_0(*flags: bool) -> list[bool]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -76,10 +76,7 @@ class MetricsLog:
     ) -> None:
         self._train, self._flops, self._peak_flops = train, flops, peak_flops
         self._file = folder / METRICS_FILE
-        if self._file.exists():
-            lines = self._file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-            self._file.write_text("".join(kept))
+        write_rows(self._file, [row for row in read_rows(self._file) if row["step"] <= first_step])
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
         self._last = (first_step, time.perf_counter())
         self._tokens = self._operations = 0
@@ -130,6 +127,19 @@ class MetricsLog:
             f"step {step}/{self._train.num_steps}  loss {loss:.4f}  diffusion {metrics['diffusion']:.4f}  "
             f"{speed:.2f} samples/s  MFU {mfu:.1%}  {left} left"
         )
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, if there is one, without a line that a kill cut short."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines, whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(file)
 
 
 def mean_losses(outputs: list[LossOutput]) -> dict[str, torch.Tensor]:

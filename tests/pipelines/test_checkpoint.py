@@ -6,13 +6,25 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pipelines.checkpoint import MANIFEST, Checkpoint, EveryRankError, Fragment, committed, latest, save
+from pipelines.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    EveryRankError,
+    Fragment,
+    committed,
+    latest,
+    save,
+    writing,
+)
+from pipelines.config import Config
+from pipelines.train_metrics import METRICS_FILE, MetricsLog, read_rows
 from prophy.errors import ProPhyError
 
 SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
@@ -143,6 +155,23 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk: Path) -> N
     shutil.rmtree(small_disk / "checkpoints" / "step-00000001")
     write_large(3)
     assert latest(small_disk / "checkpoints").step == 3
+
+
+def test_a_disk_that_is_full_of_metrics(small_disk: Path, config: Config) -> None:
+    """The file or TensorBoard, whichever is first; what was written before stays."""
+    log = MetricsLog(small_disk, 0, config.train, {}, 1.0)
+    losses = dict.fromkeys(("diffusion", "semantic_alignment", "token_alignment", "load_balancing"), 1.0)
+    log.write(1, losses, {})
+    with (small_disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
+    with (
+        pytest.raises(EveryRankError, match="cannot write the metrics: .*No space left.*make room"),
+        writing("write the metrics"),
+    ):
+        for step in range(2, 200):
+            log.write(step, losses, {})
+    assert read_rows(small_disk / METRICS_FILE)[0]["step"] == 1
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
