@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from prophy.errors import ProPhyError
 
 MANIFEST = "manifest.json"
+_STEP = "step-" + 8 * "[0-9]"
 _VERSION = 1
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def writing(what: str) -> Iterator[None]:
 
 def committed(root: Path) -> list[Path]:
     """Folders with a manifest, the newest first; their files are not looked at."""
-    return sorted((file.parent for file in root.glob(f"step-*/{MANIFEST}")), reverse=True)
+    return sorted((file.parent for file in root.glob(f"{_STEP}/{MANIFEST}")), reverse=True)
 
 
 def newest_run(root: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -207,6 +208,21 @@ def latest(root: Path) -> Checkpoint | None:
     return None
 
 
+def set_damaged_aside(root: Path) -> None:
+    """Gives what is newer than the newest undamaged checkpoint the ending `.damaged`: it no longer counts.
+
+    Only for who writes the checkpoints: else one that is being removed may look damaged.
+    """
+    for folder in committed(root):
+        damage = _damage(folder)
+        if damage is None:
+            return
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        folder.rename(aside)
+        logger.warning("%s is damaged (%s); it is now %s", folder, damage, aside.name)
+
+
 def find(root: Path, step: int) -> Checkpoint | None:
     """The checkpoint of `step`; None if there is none whose files are what its manifest says."""
     folder = _folder(root, step)
@@ -214,11 +230,16 @@ def find(root: Path, step: int) -> Checkpoint | None:
 
 
 def latest_on_every_rank(root: Path) -> Checkpoint | None:
-    """As `latest`; rank 0 checks the files for all. A collective."""
+    """As `latest`; rank 0 checks the files for all, and sets damaged ones aside. A collective.
+
+    Raises:
+        EveryRankError: a damaged one cannot be set aside.
+    """
     found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        checkpoint = latest(root)
-        found = [None if checkpoint is None else checkpoint.folder]
+    with writing("set damaged checkpoints aside"):
+        if dist.get_rank() == 0:
+            set_damaged_aside(root)
+            found = [next(iter(committed(root)), None)]
     dist.broadcast_object_list(found)
     return None if found[0] is None else Checkpoint(found[0])
 

@@ -20,7 +20,14 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.utils.data import DataLoader
 
 from pipelines.cache import encodings_folder, priors_folder
-from pipelines.checkpoint import EveryRankError, latest, latest_on_every_rank, newest_run, writing
+from pipelines.checkpoint import (
+    EveryRankError,
+    latest,
+    latest_on_every_rank,
+    newest_run,
+    set_damaged_aside,
+    writing,
+)
 from pipelines.config import Config, TrainConfig
 from pipelines.engine import (
     Ema,
@@ -72,6 +79,7 @@ def run(config: Config) -> Path:
     compare_samples(pinned, cache)
     trainer = build_trainer(pinned, cache, backbone)
     root = open_run(config, "train") / _NAME
+    set_damaged_aside(config.checkpoints)  # before one of them is evaluated
     with (
         ray_session(config),
         _stop_on_sigterm(root / _STOP_FILE) as stop,

@@ -20,6 +20,7 @@ from pipelines.checkpoint import (
     Fragment,
     committed,
     latest,
+    latest_on_every_rank,
     save,
     writing,
 )
@@ -104,6 +105,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage
     assert latest(tmp_path).step == 2
 
 
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+    """The run that goes on from step 1 saves step 2 and then 3, with the damaged step 4 out of the way."""
+    write(tmp_path, 1)
+    lose_a_file(write(tmp_path, 4))
+    assert latest_on_every_rank(tmp_path).step == 1
+    assert (tmp_path / "step-00000004.damaged" / MANIFEST).exists()
+    for step in (2, 3):
+        write(tmp_path, step, num_to_keep=1)
+        assert [folder.name for folder in committed(tmp_path)] == [f"step-{step:08d}"]
+    cut_short(write(tmp_path, 4))
+    assert latest_on_every_rank(tmp_path).step == 3  # again, over what was set aside before
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     before_the_manifest(write(tmp_path, 1))
@@ -157,6 +171,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk: Path) -> N
     assert latest(small_disk / "checkpoints").step == 3
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 def test_a_disk_that_is_full_of_metrics(small_disk: Path, config: Config) -> None:
     """The file or TensorBoard, whichever is first; what was written before stays."""
     log = MetricsLog(small_disk, 0, config.train, {}, 1.0)
