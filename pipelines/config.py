@@ -247,10 +247,11 @@ class TrainConfig(Section):
     loss_weights: LossWeights = LossWeights()
     num_held_out: NonNegativeInt = Field(
         0,
-        description="videos of the cache that are not trained on; every checkpoint is measured there",
+        description="videos of the cache that are not trained on: the newest checkpoint is measured there, "
+        "as soon as the one before is done, and the last",
     )
     sample_prompts: list[str] = Field(
-        [], description="of videos that every checkpoint makes, with pictures of its routing maps"
+        [], description="of videos that the same checkpoints make, with pictures of their routing maps"
     )
     evaluation_cpus: NonNegativeFloat = Field(
         1.0, description="of the task that does both, beside the workers; they do not wait for it"

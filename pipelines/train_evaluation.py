@@ -24,7 +24,7 @@ from pipelines.generate import spec
 from pipelines.sampling import VideoSampler
 from pipelines.spec import PhysicsSpec
 from pipelines.train_data import build_held_out_dataset
-from pipelines.train_metrics import TENSORBOARD_FOLDER, mean_losses
+from pipelines.train_metrics import TENSORBOARD_FOLDER, mean_losses, read_rows, write_rows
 from prophy.backbones import BACKBONES, load_pipeline
 from prophy.data import PriorCache, SemanticBatch
 from prophy.device import autocast, default_device
@@ -62,7 +62,10 @@ def evaluation(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
         yield
         return
     ended, failed = threading.Event(), threading.Event()
-    watcher = threading.Thread(target=_watch, args=(config, cache, root, ended, failed), daemon=True)
+    rows = read_rows(root / EVALUATION_FILE)
+    write_rows(root / EVALUATION_FILE, rows)  # without a line that a kill cut short
+    steps = [row["step"] for row in rows]
+    watcher = threading.Thread(target=_watch, args=(config, cache, root, steps, ended, failed), daemon=True)
     watcher.start()
     try:
         yield
@@ -143,11 +146,15 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
 
 
 def _watch(
-    config: Config, cache: PriorCache, root: Path, ended: threading.Event, failed: threading.Event
+    config: Config,
+    cache: PriorCache,
+    root: Path,
+    steps: list[int],
+    ended: threading.Event,
+    failed: threading.Event,
 ) -> None:
-    file, train = root / EVALUATION_FILE, config.train
-    lines = file.read_text().splitlines() if file.exists() else []
-    seen = {json.loads(line)["step"] for line in lines}
+    """Evaluates until the run has ended or failed; what is in `steps` was evaluated before."""
+    train, seen = config.train, set(steps)
     task = ray.remote(evaluate).options(
         num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
     )

@@ -1,6 +1,7 @@
 """Held-out clips and sample videos, measured and made beside a run of two workers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pipelines.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.train import run
 from pipelines.train_data import build_dataset, held_out
-from pipelines.train_evaluation import EVALUATION_FILE, QUANTILES, SAMPLES_FOLDER, held_out_losses
+from pipelines.train_evaluation import EVALUATION_FILE, QUANTILES, SAMPLES_FOLDER, evaluation, held_out_losses
 from pipelines.train_metrics import TENSORBOARD_FOLDER
 from prophy.data import PriorCache
 from prophy.errors import ProPhyError
@@ -58,6 +59,19 @@ def test_last_checkpoint_is_measured_on_held_out_clips(evaluated: Config) -> Non
     board = EventAccumulator(str(root / TENSORBOARD_FOLDER / "evaluation")).Reload()
     assert [event.value for event in board.Scalars("diffusion")] == [pytest.approx(row["diffusion"])]
     assert [event.step for event in board.Images("sample/0")] == [4]
+
+
+def test_a_line_that_a_kill_cut_short(evaluated: Config, tmp_path: Path) -> None:
+    """The checkpoint of that line is evaluated again, and the file stays one of JSON lines."""
+    root = tmp_path / "train"
+    shutil.copytree(evaluated.run_dir / "train" / "checkpoints", root / "checkpoints")
+    (root / EVALUATION_FILE).write_text('{"step": 2}\n{"step": 4, "diffu')
+    train = evaluated.train.model_copy(update={"sample_prompts": []})
+    again = evaluated.model_copy(update={"run_dir": tmp_path, "train": train})
+    with evaluation(again, read_cache(again), root):
+        pass
+    lines = (root / EVALUATION_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
 
 
 def test_last_checkpoint_makes_a_video_and_its_maps(evaluated: Config) -> None:
