@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import ray.train
 import torch
+from filelock import FileLock, Timeout
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.utils.data import DataLoader
@@ -71,7 +72,8 @@ def run(config: Config) -> Path:
         Folder of the trained branch.
 
     Raises:
-        ProPhyError: no cache, or one that does not fit; or the run folder belongs to another run.
+        ProPhyError: no cache, or one that does not fit; or the run folder belongs to another run, or another
+            process trains in it.
     """
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
@@ -79,19 +81,41 @@ def run(config: Config) -> Path:
     compare_samples(pinned, cache)
     trainer = build_trainer(pinned, cache, backbone)
     root = open_run(config, "train") / _NAME
-    set_damaged_aside(config.checkpoints)  # before one of them is evaluated
-    with (
-        ray_session(config),
-        _stop_on_sigterm(root / _STOP_FILE) as stop,
-        evaluation(pinned, cache, root),
-    ):
-        mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
-        if mistake is not None:
-            raise ProPhyError(mistake)
-        if stop.exists():
-            logger.info("stopped on SIGTERM; the same command goes on")
-            raise SystemExit(128 + signal.SIGTERM)
+    with alone(root):
+        set_damaged_aside(config.checkpoints)  # before one of them is evaluated
+        with (
+            ray_session(config),
+            _stop_on_sigterm(root / _STOP_FILE) as stop,
+            evaluation(pinned, cache, root),
+        ):
+            mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
+            if mistake is not None:
+                raise ProPhyError(mistake)
+            if stop.exists():
+                logger.info("stopped on SIGTERM; the same command goes on")
+                raise SystemExit(128 + signal.SIGTERM)
     return config.run_dir / MODEL_FOLDER
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Holds the folder of training for one run: two would remove each other's unfinished checkpoints.
+
+    Raises:
+        ProPhyError: another run holds it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ProPhyError(
+            f"another run trains in {root.parent}; wait for it, or choose another run_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run that goes on holds on to: the backbone at its revision, and the samples."""
+"""What a run that goes on holds on to: the backbone at its revision, the samples, its folder."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from pipelines.cache import encodings_folder, priors_folder
 from pipelines.checkpoint import MANIFEST
 from pipelines.config import Config
-from pipelines.train import compare_samples, pin_backbone
+from pipelines.train import alone, compare_samples, pin_backbone
 from pipelines.train_data import describe_samples
 from prophy.data import PriorCache
 from prophy.errors import ProPhyError
@@ -80,3 +80,12 @@ def test_a_cache_that_has_grown_is_said(
     write_checkpoint(config, {"samples": {"number": 11, "sha256": "0"}}, step=4)
     compare_samples(config, cache)
     assert "other samples to train on (12) than at the last checkpoint (11)" in caplog.text
+
+
+def test_one_run_in_a_folder(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "train"
+    for _ in range(2):
+        with alone(root):
+            message = f"another run trains in {root.parent}; wait for it, or choose another run_dir"
+            with pytest.raises(ProPhyError, match=message), alone(root):
+                pass
