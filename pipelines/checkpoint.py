@@ -284,3 +284,7 @@ def _commit(folder: Path, manifest: dict[str, Any]) -> None:
         content.flush()
         os.fsync(content.fileno())
     partial.rename(folder / MANIFEST)
+    for place in (folder, folder.parent):  # their entries too, before older checkpoints go
+        descriptor = os.open(place, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
