@@ -231,7 +231,12 @@ def _train(loop_config: dict[str, Any]) -> None:
     first_step = engine.global_steps
     log = None
     if rank == 0:
-        precision = torch.bfloat16 if train.precision == "bf16" and has_bfloat16(device) else torch.float32
+        precision = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        if precision == torch.bfloat16 and not has_bfloat16(device):
+            logger.warning(
+                "this CPU has no bfloat16: training computes in fp32, whatever train.precision says"
+            )
+            precision = torch.float32
         peak = peak_flops(device, precision)
     with writing("write the metrics"):
         if rank == 0:
@@ -306,7 +311,7 @@ def _check_finite(
     Raises:
         EveryRankError: the gradient is not finite; names the step and the samples whose loss is not.
     """
-    if math.isfinite(gradient_norm) and gradient_norm >= 0:  # DeepSpeed says -1 for "not finite"
+    if math.isfinite(gradient_norm):
         return
     own = [
         sample_id
