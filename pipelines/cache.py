@@ -2,7 +2,8 @@
 
 Two graphs, one after the other: where a video has no caption, the VLM's is what gets encoded. Priors do not
 depend on the backbone, so another backbone or resolution adds a folder of encodings and never asks the VLM
-again. What is done already is read from the files themselves; so the same command resumes.
+again. What is done already is read from the files themselves; so the same command resumes, and does anew
+what belongs to a video, a caption or labels that are others now.
 """
 
 import itertools
@@ -247,8 +248,8 @@ def _check_clips(config: Config) -> None:
 def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     """Runs both graphs on what is left to do; where that is nothing, Ray is not even started."""
     priors, encodings = priors_table(config), encodings_table(config)
-    for table in (priors, encodings):
-        drop_samples(table, changed(update_index(table), videos))
+    drop_samples(priors, changed(update_index(priors), videos, ("source", "caption", "labels")))
+    drop_samples(encodings, changed(update_index(encodings), videos))
     if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
         drop_samples(encodings, update_index(encodings)["sample_id"].to_pylist()[:1])
 
@@ -269,6 +270,7 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
                 graph = build_priors_graph(config, priors, new_videos)
                 added_priors = execute(graph, "priors", len(new_videos), workers)
             if new_clips := left()[1]:
+                drop_samples(encodings, new_clips["sample_id"].to_pylist())  # those of another caption
                 graph = build_encodings_graph(config, encodings, new_clips)
                 added_encodings = execute(graph, "encodings", len(new_clips), workers)
     clips, refused = of_videos(update_index(priors), videos), read_quarantine(_quarantine(config))

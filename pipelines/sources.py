@@ -60,13 +60,13 @@ def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:
     )
 
 
-def changed(rows: pa.Table, videos: Iterable[Video]) -> list[str]:
-    """The samples in `rows` of videos that are another version now; a missing one may come back as it was."""
-    current = {video["source"]["uri"]: video["source"] for video in videos if video["source"]["modified"]}
+def changed(rows: pa.Table, videos: Iterable[Video], columns: Iterable[str] = ("source",)) -> list[str]:
+    """The samples in `rows` whose video has other `columns` now; a missing one may come back as it was."""
+    current = {video["source"]["uri"]: video for video in videos if video["source"]["modified"]}
     return [
-        sample_id
-        for sample_id, source in zip(rows["sample_id"].to_pylist(), rows["source"].to_pylist(), strict=True)
-        if current.get(source["uri"], source) != source
+        row["sample_id"]
+        for row in rows.select(["sample_id", *columns]).to_pylist()
+        if any(current.get(row["source"]["uri"], row)[column] != row[column] for column in columns)
     ]
 
 
@@ -98,7 +98,9 @@ def videos_left(
 
 
 def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quarantine: pa.Table) -> pa.Table:
-    """The clips that have priors but no encodings, as `stages.CLIPS`; the VLM's caption where none was given.
+    """The clips with priors but without encodings of their caption, as `stages.CLIPS`.
+
+    The caption is the VLM's where none was given.
 
     Args:
         videos: of the input.
@@ -106,13 +108,15 @@ def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quara
         encodings: index of the encodings.
         quarantine: what cannot be used.
     """
-    done = {*encodings["sample_id"].to_pylist(), *quarantine["sample_id"].to_pylist()}
+    done = dict(zip(*encodings.select(["sample_id", "caption"]).to_pydict().values(), strict=True))
+    refused = set(quarantine["sample_id"].to_pylist())
     current = {_key(video["source"]) for video in videos}
-    left = [
+    clips = [
         {**row, "caption": row["caption"] or row["vlm_caption"], "share": 1.0}
         for row in priors.to_pylist()
-        if row["sample_id"] not in done and _key(row["source"]) in current
+        if row["sample_id"] not in refused and _key(row["source"]) in current
     ]
+    left = [clip for clip in clips if done.get(clip["sample_id"]) != clip["caption"]]
     return pa.Table.from_pylist(left, CLIPS)
 
 

@@ -39,17 +39,13 @@ def _or_error(fields: list[pa.Field]) -> pa.Schema:
 SOURCES = pa.schema(
     [
         pa.field("source", SOURCE, nullable=False),
-        pa.field("caption", pa.string()),
-        pa.field("labels", pa.list_(pa.string())),  # phenomena, where they are known
+        PRIORS.field("caption"),
+        PRIORS.field("labels"),
         pa.field("done", pa.list_(pa.string()), nullable=False),  # clips that need no work any more
     ]
 )
 
-_CLIP = [
-    *list(PRIORS)[: PRIORS.get_field_index("vlm_caption")],
-    SOURCES.field("labels"),
-    QUARANTINE.field("num_clips"),
-]
+_CLIP = [*list(PRIORS)[: PRIORS.get_field_index("vlm_caption")], QUARANTINE.field("num_clips")]
 CLIPS = _or_error(_CLIP)
 CLIPS_WITH_FRAMES = _or_error([*_CLIP, pa.field("frames", pa.large_binary())])  # raw RGB, uint8
 PRIORS_OR_ERROR = _or_error(list(PRIORS))

@@ -23,7 +23,7 @@ import pyarrow as pa
 if TYPE_CHECKING:  # processes that only move rows need no torch, which takes seconds to import
     import torch
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROW_FILES = "*[0-9a-f].parquet"  # glob of the files that hold a table's rows: they are named by their sha256
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
 EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
@@ -56,10 +56,11 @@ PRIORS = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("caption", pa.string()),  # given; null when the source has none
+        pa.field("labels", pa.list_(pa.string())),  # phenomena as given; null when the source has none
         pa.field("vlm_caption", pa.string(), nullable=False),
         pa.field("answers", pa.list_(ANSWER), nullable=False),  # as said
         pa.field("unparsed", pa.list_(pa.string()), nullable=False),  # said of phenomena, but no name of one
-        pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; as given, else as answered
+        pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; as in labels, else as answered
         pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K taxonomy indices
         pa.field("maps", pa.list_(pa.float32()), nullable=False),  # raw, K phenomena then 1 background
         pa.field("maps_shape", pa.list_(pa.int32()), nullable=False),  # [K + 1, T, H, W] on the VLM's grid

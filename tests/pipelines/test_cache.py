@@ -18,6 +18,7 @@ from prophy.encoding import VideoEncoder
 from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
+from prophy.taxonomy import Phenomenon, from_multi_hot
 from prophy.video import read_frames, write_video
 from tests.cogvideox import write_pipeline
 
@@ -230,6 +231,37 @@ def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
         assert prior["caption"] == encodings[sample_id]["caption"] == video["caption"]
         assert sum(prior["phenomena"]) == len(video["labels"]) == len(prior["map_phenomena"])
         assert prior["maps_shape"][0] == len(video["labels"]) + 1
+
+
+def test_a_corrected_list_is_followed_and_nothing_else_done_anew(ray_cluster: None, tmp_path: Path) -> None:
+    """One caption is corrected, one video gets labels, one stays as it is."""
+    manifest = tmp_path / "clips" / "manifest.parquet"
+    manifest.parent.mkdir()
+    for name in "abc":
+        write_video(
+            manifest.parent / f"{name}.mp4", simulate_clip(ord(name), num_frames=17, fps=8, size=64).frames, 8
+        )
+    listed = [{"path": f"{name}.mp4", "caption": f"{name} falls", "phenomena": None} for name in "abc"]
+    config = load_config(
+        "tiny", [f"run_dir={tmp_path / 'run'}", f"cache.input={manifest}", "cache.rows_per_file=3"]
+    )
+
+    def cached() -> tuple[cache.CacheSummary, list[dict], list[dict]]:
+        pq.write_table(pa.Table.from_pylist(listed), manifest)
+        summary = cache.run(config)
+        tables = (rows(cache.priors_folder(config)), rows(cache.encodings_folder(config)))
+        return summary, *(sorted(table.values(), key=lambda row: row["source"]["uri"]) for table in tables)
+
+    cached()
+    listed[0]["caption"] = "a rises"
+    listed[1]["phenomena"] = ["melting"]
+    summary, priors, encodings = cached()
+    assert (summary.added_priors.written, summary.added_encodings.written) == (2, 1)
+    assert [row["caption"] for row in priors] == ["a rises", "b falls", "c falls"]
+    assert [row["caption"] for row in encodings] == ["a rises", "b falls", "c falls"]
+    assert [row["labels"] for row in priors] == [None, ["melting"], None]
+    assert from_multi_hot(priors[1]["phenomena"]) == (Phenomenon.MELTING,)
+    assert cached()[0].added_priors == GraphReport()
 
 
 def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: Path) -> None:

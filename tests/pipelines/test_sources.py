@@ -98,6 +98,21 @@ def test_a_rewritten_file_is_another_source(tmp_path: Path) -> None:
     assert len(of_videos(rows, [after])) == 0
 
 
+def test_another_caption_or_other_labels_are_a_change() -> None:
+    a = video("a")
+    rows = table(priors_of(a["source"], caption="a ball", labels=["collision"]))
+    columns = ("source", "caption", "labels")
+    same = {**a, "caption": "a ball", "labels": ["collision"]}
+    assert changed(rows, [same], columns) == []
+    for correction in ({"caption": "a cube"}, {"caption": None}, {"labels": []}, {"labels": None}):
+        assert changed(rows, [{**same, **correction}], columns) == rows["sample_id"].to_pylist()
+    unlabelled = table(priors_of(a["source"]))
+    assert changed(unlabelled, [a], columns) == []
+    assert changed(unlabelled, [same], columns) == unlabelled["sample_id"].to_pylist()
+    missing = {**same, "source": {**a["source"], "size": 0, "modified": 0.0}}
+    assert changed(unlabelled, [missing], columns) == []
+
+
 def test_videos_with_missing_clips_are_left() -> None:
     a, b, c = video("a"), video("b"), video("c")
     rows_a, rows_b = priors_of(a["source"]), priors_of(b["source"])
@@ -130,3 +145,5 @@ def test_clips_with_priors_but_no_encodings_are_left_with_a_caption() -> None:
     refused = table([{"source": b["source"], "sample_id": priors[3]["sample_id"]}], QUARANTINE)
     assert len(clips_left([a, b], table(priors), table([]), refused)) == 5
     assert len(clips_left([a], table(priors), table([]), empty)) == 3
+    corrected = table(priors_of(a["source"], caption="corrected"))
+    assert clips_left([a], corrected, table(priors[:3]), empty)["caption"].to_pylist() == 3 * ["corrected"]
