@@ -34,7 +34,7 @@ from pipelines.sink import (
     read_quarantine,
     update_index,
 )
-from pipelines.sources import changed, clips_left, find_videos, looked_up_again, of_videos, videos_left
+from pipelines.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
 from prophy.backbones import BACKBONES, encoders_fingerprint, fingerprint, load_configs, shape_multiples
 from prophy.errors import ProPhyError
@@ -273,13 +273,13 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
                 drop_samples(encodings, new_clips["sample_id"].to_pylist())  # those of another caption
                 graph = build_encodings_graph(config, encodings, new_clips)
                 added_encodings = execute(graph, "encodings", len(new_clips), workers)
-    clips, refused = of_videos(update_index(priors), videos), read_quarantine(_quarantine(config))
+    clips = of_videos(update_index(priors), videos)
     labels = Counter(label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row))
     return CacheSummary(
         num_videos=len(videos),
         num_priors=len(clips),
         num_encodings=len(of_videos(update_index(encodings), videos)),
-        quarantined=of_videos(refused, looked_up_again(videos, refused))["message"].unique().to_pylist(),
+        quarantined=refusals(read_quarantine(_quarantine(config)), videos, left()),
         phenomena={str(label): count for label, count in labels.most_common()},
         unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
         added_priors=added_priors,

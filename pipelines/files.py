@@ -17,7 +17,7 @@ from prophy.errors import ProPhyError
 from prophy.video import SUFFIXES, VideoError
 
 _MODIFIED_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")  # one per kind of store
-UNREADABLE = {"size": 0, "modified": 0.0}  # the version of a file that is not there
+UNREADABLE = {"size": 0, "modified": 0.0}  # the version of a file that cannot be had
 
 
 def open_store(location: str) -> tuple[AbstractFileSystem, str]:
@@ -44,11 +44,11 @@ def find_files(location: str) -> list[dict[str, Any]]:
 
 
 def source_of(location: str) -> dict[str, Any]:
-    """This version of a file. A missing one goes to quarantine when a stage opens it."""
+    """This version of a file. One that cannot be had goes to quarantine when a stage opens it."""
     store, path = open_store(location)
     try:
         return _source(store, store.info(path))
-    except FileNotFoundError:
+    except OSError:
         return {"uri": location, **UNREADABLE}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.files import find_files, open_store, source_of
+from pipelines.files import UNREADABLE, find_files, open_store
 from pipelines.manifests import Video, read_manifest
 from pipelines.stages import CLIPS, SOURCES, clip_ids
 from prophy.errors import ProPhyError
@@ -43,21 +43,24 @@ def find_videos(location: str) -> list[Video]:
     return list(first.values())
 
 
-def looked_up_again(videos: list[Video], quarantine: pa.Table) -> list[Video]:
-    """The videos, as missing where the quarantine says so and they still are: they vanished during a run."""
-    absent = {source["uri"] for source in quarantine["source"].to_pylist() if not source["modified"]}
-    return [
-        {**video, "source": source_of(video["source"]["uri"])} if video["source"]["uri"] in absent else video
-        for video in videos
-    ]
-
-
 def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:
     """The rows of a table whose `source` is one of these videos, unchanged since."""
-    current = {_key(video["source"]) for video in videos}
-    return rows.filter(
-        pa.array([_key(source) in current for source in rows["source"].to_pylist()], pa.bool_())
-    )
+    return _of_sources(rows, [video["source"] for video in videos])
+
+
+def refusals(quarantine: pa.Table, videos: Iterable[Video], left: Iterable[pa.Table]) -> list[str]:
+    """Why a video or clip of the input cannot be used, a sentence each.
+
+    Args:
+        quarantine: what cannot be used.
+        videos: of the input.
+        left: what a run left of its work lists: files that it could not have, though they are there.
+    """
+    unreadable = [
+        {"uri": source["uri"], **UNREADABLE} for table in left for source in table["source"].to_pylist()
+    ]
+    rows = _of_sources(quarantine, [*(video["source"] for video in videos), *unreadable])
+    return rows["message"].unique().to_pylist()
 
 
 def changed(rows: pa.Table, videos: Iterable[Video], columns: Iterable[str] = ("source",)) -> list[str]:
@@ -118,6 +121,13 @@ def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quara
     ]
     left = [clip for clip in clips if done.get(clip["sample_id"]) != clip["caption"]]
     return pa.Table.from_pylist(left, CLIPS)
+
+
+def _of_sources(rows: pa.Table, sources: Iterable[dict[str, Any]]) -> pa.Table:
+    current = set(map(_key, sources))
+    return rows.filter(
+        pa.array([_key(source) in current for source in rows["source"].to_pylist()], pa.bool_())
+    )
 
 
 def _key(source: dict[str, Any]) -> tuple[str, int, float]:

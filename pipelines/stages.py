@@ -286,7 +286,7 @@ def _frames(clip: dict[str, Any], shape: tuple[int, int]) -> np.ndarray:
 def _failed(row: dict[str, Any], stage: str, error: Exception) -> dict[str, Any]:
     """The row with its error, as it goes into quarantine.
 
-    A file that cannot be had is quarantined as missing: once it is back, it is a version never tried.
+    A file that cannot be had is quarantined as `UNREADABLE`: once it can be, it is a version never tried.
     """
     uri, source, sample_id, message = row["source"]["uri"], row["source"], row.get("sample_id"), str(error)
     if isinstance(error, OSError):

@@ -309,6 +309,20 @@ def test_only_bad_videos_is_an_error_with_the_first_reason(
         cache.run(only_bad)
 
 
+def test_a_file_that_is_there_but_cannot_be_opened_is_told_each_time(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("path\nfolder.mp4\n")
+    config = load_config("tiny", [f"run_dir={tmp_path / 'run'}", f"cache.input={manifest}"])
+    for _ in range(2):
+        with pytest.raises(
+            ProPhyError, match=r"the first: .*folder\.mp4 cannot be opened \(Is a directory\)"
+        ):
+            cache.run(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

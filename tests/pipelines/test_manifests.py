@@ -9,11 +9,9 @@ import fsspec
 import pytest
 
 from pipelines.files import LocalFiles, find_files, source_of
-from pipelines.sources import find_videos, looked_up_again
+from pipelines.sources import find_videos
 from prophy.errors import ProPhyError
-from prophy.schema import QUARANTINE
 from prophy.video import VideoError
-from tests.pipelines.test_sources import table
 
 
 def summary(videos: list[dict]) -> list[tuple]:
@@ -186,12 +184,8 @@ def test_unknown_stores(tmp_path: Path) -> None:
         find_videos("nosuchscheme://bucket")
 
 
-def test_what_vanished_and_came_back_is_no_longer_missing(tmp_path: Path) -> None:
-    for name in ("a.mp4", "b.mp4"):
-        (tmp_path / name).write_bytes(b"123")
-    videos = find_videos(str(tmp_path))
-    (tmp_path / "a.mp4").unlink()
-    missing = [{"source": {"uri": video["source"]["uri"], "size": 0, "modified": 0.0}} for video in videos]
-    a, b = looked_up_again(videos, table(missing, QUARANTINE))
-    assert a["source"]["modified"] == 0
-    assert b == videos[1]
+def test_a_path_below_a_file_is_one_that_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"123")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "a.mp4/b.mp4"}))
+    [video] = find_videos(str(tmp_path / "list.jsonl"))
+    assert video["source"] == {"uri": str(tmp_path / "a.mp4/b.mp4"), "size": 0, "modified": 0.0}

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.sources import changed, clips_left, find_videos, of_videos, videos_left
+from pipelines.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.stages import clip_ids
 from prophy.errors import ProPhyError
 from prophy.schema import PRIORS, QUARANTINE
@@ -133,6 +133,25 @@ def test_what_is_in_quarantine_is_not_left() -> None:
     assert left([a], [], clips) == {}
     assert left([a], [], clips[:1]) == {"/videos/a.mp4": [clips[0]["sample_id"]]}
     assert left([video("a", modified=2.0)], [], [whole]) == {"/videos/a.mp4": []}
+
+
+def test_what_could_not_be_had_is_told_while_it_is_left() -> None:
+    """Of both, a run could not open the file; by now it has the clips of `b`. `c` never was there."""
+    a, b, c = video("a"), video("b"), video("c", modified=0.0)
+    c["source"]["size"] = 0
+    quarantine = table(
+        [
+            {"source": {**one["source"], "size": 0, "modified": 0.0}, "message": f"cannot open {name}"}
+            for name, one in (("a", a), ("b", b), ("c", c))
+        ],
+        QUARANTINE,
+    )
+    videos, priors = [a, b, c], table(priors_of(b["source"]))
+    work = videos_left(videos, priors, quarantine, CLIP_DURATIONS_S)
+    assert work["source"].to_pylist() == [a["source"]]
+    assert refusals(quarantine, videos, [work]) == ["cannot open a", "cannot open c"]
+    clips = clips_left(videos, priors, table([]), quarantine)
+    assert refusals(quarantine, videos, [work, clips]) == ["cannot open a", "cannot open b", "cannot open c"]
 
 
 def test_clips_with_priors_but_no_encodings_are_left_with_a_caption() -> None:
