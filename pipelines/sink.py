@@ -28,6 +28,7 @@ from prophy.schema import INDEX, QUARANTINE, SCHEMA_VERSION
 
 ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _LARGE_COLUMNS = {"maps", "answers", "latents", "text_embeds"}  # left out of the index
 
 _VERSION_FOOTER = {b"prophy.schema_version": str(SCHEMA_VERSION).encode()}
@@ -80,18 +81,28 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"another run writes to {folder}; wait for it, or choose another cache.output"
         ) from None
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise _cannot_write(folder, error) from None
     try:
-        for leftover in folder.rglob(".*.tmp"):
-            leftover.unlink()
+        with writing(folder):
+            for leftover in folder.rglob(".*.tmp"):
+                if _TEMPORARY_NAME.fullmatch(leftover.name):
+                    leftover.unlink(missing_ok=True)  # a worker that outlives its run removes its own
         shutil.rmtree(folder / ATTEMPTS_FOLDER, ignore_errors=True)
         yield
     finally:
         lock.release()
 
 
-def cannot_write(folder: Path, error: OSError) -> ProPhyError:
-    """A full disk, or a folder that is not ours, in one sentence."""
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what a full disk, or a folder that is not ours, does to a block into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> ProPhyError:
     return ProPhyError(
         f"cannot write to {folder} ({error.strerror}); free it or choose another cache.output, then run the "
         f"same command again: what was written before is whole"
@@ -129,7 +140,7 @@ def write_file(
     content = buffer.getvalue()
     path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -138,8 +149,6 @@ def write_file(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
     return path
 
 

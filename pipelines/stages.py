@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
 from pipelines.files import UNREADABLE, LocalFiles
-from pipelines.sink import Table, cannot_write, write_file
+from pipelines.sink import Table, write_file, writing
 from prophy.decoder import ATTEMPTS, Decoder, DecoderError
 from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, tensor_columns
@@ -175,22 +174,15 @@ class Attempts:
             for row in group:
                 self._begin(row)
             work(group)
-            with self._writing():
+            with writing(self.folder):
                 for row in group:
-                    self._file(row).unlink()
+                    self._file(row).unlink(missing_ok=True)  # so does a worker that outlives its run
 
     def _begin(self, row: dict[str, Any]) -> None:
-        with self._writing():
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._file(row).open("a") as file:
                 file.write(f"{os.getpid()}\n")
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(self.folder, error) from None
 
     def _count(self, row: dict[str, Any]) -> int:
         file = self._file(row)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -181,9 +182,12 @@ def test_a_killed_writer_leaves_only_whole_files(tmp_path: Path) -> None:
             time.sleep(0.005)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-    (folder / ".0123.tmp").write_bytes(b"half a file")
+    (folder / f".{uuid.uuid4().hex}.tmp").write_bytes(b"half a file")
+    foreign = folder / ".notes.tmp"
+    foreign.write_bytes(b"of somebody else")
     with exclusive(folder):
-        files = sorted(file for file in folder.iterdir() if file.name != ".lock")
+        assert foreign.exists()
+        files = sorted(file for file in folder.iterdir() if file.name not in (".lock", foreign.name))
         assert len(files) >= 6
         for file in files:
             assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
