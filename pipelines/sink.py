@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from prophy.errors import ProPhyError
-from prophy.schema import INDEX, QUARANTINE, SCHEMA_VERSION
+from prophy.schema import INDEX, QUARANTINE, SCHEMA_VERSION, open_file
 
 ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
@@ -173,9 +173,16 @@ class WriteRows:
 
 
 def read_quarantine(folder: Path) -> pa.Table:
-    """Everything that could not be used so far."""
-    files = [folder / name for name in file_names(folder)]
-    return pa.concat_tables([QUARANTINE.empty_table(), *map(pq.read_table, files)])
+    """Everything that could not be used so far.
+
+    Raises:
+        ProPhyError: a file is damaged.
+    """
+    parts = [QUARANTINE.empty_table()]
+    for name in file_names(folder):
+        with open_file(folder / name) as file:
+            parts.append(file.read())
+    return pa.concat_tables(parts)
 
 
 def update_index(table: Table, *, anew: bool = False) -> pa.Table:
@@ -197,7 +204,8 @@ def update_index(table: Table, *, anew: bool = False) -> pa.Table:
     stored = None
     parts = [_index_schema(table).empty_table()]
     if not anew and (table.folder / INDEX).exists():
-        stored = _open(table, INDEX).read()
+        with _open(table, INDEX) as file:
+            stored = file.read()
         parts.append(stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string()))))
     known = set(parts[-1]["file"].to_pylist())
     parts += [_index_file(table, name) for name in names if name not in known]
@@ -236,7 +244,7 @@ def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
     """
     try:
         file = pq.ParquetFile(folder / name)
-    except pa.ArrowInvalid:
+    except (OSError, pa.ArrowInvalid):
         raise ValueError("is no whole Parquet file") from None
     footer = file.metadata.metadata or {}
     if any(footer.get(key) != value for key, value in _VERSION_FOOTER.items()):
@@ -252,7 +260,8 @@ def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
 def _keep(table: Table, name: str, row_groups: pa.Array) -> None:
     """Writes a file anew with some of its rows, or removes it where those are none."""
     if len(row_groups):
-        kept = _open(table, name).read_row_groups(row_groups.to_pylist())
+        with _open(table, name) as file:
+            kept = file.read_row_groups(row_groups.to_pylist())
         write_file(table.folder, kept, table.footer, row_group_size=1)
     (table.folder / name).unlink()
 
@@ -263,31 +272,26 @@ def _index_schema(table: Table) -> pa.Schema:
 
 
 def _index_file(table: Table, name: str) -> pa.Table:
-    file = _open(table, name)
-    rows = file.read(columns=_index_schema(table).names[:-2])
+    with _open(table, name) as file:
+        rows = file.read(columns=_index_schema(table).names[:-2])
     located = rows.append_column("file", pa.array([name] * len(rows)))
     located = located.append_column("row_group", pa.array(range(len(rows)), pa.int32()))
     return located.cast(_index_schema(table))
 
 
-def _open(table: Table, name: str) -> pq.ParquetFile:
+@contextmanager
+def _open(table: Table, name: str) -> Iterator[pq.ParquetFile]:
     """A file of the table, after its footer was found to be of this table."""
-    path = table.folder / name
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid:
-        raise ProPhyError(
-            f"{path} is damaged; run `prophy cache verify` to set it aside, then `prophy cache` again"
-        ) from None
-    footer = file.metadata.metadata or {}
-    if any(footer.get(key) != table.footer[key] for key in (*_VERSION_FOOTER, b"prophy.fingerprint")):
-        made = json.loads(footer.get(b"prophy.settings", b"{}"))
-        differing = [key for key, value in table.settings.items() if made.get(key) != value]
-        raise ProPhyError(
-            f"{path} was made with other settings ({', '.join(differing) or 'schema version'}); "
-            f"set them back, or choose another cache.output"
-        )
-    return file
+    with open_file(table.folder / name) as file:
+        footer = file.metadata.metadata or {}
+        if any(footer.get(key) != table.footer[key] for key in (*_VERSION_FOOTER, b"prophy.fingerprint")):
+            made = json.loads(footer.get(b"prophy.settings", b"{}"))
+            differing = [key for key, value in table.settings.items() if made.get(key) != value]
+            raise ProPhyError(
+                f"{table.folder / name} was made with other settings "
+                f"({', '.join(differing) or 'schema version'}); set them back, or choose another cache.output"
+            )
+        yield file
 
 
 def _first_of_each(rows: pa.Table, key: str) -> pa.Table:

@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, INDEX, open_file, tensor_from_columns
 
 Shape = tuple[int, ...]
 
@@ -191,7 +190,8 @@ class PriorCache:
 
     def null_text_embeds(self) -> torch.Tensor:
         """Embedding of the empty prompt, `[L, D]`."""
-        [row] = pq.read_table(self._encodings / EMPTY_PROMPT).to_pylist()
+        with open_file(self._encodings / EMPTY_PROMPT) as file:
+            [row] = file.read().to_pylist()
         return tensor_from_columns("text_embeds", row)
 
     def read(self, sample_id: str) -> PriorSample:
@@ -313,10 +313,11 @@ def _read_index(table: Path, columns: list[str]) -> dict[str, dict[str, Any]]:
     """Where the row of each sample lies: `file` and `row_group`; and `columns` of it."""
     if not (table / INDEX).is_file():
         raise ProPhyError(f"no cache in {table}; run `prophy cache` with this configuration first")
-    rows = pq.read_table(table / INDEX, columns=["sample_id", "file", "row_group", *columns]).to_pylist()
+    with open_file(table / INDEX) as file:
+        rows = file.read(["sample_id", "file", "row_group", *columns]).to_pylist()
     return {row["sample_id"]: row for row in rows}
 
 
 def _read_row(table: Path, row: dict[str, Any], columns: list[str]) -> pa.Table:
-    with pq.ParquetFile(table / row["file"]) as file:
+    with open_file(table / row["file"]) as file:
         return file.read_row_group(row["row_group"], columns=columns, use_threads=False)

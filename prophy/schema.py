@@ -16,9 +16,15 @@ that reads Parquet reads this cache without this project; `ROW_FILES` matches th
 numpy lacks bfloat16: its values are `(numpy.frombuffer(x, "uint16").astype("uint32") << 16).view("float32")`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prophy.errors import ProPhyError
 
 if TYPE_CHECKING:  # processes that only move rows need no torch, which takes seconds to import
     import torch
@@ -88,6 +94,22 @@ QUARANTINE = pa.schema(
         pa.field("attempts", pa.int32(), nullable=False),
     ]
 )
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[pq.ParquetFile]:
+    """A file of the cache, whose pages are checked against their checksums when they are read.
+
+    Raises:
+        ProPhyError: it is damaged or gone.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (OSError, pa.ArrowInvalid):
+        raise ProPhyError(
+            f"{path} is damaged or gone; run `prophy cache verify`, then `prophy cache` again"
+        ) from None
 
 
 def tensor_columns(name: str, tensor: "torch.Tensor") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from prophy.data import (
 )
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import ENCODINGS, PRIORS, tensor_columns
+from prophy.schema import ENCODINGS, PRIORS, ROW_FILES, tensor_columns
 
 SMALL, WIDE = (4, 3, 4, 4), (4, 3, 4, 8)
 CLIP_SHAPES = [ClipShape(9, SMALL, (3, 2, 2)), ClipShape(9, WIDE, (3, 2, 4))]
@@ -243,6 +244,24 @@ def test_tables_without_a_common_sample(tmp_path: Path) -> None:
     (tmp_path / "two" / "encodings").rename(tmp_path / "one" / "encodings")
     with pytest.raises(ProPhyError, match="have no sample in common"):
         open_cache(tmp_path / "one")
+
+
+def test_damaged_pages_are_named(tmp_path: Path) -> None:
+    write_cache(tmp_path, dict.fromkeys("abcd", SMALL))
+    opened = open_cache(tmp_path)
+    files = sorted((tmp_path / "encodings" / "a").glob(ROW_FILES))
+    for file in (*files, tmp_path / "encodings" / "a" / EMPTY_PROMPT):
+        group = pq.read_metadata(file).row_group(0)
+        columns = [group.column(number) for number in range(group.num_columns)]
+        [column] = [column for column in columns if column.path_in_schema == "text_embeds"]
+        content = bytearray(file.read_bytes())
+        content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ProPhyError, match=r"[0-9a-f]{64}.parquet is damaged .* `prophy cache verify`"):
+        for sample_id in "abcd":
+            opened.read(sample_id)
+    with pytest.raises(ProPhyError, match=f"{EMPTY_PROMPT} is damaged"):
+        opened.null_text_embeds()
 
 
 def test_latents_of_another_grid(cache: PriorCache) -> None:

@@ -20,6 +20,7 @@ from pipelines.sink import (
     exclusive,
     file_names,
     read_quarantine,
+    stored_table,
     update_index,
     write_file,
 )
@@ -160,6 +161,42 @@ def test_a_damaged_file_is_named(table: Table) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ProPhyError, match=f"{file} is damaged"):
         update_index(table)
+
+
+def damage(file: Path, footer: bool) -> None:
+    """Another byte in the first page, or a footer of which only its length and the magic bytes are whole."""
+    content = bytearray(file.read_bytes())
+    if footer:
+        length = int.from_bytes(content[-8:-4], "little")
+        content[-8 - length : -8] = b"\xff" * length
+    else:
+        content[200] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_pages_and_footers_are_named(table: Table) -> None:
+    write(table, encoding("a"), encoding("b"))
+    update_index(table)
+    [file] = (table.folder / name for name in file_names(table.folder))
+    damage(file, footer=False)
+    with pytest.raises(ProPhyError, match=f"{file} is damaged"):
+        drop_samples(table, ["b"])
+    assert file.exists()
+    damage(file, footer=True)
+    with pytest.raises(ValueError, match="is no whole Parquet file"):
+        stored_table(table.folder, file.name, ENCODINGS)
+    (table.folder / INDEX).unlink()
+    with pytest.raises(ProPhyError, match=f"{file} is damaged"):
+        update_index(table)
+
+
+def test_a_damaged_quarantine_is_named(table: Table) -> None:
+    write(table, failure("x"))
+    folder = table.folder.parent / "quarantine"
+    [name] = file_names(folder)
+    damage(folder / name, footer=True)
+    with pytest.raises(ProPhyError, match=f"{folder / name} is damaged"):
+        read_quarantine(folder)
 
 
 WRITE_FOR_EVER = """
