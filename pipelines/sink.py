@@ -117,7 +117,7 @@ def write_file(
     name: str = "",
     row_group_size: int | None = None,
 ) -> Path:
-    """Writes one Parquet file that appears whole or not at all.
+    """Writes one Parquet file that appears whole or not at all; one that is there with these bytes stays.
 
     Args:
         folder: created if missing.
@@ -142,6 +142,8 @@ def write_file(
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if name and path.exists() and path.read_bytes() == content:
+            return path
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -201,7 +203,6 @@ def update_index(table: Table, *, anew: bool = False) -> pa.Table:
         ProPhyError: a file is damaged, or was made with other models or settings.
     """
     names = file_names(table.folder)
-    stored = None
     parts = [_index_schema(table).empty_table()]
     if not anew and (table.folder / INDEX).exists():
         with _open(table, INDEX) as file:
@@ -217,7 +218,7 @@ def update_index(table: Table, *, anew: bool = False) -> pa.Table:
             if len(kept) < pc.sum(pc.equal(rows["file"], name)).as_py():
                 _keep(table, name, kept)
         return update_index(table, anew=anew)
-    if names and (stored is None or not index.equals(stored)):
+    if names:
         write_file(table.folder, index, table.footer, name=INDEX)
     return index
 

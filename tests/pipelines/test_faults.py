@@ -17,7 +17,7 @@ import pytest
 
 from pipelines import cache
 from pipelines.config import Config, VideoLimits
-from pipelines.sink import ATTEMPTS_FOLDER, exclusive, file_names, read_quarantine
+from pipelines.sink import ATTEMPTS_FOLDER, file_names, read_quarantine
 from pipelines.sources import find_videos
 from pipelines.stages import CLIPS, SOURCES, CutVideo, ReadClip
 from pipelines.verify import verify
@@ -188,12 +188,18 @@ def test_a_disk_that_is_read_only_and_then_full(
     assert f"cannot write to {encodings} (No space left on device)" in sentence and again in sentence
     written = times(encodings)
     assert 1 <= len(written) < 12
-    assert verify(output) == []
-    with exclusive(output):  # which clears away what was half written
-        fill(disk / "rest")
-    before = (output / "priors" / INDEX).read_bytes()
-    assert "(No space left on device)" in prophy.mistake("cache", "verify", *command[1:])
-    assert (output / "priors" / INDEX).read_bytes() == before
+    verify_command, index = ["cache", "verify", *command[1:]], output / "priors" / INDEX
+    assert prophy(*verify_command)[0] == 0  # which clears away what was half written, and writes the indices
+    fill(disk / "rest")
+    assert prophy(*verify_command)[0] == 0
+    before = index.read_bytes()
+    index.write_bytes(before[::-1])
+    assert "(No space left on device)" in prophy.mistake(*verify_command)
+    assert index.read_bytes() == before[::-1]
+    index.unlink()
+    fill(disk / "rest of the index")
+    assert "(No space left on device)" in prophy.mistake(*verify_command)
+    assert not index.exists() and verify(output) == []
 
     remount(disk, "size=20m")
     assert prophy(*command)[0] == 0
