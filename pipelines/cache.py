@@ -251,7 +251,7 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     drop_samples(priors, changed(update_index(priors), videos, ("source", "caption", "labels")))
     drop_samples(encodings, changed(update_index(encodings), videos))
     if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
-        drop_samples(encodings, update_index(encodings)["sample_id"].to_pylist()[:1])
+        drop_samples(encodings, of_videos(update_index(encodings), videos)["sample_id"].to_pylist()[:1])
 
     def left() -> tuple[pa.Table, pa.Table]:
         index, refused = update_index(priors), read_quarantine(_quarantine(config))
