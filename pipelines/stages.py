@@ -95,7 +95,8 @@ class CutVideo:
         if not clips:
             raise VideoError(
                 f"{uri} lasts {info.duration_s:.2f} s, less than one clip of "
-                f"{min(self.clip_durations_s):g} s; add to cache.shorter_clips_s, or remove it"
+                f"{min(self.clip_durations_s):g} s; remove it, or take another cache.output, and its length "
+                f"into cache.shorter_clips_s"
             )
         video = row | vars(info) | {"content_hash": content_hash, "num_clips": len(clips)}
         return [
