@@ -75,7 +75,10 @@ def _read_csv(content: bytes) -> list[dict[str, Any]]:
 
 
 def _read_json_lines(content: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in content.decode().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in content.decode().splitlines() if line.strip()]
+    if strange := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{strange[0]!r} is no object with 'path'; each line must be one")
+    return rows
 
 
 def _read_json(content: bytes) -> list[dict[str, Any]]:
@@ -113,7 +116,10 @@ def _wisa(records: list[dict[str, Any]], location: str) -> list[Video]:
     folders of their own. What an answer names besides the taxonomy's phenomena is counted, said, and left
     out. The physical law is left out too: a user's prompt has none.
     """
-    by_name: dict[str, dict[str, Any]] | None = None
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    if any("/" not in (record.get("file") or record.get("video_name") or "/") for record in records):
+        for file in find_files(location.rpartition("/")[0]):
+            by_name.setdefault(file["uri"].rpartition("/")[2], []).append(file)
     strange: Counter[str] = Counter()
     videos = []
     for number, record in enumerate(records):
@@ -125,10 +131,12 @@ def _wisa(records: list[dict[str, Any]], location: str) -> list[Video]:
         if "/" in name:
             source = source_of(_resolve(name, location))
         else:
-            if by_name is None:
-                found = find_files(location.rpartition("/")[0])
-                by_name = {file["uri"].rpartition("/")[2]: file for file in found}
-            source = by_name.get(name) or source_of(_resolve(name, location))
+            found = by_name.get(name) or [source_of(_resolve(name, location))]
+            if len(found) > 1:
+                raise ProPhyError(
+                    f"{name!r} in {location} may be {found[0]['uri']} or {found[1]['uri']}; add its folder"
+                )
+            source = found[0]
         annotation = record.get("physical_annotation") or record
         said = [
             piece.strip().lower()

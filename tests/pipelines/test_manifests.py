@@ -105,6 +105,18 @@ def test_both_layouts_of_wisa(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "names 1 times what is no phenomenon of the taxonomy, such as 'glare'" in caplog.text
 
 
+def test_a_bare_name_that_two_folders_have_is_ambiguous(tmp_path: Path) -> None:
+    for shard in "12":
+        (tmp_path / shard).mkdir()
+        (tmp_path / shard / "a.mp4").write_bytes(b"123")
+    (tmp_path / "wisa.json").write_text(json.dumps([{"file": "a.mp4"}]))
+    with pytest.raises(ProPhyError, match=r"'a.mp4' in .* may be .*/1/a.mp4 or .*/2/a.mp4; add its folder"):
+        find_videos(str(tmp_path / "wisa.json"))
+    (tmp_path / "wisa.json").write_text(json.dumps([{"file": "2/a.mp4"}]))
+    [video] = find_videos(str(tmp_path / "wisa.json"))
+    assert video["source"]["uri"] == str(tmp_path / "2/a.mp4")
+
+
 def test_a_video_that_is_listed_twice_is_cached_once(tmp_path: Path) -> None:
     records = [
         {"path": "a.mp4", "caption": "first"},
@@ -124,6 +136,11 @@ def test_a_video_that_is_listed_twice_is_cached_once(tmp_path: Path) -> None:
         ("list.txt", "a.mp4", "is no list of videos; give a folder, or a file that ends in .parquet, .csv"),
         ("list.csv", "file,caption\na.mp4,x\n", "no 'path'"),
         ("list.jsonl", '{"path": "a.mp4"}\n{"path": ', "cannot be read as .jsonl"),
+        (
+            "list.jsonl",
+            '{"path": "a.mp4"}\n["b.mp4"]\n',
+            r"read as .jsonl: \['b.mp4'\] is no object with 'path'",
+        ),
         ("wisa.json", '{"file": "a.mp4"}', "is a list of records"),
         ("wisa.json", '[{"captions": "x"}]', "record 0 of .* names no video"),
         ("list.csv", "path,phenomena\na.mp4,colision\n", "did you mean 'collision'"),
