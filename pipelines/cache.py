@@ -18,6 +18,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, ExecutionResources, TaskPoolStrategy
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from pipelines.config import Config, PoolConfig
@@ -288,10 +289,9 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
 
 
 def _print(summary: CacheSummary, config: Config) -> None:
-    console = Console()
-    grid = Grid(
-        "table", "clips", "added", "quarantined", "seconds", "clips/s", title=f"cache of {config.cache.input}"
-    )
+    console = Console(emoji=False)  # names may have what Rich would take for one, or for a style
+    title = f"cache of {escape(config.cache.input)}"
+    grid = Grid("table", "clips", "added", "quarantined", "seconds", "clips/s", title=title)
     rows = [
         ("priors", summary.num_priors, summary.added_priors),
         ("encodings", summary.num_encodings, summary.added_encodings),
@@ -312,6 +312,7 @@ def _print(summary: CacheSummary, config: Config) -> None:
     if not (summary.added_priors.written or summary.added_encodings.written):
         console.print("nothing new: all clips were cached before")
     for message in summary.quarantined:
-        console.print(f"[yellow]quarantined:[/] {message}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]quarantined:[/] {escape(message)}", highlight=False, soft_wrap=True)
     if summary.quarantined:
-        console.print(f"delete {_quarantine(config)} to try these again", highlight=False, soft_wrap=True)
+        text = f"delete {_quarantine(config)} to try these again"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)

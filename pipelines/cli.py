@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from pipelines.config import Config, Part, load_config, preset_names
 from prophy.errors import ProPhyError
@@ -289,7 +290,8 @@ def main() -> None:
     try:
         app()
     except ProPhyError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        text = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True, emoji=False).print(text, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

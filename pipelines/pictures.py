@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from pipelines.cache import encodings_folder, priors_folder
@@ -42,7 +43,7 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
         raise ProPhyError(f"no cache in {config.cache.output}; set cache.output, or run `prophy cache`")
     index = pq.read_table(priors / INDEX).to_pylist()
     console = Console()
-    grid = Grid("table", "samples", "files", "MB", title=str(config.cache.output))
+    grid = Grid("table", "samples", "files", "MB", title=escape(config.cache.output))
     for name, folder in (("priors", priors), ("encodings of this backbone", encodings)):
         samples = pq.read_metadata(folder / INDEX).num_rows if (folder / INDEX).is_file() else 0
         sizes = [(folder / file).stat().st_size for file in file_names(folder)]

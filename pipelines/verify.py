@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 
 from pipelines.config import Config
 from pipelines.sink import exclusive, file_names, stored_table, update_index
@@ -23,11 +24,11 @@ def run(config: Config) -> dict[str, int]:
     folder = Path(config.cache.output)
     if not folder.is_dir():
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
-    console = Console()
+    console = Console(emoji=False)
     with exclusive(folder):
         damaged = verify(folder)
         for sentence in damaged:
-            console.print(f"[red]damaged:[/] {sentence}", highlight=False, soft_wrap=True)
+            console.print(f"[red]damaged:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
         samples = rebuild_indices(folder)
     for name, count in samples.items():
         console.print(f"{name}: {count} samples, index rebuilt", highlight=False)
