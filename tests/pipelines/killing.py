@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ class Run:
         The node is the driver with its Ray: raylet, GCS, dashboard and all workers.
 
         Returns:
-            How many processes were killed; early in a run there is no worker yet.
+            How many processes were killed; early in a run, and at its end, there is no worker.
         """
         with suppress(psutil.NoSuchProcess):  # it has just ended
             self.family |= set(self.process.children(recursive=True))
@@ -62,9 +63,7 @@ class Run:
         if victim == "worker":
             workers = [process for process in self.family if title(process).startswith(self.workers)]
             victims = random.sample(workers, min(len(workers), 1))
-        for process in victims:
-            kill(process)
-        return len(victims)
+        return sum(map(kill, victims))
 
     def finish(self) -> str:
         """Waits for a good end; returns what the run printed."""
@@ -90,9 +89,29 @@ def starter(*arguments: object) -> Iterator[Callable[[], Run]]:
         run.clean_up()
 
 
-def kill(process: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
+def kill_at_a_moment(start: Callable[[], Run], victim: str, within_s: float) -> tuple[Run, int, float]:
+    """Kills the victim at a random moment: once there is one, and in a new run where there is none any more.
+
+    Returns:
+        The run, how many processes were killed, and after how many seconds.
+    """
+    while True:
+        run, begun = start(), time.monotonic()
+        run.wait_for(random.uniform(0, within_s))
+        while run.process.poll() is None:
+            if killed := run.kill(victim):
+                return run, killed, time.monotonic() - begun
+            time.sleep(0.01)
+        shutil.rmtree(run.folder)
+
+
+def kill(process: psutil.Process) -> bool:
+    """Whether it was there to be killed."""
+    try:
         process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def title(process: psutil.Process) -> str:

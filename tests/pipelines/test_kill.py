@@ -19,7 +19,7 @@ from pipelines.sink import file_names
 from pipelines.verify import verify
 from prophy.schema import EMPTY_PROMPT
 from tests.conftest import tiny_config
-from tests.pipelines.killing import Run, starter
+from tests.pipelines.killing import Run, kill_at_a_moment, starter
 
 NUM_CLIPS = 6  # two rows each
 OVERRIDES = (f"simulate.num_clips={NUM_CLIPS}", "cache.rows_per_file=2", "cache.encode_batch_size=1")
@@ -122,10 +122,8 @@ def test_a_kill_at_any_moment_costs_nothing(
     record_property: Callable[[str, object], None],
 ) -> None:
     random.seed(trial)
-    victim, moment, output = VICTIMS[trial % 3], random.uniform(0, usual_seconds), tmp_path / "run" / "cache"
-    first = runs()
-    first.wait_for(moment)
-    killed = first.kill(victim)
+    victim, output = VICTIMS[trial % 3], tmp_path / "run" / "cache"
+    first, killed, moment = kill_at_a_moment(runs, victim, usual_seconds)
     done = whole_files(output)
     first.process.wait()
     kept = whole_files(output)

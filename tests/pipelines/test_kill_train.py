@@ -22,7 +22,7 @@ from pipelines.train_metrics import METRICS_FILE
 from prophy.data import PriorCache
 from prophy.video import read_frames, write_video
 from tests.conftest import tiny_config
-from tests.pipelines.killing import Run, starter
+from tests.pipelines.killing import Run, kill_at_a_moment, starter
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +104,7 @@ def test_killed_during_a_save_and_a_worker_killed_later(
     first.process.wait()
     second = runs()
     second.wait_until(lambda: steps(second.folder) >= 3)
-    second.kill("worker")
+    assert second.kill("worker") == 1
     second.finish()
     assert_equal_runs(tmp_path / "run", undisturbed)
 
@@ -122,12 +122,12 @@ def test_a_kill_at_any_moment_costs_nothing(
 ) -> None:
     random.seed(trial)
     moment, victim = MOMENTS[trial % len(MOMENTS)]
-    first = runs()
     if moment == "save":
+        first = runs()
         first.wait_until(lambda: is_saving(first.folder))
+        assert first.kill(victim)
     else:
-        first.wait_for(random.uniform(0, usual_seconds))
-    first.kill(victim)
+        first, _, _ = kill_at_a_moment(runs, victim, usual_seconds)
     first.process.wait()
     runs().finish()
     assert_equal_runs(tmp_path / "run", undisturbed)
