@@ -24,8 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train and run physics-aware video generation. Start with `prophy demo`; every command takes "
-    "--config (a preset or a YAML file) and any number of --set section.key=value.",
+    help="Train and run physics-aware video generation. Start with `prophy demo`; every command but request "
+    "and key takes --config (a preset or a YAML file) and any number of --set section.key=value.",
 )
 
 ConfigOption = Annotated[
@@ -124,7 +124,7 @@ def explain(
         "explain.png"
     ),
 ) -> None:
-    """Draw where the VLM looks, layer by layer: for choosing vlm.layers and vlm.heads."""
+    """Draw where the VLM looks, layer by layer, the mean of vlm.heads: for choosing vlm.layers."""
     resolved = load_config(config, set_)
     from pipelines import pictures
 

@@ -174,7 +174,8 @@ class CacheConfig(Section):
     """Offline prior caching: which videos, into which folder, with which pools."""
 
     input: Location = Field(
-        description="folder of videos, or a Parquet manifest with `path` and optional labels"
+        description="folder or URL of videos, or a list of them: Parquet, CSV or JSON Lines with `path` and "
+        "optional `caption` and `phenomena`, or WISA-80K's JSON"
     )
     output: Location
     clip_duration_s: PositiveFloat = Field(description="videos are cut into clips of this length")

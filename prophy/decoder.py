@@ -1,7 +1,8 @@
 """Videos read in a process of its own, which may crash, stall or outgrow its memory without harm.
 
-The child sees no environment of its parent and answers with JSON and raw pixels, never with pickles: even a
-decoder that a hostile file has taken over gives the parent nothing but a wrong picture.
+The child sees no environment of its parent and answers with JSON and raw pixels, never with pickles: what a
+hostile file makes a decoder answer is a wrong picture or an error, and never runs in the parent. The child
+is no sandbox: it has the files and the network of its user.
 """
 
 import json
