@@ -1,9 +1,10 @@
 """Claim: the cache keeps its costly stage busy, spills nothing, and needs no more memory for more clips.
 
 Caches copies of simulated clips with the embedded VLM and backbone, as users do.
-`efficiency` is (clips / rate of the slowest stage alone) / (time from its first task to the last of all);
-alone is in this process, without Ray, before the run: other work on the machine makes it meaningless.
-`utilisation` is the share of that time in which the slowest stage's workers computed. The slope is that of
+`efficiency` is (clips / rate of the costly stage alone) / (time from the slowest stage's first task to the
+last of all). The costly stage holds a model, and should be the slowest; alone is in this process, without
+Ray, before the run: other work on the machine makes it meaningless.
+`utilisation` is the share of that time in which the costly stage's workers computed. The slope is that of
 the memory of the driver, of all of Ray's processes and of the object store, over the clips that are done,
 after the first fifth, process by process; it takes 500 clips to mean anything. Threads are the
 configuration's: leave OMP_NUM_THREADS unset, which Ray's workers would obey.
@@ -155,14 +156,14 @@ class MemoryLog(threading.Thread):
 
 
 def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | str]:
-    slowest = report.busiest
-    seconds = alone[slowest.name] * report.written / slowest.workers
+    [stage] = [stage for stage in report.stages if stage.name in alone]
+    seconds = alone[stage.name] * report.written / stage.workers
     return {
-        "slowest": slowest.name,
+        "slowest": report.busiest.name,
         "clips": report.written,
         "span_s": report.span_s,
         "efficiency": seconds / report.span_s,
-        "utilisation": report.utilisation(slowest),
+        "utilisation": report.utilisation(stage),
         "spilled_bytes": report.spilled_bytes,
     }
 
