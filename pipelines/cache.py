@@ -37,7 +37,14 @@ from pipelines.sink import (
 )
 from pipelines.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
-from prophy.backbones import BACKBONES, encoders_fingerprint, fingerprint, load_configs, shape_multiples
+from prophy.backbones import (
+    BACKBONES,
+    encoders_fingerprint,
+    fingerprint,
+    load_configs,
+    pinned_revision,
+    shape_multiples,
+)
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
@@ -86,7 +93,7 @@ def run(config: Config) -> CacheSummary:
     videos = find_videos(config.cache.input)
     open_run(config, "cache")
     with exclusive(_output(config)):
-        summary = _fill(config, videos)
+        summary = _fill(_pinned(config), videos)
     if not summary.num_priors:
         raise ProPhyError(
             f"none of the {len(videos)} videos in {config.cache.input} can be used; the first: "
@@ -222,6 +229,15 @@ def _quarantine(config: Config) -> Path:
 
 def _attempts(config: Config) -> Path:
     return _output(config) / ATTEMPTS_FOLDER
+
+
+def _pinned(config: Config) -> Config:
+    """With the commits that the revisions are now: actors load what the fingerprints say, also later on."""
+    vlm, backbone = (
+        model.model_copy(update={"revision": pinned_revision(model.pretrained, model.revision)})
+        for model in (config.vlm, config.backbone)
+    )
+    return config.model_copy(update={"vlm": vlm, "backbone": backbone})
 
 
 def _clip_durations(config: Config) -> list[float]:
