@@ -47,7 +47,7 @@ from prophy.backbones import (
 )
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import priors_fingerprint
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE
 from prophy.taxonomy import from_multi_hot
 from prophy.tiny import part_fingerprint
 
@@ -136,6 +136,15 @@ def encodings_table(config: Config) -> Table:
     return Table(folder, ENCODINGS, settings, {"backbone": backbone.model_dump(mode="json")})
 
 
+def quarantine_table(config: Config, table: Table) -> Table:
+    """What cannot be used for `table` with these limits; for another table or others it is tried anew."""
+    settings = {
+        "table": fingerprint_of(table.settings),
+        "limits": config.cache.limits.model_dump(mode="json"),
+    }
+    return Table(_quarantine(config), QUARANTINE, settings, {})
+
+
 def priors_folder(config: Config) -> str:
     """Where the priors lie."""
     return str(_output(config) / "priors")
@@ -196,7 +205,7 @@ def _write(rows: Dataset, config: Config, table: Table) -> Dataset:
     """The sink, as tasks that wait for the disk more than they compute."""
     cache = config.cache
     return rows.map_batches(
-        WriteRows(table, _quarantine(config)),
+        WriteRows(table, quarantine_table(config, table)),
         batch_size=cache.rows_per_file,
         batch_format="pyarrow",
         num_cpus=0.25,
@@ -270,11 +279,14 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
         drop_samples(encodings, of_videos(update_index(encodings), videos)["sample_id"].to_pylist()[:1])
 
+    def refused(table: Table) -> pa.Table:
+        return read_quarantine(_quarantine(config), quarantine_table(config, table).settings)
+
     def left() -> tuple[pa.Table, pa.Table]:
-        index, refused = update_index(priors), read_quarantine(_quarantine(config))
+        index = update_index(priors)
         return (
-            videos_left(videos, index, refused, _clip_durations(config)),
-            clips_left(videos, index, update_index(encodings), refused),
+            videos_left(videos, index, refused(priors), _clip_durations(config)),
+            clips_left(videos, index, update_index(encodings), refused(encodings)),
         )
 
     sizes = config.cache.read.size, config.cache.extract.size, config.cache.encode.size
@@ -296,7 +308,7 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
         num_videos=len(videos),
         num_priors=len(clips),
         num_encodings=len(of_videos(update_index(encodings), videos)),
-        quarantined=refusals(read_quarantine(_quarantine(config)), videos, left()),
+        quarantined=refusals(pa.concat_tables(map(refused, (priors, encodings))), videos, left()),
         phenomena={str(label): count for label, count in labels.most_common()},
         unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
         added_priors=added_priors,

@@ -159,7 +159,7 @@ class WriteRows:
     """The last stage: good rows into one file of `table`, failed ones into one file of `quarantine`."""
 
     table: Table
-    quarantine: Path
+    quarantine: Table
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Takes the table's columns and `error`; returns rows `written` and `failed`, and their `share`."""
@@ -169,13 +169,18 @@ class WriteRows:
         if good.num_rows:
             write_file(self.table.folder, good, self.table.footer, row_group_size=1)
         if errors:
-            write_file(self.quarantine, pa.Table.from_pylist(errors, QUARANTINE), _VERSION_FOOTER)
+            rows = pa.Table.from_pylist(errors, self.quarantine.schema)
+            write_file(self.quarantine.folder, rows, self.quarantine.footer)
         share = pc.sum(batch["share"]).as_py()
         return pa.table({"written": [good.num_rows], "failed": [len(errors)], "share": [share]})
 
 
-def read_quarantine(folder: Path) -> pa.Table:
-    """Everything that could not be used so far.
+def read_quarantine(folder: Path, settings: dict[str, Any] | None = None) -> pa.Table:
+    """What could not be used so far.
+
+    Args:
+        folder: of the quarantine.
+        settings: those with which it could not; None is any.
 
     Raises:
         ProPhyError: a file is damaged.
@@ -183,7 +188,9 @@ def read_quarantine(folder: Path) -> pa.Table:
     parts = [QUARANTINE.empty_table()]
     for name in file_names(folder):
         with open_file(folder / name) as file:
-            parts.append(file.read())
+            made = (file.metadata.metadata or {}).get(b"prophy.fingerprint")
+            if settings is None or made == fingerprint_of(settings).encode():
+                parts.append(file.read())
     return pa.concat_tables(parts)
 
 

@@ -233,6 +233,23 @@ def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
         assert prior["maps_shape"][0] == len(video["labels"]) + 1
 
 
+def test_other_limits_try_again_what_was_refused(ray_cluster: None, tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name, size in (("small", 64), ("large", 128)):
+        write_video(clips / f"{name}.mp4", simulate_clip(1, num_frames=17, fps=8, size=size).frames, 8)
+
+    def cached(*overrides: str) -> cache.CacheSummary:
+        return cache.run(
+            load_config("tiny", [f"run_dir={tmp_path / 'run'}", f"cache.input={clips}", *overrides])
+        )
+
+    low, high = "cache.limits.max_pixels=5000", "cache.limits.max_pixels=20000"
+    assert (cached(low).num_priors, cached(low).added_priors) == (1, GraphReport())
+    summary = cached(high)
+    assert (summary.num_encodings, summary.added_priors.written, summary.quarantined) == (2, 1, [])
+
+
 def test_a_corrected_list_is_followed_and_nothing_else_done_anew(ray_cluster: None, tmp_path: Path) -> None:
     """One caption is corrected, one video gets labels, one stays as it is."""
     manifest = tmp_path / "clips" / "manifest.parquet"

@@ -51,7 +51,8 @@ def failure(name: str) -> dict:
 
 def write(table: Table, *rows: dict) -> dict:
     batch = pa.Table.from_pylist([{"share": 1.0, **row} for row in rows], ENCODINGS_OR_ERROR)
-    return WriteRows(table, table.folder.parent / "quarantine")(batch).to_pylist()[0]
+    quarantine = Table(table.folder.parent / "quarantine", QUARANTINE, {"table": "abc"}, {})
+    return WriteRows(table, quarantine)(batch).to_pylist()[0]
 
 
 @pytest.fixture
@@ -95,6 +96,8 @@ def test_errors_go_to_quarantine(table: Table) -> None:
     rows = read_quarantine(table.folder.parent / "quarantine")
     assert rows.schema.equals(QUARANTINE)
     assert rows["message"].to_pylist() == ["x is broken", "y is broken"]
+    assert len(read_quarantine(table.folder.parent / "quarantine", {"table": "abc"})) == 2
+    assert len(read_quarantine(table.folder.parent / "quarantine", {"table": "another"})) == 0
     assert update_index(table)["sample_id"].to_pylist() == ["a"]
 
 
