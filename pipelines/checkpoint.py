@@ -62,10 +62,17 @@ class Checkpoint:
         step: number of steps that were taken before it.
         shapes: of each trained parameter.
         run: what `save` was given about the run.
+
+    Raises:
+        ProPhyError: another version of this format.
     """
 
     def __init__(self, folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["version"] != _VERSION:
+            raise ProPhyError(
+                f"{folder} was written by another version of prophy-ray; train in another run_dir"
+            )
         self.folder = folder
         self.step: int = manifest["step"]
         self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}

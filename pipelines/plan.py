@@ -189,14 +189,18 @@ def make_plan(config: Config) -> Plan:
     work = (transformer, train.micro_batch_size, shape, backbone.max_sequence_length)
     t, h, w = family.token_grid(latents, transformer_config)
     micro_batches = train.gradient_accumulation_steps * train.num_workers
+    size = _size(transformer, getattr(torch, backbone.dtype))
     saved = count_saved_bytes(*work) * (2 if train.precision == "fp32" else 1)
+    # Autocast keeps a copy of each trained weight until the forward pass ends, or is saved for the backward.
+    copies = size.trained * (0 if train.precision == "fp32" else torch.bfloat16.itemsize)
+    checkpointed = _checkpointed(transformer, saved, t * h * w, train)
     return Plan(
         train=train,
-        size=_size(transformer, getattr(torch, backbone.dtype)),
+        size=size,
         num_tokens=t * h * w,
         text_length=backbone.max_sequence_length,
         flops=count_flops(*work) * micro_batches,
-        activations={False: saved, True: _checkpointed(transformer, saved, t * h * w, train)},
+        activations={False: saved + copies, True: checkpointed + copies},
     )
 
 

@@ -24,6 +24,8 @@ WORKER_ENVIRONMENT = {
     # By default each of a process's many threads has heaps, of glibc and of Arrow, and they grow for hours.
     "MALLOC_ARENA_MAX": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
+    # By default the history of 100,000 tasks is kept: some 2 kB for each clip or two.
+    "RAY_task_events_max_num_task_in_gcs": "1000",
     # By default workers yield to all else that runs, which slows them on a machine of few cores.
     "RAY_worker_niceness": "0",
 }

@@ -151,7 +151,7 @@ class MemoryLog(threading.Thread):
         for part, samples in self.samples[graph].items():
             settled = [(done, mb) for done, mb in samples if num_clips / 5 <= done < num_clips]
             if len(settled) > 2:
-                slopes[part] = np.polyfit(*zip(*settled, strict=True), 1)[0] * 100
+                slopes[part] = float(np.polyfit(*zip(*settled, strict=True), 1)[0] * 100)
         return dict(sorted(slopes.items(), key=lambda item: -item[1]))
 
 

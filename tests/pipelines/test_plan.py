@@ -1,4 +1,4 @@
-"""What a plan says against DeepSpeed's estimators, against DeepSpeed itself, and what it advises."""
+"""What a plan says against DeepSpeed's estimators, and what it advises."""
 
 import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
