@@ -32,6 +32,21 @@ def open_store(location: str) -> tuple[AbstractFileSystem, str]:
         raise ProPhyError(f"cannot open {location}: {error}") from None
 
 
+@contextmanager
+def asking(location: str) -> Iterator[None]:
+    """Makes an `OSError` of whatever a store's driver raises: the drivers have no class of errors in common.
+
+    Raises:
+        OSError: the store does not answer, or does not let us in.
+    """
+    try:
+        yield
+    except (OSError, ProPhyError, VideoError):
+        raise
+    except Exception as error:
+        raise OSError(f"{location} cannot be had: {type(error).__name__}: {error}") from error
+
+
 def find_files(location: str) -> list[dict[str, Any]]:
     """The sources of all videos below a folder or prefix, by name."""
     store, path = open_store(location)
@@ -47,7 +62,8 @@ def source_of(location: str) -> dict[str, Any]:
     """This version of a file. One that cannot be had goes to quarantine when a stage opens it."""
     store, path = open_store(location)
     try:
-        return _source(store, store.info(path))
+        with asking(location):
+            return _source(store, store.info(path))
     except OSError:
         return {"uri": location, **UNREADABLE}
 
@@ -90,12 +106,13 @@ class LocalFiles:
         if self._copied != uri:
             self._copied = None
             store, name = open_store(uri)
-            size = store.size(name)
-            if size > self.max_bytes:
-                raise VideoError(
-                    f"{uri} is over the limit: its size is {size} bytes, allowed are {self.max_bytes}"
-                )
-            store.get_file(name, path)
+            with asking(uri):
+                size = store.size(name)
+                if size > self.max_bytes:
+                    raise VideoError(
+                        f"{uri} is over the limit: its size is {size} bytes, allowed are {self.max_bytes}"
+                    )
+                store.get_file(name, path)
             self._copied = uri
         try:
             yield path

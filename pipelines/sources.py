@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.files import UNREADABLE, find_files, open_store
+from pipelines.files import UNREADABLE, asking, find_files, open_store
 from pipelines.manifests import Video, read_manifest
 from pipelines.stages import CLIPS, SOURCES, clip_ids
 from prophy.errors import ProPhyError
@@ -23,24 +23,30 @@ def find_videos(location: str) -> list[Video]:
             or one to search for videos, recursively. A path, or a URL such as `s3://bucket/videos`.
 
     Raises:
-        ProPhyError: no such place, a list that cannot be used, or no videos.
+        ProPhyError: no such place, one that does not let us in, a list that cannot be used, or no videos.
     """
-    store, path = open_store(location)
-    if not store.exists(path):
-        raise ProPhyError(f"cache.input {location} does not exist; give a folder of videos or a list of them")
-    manifest = f"{location.rstrip('/')}/{MANIFEST}"
-    if store.isfile(path):
-        videos = read_manifest(location)
-    elif store.isfile(f"{path}/{MANIFEST}"):
-        videos = read_manifest(manifest)
-    else:
-        videos = [{"source": source, "caption": None, "labels": None} for source in find_files(location)]
+    try:
+        with asking(location):
+            videos = _listed(location)
+    except OSError as error:
+        raise ProPhyError(f"cannot read cache.input: {error}") from None
     if not videos:
         raise ProPhyError(f"no videos in {location}; files that end in {', '.join(SUFFIXES)} count")
     first: dict[str, Video] = {}  # of a video that is listed twice
     for video in videos:
         first.setdefault(video["source"]["uri"], video)
     return list(first.values())
+
+
+def _listed(location: str) -> list[Video]:
+    store, path = open_store(location)
+    if not store.exists(path):
+        raise ProPhyError(f"cache.input {location} does not exist; give a folder of videos or a list of them")
+    if store.isfile(path):
+        return read_manifest(location)
+    if store.isfile(f"{path}/{MANIFEST}"):
+        return read_manifest(f"{location.rstrip('/')}/{MANIFEST}")
+    return [{"source": source, "caption": None, "labels": None} for source in find_files(location)]
 
 
 def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:

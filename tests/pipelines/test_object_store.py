@@ -14,6 +14,7 @@ from pipelines import cache
 from pipelines.sink import update_index
 from pipelines.sources import changed, find_videos
 from pipelines.verify import verify
+from prophy.errors import ProPhyError
 from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import FPS, moving_square
@@ -71,3 +72,12 @@ def test_a_manifest_lies_beside_its_videos(store: S3FileSystem, tmp_path: Path) 
     assert (here["source"]["uri"], here["source"]["size"]) == ("s3://listed/videos/a.mp4", 3)
     assert here["caption"] == "a ball" and here["source"]["modified"] > 1.7e9
     assert gone["source"] == {"uri": "s3://listed/videos/gone.mp4", "size": 0, "modified": 0.0}
+
+
+def test_a_store_that_does_not_let_us_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    Path(os.environ["AWS_CONFIG_FILE"]).write_text("[default]\nregion = us-east-1\n")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(ProPhyError, match=r"cannot read cache.input: s3://bucket/videos .*NoCredentials"):
+        find_videos("s3://bucket/videos")
+    S3FileSystem.clear_instance_cache()
