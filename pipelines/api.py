@@ -263,6 +263,16 @@ async def download_overlay(
     return await asyncio.to_thread(_file, request, service, job, name, "video/mp4")
 
 
+@router.post("/v1/videos/edits", include_in_schema=False)
+@router.post("/v1/videos/extensions", include_in_schema=False)
+@router.post("/v1/videos/characters", include_in_schema=False)
+@router.post("/v1/videos/{video_id}/remix", include_in_schema=False)
+async def refuse_operation(request: Request) -> None:
+    """What others make of videos; here they come from text alone."""
+    message = f"{request.url.path} is not offered: this server makes videos from text; POST /v1/videos"
+    raise ApiError(501, message, "not_implemented")
+
+
 @router.delete("/v1/videos/{video_id}", responses=_UNKNOWN)
 async def delete_video(video_id: str, service: Service) -> DeletedVideo:
     """Forgets a video. One that is being made is stopped."""
@@ -285,6 +295,7 @@ async def scrape(service: Service) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+@probes.get("/health", include_in_schema=False)  # where clients of other servers look
 @probes.get("/healthz")
 def check_health() -> Health:
     """Answers as long as the process does."""

@@ -380,8 +380,10 @@ def test_models_health_metrics_and_description(client: httpx.Client) -> None:
     make(client)
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("prophy-tiny", "model")
-    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/healthz").json() == client.get("/health").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready"}
+    for operation in ("edits", "extensions", "characters", "video_1/remix"):
+        check_error(client.post(f"/v1/videos/{operation}", json=SHORT), 501, "not_implemented")
     described = client.get("/openapi.json").json()
     body = described["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert {"prompt", "seconds", "size", "physics"} <= body["properties"].keys()
