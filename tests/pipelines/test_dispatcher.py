@@ -183,8 +183,9 @@ def test_delete_stops_the_making(store: JobStore, new: Callable[..., Dispatcher]
         dispatcher = new(until_stopped)
         await dispatcher.start()
         job = await dispatcher.create(SPEC, None)
-        await until(store, job.id, "in_progress")
-        assert dispatcher.progress(job.id) == 49
+        while dispatcher.progress(job.id) != 49:
+            await asyncio.sleep(0.01)
+        assert status_of(store, job.id) == "in_progress"
         await dispatcher.delete(job.id)
         await stopped.wait()
         assert dispatcher.num_jobs() == {"queued": 0, "in_progress": 0}
