@@ -6,11 +6,12 @@ last of all). The costly stage holds a model, and should be the slowest; alone i
 Ray, before the run: other work on the machine makes it meaningless.
 `utilisation` is the share of that time in which the costly stage's workers computed. The slope is that of
 the memory of the driver, of all of Ray's processes and of the object store, over the clips that are done,
-after the first fifth, process by process; it takes 500 clips to mean anything. Threads are the
+after the first fifth, process by process, each with its standard error: what a batch needs while it is
+computed swings by 10 % of a process, so that it takes 4,000 clips to see 1 MB per 100 clips. Threads are the
 configuration's: leave OMP_NUM_THREADS unset, which Ray's workers would obey.
 
     python tests/benchmarks/streaming.py                  # 60 clips
-    python tests/benchmarks/streaming.py --clips 2000 --minimal
+    python tests/benchmarks/streaming.py --clips 4000 --minimal
 """
 
 import argparse
@@ -46,7 +47,8 @@ from prophy.video import write_video
 
 DIFFERENT_CLIPS = 8
 SAMPLE_CLIPS = 32  # for the rate of a stage alone
-SAMPLE_EVERY_S = 0.5  # a process of a model swings by 10 % from batch to batch
+SAMPLE_EVERY_S = 0.5
+WINDOWS = 20  # neighbouring samples depend on each other; the means of so many windows hardly do
 
 
 def write_minimal_vlm(folder: Path) -> None:
@@ -145,14 +147,19 @@ class MemoryLog(threading.Thread):
                 self.samples[graph][part].append((done[graph], number / 2**20))
             time.sleep(SAMPLE_EVERY_S)
 
-    def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> dict[str, float]:
-        """Of each part, the steepest first: a process ends when its stage does, and then frees all it had."""
+    def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> dict[str, tuple[float, float]]:
+        """Of each part with its standard error, the steepest first.
+
+        By part, since a process ends when its stage does, and then frees all it had.
+        """
         slopes = {}
         for part, samples in self.samples[graph].items():
-            settled = [(done, mb) for done, mb in samples if num_clips / 5 <= done < num_clips]
-            if len(settled) > 2:
-                slopes[part] = float(np.polyfit(*zip(*settled, strict=True), 1)[0] * 100)
-        return dict(sorted(slopes.items(), key=lambda item: -item[1]))
+            settled = [sample for sample in samples if num_clips / 5 <= sample[0] < num_clips]
+            if len(settled) >= WINDOWS:
+                means = [np.mean(window, axis=0) for window in np.array_split(settled, WINDOWS)]
+                line, covariance = np.polyfit(*np.transpose(means), 1, cov=True)
+                slopes[part] = 100 * float(line[0]), 100 * float(covariance[0, 0] ** 0.5)
+        return dict(sorted(slopes.items(), key=lambda item: -item[1][0]))
 
 
 def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | str]:
@@ -195,16 +202,29 @@ def main() -> None:
         graphs = {"priors": summary.added_priors, "encodings": summary.added_encodings}
         slopes = {name: memory.slopes_mb_per_100_clips(name, options.clips) for name in graphs}
         results = {
-            name: describe(report, alone) | {"memory_slope_mb_per_100_clips": sum(slopes[name].values())}
+            name: describe(report, alone)
+            | {
+                "memory_slope_mb_per_100_clips": sum(slope for slope, _ in slopes[name].values()),
+                "standard_error": float(np.linalg.norm([error for _, error in slopes[name].values()])),
+            }
             for name, report in graphs.items()
         }
-    columns = ("span_s", "efficiency", "utilisation", "spilled_bytes", "memory_slope_mb_per_100_clips")
+    columns = (
+        "span_s",
+        "efficiency",
+        "utilisation",
+        "spilled_bytes",
+        "memory_slope_mb_per_100_clips",
+        "standard_error",
+    )
     table = Table("graph", "slowest stage", "clips", *(name.replace("_", " ") for name in columns))
     for name, row in results.items():
         table.add_row(name, row["slowest"], str(row["clips"]), *(f"{row[key]:.2f}" for key in columns))
     Console().print(table)
     for name, parts in slopes.items():
-        steepest = ", ".join(f"{part} {slope:.2f}" for part, slope in list(parts.items())[:4])
+        steepest = ", ".join(
+            f"{part} {slope:.2f} ± {error:.2f}" for part, (slope, error) in list(parts.items())[:4]
+        )
         print(f"steepest slopes of {name}: {steepest}")
     if options.save:
         options.save.write_text(json.dumps({"clips": options.clips, "results": results}, indent=1) + "\n")
