@@ -20,7 +20,7 @@ from pipelines.sink import file_names, read_quarantine
 from pipelines.stages import decoder
 from prophy.errors import ProPhyError
 from prophy.evaluation.pictures import heat_overlay
-from prophy.schema import INDEX
+from prophy.schema import INDEX, open_file
 from prophy.taxonomy import PHENOMENA, from_multi_hot, parse_phenomena
 from prophy.video import VideoError
 
@@ -36,12 +36,13 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     """Prints what the cache holds, and draws some of its clips: frames, caption, phenomena, maps.
 
     Raises:
-        ProPhyError: there is no cache, or the picture cannot be written.
+        ProPhyError: there is no cache, it is damaged, or the picture cannot be written.
     """
     priors, encodings = Path(priors_folder(config)), Path(encodings_folder(config))
     if not (priors / INDEX).is_file():
         raise ProPhyError(f"no cache in {config.cache.output}; set cache.output, or run `prophy cache`")
-    index = pq.read_table(priors / INDEX).to_pylist()
+    with open_file(priors / INDEX) as file:
+        index = file.read().to_pylist()
     console = Console()
     grid = Grid("table", "samples", "files", "MB", title=escape(config.cache.output))
     for name, folder in (("priors", priors), ("encodings of this backbone", encodings)):
@@ -107,7 +108,8 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
 
 def _cached_clip(config: Config, priors: Path, entry: dict[str, Any]) -> list[Image.Image]:
     """A row of the priors as it is stored, over the frames of its video."""
-    [row] = pq.ParquetFile(priors / entry["file"]).read_row_group(entry["row_group"]).to_pylist()
+    with open_file(priors / entry["file"]) as file:
+        [row] = file.read_row_group(entry["row_group"]).to_pylist()
     uri = row["source"]["uri"]
     labels = ", ".join(from_multi_hot(row["phenomena"])) or "no phenomenon"
     caption = row["caption"] or f"{row['vlm_caption']} (by the VLM)"

@@ -25,6 +25,8 @@ for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
 
 from pipelines.config import Config, load_config  # noqa: E402
 
+NUM_CLIPS, ROWS_PER_FILE = 12, 4  # of the tiny cache
+
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
@@ -56,11 +58,14 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A configuration whose cache holds 12 simulated clips: for reading, others use it too."""
+    """A configuration whose cache holds some simulated clips: for reading, others use it too."""
     from pipelines import cache, simulate
 
     config = tiny_config(
-        tmp_path_factory.mktemp("tiny") / "run", "simulate.num_clips=12", "cache.rows_per_file=4"
+        tmp_path_factory.mktemp("tiny") / "run",
+        f"simulate.num_clips={NUM_CLIPS}",
+        f"cache.rows_per_file={ROWS_PER_FILE}",
+        "cache.encode_batch_size=1",  # a batch rounds as a whole: another run must give the same bits
     )
     simulate.run(config)
     cache.run(config)

@@ -1,9 +1,11 @@
 """What the pipelines of all families add to diffusers': physics knobs, and one length of text."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.utils.weak import WeakIdKeyDictionary
 
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl
@@ -43,11 +45,12 @@ class PhysicsPipeline(DiffusionPipeline):
         Raises:
             ProPhyError: `physics` is given, but the transformer has no Physical Branch.
         """
-        if physics is not None:
-            if not hasattr(self.transformer, "physics_branch"):
-                raise ProPhyError(
-                    "this model has no Physical Branch to control; load a checkpoint, or leave physics out"
-                )
+        if hasattr(self.transformer, "physics_branch"):
+            physics = replace(physics or PhysicsControl(), mixtures=WeakIdKeyDictionary())
             kwargs["attention_kwargs"] = {**(kwargs.get("attention_kwargs") or {}), "physics": physics}
+        elif physics is not None:
+            raise ProPhyError(
+                "this model has no Physical Branch to control; load a checkpoint, or leave physics out"
+            )
         length = max_sequence_length or self.config.max_sequence_length
         return super().__call__(prompt, *args, max_sequence_length=length, **kwargs)

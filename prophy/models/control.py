@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers.utils import BaseOutput
+from torch.utils.weak import WeakIdKeyDictionary
 
 from prophy.taxonomy import Phenomenon
 
@@ -72,12 +73,15 @@ class PhysicsControl:
             it is multiplied by sum_p w[n, p] strength[p], w = the phenomenon maps normalised over p.
         invert_refinement: routes by the negated logits of the refinement router.
         trace: collects the routing, if given.
+        mixtures: keeps what the semantic experts made of each text, by its tensor, if given; a pipeline gives
+            a new one to each call.
     """
 
     scale: float = 1.0
     strength: Mapping[Phenomenon, float] = field(default_factory=dict)
     invert_refinement: bool = False
     trace: PhysicsTrace | None = None
+    mixtures: WeakIdKeyDictionary | None = None
 
     def token_gain(self, phenomenon_maps: torch.Tensor) -> torch.Tensor:
         """Factor `[B, N, 1]` on each token's refinement, from maps `[B, N, E_phys]`; 1 at strength 1."""

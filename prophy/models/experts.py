@@ -41,7 +41,7 @@ class SemanticRouter(nn.Module):
 
 
 class SemanticExpertBlock(nn.Module):
-    """Video level: adds a text-weighted mixture of learned basis maps to the latent (Eq. 1).
+    """Video level: a text-weighted mixture of learned basis maps, to be added to the latent (Eq. 1).
 
     The maps have the latent's native shape and are resampled trilinearly for any other; at the native shape
     that is the identity. They start from N(0, 0.02), not zero: the injections start at zero already, and two
@@ -56,23 +56,23 @@ class SemanticExpertBlock(nn.Module):
         self.basis_maps = nn.Parameter(torch.randn(num_experts, latent_channels, *latent_shape) * 0.02)
 
     def forward(
-        self, latents: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, encoder_hidden_states: torch.Tensor, latent_shape: torch.Size
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixes the maps into the latent.
+        """Mixes the maps. The latent itself is not asked for: the mixture is the same at every step.
 
         Args:
-            latents: noisy latents X `[B, C, T, H, W]`.
             encoder_hidden_states: text encoder output `[B, L, D]`.
+            latent_shape: (T, H, W).
 
         Returns:
-            X~ = X + sum_e rho_s[e] B_e, like `latents`, and rho_s `[B, E]`.
+            sum_e rho_s[e] B_e `[B, C, T, H, W]`, and rho_s `[B, E]`.
         """
         weights_BE = self.router(encoder_hidden_states)
         # Resampling is linear: the mixture is resampled once instead of every map.
         mixture = torch.einsum("be,ecthw->bcthw", weights_BE.to(self.basis_maps.dtype), self.basis_maps)
-        if mixture.shape[2:] != latents.shape[2:]:
-            mixture = F.interpolate(mixture.float(), size=latents.shape[2:], mode="trilinear")
-        return latents + mixture.to(latents.dtype), weights_BE
+        if mixture.shape[2:] != latent_shape:
+            mixture = F.interpolate(mixture.float(), size=latent_shape, mode="trilinear")
+        return mixture, weights_BE
 
 
 class RefinementRouter(nn.Module):

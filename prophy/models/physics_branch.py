@@ -120,7 +120,10 @@ class PhysicsBranch(nn.Module):
         routing, start = RoutingOutput(), None
         mixed = latents
         if self.semantic is not None:
-            mixed, routing["semantic_weights"] = self.semantic(latents, encoder_hidden_states)
+            mixture, routing["semantic_weights"] = self._mix(
+                encoder_hidden_states, latents.shape[2:], control
+            )
+            mixed = latents + mixture.to(latents.dtype)
         if self.semantic_injection is not None:
             start = self.semantic_injection(embed(mixed)[0] - embed(latents)[0]) * control.scale
         return start, self._residuals(mixed, embed, conditions, control, routing), routing
@@ -136,6 +139,18 @@ class PhysicsBranch(nn.Module):
         if control.strength:
             refinement = (refinement * control.token_gain(maps)).to(refinement.dtype)
         return refinement * control.scale
+
+    def _mix(
+        self, encoder_hidden_states: torch.Tensor, latent_shape: torch.Size, control: PhysicsControl
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the semantic experts make of a text: once in a request that keeps it."""
+        assert self.semantic is not None
+        known = control.mixtures
+        if known is None:
+            return self.semantic(encoder_hidden_states, latent_shape)
+        if encoder_hidden_states not in known:
+            known[encoder_hidden_states] = self.semantic(encoder_hidden_states, latent_shape)
+        return known[encoder_hidden_states]
 
     def _residuals(
         self,

@@ -171,7 +171,7 @@ def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | 
         "span_s": report.span_s,
         "efficiency": seconds / report.span_s,
         "utilisation": report.utilisation(stage),
-        "spilled_bytes": report.spilled_bytes,
+        "spilled": report.spilled_bytes,
     }
 
 
@@ -209,17 +209,12 @@ def main() -> None:
             }
             for name, report in graphs.items()
         }
-    columns = (
-        "span_s",
-        "efficiency",
-        "utilisation",
-        "spilled_bytes",
-        "memory_slope_mb_per_100_clips",
-        "standard_error",
-    )
-    table = Table("graph", "slowest stage", "clips", *(name.replace("_", " ") for name in columns))
+    columns = ("efficiency", "utilisation", "spilled")
+    table = Table("graph", "slowest stage", "clips", "span s", *columns, "MB/100 clips")
     for name, row in results.items():
-        table.add_row(name, row["slowest"], str(row["clips"]), *(f"{row[key]:.2f}" for key in columns))
+        slope = f"{row['memory_slope_mb_per_100_clips']:.2f} ± {row['standard_error']:.2f}"
+        numbers = [f"{row[key]:.2f}" for key in columns]
+        table.add_row(name, row["slowest"], str(row["clips"]), f"{row['span_s']:.0f}", *numbers, slope)
     Console().print(table)
     for name, parts in slopes.items():
         steepest = ", ".join(

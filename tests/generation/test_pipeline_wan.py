@@ -100,6 +100,18 @@ def test_trace_sees_the_conditional_passes(pipeline: ProPhyWanPipeline) -> None:
     assert not torch.allclose(guided.semantic_weights, router(empty))
 
 
+def test_semantic_experts_run_once_per_text(pipeline: ProPhyWanPipeline) -> None:
+    """Not once per step; and not from one call to the next, between which weights may change."""
+    awaken(pipeline)
+    semantic, calls = pipeline.transformer.physics_branch.semantic, []
+    semantic.register_forward_hook(lambda *_: calls.append(1))
+    before = sample(pipeline, guidance_scale=5.0)
+    assert len(calls) == 2  # the prompt and its absence, in two steps
+    torch.nn.init.normal_(semantic.basis_maps)
+    assert not np.array_equal(sample(pipeline, guidance_scale=5.0), before)
+    assert len(calls) == 4
+
+
 def test_physics_without_a_branch_is_refused(bare: ProPhyWanPipeline) -> None:
     with pytest.raises(ProPhyError, match="no Physical Branch"):
         sample(bare, physics=PhysicsControl())

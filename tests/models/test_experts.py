@@ -20,14 +20,14 @@ def test_semantic_block_is_eq_1(shape: tuple[int, int, int]) -> None:
     block = SemanticExpertBlock(16, 3, 4, (2, 4, 6))
     latents, text = torch.randn(2, 4, *shape), torch.randn(2, 5, 16)
 
-    mixed, weights = block(latents, text)
+    mixture, weights = block(text, latents.shape[2:])
 
     expected = latents.clone()
     for video in range(2):
         for expert in range(3):
             resampled = F.interpolate(block.basis_maps[expert][None], size=shape, mode="trilinear")[0]
             expected[video] += weights[video, expert] * resampled
-    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(latents + mixture, expected)
 
 
 def test_semantic_router_pools_by_attention_and_normalises() -> None:

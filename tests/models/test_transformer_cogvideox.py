@@ -23,8 +23,8 @@ def test_the_branch_carries_its_own_text_and_injects_video_alone(
     latents, prompt = inputs["hidden_states"], inputs["encoder_hidden_states"]
     temb = model.time_embedding(model.time_proj(inputs["timestep"]))
 
-    mixed, _ = branch.semantic(latents.transpose(1, 2), prompt)
-    embedded = model.patch_embed(prompt, mixed.transpose(1, 2))
+    mixture, _ = branch.semantic(prompt, latents.transpose(1, 2).shape[2:])
+    embedded = model.patch_embed(prompt, latents + mixture.transpose(1, 2))
     first, first_text = branch.blocks[0].block(embedded[:, 5:], embedded[:, :5], temb)
     second, _ = branch.blocks[1].block(first, first_text, temb)
     refined = branch.refinement_injection(branch.refinement(second)[0])

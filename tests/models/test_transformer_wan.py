@@ -34,8 +34,8 @@ def test_residuals_are_added_after_the_listed_blocks(
     temb, time, text, _ = model.condition_embedder(inputs["timestep"], inputs["encoder_hidden_states"])
     time = time.view(2, 6, -1)
 
-    mixed, _ = branch.semantic(latents, inputs["encoder_hidden_states"])
-    physics = model.patch_embedding(mixed).flatten(2).mT
+    mixture, _ = branch.semantic(inputs["encoder_hidden_states"], latents.shape[2:])
+    physics = model.patch_embedding(latents + mixture).flatten(2).mT
     first = branch.blocks[0].block(physics, text, time, rotary)
     second = branch.blocks[1].block(first, text, time, rotary)
     refined = branch.refinement_injection(branch.refinement(second)[0])

@@ -122,7 +122,8 @@ def test_semantic_experts_without_blocks_hand_over_the_mixture(
     torch.nn.init.eye_(model.physics_branch.semantic_injection.weight)
     latents = inputs["hidden_states"]
     channels_first = latents if model._block_list == "blocks" else latents.transpose(1, 2)
-    mixed, _ = model.physics_branch.semantic(channels_first, inputs["encoder_hidden_states"])
+    mixture, _ = model.physics_branch.semantic(inputs["encoder_hidden_states"], channels_first.shape[2:])
+    mixed = channels_first + mixture
     expected = mixed if model._block_list == "blocks" else mixed.transpose(1, 2)
     torch.testing.assert_close(
         model(**inputs).sample, backbone(**inputs | {"hidden_states": expected}).sample

@@ -21,6 +21,7 @@ from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
 from prophy.taxonomy import Phenomenon, from_multi_hot
 from prophy.video import read_frames, write_video
 from tests.cogvideox import write_pipeline
+from tests.conftest import tiny_config
 
 NUM_GOOD, NUM_BAD = 4, 4
 
@@ -233,52 +234,47 @@ def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
         assert prior["maps_shape"][0] == len(video["labels"]) + 1
 
 
-def test_other_limits_try_again_what_was_refused(ray_cluster: None, tmp_path: Path) -> None:
-    clips = tmp_path / "clips"
-    clips.mkdir()
-    for name, size in (("small", 64), ("large", 128)):
-        write_video(clips / f"{name}.mp4", simulate_clip(1, num_frames=17, fps=8, size=size).frames, 8)
-
-    def cached(*overrides: str) -> cache.CacheSummary:
-        return cache.run(
-            load_config("tiny", [f"run_dir={tmp_path / 'run'}", f"cache.input={clips}", *overrides])
-        )
-
-    low, high = "cache.limits.max_pixels=5000", "cache.limits.max_pixels=20000"
-    assert (cached(low).num_priors, cached(low).added_priors) == (1, GraphReport())
-    summary = cached(high)
-    assert (summary.num_encodings, summary.added_priors.written, summary.quarantined) == (2, 1, [])
-
-
-def test_a_corrected_list_is_followed_and_nothing_else_done_anew(ray_cluster: None, tmp_path: Path) -> None:
-    """One caption is corrected, one video gets labels, one stays as it is."""
+def test_what_changes_in_a_list_or_in_the_limits_is_done_anew_and_nothing_else(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """One caption is corrected, one video gets labels, one stays, one is too large at first, one no file."""
     manifest = tmp_path / "clips" / "manifest.parquet"
     manifest.parent.mkdir()
-    for name in "abc":
-        write_video(
-            manifest.parent / f"{name}.mp4", simulate_clip(ord(name), num_frames=17, fps=8, size=64).frames, 8
-        )
-    listed = [{"path": f"{name}.mp4", "caption": f"{name} falls", "phenomena": None} for name in "abc"]
-    config = load_config(
-        "tiny", [f"run_dir={tmp_path / 'run'}", f"cache.input={manifest}", "cache.rows_per_file=3"]
-    )
+    for name, size in (("a", 64), ("b", 64), ("c", 64), ("large", 128)):
+        clip = simulate_clip(ord(name[0]), num_frames=17, fps=8, size=size)
+        write_video(manifest.parent / f"{name}.mp4", clip.frames, 8)
+    (manifest.parent / "none.mp4").mkdir()
+    names = ("a", "b", "c", "large", "none")
+    listed = [{"path": f"{name}.mp4", "caption": f"{name} falls", "phenomena": None} for name in names]
 
-    def cached() -> tuple[cache.CacheSummary, list[dict], list[dict]]:
+    def cached(max_pixels: int) -> cache.CacheSummary:
         pq.write_table(pa.Table.from_pylist(listed), manifest)
-        summary = cache.run(config)
-        tables = (rows(cache.priors_folder(config)), rows(cache.encodings_folder(config)))
-        return summary, *(sorted(table.values(), key=lambda row: row["source"]["uri"]) for table in tables)
+        overrides = (f"cache.input={manifest}", f"cache.limits.max_pixels={max_pixels}")
+        return cache.run(tiny_config(tmp_path / "run", *overrides))
 
-    cached()
+    none = f"{manifest.parent / 'none.mp4'} cannot be opened (Is a directory)"
+    summary = cached(max_pixels=5000)
+    assert (summary.num_priors, summary.num_encodings) == (3, 3)
+    [refused] = set(summary.quarantined) - {none}
+    assert "large.mp4" in refused and "over the limit" in refused
+
     listed[0]["caption"] = "a rises"
     listed[1]["phenomena"] = ["melting"]
-    summary, priors, encodings = cached()
-    assert (summary.added_priors.written, summary.added_encodings.written) == (2, 1)
-    assert [row["caption"] for row in priors] == ["a rises", "b falls", "c falls"]
-    assert [row["caption"] for row in encodings] == ["a rises", "b falls", "c falls"]
-    assert [row["labels"] for row in priors] == [None, ["melting"], None]
+    summary = cached(max_pixels=20_000)
+    assert (summary.added_priors.written, summary.added_encodings.written) == (3, 2)
+    config = tiny_config(tmp_path / "run")
+    priors, encodings = (
+        sorted(rows(folder).values(), key=lambda row: row["source"]["uri"])
+        for folder in (cache.priors_folder(config), cache.encodings_folder(config))
+    )
+    captions = ["a rises", "b falls", "c falls", "large falls"]
+    assert [row["caption"] for row in priors] == [row["caption"] for row in encodings] == captions
+    assert [row["labels"] for row in priors] == [None, ["melting"], None, None]
     assert from_multi_hot(priors[1]["phenomena"]) == (Phenomenon.MELTING,)
-    assert cached()[0].added_priors == GraphReport()
+
+    summary = cached(max_pixels=20_000)
+    assert (summary.added_priors.written, summary.added_encodings.written) == (0, 0)
+    assert summary.quarantined == [none]
 
 
 def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: Path) -> None:
@@ -324,20 +320,6 @@ def test_only_bad_videos_is_an_error_with_the_first_reason(
     only_bad = config.model_copy(update={"cache": config.cache.model_copy(update={"input": str(manifest)})})
     with pytest.raises(ProPhyError, match=r"none of the 1 videos in .* can be used; the first: .*text\.mp4"):
         cache.run(only_bad)
-
-
-def test_a_file_that_is_there_but_cannot_be_opened_is_told_each_time(
-    ray_cluster: None, tmp_path: Path
-) -> None:
-    (tmp_path / "folder.mp4").mkdir()
-    manifest = tmp_path / "list.csv"
-    manifest.write_text("path\nfolder.mp4\n")
-    config = load_config("tiny", [f"run_dir={tmp_path / 'run'}", f"cache.input={manifest}"])
-    for _ in range(2):
-        with pytest.raises(
-            ProPhyError, match=r"the first: .*folder\.mp4 cannot be opened \(Is a directory\)"
-        ):
-            cache.run(config)
 
 
 @pytest.mark.parametrize(

@@ -13,36 +13,27 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import cache, simulate
+from pipelines import cache
 from pipelines.config import Config
 from pipelines.sink import file_names
 from pipelines.verify import verify
 from prophy.schema import EMPTY_PROMPT
-from tests.conftest import tiny_config
+from tests.conftest import NUM_CLIPS, ROWS_PER_FILE
 from tests.pipelines.killing import Run, kill_at_a_moment, starter
 
-NUM_CLIPS = 6  # two rows each
-OVERRIDES = (f"simulate.num_clips={NUM_CLIPS}", "cache.rows_per_file=2", "cache.encode_batch_size=1")
+OVERRIDES = (f"cache.rows_per_file={ROWS_PER_FILE}", "cache.encode_batch_size=1")  # as the tiny cache
 VICTIMS = ("driver", "worker", "node")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = tiny_config(tmp_path_factory.mktemp("kill") / "run", *OVERRIDES)
-    simulate.run(config)
-    cache.run(config)
-    return config
-
-
-def command(folder: Path, undisturbed: Config) -> tuple[str, Path, tuple[str, ...], str]:
+def command(folder: Path, tiny_cache: Config) -> tuple[str, Path, tuple[str, ...], str]:
     """The arguments of `Run`."""
-    return "cache", folder, (f"cache.input={undisturbed.cache.input}", *OVERRIDES), "ray::Map"
+    return "cache", folder, (f"cache.input={tiny_cache.cache.input}", *OVERRIDES), "ray::Map"
 
 
 @pytest.fixture
-def runs(undisturbed: Config, tmp_path: Path) -> Iterator[Callable[[], Run]]:
+def runs(tiny_cache: Config, tmp_path: Path) -> Iterator[Callable[[], Run]]:
     """Starts the same command, any number of times."""
-    with starter(*command(tmp_path / "run", undisturbed)) as start:
+    with starter(*command(tmp_path / "run", tiny_cache)) as start:
         yield start
 
 
@@ -53,11 +44,11 @@ def rows(folder: Path) -> dict[str, dict]:
     return {row["sample_id"]: row for row in found}
 
 
-def assert_equal_caches(output: Path, undisturbed: Config) -> None:
+def assert_equal_caches(output: Path, tiny_cache: Config) -> None:
     assert verify(output) == []
-    for folder in (cache.priors_folder(undisturbed), cache.encodings_folder(undisturbed)):
+    for folder in (cache.priors_folder(tiny_cache), cache.encodings_folder(tiny_cache)):
         expected = Path(folder)
-        place = output / expected.relative_to(undisturbed.cache.output)
+        place = output / expected.relative_to(tiny_cache.cache.output)
         assert rows(place) == rows(expected)
         assert len(rows(place)) == NUM_CLIPS
     assert (place / EMPTY_PROMPT).read_bytes() == (expected / EMPTY_PROMPT).read_bytes()
@@ -87,7 +78,7 @@ def finish(run: Run, done: dict[str, int]) -> int:
 
 
 def test_a_killed_driver_and_worker_cost_nothing(
-    runs: Callable[[], Run], undisturbed: Config, tmp_path: Path
+    runs: Callable[[], Run], tiny_cache: Config, tmp_path: Path
 ) -> None:
     output = tmp_path / "run" / "cache"
     first = runs()
@@ -96,18 +87,18 @@ def test_a_killed_driver_and_worker_cost_nothing(
     done = whole_files(output)
 
     second = runs()
-    encodings = output / Path(cache.encodings_folder(undisturbed)).relative_to(undisturbed.cache.output)
+    encodings = output / Path(cache.encodings_folder(tiny_cache)).relative_to(tiny_cache.cache.output)
     second.wait_until(lambda: bool(file_names(encodings)))
     assert second.kill("worker") == 1
     assert finish(second, done) > 0
     assert done.items() <= whole_files(output).items()
-    assert_equal_caches(output, undisturbed)
+    assert_equal_caches(output, tiny_cache)
 
 
 @pytest.fixture(scope="module")
-def usual_seconds(undisturbed: Config, tmp_path_factory: pytest.TempPathFactory) -> float:
+def usual_seconds(tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> float:
     start = time.monotonic()
-    Run(*command(tmp_path_factory.mktemp("usual") / "run", undisturbed)).finish()
+    Run(*command(tmp_path_factory.mktemp("usual") / "run", tiny_cache)).finish()
     return time.monotonic() - start
 
 
@@ -115,7 +106,7 @@ def usual_seconds(undisturbed: Config, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("trial", range(20))
 def test_a_kill_at_any_moment_costs_nothing(
     runs: Callable[[], Run],
-    undisturbed: Config,
+    tiny_cache: Config,
     usual_seconds: float,
     tmp_path: Path,
     trial: int,
@@ -129,6 +120,6 @@ def test_a_kill_at_any_moment_costs_nothing(
     kept = whole_files(output)
     finish(runs(), kept)
     assert done.items() <= kept.items() <= whole_files(output).items()
-    assert_equal_caches(output, undisturbed)
-    # For `--junit-xml`: who died, when, and how many of the 12 rows were whole by then.
+    assert_equal_caches(output, tiny_cache)
+    # For `--junit-xml`: who died, when, and how many of the 24 rows were whole by then.
     record_property("trial", f"{victim} ({killed}) after {moment:.1f} s: {sum(done.values())} rows whole")

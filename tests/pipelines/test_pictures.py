@@ -1,5 +1,6 @@
 """`prophy cache inspect` and `prophy cache explain` on the tiny cache: what they print and draw."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from pipelines import pictures
 from pipelines.config import Config
 from pipelines.sources import find_videos
 from prophy.errors import ProPhyError
+from prophy.schema import ROW_FILES
 
 
 def colourful_rows(sheet: Path) -> int:
@@ -45,3 +47,10 @@ def test_mistakes(tiny_cache: Config, config: Config, tmp_path: Path) -> None:
         pictures.explain(tiny_cache, str(tmp_path / "none.mp4"), ["colision"], tmp_path / "explain.png")
     with pytest.raises(ProPhyError, match="cannot write the picture"):
         pictures.inspect(tiny_cache, 1, tmp_path / "sheet.txt")
+    shutil.copytree(tiny_cache.cache.output, config.cache.output)
+    for path in Path(config.cache.output).glob(f"priors/{ROW_FILES}"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ProPhyError, match="is damaged or gone; run `prophy cache verify`"):
+        pictures.inspect(config, 3, tmp_path / "sheet.png")

@@ -189,21 +189,6 @@ def spoil_latents(table: Path, sample_id: str) -> None:
     pq.write_table(pa.Table.from_pylist(samples, footer), file, row_group_size=1)
 
 
-@pytest.mark.parametrize(
-    ("place", "what"),
-    [("train/metrics.jsonl", "write the metrics"), ("model/physics_branch.json", "write the trained branch")],
-)
-def test_a_place_that_cannot_be_written_to(through: Config, tmp_path: Path, place: str, what: str) -> None:
-    """One sentence, and no restart, as where the disk is full."""
-    run_dir = tmp_path / "run"
-    shutil.copytree(through.run_dir, run_dir)
-    (run_dir / place).unlink()
-    (run_dir / place).mkdir()
-    train = through.train.model_copy(update={"max_failures": 2})
-    with pytest.raises(ProPhyError, match=f"cannot {what}.*: .*Is a directory.*; make room"):
-        run(through.model_copy(update={"run_dir": run_dir, "train": train}))
-
-
 def test_finished_run_only_exports_again(resumed: Config) -> None:
     model, metrics = resumed.run_dir / "model", resumed.run_dir / "train" / METRICS_FILE
     before, lines = weights(model), metrics.read_text()
