@@ -18,7 +18,7 @@ import pytest
 from pipelines import cache
 from pipelines.config import Config, VideoLimits
 from pipelines.sink import ATTEMPTS_FOLDER, file_names, read_quarantine, update_index
-from pipelines.sources import find_videos, videos_left
+from pipelines.sources import clips_left, find_videos, videos_left
 from pipelines.stages import CLIPS, SOURCES, CutVideo, ReadClip
 from pipelines.verify import verify
 from prophy.schema import INDEX
@@ -270,6 +270,8 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     assert verify(Path(config.cache.output)) == []
 
     (tmp_path / "hidden").rename(clips / "3.mp4")
-    index = update_index(cache.priors_table(config))
-    left = videos_left(find_videos(str(clips)), index, pa.Table.from_pylist(quarantine), [2.0]).to_pylist()
-    assert [video["source"]["uri"] for video in left] == [str(clips / "3.mp4")]
+    videos, refused = find_videos(str(clips)), read_quarantine(Path(config.cache.output, "quarantine"))
+    index, encodings = map(update_index, (cache.priors_table(config), cache.encodings_table(config)))
+    work = videos_left(videos, index, refused, [2.0]), clips_left(videos, index, encodings, refused)
+    left = {row["source"]["uri"] for table in work for row in table.to_pylist()}
+    assert left == {str(clips / "3.mp4")}  # it vanished from the one or the other
