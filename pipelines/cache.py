@@ -37,16 +37,10 @@ from pipelines.sink import (
 )
 from pipelines.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
-from prophy.backbones import (
-    BACKBONES,
-    encoders_fingerprint,
-    fingerprint,
-    load_configs,
-    pinned_revision,
-    shape_multiples,
-)
 from prophy.errors import ProPhyError
-from prophy.priors.extractor import priors_fingerprint
+from prophy.families import FAMILIES
+from prophy.pretrained import encoders_fingerprint, fingerprint, load_configs, pinned_revision
+from prophy.priors.fingerprint import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE
 from prophy.taxonomy import from_multi_hot
 from prophy.tiny import part_fingerprint
@@ -123,10 +117,10 @@ def priors_table(config: Config) -> Table:
 def encodings_table(config: Config) -> Table:
     """The encodings for this backbone, at this resolution and frame rate."""
     backbone = config.backbone
-    _, transformer_config = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    _, transformer_config = load_configs(backbone.pretrained, backbone.revision)
     settings = {
         # All that matters of the transformer: others of its shape go on with these encodings.
-        "patch_size_t": BACKBONES[backbone.family].patch_size(transformer_config)[0],
+        "patch_size_t": FAMILIES[backbone.family].patch_size(transformer_config)[0],
         "encoders": encoders_fingerprint(backbone.pretrained, backbone.revision),
         **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
         "clip_durations_s": _clip_durations(config),
@@ -262,7 +256,8 @@ def _check_clips(config: Config) -> None:
             f"cache.clip_duration_s is {clip_duration_s:g}, but backbone.num_frames ({backbone.num_frames}) "
             f"at backbone.fps ({backbone.fps:g}) last {lasts:g} s; make them equal"
         )
-    time, *space = shape_multiples(backbone.family, backbone.pretrained, backbone.revision)
+    configs = load_configs(backbone.pretrained, backbone.revision)
+    time, *space = FAMILIES[backbone.family].shape_multiples(*configs)
     for (_, num_frames), shape in itertools.product(config.clip_lengths, backbone.frame_shapes):
         if (num_frames - 1) % time or any(map(operator.mod, shape, space)):
             raise ProPhyError(

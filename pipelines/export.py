@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 from pipelines.checkpoint import Checkpoint, find, latest
 from pipelines.config import Config
-from prophy.backbones import BACKBONES, check_unchanged, download, load_configs
+from prophy.backbones import BACKBONES
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import write_branch, write_files
 from prophy.models.physics_transformer import BRANCH
 from prophy.models.weights import INDEX, WeightFiles
+from prophy.pretrained import check_unchanged, download, load_configs
 
 _TRANSFORMER = "transformer."  # begins the names of its parameters in training
 
@@ -108,7 +109,7 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
     # 3. Configurations that name our classes
-    _, transformer = load_configs(backbone.family, backbone.pretrained, revision)
+    _, transformer = load_configs(backbone.pretrained, revision)
     ours = family.prophy_transformer
     _write_json(
         folder / "config.json", {**transformer, **checkpoint.run["physics"], "_class_name": ours.__name__}

@@ -12,6 +12,7 @@ from typing import Any
 import ray.data
 
 from pipelines.config import Config
+from pipelines.model_facts import check_model, model_fingerprint
 from pipelines.runtime import open_run, ray_session
 from pipelines.spec import PhysicsSpec, VideoSpec
 from prophy.errors import ProPhyError
@@ -61,8 +62,6 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ProPhyError(f"cannot make videos from prompts {prompts}; give at least one, and none empty")
-    from pipelines.sampling import check_model, model_fingerprint
-
     step_cache, batch_size = config.sampling.step_cache, config.generate.batch_size
     if batch_size > 1 and (step_cache.first_block is not None or step_cache.sea is not None):
         raise ProPhyError(

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import Config, TrainConfig
-from prophy.backbones import BACKBONES, load_configs
+from prophy.backbones import BACKBONES
 from prophy.cost import count_flops, count_saved_bytes
 from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.pretrained import load_configs
 from prophy.published import TRANSFORMERS, VAES
 
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's context and fragments
@@ -237,7 +238,7 @@ def _configs(config: Config) -> tuple[dict, dict]:
     """Configurations of VAE and transformer: those of a published model come with the product."""
     backbone = config.backbone
     if backbone.pretrained not in TRANSFORMERS:
-        vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+        vae, transformer = load_configs(backbone.pretrained, backbone.revision)
         return dict(vae), dict(transformer)
     with torch.device("meta"):
         upstream = BACKBONES[backbone.family].transformer(**TRANSFORMERS[backbone.pretrained])

@@ -5,7 +5,6 @@ Knows neither Ray nor HTTP. Importing it imports torch and diffusers, which take
 
 import io
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,63 +28,13 @@ from pipelines.spec import (
     VideoResult,
     VideoSpec,
 )
-from prophy.backbones import check_checkpoint, fingerprint, load_configs, load_pipeline, shape_multiples
+from prophy.backbones import load_pipeline
 from prophy.device import autocast, default_device
-from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.taxonomy import PHENOMENA
 from prophy.video import write_video
 
-PIPELINE_MULTIPLE = 16  # diffusers' pipelines refuse other sizes, even where VAE and patches would do with 8
 CACHED_PROMPTS = 32  # text embeddings kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
-
-
-def check_model(config: Config) -> None:
-    """Checks that checkpoint and step cache of a run, if it has them, fit its backbone; loads no model.
-
-    Raises:
-        ProPhyError: no such model or checkpoint, the checkpoint was trained on another backbone, or the step
-            cache is not for this family.
-    """
-    if config.sampling.step_cache.sea is not None and config.backbone.family != "wan":
-        raise ProPhyError(
-            f"sampling.step_cache.sea wants to know each step's noise level, which the pipeline of "
-            f"{config.backbone.family} does not tell; use first_block or taylorseer"
-        )
-    if config.checkpoint is not None:
-        check_checkpoint(config.checkpoint, config.backbone.pretrained, config.backbone.revision)
-
-
-def model_fingerprint(config: Config) -> str:
-    """What the model of a run is, whatever its name; loads no model.
-
-    Raises:
-        ProPhyError: there is no such model or checkpoint.
-    """
-    backbone = fingerprint(config.backbone.pretrained, config.backbone.revision)
-    return (
-        backbone if config.checkpoint is None else f"{backbone} {fingerprint(str(config.checkpoint), None)}"
-    )
-
-
-def shape_limits(config: Config) -> ShapeLimits:
-    """What the model of a run can make and its endpoint allows; loads no model.
-
-    Raises:
-        ProPhyError: there is no such model.
-    """
-    backbone = config.backbone
-    frames, height, width = shape_multiples(backbone.family, backbone.pretrained, backbone.revision)
-    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-    return ShapeLimits(
-        frame_multiple=frames,
-        height_multiple=math.lcm(height, PIPELINE_MULTIPLE),
-        width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
-        max_num_frames=config.serve.max_num_frames or backbone.num_frames,
-        max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
-        # A complete export brings its branch along.
-        has_branch=config.checkpoint is not None or "physics_layers" in transformer,
-    )
 
 
 class VideoSampler:

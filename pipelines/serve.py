@@ -30,6 +30,7 @@ from pipelines.config import Config
 from pipelines.dispatcher import Dispatcher, GenerationStep
 from pipelines.jobs import JobStore
 from pipelines.metrics import Metrics
+from pipelines.model_facts import check_model, shape_limits
 from pipelines.protocol import ApiError
 from pipelines.runtime import open_run, ray_session
 from pipelines.spec import ShapeLimits, VideoResult, VideoSpec
@@ -171,8 +172,6 @@ def build_app(config: Config) -> serve.Application:
     Raises:
         ProPhyError: no such model; or the job database is a file, and this cluster has several nodes.
     """
-    from pipelines.sampling import shape_limits
-
     settings = config.serve
     if settings.database_url.startswith("sqlite") and sum(node["Alive"] for node in ray.nodes()) > 1:
         raise ProPhyError(
@@ -218,8 +217,6 @@ def serving(config: Config) -> Iterator[str]:
             opened or is in use, Ray Serve is in use here, the checkpoint is of another backbone, or the
             model cannot run.
     """
-    from pipelines.sampling import check_model
-
     settings = config.serve
     if not settings.api_keys and not _is_loopback(settings.host):
         raise ProPhyError(

@@ -46,12 +46,12 @@ from pipelines.train_data import build_dataset, describe_samples
 from pipelines.train_evaluation import evaluation
 from pipelines.train_metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.train_model import build_module
-from prophy.backbones import check_unchanged, fingerprint, pinned_revision
 from prophy.cost import count_flops
 from prophy.data import PriorCache, TrainBatch
 from prophy.device import has_bfloat16, peak_flops
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import lora_config, physics_config
+from prophy.pretrained import check_unchanged, fingerprint, pinned_revision
 from prophy.train_module import LossOutput, ProPhyTrainModule
 
 MODEL_FOLDER = "model"

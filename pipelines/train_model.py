@@ -14,12 +14,13 @@ from torch import nn
 
 from pipelines.checkpoint import Checkpoint, EveryRankError
 from pipelines.config import BackboneConfig, Config
-from prophy.backbones import BACKBONES, check_checkpoint, download, load_configs
+from prophy.backbones import BACKBONES
 from prophy.data import ClipShape
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.weights import WeightFiles, empty_model, fill, keep
+from prophy.pretrained import check_checkpoint, download, load_configs
 from prophy.train_module import ProPhyTrainModule
 
 _TRANSFORMER = "transformer."  # begins the names of its parameters in the module
@@ -82,7 +83,7 @@ def clip_shape(backbone: BackboneConfig) -> ClipShape:
         ProPhyError: the VAE or the patches do not fit clips of this length or size.
     """
     family = BACKBONES[backbone.family]
-    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    vae, transformer = load_configs(backbone.pretrained, backbone.revision)
     size = family.latent_shape(backbone.num_frames, backbone.height, backbone.width, vae, transformer)
     return ClipShape(
         num_frames=backbone.num_frames,
@@ -101,7 +102,7 @@ def _empty_transformer(config: Config) -> PhysicsTransformer:
     """Backbone and copied blocks are on the meta device; the rest of branch and adapter is new, and real."""
     backbone, train = config.backbone, config.train
     family = BACKBONES[backbone.family]
-    _, settings = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    _, settings = load_configs(backbone.pretrained, backbone.revision)
     dtype = torch.float32 if train.backbone == "full" else getattr(torch, backbone.dtype)
     upstream = empty_model(family.transformer, settings, dtype)
     torch.manual_seed(train.seed)

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from prophy.backbones import BACKBONES, load_configs, load_pipeline
+from prophy.backbones import BACKBONES, load_pipeline
 from prophy.device import autocast, default_device
+from prophy.pretrained import load_configs
 
 
 class VideoEncoder:
@@ -34,7 +35,7 @@ class VideoEncoder:
         self._pipeline = load_pipeline(
             family, pretrained, revision, getattr(torch, dtype), None, transformer=None
         ).to(self._device)
-        vae_config, transformer_config = load_configs(family, pretrained, revision)
+        vae_config, transformer_config = load_configs(pretrained, revision)
         mean, std = BACKBONES[family].latent_statistics(vae_config)
         self._mean = torch.tensor(mean, device=self._device).view(-1, 1, 1, 1)
         self._std = torch.tensor(std, device=self._device).view(-1, 1, 1, 1)

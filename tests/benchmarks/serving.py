@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import Config, load_config
-from pipelines.sampling import VideoSampler, shape_limits
+from pipelines.model_facts import shape_limits
+from pipelines.sampling import VideoSampler
 from pipelines.serve import serving
 from pipelines.spec import VideoSpec
 

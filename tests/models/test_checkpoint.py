@@ -6,7 +6,8 @@ import torch
 from diffusers import ModelMixin
 
 from prophy.errors import ProPhyError
-from prophy.models.checkpoint import load_branch, save_branch, trained_on
+from prophy.models.checkpoint import load_branch, save_branch
+from prophy.models.description import trained_on
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 
 from .conftest import BASELINES, PHYSICS

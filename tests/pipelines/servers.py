@@ -44,8 +44,9 @@ def save_checkpoint(folder: Path, family: str = "wan", pretrained: str = "tiny")
     """A branch whose injections are not zero, so that its knobs are seen in the video."""
     import torch  # takes seconds, and servers whose videos are stand-ins do without
 
-    from prophy.backbones import BACKBONES, fingerprint, load_pipeline
+    from prophy.backbones import BACKBONES, load_pipeline
     from prophy.models.checkpoint import save_branch
+    from prophy.pretrained import fingerprint
 
     backbone = load_pipeline(family, pretrained, None, torch.float32, None).transformer
     torch.manual_seed(0)

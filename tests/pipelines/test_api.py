@@ -19,8 +19,8 @@ from PIL import Image
 
 from pipelines.config import Config
 from pipelines.edge import hash_key, new_key
+from pipelines.model_facts import shape_limits
 from pipelines.protocol import ApiError, VideoRequest
-from pipelines.sampling import shape_limits
 from pipelines.serve import VideoGenerator
 from prophy.taxonomy import PHENOMENA
 from tests.pipelines.servers import (

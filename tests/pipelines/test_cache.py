@@ -13,9 +13,9 @@ from pipelines import cache
 from pipelines.config import Config, load_config
 from pipelines.progress import GraphReport
 from pipelines.sources import find_videos
-from prophy.backbones import resolve_pretrained
 from prophy.encoding import VideoEncoder
 from prophy.errors import ProPhyError
+from prophy.pretrained import resolve_pretrained
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
 from prophy.taxonomy import Phenomenon, from_multi_hot

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from pipelines import cache, export, generate, train
 from pipelines.config import Config
-from pipelines.sampling import VideoSampler, shape_limits
+from pipelines.model_facts import shape_limits
+from pipelines.sampling import VideoSampler
 from pipelines.serve import VideoGenerator
 from pipelines.sink import file_names
 from pipelines.train_metrics import METRICS_FILE
 from pipelines.verify import verify
-from prophy.backbones import BACKBONES, load_configs, load_pipeline
+from prophy.backbones import BACKBONES, load_pipeline
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
+from prophy.pretrained import load_configs
 from prophy.schema import EMPTY_PROMPT, tensor_from_columns
 from prophy.video import read_frames, write_video
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
@@ -33,7 +35,7 @@ SHAPES = [(64, 64), (48, 80), (80, 48)]
 def assert_encoded(row: dict, backbone: Path, pipeline: ProPhyCogVideoXPipeline) -> None:
     """The row's latents and text are those that the pipeline of diffusers itself would hand on."""
     shape = SHAPES[int(Path(row["source"]["uri"]).stem)]
-    configs = load_configs("cogvideox", str(backbone), None)
+    configs = load_configs(str(backbone), None)
     latents = tensor_from_columns("latents", row)
     assert latents.shape == (4, *BACKBONES["cogvideox"].latent_shape(17, *shape, *configs))
     frames = read_frames(row["source"]["uri"], 0.0, 2.0, 17, *shape)

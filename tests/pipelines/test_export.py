@@ -9,11 +9,12 @@ import torch.distributed as dist
 from pipelines import export
 from pipelines.checkpoint import Fragment, save
 from pipelines.config import Config
-from prophy.backbones import fingerprint, load_pipeline
+from prophy.backbones import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, physics_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.pretrained import fingerprint
 from tests.conftest import tiny_config
 
 PARTS = {"vae": None, "text_encoder": None, "tokenizer": None}

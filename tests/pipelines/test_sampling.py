@@ -8,8 +8,9 @@ import pytest
 
 from pipelines import generate
 from pipelines.config import Config
+from pipelines.model_facts import check_model
 from pipelines.protocol import ApiError, VideoRequest
-from pipelines.sampling import VideoSampler, check_model
+from pipelines.sampling import VideoSampler
 from pipelines.spec import StepCache, VideoSpec
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsTrace

@@ -24,9 +24,10 @@ from pipelines.checkpoint import committed
 from pipelines.config import Config
 from pipelines.train import build_module, run
 from pipelines.train_metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
-from prophy.backbones import load_pipeline, resolve_pretrained
+from prophy.backbones import load_pipeline
 from prophy.data import BatchPlan, PriorCache, TrainBatch
 from prophy.errors import ProPhyError
+from prophy.pretrained import resolve_pretrained
 from prophy.schema import INDEX
 from tests.conftest import tiny_config
 

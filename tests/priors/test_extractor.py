@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prophy.errors import ProPhyError
-from prophy.priors.extractor import PriorExtractor, priors_fingerprint
+from prophy.priors.extractor import PriorExtractor
+from prophy.priors.fingerprint import priors_fingerprint
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
 from prophy.priors.vlm import VideoLanguageModel
 from prophy.taxonomy import Phenomenon

@@ -1,0 +1,31 @@
+"""The JSON file beside what was trained: its backbone and its settings. Reading it takes no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prophy.errors import ProPhyError
+
+DESCRIPTION = "physics_branch.json"
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """`physics`, `backbone` and, where there is an adapter, `lora` of the checkpoint in `folder`.
+
+    Raises:
+        ProPhyError: the folder holds no such checkpoint.
+    """
+    if not (folder / DESCRIPTION).is_file() or not any(folder.glob("*.safetensors")):
+        raise ProPhyError(
+            f"no trained branch in {folder}; give the `model` folder of a finished training run"
+        )
+    return json.loads((folder / DESCRIPTION).read_text())
+
+
+def trained_on(folder: Path) -> dict[str, str | None]:
+    """The backbone, as `save_branch` was given it, of the checkpoint in `folder`.
+
+    Raises:
+        ProPhyError: the folder holds no such checkpoint.
+    """
+    return describe(folder)["backbone"]

@@ -1,0 +1,44 @@
+"""The name of what priors depend on. Imports no networks."""
+
+import hashlib
+import json
+
+from prophy.priors.questionnaire import QUESTIONNAIRE
+
+EXTRACTION_VERSION = 1  # raise it when the same model and questions would give other maps or answers
+
+
+def priors_fingerprint(
+    *,
+    model: str,
+    dtype: str,
+    layers: list[int] | None,
+    heads: list[int] | None,
+    max_new_tokens: int,
+    num_frames: int,
+    height: int,
+    width: int,
+) -> str:
+    """Names everything that the priors of a clip depend on, besides the clip: sha256 in hexadecimal.
+
+    Args:
+        model: fingerprint of the VLM's files or its resolved commit.
+        dtype: precision of the VLM.
+        layers: as given to `PriorExtractor`.
+        heads: as given to `PriorExtractor`.
+        max_new_tokens: as given to `PriorExtractor`.
+        num_frames: frames that the VLM sees.
+        height: of these frames, in pixels.
+        width: of these frames, in pixels.
+    """
+    parts = {
+        "version": EXTRACTION_VERSION,
+        "questions": [[question.id, question.text] for question in QUESTIONNAIRE],
+        "model": model,
+        "dtype": dtype,
+        "layers": layers,
+        "heads": heads,
+        "max_new_tokens": max_new_tokens,
+        "frames": [num_frames, height, width],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
