@@ -269,8 +269,10 @@ async def download_overlay(
 @router.post("/v1/videos/{video_id}/remix", include_in_schema=False)
 async def refuse_operation(request: Request) -> None:
     """What others make of videos; here they come from text alone."""
-    message = f"{request.url.path} is not offered: this server makes videos from text; POST /v1/videos"
-    raise ApiError(501, message, "not_implemented")
+    operation = request.url.path.rpartition("/")[2]
+    message = f"{operation!r} is not offered: this server makes videos from text; POST /v1/videos"
+    # OpenAI's client would ask twice more.
+    raise ApiError(501, message, "not_implemented", headers={"x-should-retry": "false"})
 
 
 @router.delete("/v1/videos/{video_id}", responses=_UNKNOWN)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.markup import escape
@@ -46,7 +45,10 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     console = Console()
     grid = Grid("table", "samples", "files", "MB", title=escape(config.cache.output))
     for name, folder in (("priors", priors), ("encodings of this backbone", encodings)):
-        samples = pq.read_metadata(folder / INDEX).num_rows if (folder / INDEX).is_file() else 0
+        samples = 0
+        if (folder / INDEX).is_file():
+            with open_file(folder / INDEX) as file:
+                samples = file.metadata.num_rows
         sizes = [(folder / file).stat().st_size for file in file_names(folder)]
         grid.add_row(name, str(samples), str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
     console.print(grid)

@@ -287,13 +287,22 @@ def _train(loop_config: dict[str, Any]) -> None:
             return
 
     # 4. The trained branch
+    write_model(config)
+
+
+def write_model(config: Config) -> None:
+    """Exports the last checkpoint to the run folder; a collective of all ranks.
+
+    Raises:
+        EveryRankError: rank 0 cannot write there.
+    """
     model = config.run_dir / MODEL_FOLDER
     with writing(f"write the trained branch to {model}"):
-        if rank == 0:
+        if torch.distributed.get_rank() == 0:
             last = latest(config.checkpoints)
             assert last is not None
             export_branch(last, model)
-            logger.info("trained branch after %d steps: %s", engine.global_steps, model)
+            logger.info("trained branch after %d steps: %s", last.step, model)
 
 
 def _from_rank_0(*flags: bool) -> list[bool]:

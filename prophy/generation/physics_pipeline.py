@@ -38,7 +38,7 @@ class PhysicsPipeline(DiffusionPipeline):
         Args:
             prompt: one prompt or several.
             args: upstream's.
-            physics: knobs and trace of this request.
+            physics: knobs and trace of this request; in `attention_kwargs` they are as good.
             max_sequence_length: text tokens; the pipeline's own by default.
             kwargs: upstream's.
 
@@ -46,8 +46,9 @@ class PhysicsPipeline(DiffusionPipeline):
             ProPhyError: `physics` is given, but the transformer has no Physical Branch.
         """
         if hasattr(self.transformer, "physics_branch"):
-            physics = replace(physics or PhysicsControl(), mixtures=WeakIdKeyDictionary())
-            kwargs["attention_kwargs"] = {**(kwargs.get("attention_kwargs") or {}), "physics": physics}
+            given = kwargs.get("attention_kwargs") or {}
+            physics = physics or given.get("physics") or PhysicsControl()
+            kwargs["attention_kwargs"] = given | {"physics": replace(physics, mixtures=WeakIdKeyDictionary())}
         elif physics is not None:
             raise ProPhyError(
                 "this model has no Physical Branch to control; load a checkpoint, or leave physics out"

@@ -73,8 +73,8 @@ class PhysicsControl:
             it is multiplied by sum_p w[n, p] strength[p], w = the phenomenon maps normalised over p.
         invert_refinement: routes by the negated logits of the refinement router.
         trace: collects the routing, if given.
-        mixtures: keeps what the semantic experts made of each text, by its tensor, if given; a pipeline gives
-            a new one to each call.
+        mixtures: keeps what semantic experts made of each text, by its tensor, if given: their weights and
+            the text must not change meanwhile. A pipeline gives a new one to each call.
     """
 
     scale: float = 1.0

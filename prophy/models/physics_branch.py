@@ -145,12 +145,12 @@ class PhysicsBranch(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the semantic experts make of a text: once in a request that keeps it."""
         assert self.semantic is not None
-        known = control.mixtures
-        if known is None:
+        if control.mixtures is None or torch.compiler.is_compiling():  # a graph keeps nothing between runs
             return self.semantic(encoder_hidden_states, latent_shape)
-        if encoder_hidden_states not in known:
-            known[encoder_hidden_states] = self.semantic(encoder_hidden_states, latent_shape)
-        return known[encoder_hidden_states]
+        known = control.mixtures.setdefault(encoder_hidden_states, {})
+        if (self, latent_shape) not in known:
+            known[self, latent_shape] = self.semantic(encoder_hidden_states, latent_shape)
+        return known[self, latent_shape]
 
     def _residuals(
         self,

@@ -6,15 +6,16 @@ last of all). The costly stage holds a model, and should be the slowest; alone i
 Ray, before the run: other work on the machine makes it meaningless.
 `utilisation` is the share of that time in which the costly stage's workers computed. The slope is that of
 the memory of the driver, of all of Ray's processes and of the object store, over the clips that are done,
-after the first fifth, process by process, each with its standard error: what a batch needs while it is
-computed swings by 10 % of a process, so that it takes 4,000 clips to see 1 MB per 100 clips. Threads are the
-configuration's: leave OMP_NUM_THREADS unset, which Ray's workers would obey.
+after the first fifth, process by process, with the standard error of the sum (NaN: too short to say). What a
+batch needs while it is computed swings by 10 % of a process, so that it takes 4,000 clips to see 1 MB per 100
+clips. Threads are the configuration's: leave OMP_NUM_THREADS unset, which Ray's workers would obey.
 
     python tests/benchmarks/streaming.py                  # 60 clips
     python tests/benchmarks/streaming.py --clips 4000 --minimal
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -48,7 +49,7 @@ from prophy.video import write_video
 DIFFERENT_CLIPS = 8
 SAMPLE_CLIPS = 32  # for the rate of a stage alone
 SAMPLE_EVERY_S = 0.5
-WINDOWS = 20  # neighbouring samples depend on each other; the means of so many windows hardly do
+WINDOWS = 20
 
 
 def write_minimal_vlm(folder: Path) -> None:
@@ -122,14 +123,14 @@ class MemoryLog(threading.Thread):
     def __init__(self, output: Path) -> None:
         super().__init__(daemon=True)
         self.output = output
-        self.samples: dict[str, dict[str, list[tuple[int, float]]]] = {
+        self.samples: dict[str, dict[str, list[tuple[int, int, float]]]] = {  # number, clips, MB
             "priors": defaultdict(list),
             "encodings": defaultdict(list),
         }
 
     def run(self) -> None:
         driver = psutil.Process()
-        while True:
+        for number in itertools.count():
             done = {
                 name: sum(pq.read_metadata(file).num_rows for file in self.output.glob(place))
                 for name, place in (
@@ -143,23 +144,40 @@ class MemoryLog(threading.Thread):
                 with suppress(psutil.Error):  # it has just ended
                     info = process.memory_info()
                     memory[f"{process.name()} {process.pid}"] = info.rss - info.shared
-            for part, number in memory.items():
-                self.samples[graph][part].append((done[graph], number / 2**20))
+            for part, size in memory.items():
+                self.samples[graph][part].append((number, done[graph], size / 2**20))
             time.sleep(SAMPLE_EVERY_S)
 
-    def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> dict[str, tuple[float, float]]:
-        """Of each part with its standard error, the steepest first.
+    def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> tuple[dict[str, float], float]:
+        """Of each part, the steepest first; and the standard error of their sum.
 
-        By part, since a process ends when its stage does, and then frees all it had.
+        By part, since a process ends when its stage does, and then frees all it had. What lives for less
+        than `WINDOWS` samples has no slope; where nothing has one, the error is NaN.
         """
-        slopes = {}
+        slopes, residuals = {}, defaultdict(float)
         for part, samples in self.samples[graph].items():
-            settled = [sample for sample in samples if num_clips / 5 <= sample[0] < num_clips]
+            settled = [sample for sample in samples if num_clips / 5 <= sample[1] < num_clips]
             if len(settled) >= WINDOWS:
-                means = [np.mean(window, axis=0) for window in np.array_split(settled, WINDOWS)]
-                line, covariance = np.polyfit(*np.transpose(means), 1, cov=True)
-                slopes[part] = 100 * float(line[0]), 100 * float(covariance[0, 0] ** 0.5)
-        return dict(sorted(slopes.items(), key=lambda item: -item[1][0]))
+                _, clips, mb = np.transpose(settled)
+                line = np.polyfit(clips, mb, 1)
+                slopes[part] = 100 * float(line[0])
+                for (number, done, _), residual in zip(settled, mb - np.polyval(line, clips), strict=True):
+                    residuals[number, done] += residual
+        slopes = dict(sorted(slopes.items(), key=lambda item: -item[1]))
+        return slopes, 100 * standard_error(residuals) if slopes else float("nan")
+
+
+def standard_error(residuals: dict[tuple[int, int], float]) -> float:
+    """Of the slope of a line, by what it leaves over at (sample, clips).
+
+    Neighbouring samples depend on each other: windows of them are taken, and what these still do is allowed
+    for, as in a process of first order.
+    """
+    rows = np.array([(clips, residual) for (_, clips), residual in sorted(residuals.items())])
+    clips, rest = np.transpose([window.mean(axis=0) for window in np.array_split(rows, WINDOWS)])
+    dependence = max(0.0, np.corrcoef(rest[:-1], rest[1:])[0, 1])
+    independent = np.sqrt((rest**2).sum() / (WINDOWS - 2) / ((clips - clips.mean()) ** 2).sum())
+    return float(independent * np.sqrt((1 + dependence) / (1 - dependence)))
 
 
 def describe(report: GraphReport, alone: dict[str, float]) -> dict[str, float | str]:
@@ -204,8 +222,8 @@ def main() -> None:
         results = {
             name: describe(report, alone)
             | {
-                "memory_slope_mb_per_100_clips": sum(slope for slope, _ in slopes[name].values()),
-                "standard_error": float(np.linalg.norm([error for _, error in slopes[name].values()])),
+                "memory_slope_mb_per_100_clips": sum(slopes[name][0].values()),
+                "standard_error": slopes[name][1],
             }
             for name, report in graphs.items()
         }
@@ -216,10 +234,8 @@ def main() -> None:
         numbers = [f"{row[key]:.2f}" for key in columns]
         table.add_row(name, row["slowest"], str(row["clips"]), f"{row['span_s']:.0f}", *numbers, slope)
     Console().print(table)
-    for name, parts in slopes.items():
-        steepest = ", ".join(
-            f"{part} {slope:.2f} ± {error:.2f}" for part, (slope, error) in list(parts.items())[:4]
-        )
+    for name, (parts, _) in slopes.items():
+        steepest = ", ".join(f"{part} {slope:.2f}" for part, slope in list(parts.items())[:4])
         print(f"steepest slopes of {name}: {steepest}")
     if options.save:
         options.save.write_text(json.dumps({"clips": options.clips, "results": results}, indent=1) + "\n")

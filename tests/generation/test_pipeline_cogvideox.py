@@ -88,6 +88,13 @@ def test_trace_holds_the_guided_half(pipeline: ProPhyCogVideoXPipeline) -> None:
     torch.testing.assert_close(traces[6.0].semantic_weights, traces[1.0].semantic_weights)
 
 
+def test_semantic_experts_run_once_for_prompt_and_guidance(pipeline: ProPhyCogVideoXPipeline) -> None:
+    calls = []
+    pipeline.transformer.physics_branch.semantic.register_forward_hook(lambda *_: calls.append(1))
+    sample(pipeline, guidance_scale=6.0)
+    assert len(calls) == 1  # the two are one batch
+
+
 def test_latents_and_text_are_what_the_pipeline_takes(folder: Path, bare: ProPhyCogVideoXPipeline) -> None:
     encoder = VideoEncoder(str(folder), None, "float32", None, MAX_SEQUENCE_LENGTH, "cogvideox")
     frames = np.random.default_rng(0).integers(0, 256, (1, 17, 32, 32, 3), dtype=np.uint8)

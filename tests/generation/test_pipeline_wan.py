@@ -113,6 +113,12 @@ def test_semantic_experts_run_once_per_text(pipeline: ProPhyWanPipeline) -> None
     assert len(calls) == 4
 
 
+def test_knobs_may_come_as_attention_kwargs(pipeline: ProPhyWanPipeline) -> None:
+    trace = PhysicsTrace()
+    sample(pipeline, attention_kwargs={"physics": PhysicsControl(trace=trace)})
+    assert trace.num_passes == 2
+
+
 def test_physics_without_a_branch_is_refused(bare: ProPhyWanPipeline) -> None:
     with pytest.raises(ProPhyError, match="no Physical Branch"):
         sample(bare, physics=PhysicsControl())

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -49,8 +50,17 @@ def test_mistakes(tiny_cache: Config, config: Config, tmp_path: Path) -> None:
         pictures.inspect(tiny_cache, 1, tmp_path / "sheet.txt")
     shutil.copytree(tiny_cache.cache.output, config.cache.output)
     for path in Path(config.cache.output).glob(f"priors/{ROW_FILES}"):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        damage_every_row(path)
     with pytest.raises(ProPhyError, match="is damaged or gone; run `prophy cache verify`"):
-        pictures.inspect(config, 3, tmp_path / "sheet.png")
+        pictures.inspect(config, 1, tmp_path / "sheet.png")
+
+
+def damage_every_row(path: Path) -> None:
+    """Flips a bit of the maps of each row."""
+    content, metadata = bytearray(path.read_bytes()), pq.read_metadata(path)
+    maps = next(n for n in range(metadata.num_columns) if metadata.schema.column(n).path.startswith("maps."))
+    for group in range(metadata.num_row_groups):
+        chunk = metadata.row_group(group).column(maps)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        content[start + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
