@@ -148,11 +148,11 @@ class MemoryLog(threading.Thread):
                 self.samples[graph][part].append((number, done[graph], size / 2**20))
             time.sleep(SAMPLE_EVERY_S)
 
-    def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> tuple[dict[str, float], float]:
-        """Of each part, the steepest first; and the standard error of their sum.
+    def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> tuple[dict[str, float], float, float]:
+        """Of each part, the steepest first; and their sum with its standard error.
 
         By part, since a process ends when its stage does, and then frees all it had. What lives for less
-        than `WINDOWS` samples has no slope; where nothing has one, the error is NaN.
+        than `WINDOWS` samples has no slope; where nothing has one, the sum is NaN.
         """
         slopes, residuals = {}, defaultdict(float)
         for part, samples in self.samples[graph].items():
@@ -163,8 +163,10 @@ class MemoryLog(threading.Thread):
                 slopes[part] = 100 * float(line[0])
                 for (number, done, _), residual in zip(settled, mb - np.polyval(line, clips), strict=True):
                     residuals[number, done] += residual
-        slopes = dict(sorted(slopes.items(), key=lambda item: -item[1]))
-        return slopes, 100 * standard_error(residuals) if slopes else float("nan")
+        if not slopes:
+            return {}, float("nan"), float("nan")
+        steepest = dict(sorted(slopes.items(), key=lambda item: -item[1]))
+        return steepest, sum(slopes.values()), 100 * standard_error(residuals)
 
 
 def standard_error(residuals: dict[tuple[int, int], float]) -> float:
@@ -222,8 +224,8 @@ def main() -> None:
         results = {
             name: describe(report, alone)
             | {
-                "memory_slope_mb_per_100_clips": sum(slopes[name][0].values()),
-                "standard_error": slopes[name][1],
+                "memory_slope_mb_per_100_clips": slopes[name][1],
+                "standard_error": slopes[name][2],
             }
             for name, report in graphs.items()
         }
@@ -234,7 +236,7 @@ def main() -> None:
         numbers = [f"{row[key]:.2f}" for key in columns]
         table.add_row(name, row["slowest"], str(row["clips"]), f"{row['span_s']:.0f}", *numbers, slope)
     Console().print(table)
-    for name, (parts, _) in slopes.items():
+    for name, (parts, *_) in slopes.items():
         steepest = ", ".join(f"{part} {slope:.2f}" for part, slope in list(parts.items())[:4])
         print(f"steepest slopes of {name}: {steepest}")
     if options.save:
