@@ -56,7 +56,8 @@ def rank_main(
     result = function(rank, folder)
     if rank == 0:
         torch.save(result, folder / "result.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # the work is done: at a usual exit gloo's threads now and then abort the process
 
 
 def train_config(zero_stage: int, **values: Any) -> TrainConfig:
