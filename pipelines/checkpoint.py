@@ -215,19 +215,20 @@ def latest(root: Path) -> Checkpoint | None:
     return None
 
 
-def set_damaged_aside(root: Path) -> None:
-    """Gives what is newer than the newest undamaged checkpoint the ending `.damaged`: it no longer counts.
+def set_damaged_aside(root: Path) -> Checkpoint | None:
+    """As `latest`, and gives what is damaged the ending `.damaged`: it no longer counts.
 
     Only for who writes the checkpoints: else one that is being removed may look damaged.
     """
     for folder in committed(root):
         damage = _damage(folder)
         if damage is None:
-            return
+            return Checkpoint(folder)
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
         folder.rename(aside)
         logger.warning("%s is damaged (%s); it is now %s", folder, damage, aside.name)
+    return None
 
 
 def find(root: Path, step: int) -> Checkpoint | None:
@@ -242,13 +243,12 @@ def latest_on_every_rank(root: Path) -> Checkpoint | None:
     Raises:
         EveryRankError: a damaged one cannot be set aside.
     """
-    found: list[Path | None] = [None]
+    found: list[Checkpoint | None] = [None]
     with writing("set damaged checkpoints aside"):
         if dist.get_rank() == 0:
-            set_damaged_aside(root)
-            found = [next(iter(committed(root)), None)]
+            found = [set_damaged_aside(root)]
     dist.broadcast_object_list(found)
-    return None if found[0] is None else Checkpoint(found[0])
+    return found[0]
 
 
 def _folder(root: Path, step: int) -> Path:

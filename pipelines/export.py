@@ -9,10 +9,13 @@ memory as a whole, and no GPU is needed.
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipelines.checkpoint import Checkpoint, find, latest
@@ -41,17 +44,22 @@ def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
         complete: a whole pipeline instead of branch and adapter alone.
 
     Raises:
-        ProPhyError: no such checkpoint, or a damaged one; the folder is not empty; or the backbone is not
-            the one that was trained.
+        ProPhyError: no such checkpoint, or a damaged one; the folder is not empty, or cannot be written to;
+            or the backbone is not the one that was trained.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ProPhyError(f"{output} is not empty; choose another folder for the export")
     checkpoint = _open(config.checkpoints, step)
     if complete:
         check_unchanged(checkpoint.folder, _backbone(checkpoint), config.backbone.pretrained)
-        _export_pipeline(config, checkpoint, output)
-    else:
-        export_branch(checkpoint, output)
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    with writing_model(output):
+        if complete:
+            _export_pipeline(config, checkpoint, partial)
+        else:
+            export_branch(checkpoint, partial)
+        partial.rename(output)
     logger.info("exported step %d: %s", checkpoint.step, output)
     return output
 
@@ -66,6 +74,21 @@ def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
         {name.removeprefix(_TRANSFORMER): shape for name, shape in checkpoint.shapes.items()},
         lambda name: _trained(checkpoint, name),
     )
+
+
+@contextmanager
+def writing_model(folder: Path) -> Iterator[None]:
+    """A block in which files of a model are written to `folder`.
+
+    Raises:
+        ProPhyError: they cannot.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ProPhyError(
+            f"cannot write the model to {folder}: {error}; make room, and run the same command again"
+        ) from None
 
 
 def _open(root: Path, step: int | None) -> Checkpoint:

@@ -40,7 +40,7 @@ from pipelines.engine import (
     save_checkpoint,
     set_learning_rate,
 )
-from pipelines.export import export_branch
+from pipelines.export import export_branch, writing_model
 from pipelines.runtime import open_run, ray_session
 from pipelines.train_data import build_dataset, describe_samples
 from pipelines.train_evaluation import evaluation
@@ -72,8 +72,8 @@ def run(config: Config) -> Path:
         Folder of the trained branch.
 
     Raises:
-        ProPhyError: no cache, or one that does not fit; or the run folder belongs to another run, or another
-            process trains in it.
+        ProPhyError: no cache, or one that does not fit; the run folder belongs to another run, another
+            process trains in it, or it cannot be written to; or a loss is not finite.
     """
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
@@ -82,19 +82,28 @@ def run(config: Config) -> Path:
     trainer = build_trainer(pinned, cache, backbone)
     root = open_run(config, "train") / _NAME
     with alone(root):
-        set_damaged_aside(config.checkpoints)  # before one of them is evaluated
+        last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
         with (
             ray_session(config),
             _stop_on_sigterm(root / _STOP_FILE) as stop,
             evaluation(pinned, cache, root),
         ):
-            mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
-            if mistake is not None:
-                raise ProPhyError(mistake)
-            if stop.exists():
-                logger.info("stopped on SIGTERM; the same command goes on")
-                raise SystemExit(128 + signal.SIGTERM)
-    return config.run_dir / MODEL_FOLDER
+            if last is not None and last.step >= config.train.num_steps:
+                logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
+            else:
+                mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
+                if mistake is not None:
+                    raise ProPhyError(mistake)
+                if stop.exists():
+                    logger.info("stopped on SIGTERM; the same command goes on")
+                    raise SystemExit(128 + signal.SIGTERM)
+                last = latest(config.checkpoints)
+                assert last is not None
+            model = config.run_dir / MODEL_FOLDER
+            with writing_model(model):
+                export_branch(last, model)
+            logger.info("trained branch after %d steps: %s", last.step, model)
+    return model
 
 
 @contextmanager
@@ -197,7 +206,7 @@ def build_trainer(config: Config, cache: PriorCache, backbone: dict[str, str | N
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> str | None:
-    """What each worker runs: from the frozen backbone to the trained branch in the run folder.
+    """What each worker runs: from the frozen backbone, or the last checkpoint, to that of the last step.
 
     Args:
         loop_config: `config`, the opened `cache`, and the `backbone` that the trained branch will name.
@@ -285,24 +294,6 @@ def _train(loop_config: dict[str, Any]) -> None:
             saved, preempted = step, preempted or leaving
         if stop:
             return
-
-    # 4. The trained branch
-    write_model(config)
-
-
-def write_model(config: Config) -> None:
-    """Exports the last checkpoint to the run folder; a collective of all ranks.
-
-    Raises:
-        EveryRankError: rank 0 cannot write there.
-    """
-    model = config.run_dir / MODEL_FOLDER
-    with writing(f"write the trained branch to {model}"):
-        if torch.distributed.get_rank() == 0:
-            last = latest(config.checkpoints)
-            assert last is not None
-            export_branch(last, model)
-            logger.info("trained branch after %d steps: %s", last.step, model)
 
 
 def _from_rank_0(*flags: bool) -> list[bool]:

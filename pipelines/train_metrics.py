@@ -80,9 +80,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
         self._last = (first_step, time.perf_counter())
         self._tokens = self._operations = 0
-        if first_step >= train.num_steps:
-            logger.info("step %d of %d was reached before; nothing to train", first_step, train.num_steps)
-        elif first_step:
+        if first_step:
             logger.info("resumed from step %d of %d", first_step, train.num_steps)
 
     def count(self, batches: Iterable[TrainBatch]) -> None:

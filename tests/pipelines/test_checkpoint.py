@@ -25,10 +25,8 @@ from pipelines.checkpoint import (
     writing,
 )
 from pipelines.config import Config
-from pipelines.train import MODEL_FOLDER, write_model
 from pipelines.train_metrics import METRICS_FILE, MetricsLog, read_rows
 from prophy.errors import ProPhyError
-from prophy.models.description import DESCRIPTION, trained_on
 
 SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
 VALUES = {
@@ -189,19 +187,6 @@ def test_a_disk_that_is_full_of_metrics(small_disk: Path, config: Config) -> Non
         for step in range(2, 200):
             log.write(step, losses, {})
     assert read_rows(small_disk / METRICS_FILE)[0]["step"] == 1
-
-
-def test_a_model_that_cannot_be_written(config: Config) -> None:
-    parts = [Fragment("transformer.physics_branch.a", 0, {"parameter": torch.ones(6)})]
-    run = {"physics": {}, "backbone": {"name": "tiny"}, "lora": None}
-    save(config.checkpoints, 1, parts, {parts[0].name: torch.Size([2, 3])}, run, num_to_keep=1)
-    model = config.run_dir / MODEL_FOLDER
-    (model / DESCRIPTION).mkdir(parents=True)
-    with pytest.raises(EveryRankError, match=f"cannot write the trained branch to {model}: .*; make room"):
-        write_model(config)
-    (model / DESCRIPTION).rmdir()
-    write_model(config)
-    assert trained_on(model) == {"name": "tiny"}
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:

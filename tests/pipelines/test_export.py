@@ -91,3 +91,25 @@ def test_mistakes(trained: Config, tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ProPhyError, match="is not empty"):
         export.run(trained, tmp_path / "full", 7, complete=False)
+    beside = tmp_path / "full" / "file" / "out"
+    with pytest.raises(ProPhyError, match=f"cannot write the model to {beside}: .*; make room"):
+        export.run(trained, beside, 7, complete=False)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_an_export_that_was_killed_is_made_again(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool
+) -> None:
+    """Its folder does not exist before it is whole."""
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "_trained", kill)
+        export.run(trained, tmp_path / "out", 7, complete)
+    assert not (tmp_path / "out").exists()
+    export.run(trained, tmp_path / "out", 7, complete)
+    export.run(trained, tmp_path / "once", 7, complete)
+    names = [{file.relative_to(folder) for file in folder.rglob("*")} for folder in tmp_path.iterdir()]
+    assert len(names) == 2 and names[0] == names[1] != set()

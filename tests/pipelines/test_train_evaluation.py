@@ -1,4 +1,4 @@
-"""Held-out clips and sample videos, measured and made beside a run of two workers."""
+"""Held-out clips and sample videos, measured and made beside a run."""
 
 import json
 import shutil
@@ -25,6 +25,7 @@ def evaluated_config(tiny_cache: Config, run_dir: Path, *overrides: str) -> Conf
         run_dir,
         f"cache.output={tiny_cache.cache.output}",
         "cache.rows_per_file=4",
+        "train.num_workers=1",
         "train.num_steps=4",
         "train.save_every=4",
         "train.num_held_out=2",
@@ -82,7 +83,7 @@ def test_last_checkpoint_makes_a_video_and_its_maps(evaluated: Config) -> None:
 
 
 def test_held_out_clips_are_not_trained_on(tiny_cache: Config, tmp_path: Path) -> None:
-    config = evaluated_config(tiny_cache, tmp_path / "run", "train.num_workers=1")
+    config = evaluated_config(tiny_cache, tmp_path / "run")
     cache = read_cache(config)
     kept_out = held_out(cache.shapes, 2)
     dataset = build_dataset(config, cache, rank=0)
