@@ -459,7 +459,7 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ProPhyError(_explain(error, path)) from None
+        raise ProPhyError(_explain(error, path, overrides or [])) from None
 
 
 def _find(name_or_path: str) -> Path:
@@ -473,17 +473,20 @@ def _find(name_or_path: str) -> Path:
     return path
 
 
-def _explain(error: ValidationError, path: Path) -> str:
+def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
     """One sentence about the first thing that is wrong, with the nearest valid key where a key is unknown."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    given = [override.split("=")[0] for override in overrides]
+    where = "--set" if any(f"{key}.".startswith(f"{name}.") for name in given) else str(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} in {path}; did you mean {nearest_key(Config, first['loc'])!r}?"
+        return f"unknown key {key!r} in {where}; did you mean {nearest_key(Config, first['loc'])!r}?"
     if first["type"] == "missing":
         return f"missing key {key!r} in {path}; add it"
-    if not key:  # keys of several sections; the message says which
-        return f"bad values in {path}: {first['msg']}"
-    return f"bad value for {key!r} in {path}: {first['msg']} (got {first['input']!r})"
+    if isinstance(first["input"], dict):  # values that do not go together; the message says which
+        section = f" for {key!r}" if key else ""
+        return f"bad values{section} in {path}{' with --set' if given else ''}: {message}"
+    return f"bad value for {key!r} in {where}: {message} (got {first['input']!r})"
 
 
 def nearest_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:

@@ -103,6 +103,7 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
         "train.lora_rank=4",
         "train.backbone_learning_rate=1e-2",
         "train.num_steps=3",
+        "train.save_every=2",
         "train.log_every=1",
         "sampling.num_inference_steps=2",
     )
@@ -121,6 +122,13 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
     assert load_file(model / "pytorch_lora_weights.safetensors")[
         "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight"
     ].any()
+
+    # The same command goes on from step 2, to the same bits.
+    shutil.rmtree(config.checkpoints / "step-00000003")
+    shutil.rmtree(model)
+    train.run(config)
+    again = load_file(model / "physics_branch.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
 
     trained = config.model_copy(update={"checkpoint": model})
     [video] = generate.run(trained, ["a red ball falls"])

@@ -44,11 +44,11 @@ def test_local_paths_become_absolute_and_the_rest_stays(
     [
         (
             "train.learing_rate=1",
-            "unknown key 'train.learing_rate' in .*; did you mean 'train.learning_rate'",
+            "unknown key 'train.learing_rate' in --set; did you mean 'train.learning_rate'",
         ),
         ("cache.read.sise=2", "did you mean 'cache.read.size'"),
         ("trian=1", "did you mean 'train'"),
-        ("train.num_steps=0", "bad value for 'train.num_steps'.*greater than 0"),
+        ("train.num_steps=0", "bad value for 'train.num_steps' in --set: .*greater than 0"),
         ("physics.top_k=9", r"top_k \(9\) must not exceed num_refinement_experts \(8\)"),
         (
             "train.num_workers=3",

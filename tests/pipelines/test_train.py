@@ -22,8 +22,9 @@ from pipelines import cache, simulate
 from pipelines.cache import encodings_folder
 from pipelines.checkpoint import committed
 from pipelines.config import Config
-from pipelines.train import build_module, run
+from pipelines.train import run
 from pipelines.train_metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_rows
+from pipelines.train_model import build_module
 from prophy.backbones import load_pipeline
 from prophy.data import BatchPlan, PriorCache, TrainBatch
 from prophy.errors import ProPhyError
