@@ -107,7 +107,8 @@ def everything_on_two_ranks(rank: int, folder: Path) -> Result:
         for stage in STAGES
         for steps in (1, 2)
     }
-    return {"trained": trained, "gradients": gradients}
+    curves = {stage: loss_curve(stage, "bfloat16", num_steps=6)["losses"] for stage in (1, 3)}
+    return {"trained": trained, "gradients": gradients, "bfloat16": curves}
 
 
 def on_to_step_5_on_one_rank(rank: int, folder: Path) -> Result:
@@ -214,7 +215,9 @@ def train_module(accumulation_steps: int, backbone_mode: str = "frozen") -> ProP
             nn.init.normal_(parameter, std=0.1)
     if backbone_mode == "lora":
         transformer.add_lora(rank=2, alpha=4)
-    transformer.train_backbone(backbone_mode)
+    elif backbone_mode == "bfloat16":
+        transformer.bfloat16().physics_branch.float()
+    transformer.train_backbone("frozen" if backbone_mode == "bfloat16" else backbone_mode)
     # Balancing depends on which samples share a micro-batch; all other losses must not.
     weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=0.0)
     return ProPhyTrainModule(
@@ -240,9 +243,10 @@ def joint_batch(size: int, seed: int = 3) -> TrainBatch:
     )
 
 
-def curve_config(zero_stage: int, num_steps: int, num_workers: int) -> TrainConfig:
+def curve_config(zero_stage: int, num_steps: int, num_workers: int, precision: str = "fp32") -> TrainConfig:
     """Micro-batches of one sample, four in a step; warm-up, then cosine to zero."""
     values = {"micro_batch_size": 1, "num_workers": num_workers, "global_batch_size": 4}
+    values |= {"precision": precision}
     values |= {"num_steps": num_steps, "learning_rate": 1e-3, "lr_schedule": "cosine"}
     return train_config(zero_stage, **values)
 
@@ -256,8 +260,11 @@ def loss_curve(zero_stage: int, backbone_mode: str, num_steps: int) -> Result:
     from pipelines.engine import Ema, fragments, initialize, optimizer_step, placement, set_learning_rate
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    config = curve_config(zero_stage, num_steps, world_size)
+    precision = "bf16" if backbone_mode == "bfloat16" else "fp32"
+    config = curve_config(zero_stage, num_steps, world_size, precision)
     module = train_module(config.gradient_accumulation_steps, backbone_mode)
+    if precision == "bf16" and zero_stage == 3:
+        module.transformer.enable_gradient_checkpointing()
     fill(module, lambda name: None, placement(config))
     engine = initialize(module, config)
     ema = Ema(EMA_DECAY, fragments(engine))
@@ -453,6 +460,13 @@ def test_other_numbers_of_ranks_and_stages_go_on_alike(
     history = result["history"] + on_ranks(2, on_to_step_6_on_two_ranks, tmp_path / "two")["history"]
     assert_trained_like_bare_torch(latest(tmp_path / "moved"), history)
     assert_same_gradients(result, gradients_of_the_joint_batch(2))
+
+
+def test_zero_3_trains_a_branch_on_a_checkpointed_bfloat16_backbone(two_ranks: Result) -> None:
+    """As ZeRO 1 does without checkpointing: the configuration of the largest backbone."""
+    curves = two_ranks["bfloat16"]
+    assert curves[1].unique().numel() > 6
+    torch.testing.assert_close(curves[3], curves[1], rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
