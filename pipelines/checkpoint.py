@@ -164,7 +164,7 @@ def save(
             _commit(folder, manifest)
             for old in committed(root)[num_to_keep:]:
                 (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it
 
 
 @contextmanager
@@ -258,14 +258,17 @@ def _folder(root: Path, step: int) -> Path:
 def _damage(folder: Path) -> str | None:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, FileNotFoundError):
         return f"{MANIFEST} cannot be read"
 
     def check(name: str) -> str | None:
         file = folder / name
-        if not file.is_file() or file.stat().st_size != files[name]["bytes"]:
-            return f"{name} is missing or cut short"
-        return None if _describe(file) == files[name] else f"{name} has changed"
+        try:
+            if file.stat().st_size != files[name]["bytes"]:
+                return f"{name} is cut short"
+            return None if _describe(file) == files[name] else f"{name} has changed"
+        except FileNotFoundError:
+            return f"{name} is missing"
 
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
         return next(filter(None, pool.map(check, files)), None)

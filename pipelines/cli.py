@@ -169,7 +169,7 @@ def plan(
 
 @app.command()
 def export(
-    output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
     complete: Annotated[
         bool, typer.Option(help="A whole diffusers pipeline with a model card, not the branch alone.")
     ] = False,
@@ -182,7 +182,7 @@ def export(
     resolved = _configure(config, set_, print_config)
     from pipelines import export
 
-    export.run(resolved, output.absolute(), step, complete)
+    export.run(resolved, output.resolve(), step, complete)
 
 
 @app.command()

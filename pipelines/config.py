@@ -451,15 +451,19 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
         ProPhyError: no such file, not YAML, an unknown key (names the nearest one), or a bad value.
     """
     path = _find(name_or_path)
+    given, where = OmegaConf.create(), str(path)
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
-        values = OmegaConf.to_container(tree, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ProPhyError(f"{path} is not a valid configuration: {' '.join(str(error).split())}") from None
+        tree = OmegaConf.load(path)
+        if overrides:
+            where += " with what the command line adds"
+            given = OmegaConf.from_dotlist(overrides)
+        values = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ProPhyError(f"{where} is not a valid configuration: {' '.join(str(error).split())}") from None
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ProPhyError(_explain(error, path, overrides or [])) from None
+        raise ProPhyError(_explain(error, path, OmegaConf.to_container(given))) from None
 
 
 def _find(name_or_path: str) -> Path:
@@ -473,20 +477,31 @@ def _find(name_or_path: str) -> Path:
     return path
 
 
-def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
-    """One sentence about the first thing that is wrong, with the nearest valid key where a key is unknown."""
+def _explain(error: ValidationError, path: Path, given: Any) -> str:
+    """One sentence about the first thing that is wrong in `path` and what is `given` on the command line."""
     first = error.errors()[0]
     key, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-    given = [override.split("=")[0] for override in overrides]
-    where = "--set" if any(f"{key}.".startswith(f"{name}.") for name in given) else str(path)
+    where = "on the command line" if _holds(given, first["loc"]) else f"in {path}"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} in {where}; did you mean {nearest_key(Config, first['loc'])!r}?"
+        return f"unknown key {key!r} {where}; did you mean {nearest_key(Config, first['loc'])!r}?"
     if first["type"] == "missing":
         return f"missing key {key!r} in {path}; add it"
     if isinstance(first["input"], dict):  # values that do not go together; the message says which
         section = f" for {key!r}" if key else ""
-        return f"bad values{section} in {path}{' with --set' if given else ''}: {message}"
-    return f"bad value for {key!r} in {where}: {message} (got {first['input']!r})"
+        return (
+            f"bad values{section} in {path}{' with what the command line adds' if given else ''}: {message}"
+        )
+    return f"bad value for {key!r} {where}: {message} (got {first['input']!r})"
+
+
+def _holds(tree: Any, location: tuple[int | str, ...]) -> bool:
+    for key in location:
+        if not isinstance(tree, dict):  # a list: it is given as a whole
+            return True
+        if key not in tree:
+            return False
+        tree = tree[key]
+    return True
 
 
 def nearest_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:

@@ -39,27 +39,24 @@ def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
 
     Args:
         config: the run.
-        output: a folder that does not exist yet, or is empty.
+        output: a folder that does not exist yet.
         step: which checkpoint; the latest if None.
         complete: a whole pipeline instead of branch and adapter alone.
 
     Raises:
-        ProPhyError: no such checkpoint, or a damaged one; the folder is not empty, or cannot be written to;
-            or the backbone is not the one that was trained.
+        ProPhyError: no such checkpoint, or a damaged one; the folder exists, or cannot be written; or the
+            backbone is not the one that was trained.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ProPhyError(f"{output} is not empty; choose another folder for the export")
+    if output.exists():
+        raise ProPhyError(f"{output} exists; choose another folder for the export")
     checkpoint = _open(config.checkpoints, step)
     if complete:
         check_unchanged(checkpoint.folder, _backbone(checkpoint), config.backbone.pretrained)
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    with writing_model(output):
+    with replacing(output) as folder:
         if complete:
-            _export_pipeline(config, checkpoint, partial)
+            _export_pipeline(config, checkpoint, folder)
         else:
-            export_branch(checkpoint, partial)
-        partial.rename(output)
+            export_branch(checkpoint, folder)
     logger.info("exported step %d: %s", checkpoint.step, output)
     return output
 
@@ -77,18 +74,25 @@ def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 @contextmanager
-def writing_model(folder: Path) -> Iterator[None]:
-    """A block in which files of a model are written to `folder`.
+def replacing(folder: Path) -> Iterator[Path]:
+    """A place to write a model to, which becomes `folder` when the block ends, in place of what was there.
 
     Raises:
-        ProPhyError: they cannot.
+        ProPhyError: it cannot be written.
     """
+    partial = folder.with_name(f"{folder.name}.partial")
     try:
-        yield
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     except (OSError, SafetensorError) as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # one file of many
         raise ProPhyError(
-            f"cannot write the model to {folder}: {error}; make room, and run the same command again"
+            f"cannot write the model to {folder}: {reason}; mend that, and run the same command again"
         ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _open(root: Path, step: int | None) -> Checkpoint:

@@ -68,11 +68,13 @@ def open_run(config: Config, command: str) -> Path:
     """
     folder = config.run_dir
     saved = folder / f"{command}.yaml"
+    partial = saved.with_name(f"{saved.name}.partial")
     if saved.exists():
         _check_same_run(yaml.safe_load(saved.read_text()), config, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config.to_yaml())
+        partial.write_text(config.to_yaml())
+        partial.replace(saved)
         versions = {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
         (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False))
     except OSError as error:

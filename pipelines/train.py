@@ -6,6 +6,7 @@ what a step draws depends on the number of the step and on the samples in the ca
 
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.cache import encodings_folder, priors_folder
-from pipelines.checkpoint import latest, newest_run, set_damaged_aside
+from pipelines.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
 from pipelines.config import Config
-from pipelines.export import export_branch, writing_model
+from pipelines.export import export_branch, replacing
 from pipelines.runtime import open_run, ray_session
 from pipelines.train_data import build_dataset, describe_samples
 from pipelines.train_evaluation import evaluation
@@ -29,6 +30,8 @@ from prophy.pretrained import check_unchanged, fingerprint, pinned_revision
 MODEL_FOLDER = "model"
 
 logger = logging.getLogger(__name__)
+
+_VISIBLE_WITHIN_S = 120.0  # a shared file system may show what another node wrote a minute late
 
 
 def run(config: Config) -> Path:
@@ -51,25 +54,15 @@ def run(config: Config) -> Path:
     root = open_run(config, "train") / RUN_NAME
     with alone(root):
         last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
-        with (
-            ray_session(config),
-            _stop_on_sigterm(root / STOP_FILE) as stop,
-            evaluation(pinned, cache, root),
-        ):
-            if last is not None and last.step >= config.train.num_steps:
-                logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
+        with ray_session(config), evaluation(pinned, cache, root):
+            if last is None or last.step < config.train.num_steps:
+                _fit(trainer, root / STOP_FILE)
+                last = _last_checkpoint(config)
             else:
-                mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
-                if mistake is not None:
-                    raise ProPhyError(mistake)
-                if stop.exists():
-                    logger.info("stopped on SIGTERM; the same command goes on")
-                    raise SystemExit(128 + signal.SIGTERM)
-                last = latest(config.checkpoints)
-                assert last is not None
+                logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
             model = config.run_dir / MODEL_FOLDER
-            with writing_model(model):
-                export_branch(last, model)
+            with replacing(model) as folder:
+                export_branch(last, folder)
             logger.info("trained branch after %d steps: %s", last.step, model)
     return model
 
@@ -95,16 +88,41 @@ def alone(root: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def _stop_on_sigterm(flag: Path) -> Iterator[Path]:
-    """Turns SIGTERM into a file that the workers look for after each step."""
-    flag.parent.mkdir(parents=True, exist_ok=True)
-    flag.unlink(missing_ok=True)
-    previous = signal.signal(signal.SIGTERM, lambda *_: flag.touch())
+def _fit(trainer: TorchTrainer, stop: Path) -> None:
+    """Runs the workers to the last step, or to SIGTERM: it becomes a file that they look for after each.
+
+    Raises:
+        ProPhyError: what the user must mend.
+        SystemExit: after SIGTERM.
+    """
+    stop.unlink(missing_ok=True)
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.touch())
     try:
-        yield flag
+        mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
     finally:
         signal.signal(signal.SIGTERM, previous)
+    if mistake is not None:
+        raise ProPhyError(mistake)
+    if stop.exists():
+        logger.info("stopped on SIGTERM; the same command goes on")
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _last_checkpoint(config: Config) -> Checkpoint:
+    """That of the last step, which another node may have written.
+
+    Raises:
+        ProPhyError: it cannot be seen here, or is damaged.
+    """
+    root, step = config.checkpoints, config.train.num_steps
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while (checkpoint := find(root, step)) is None:
+        if time.monotonic() > deadline:
+            raise ProPhyError(
+                f"the checkpoint of step {step} in {root} is missing or damaged; run the same command again"
+            )
+        time.sleep(1)
+    return checkpoint
 
 
 def pin_backbone(config: Config) -> dict[str, str | None]:

@@ -44,11 +44,13 @@ def test_local_paths_become_absolute_and_the_rest_stays(
     [
         (
             "train.learing_rate=1",
-            "unknown key 'train.learing_rate' in --set; did you mean 'train.learning_rate'",
+            "unknown key 'train.learing_rate' on the command line; did you mean 'train.learning_rate'",
         ),
+        ("train.lora.rank=2", "unknown key 'train.lora' on the command line; did you mean 'train.lora_rank'"),
+        ("train=[1]", "tiny.yaml with what the command line adds is not a valid configuration"),
         ("cache.read.sise=2", "did you mean 'cache.read.size'"),
         ("trian=1", "did you mean 'train'"),
-        ("train.num_steps=0", "bad value for 'train.num_steps' in --set: .*greater than 0"),
+        ("train.num_steps=0", "bad value for 'train.num_steps' on the command line: .*greater than 0"),
         ("physics.top_k=9", r"top_k \(9\) must not exceed num_refinement_experts \(8\)"),
         (
             "train.num_workers=3",

@@ -1,5 +1,6 @@
 """What export writes from fragments is what was trained: as a branch, and as a complete pipeline."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -89,27 +90,35 @@ def test_mistakes(trained: Config, tmp_path: Path) -> None:
         export.run(trained, tmp_path / "out", 3, complete=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ProPhyError, match="is not empty"):
+    with pytest.raises(ProPhyError, match="full exists; choose another folder"):
         export.run(trained, tmp_path / "full", 7, complete=False)
     beside = tmp_path / "full" / "file" / "out"
-    with pytest.raises(ProPhyError, match=f"cannot write the model to {beside}: .*; make room"):
+    with pytest.raises(ProPhyError, match=f"cannot write the model to {beside}: .*; mend that"):
         export.run(trained, beside, 7, complete=False)
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_an_export_that_was_killed_is_made_again(
-    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool
+def test_an_export_that_was_killed_is_made_again(trained: Config, tmp_path: Path, complete: bool) -> None:
+    once = export.run(trained, tmp_path / "once", 7, complete)
+    left = tmp_path / "out.partial" / "transformer" / "half.safetensors"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    out = export.run(trained, tmp_path / "out", 7, complete)
+    assert {path.name for path in tmp_path.iterdir()} == {"once", "out"}
+    files, expected = (
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (out, once)
+    )
+    assert files == expected
+
+
+def test_an_export_that_fails_leaves_nothing(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its folder does not exist before it is whole."""
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(export, "_trained", kill)
-        export.run(trained, tmp_path / "out", 7, complete)
-    assert not (tmp_path / "out").exists()
-    export.run(trained, tmp_path / "out", 7, complete)
-    export.run(trained, tmp_path / "once", 7, complete)
-    names = [{file.relative_to(folder) for file in folder.rglob("*")} for folder in tmp_path.iterdir()]
-    assert len(names) == 2 and names[0] == names[1] != set()
+    monkeypatch.setattr(export, "_write_json", full)
+    with pytest.raises(ProPhyError, match="No space left on device; mend that"):
+        export.run(trained, tmp_path / "out", 7, complete=True)
+    assert not any(tmp_path.iterdir())

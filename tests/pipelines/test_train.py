@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines import cache, simulate
 from pipelines.cache import encodings_folder
-from pipelines.checkpoint import committed
+from pipelines.checkpoint import Checkpoint, committed
 from pipelines.config import Config
 from pipelines.train import run
 from pipelines.train_metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_rows
@@ -62,40 +63,59 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def through(tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of 6 steps without a stop."""
+    """A run that SIGTERM stopped after the fifth step: `train.num_steps` is how far it came."""
     run_dir = tmp_path_factory.mktemp("through") / "run"
-    config = train_config(tiny_cache, run_dir, "train.num_steps=6")
-    assert run(config) == run_dir / "model"
-    return config
+    config = train_config(tiny_cache, run_dir, "train.num_steps=500")
+
+    def terminate() -> None:
+        while len(read_rows(run_dir / "train" / METRICS_FILE)) < 5:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        run(config)
+    assert left.value.code == 143
+    return train_config(tiny_cache, run_dir, f"train.num_steps={saved_steps(run_dir)[0]}")
 
 
 def stopped(through: Config, run_dir: Path) -> Path:
-    """The same run, killed during the save after step 6: the last good checkpoint is of step 4."""
+    """The same run, killed during its last save: the last good checkpoint is the one before."""
     shutil.copytree(through.run_dir, run_dir)
-    shutil.rmtree(run_dir / "model")
-    [file, _] = sorted((run_dir / "train" / "checkpoints" / "step-00000006").glob("rank-*"))
+    [file, _] = sorted((run_dir / "train" / "checkpoints" / last_step(through)).glob("rank-*"))
     file.write_bytes(file.read_bytes()[:-1])
     return run_dir
 
 
+def last_step(config: Config) -> str:
+    return f"step-{config.train.num_steps:08d}"
+
+
 @pytest.fixture(scope="module")
 def resumed(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The run that was killed, and resumed by the same command."""
+    """The run that was killed, and resumed to where the other came."""
     run_dir = stopped(through, tmp_path_factory.mktemp("resumed") / "run")
-    config = train_config(tiny_cache, run_dir, "train.num_steps=6")
-    run(config)
+    config = train_config(tiny_cache, run_dir, f"train.num_steps={through.train.num_steps}")
+    assert run(config) == run_dir / "model"
     return config
+
+
+def test_sigterm_saves_first(through: Config) -> None:
+    steps = [row["step"] for row in rows(through.run_dir)]
+    assert steps == list(range(1, through.train.num_steps + 1)) and 5 <= len(steps) < 500
+    assert not (through.run_dir / "model").exists()
 
 
 def test_every_step_is_in_the_metrics_once(resumed: Config) -> None:
     folder, lines = resumed.run_dir / "train", rows(resumed.run_dir)
-    assert [row["step"] for row in lines] == [1, 2, 3, 4, 5, 6]
+    steps = list(range(1, resumed.train.num_steps + 1))
+    assert [row["step"] for row in lines] == steps
     board = EventAccumulator(str(folder / TENSORBOARD_FOLDER)).Reload()
     for name in set(lines[0]) - {"step"}:
-        assert [event.step for event in board.Scalars(name)] == [1, 2, 3, 4, 5, 6]
+        assert [event.step for event in board.Scalars(name)] == steps
     weights = resumed.train.loss_weights
     for row in lines:
-        assert row["learning_rate"] == pytest.approx(1e-3 * row["step"] / 10)
+        assert row["learning_rate"] == pytest.approx(1e-3 * min(1, row["step"] / 10))
         assert row["loss"] == pytest.approx(
             row["diffusion"]
             + weights.semantic_alignment * row["semantic_alignment"]
@@ -112,14 +132,17 @@ def test_every_step_is_in_the_metrics_once(resumed: Config) -> None:
         assert 0 < row["router_entropy"] <= math.log(8)
 
 
-def test_old_checkpoints_go(resumed: Config) -> None:
-    assert saved_steps(resumed.run_dir) == [6, 4]
+def test_old_checkpoints_go(through: Config, resumed: Config) -> None:
+    last = through.train.num_steps
+    assert saved_steps(through.run_dir) == saved_steps(resumed.run_dir) == [last, 2 * ((last - 1) // 2)]
 
 
 def test_resumed_run_equals_one_that_ran_through(through: Config, resumed: Config) -> None:
-    expected, after = weights(through.run_dir / "model"), weights(resumed.run_dir / "model")
-    assert expected.keys() == after.keys()
-    assert all(torch.equal(expected[name], after[name]) for name in expected)
+    expected, after = (Checkpoint(config.checkpoints / last_step(through)) for config in (through, resumed))
+    assert expected.shapes == after.shapes and expected.kinds == after.kinds
+    for name in expected.shapes:
+        for kind in expected.kinds:
+            assert torch.equal(expected.tensor(kind, name), after.tensor(kind, name)), (kind, name)
     measured = {"samples_per_s", "tokens_per_s", "mfu", "peak_rss_gb"}
     measured |= {key for key in rows(through.run_dir)[0] if key.endswith("time_s")}
     for before, again in zip(rows(through.run_dir), rows(resumed.run_dir), strict=True):
@@ -128,31 +151,18 @@ def test_resumed_run_equals_one_that_ran_through(through: Config, resumed: Confi
         }
 
 
-def test_one_worker_goes_on_where_two_stopped_until_sigterm(
-    through: Config, tiny_cache: Config, tmp_path: Path
-) -> None:
-    """With the samples and the noise of two workers; and SIGTERM saves before it ends the run."""
+def test_one_worker_goes_on_where_two_stopped(through: Config, tiny_cache: Config, tmp_path: Path) -> None:
     run_dir = stopped(through, tmp_path / "run")
-    overrides = ("train.num_workers=1", "train.num_steps=500", "train.save_every=500")
-    config = train_config(tiny_cache, run_dir, *overrides)
-    num_before = len(rows(run_dir))
-
-    def terminate() -> None:
-        while len(read_rows(run_dir / "train" / METRICS_FILE)) <= num_before:
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=terminate, daemon=True).start()
-    with pytest.raises(SystemExit) as left:
-        run(config)
-    assert left.value.code == 143
-    last = saved_steps(run_dir)[0]
-    assert num_before < last < 500 and rows(run_dir)[-1]["step"] == last
-    for before, again in zip(rows(through.run_dir), rows(run_dir), strict=False):
+    overrides = (f"train.num_steps={through.train.num_steps}", "train.num_workers=1")
+    after = weights(run(train_config(tiny_cache, run_dir, *overrides)))
+    expected = Checkpoint(through.checkpoints / last_step(through))
+    for name, value in after.items():
+        expected_value = expected.tensor("parameter", f"transformer.physics_branch.{name}")
+        torch.testing.assert_close(value, expected_value, rtol=1e-3, atol=1e-4)
+    for before, again in zip(rows(through.run_dir), rows(run_dir), strict=True):
         assert before["step"] == again["step"]
         for key in ("loss", "diffusion", "token_alignment", "semantic_alignment", "load_balancing"):
             assert again[key] == pytest.approx(before[key], rel=1e-3)
-    assert not (run_dir / "model").exists()
 
 
 def test_a_loss_that_is_not_finite(tiny_cache: Config, tmp_path: Path) -> None:
@@ -187,18 +197,20 @@ def spoil_latents(table: Path, sample_id: str) -> None:
     pq.write_table(pa.Table.from_pylist(samples, footer), file, row_group_size=1)
 
 
-def test_finished_run_only_exports_again(resumed: Config) -> None:
+def test_finished_run_only_exports_again(resumed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchTrainer, "fit", None)  # no workers
     model, metrics = resumed.run_dir / "model", resumed.run_dir / "train" / METRICS_FILE
     before, lines = weights(model), metrics.read_text()
     shutil.rmtree(model)
     model.touch()
-    with pytest.raises(ProPhyError, match=f"cannot write the model to {model}: .*; make room"):
+    with pytest.raises(ProPhyError, match=f"cannot write the model to {model}: .*; mend that"):
         run(resumed)
     model.unlink()
-    run(resumed)
-    after = weights(model)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert metrics.read_text() == lines
+    for _ in range(2):
+        run(resumed)
+        after = weights(model)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    assert metrics.read_text() == lines and not model.with_name("model.partial").exists()
 
 
 def test_trained_branch_loads_into_the_pipeline(resumed: Config) -> None:
@@ -227,7 +239,7 @@ def test_only_the_branch_is_trained(config: Config) -> None:
 
 def test_run_folder_of_another_run(resumed: Config, tiny_cache: Config) -> None:
     with pytest.raises(ProPhyError, match=r"belongs to another run: train\.seed is 0 there and 1 here"):
-        run(train_config(tiny_cache, resumed.run_dir, "train.num_steps=8", "train.seed=1"))
+        run(train_config(tiny_cache, resumed.run_dir, "train.num_steps=50", "train.seed=1"))
 
 
 def test_no_cache(config: Config) -> None:
