@@ -7,7 +7,6 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipelines import cache, simulate
 from pipelines.cache import encodings_folder
 from pipelines.checkpoint import Checkpoint, committed
 from pipelines.config import Config
@@ -264,28 +262,6 @@ def test_encodings_of_another_vae(tiny_cache: Config, tmp_path: Path) -> None:
 def test_fewer_samples_than_a_batch(tiny_cache: Config, tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="holds 12 samples, fewer than the global batch of 16"):
         run(train_config(tiny_cache, tmp_path, "train.global_batch_size=16"))
-
-
-def test_clips_of_two_lengths(tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path / "run",
-        "simulate.num_clips=4",
-        "simulate.num_frames=25",  # 3 s
-        "cache.shorter_clips_s=[1.0]",
-        "train.num_workers=1",
-        "train.num_steps=2",
-        "train.log_every=1",
-    )
-    simulate.run(config)
-    assert cache.run(config).num_encodings == 8
-    shapes = PriorCache(Path(cache.priors_folder(config)), Path(encodings_folder(config))).shapes
-    assert Counter(latents[1] for latents in shapes.values()) == {5: 4, 3: 4}
-    for sample_id, latents in shapes.items():
-        assert sample_id.endswith("-0000000-0002000" if latents[1] == 5 else "-0002000-0003000")
-
-    run(config)
-    tokens = [round(row["tokens_per_s"] * row["step_time_s"]) for row in rows(config.run_dir)]
-    assert sorted(tokens) == [4 * 3 * 64, 4 * 5 * 64]  # one step of each
 
 
 def test_unknown_recipe(tiny_cache: Config, tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipelines import cache, simulate
 from pipelines.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.train import run
 from pipelines.train_data import build_dataset, held_out
 from pipelines.train_evaluation import EVALUATION_FILE, QUANTILES, SAMPLES_FOLDER, evaluation, held_out_losses
-from pipelines.train_metrics import TENSORBOARD_FOLDER
+from pipelines.train_metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_rows
 from prophy.data import PriorCache
 from prophy.errors import ProPhyError
 from prophy.video import probe
@@ -40,10 +42,26 @@ def read_cache(config: Config) -> PriorCache:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = evaluated_config(tiny_cache, tmp_path_factory.mktemp("evaluated") / "run")
+def evaluated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run on clips of 2 and of 1 s, one of each from every video."""
+    run_dir = tmp_path_factory.mktemp("evaluated") / "run"
+    overrides = ("simulate.num_clips=6", "simulate.num_frames=25", "cache.shorter_clips_s=[1.0]")
+    clips = tiny_config(run_dir, *overrides)
+    simulate.run(clips)
+    assert cache.run(clips).num_encodings == 12
+    config = evaluated_config(clips, run_dir, *overrides, "train.log_every=1")
     run(config)
     return config
+
+
+def test_batches_are_of_one_length(evaluated: Config) -> None:
+    shapes = read_cache(evaluated).shapes
+    assert Counter(latents[1] for latents in shapes.values()) == {5: 6, 3: 6}
+    for sample_id, latents in shapes.items():
+        assert sample_id.endswith("-0000000-0002000" if latents[1] == 5 else "-0002000-0003000")
+    rows = read_rows(evaluated.run_dir / "train" / METRICS_FILE)
+    tokens = [round(row["tokens_per_s"] * row["step_time_s"]) for row in rows]
+    assert Counter(tokens) == {4 * 3 * 64: 2, 4 * 5 * 64: 2}  # of the 8 samples that are not held out
 
 
 def test_last_checkpoint_is_measured_on_held_out_clips(evaluated: Config) -> None:
@@ -84,11 +102,11 @@ def test_last_checkpoint_makes_a_video_and_its_maps(evaluated: Config) -> None:
 
 def test_held_out_clips_are_not_trained_on(tiny_cache: Config, tmp_path: Path) -> None:
     config = evaluated_config(tiny_cache, tmp_path / "run")
-    cache = read_cache(config)
-    kept_out = held_out(cache.shapes, 2)
-    dataset = build_dataset(config, cache, rank=0)
+    samples = read_cache(config)
+    kept_out = held_out(samples.shapes, 2)
+    dataset = build_dataset(config, samples, rank=0)
     trained = {sample_id for step in range(5) for batch in dataset[step][0] for sample_id in batch.sample_ids}
-    assert len(kept_out) == 2 and trained == cache.shapes.keys() - kept_out
+    assert len(kept_out) == 2 and trained == samples.shapes.keys() - kept_out
 
 
 def test_what_was_trained_on_is_never_held_out_later() -> None:
