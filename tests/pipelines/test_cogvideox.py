@@ -103,7 +103,6 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
         "train.lora_rank=4",
         "train.backbone_learning_rate=1e-2",
         "train.num_steps=3",
-        "train.save_every=2",
         "train.log_every=1",
         "sampling.num_inference_steps=2",
     )
@@ -122,14 +121,6 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
     assert load_file(model / "pytorch_lora_weights.safetensors")[
         "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight"
     ].any()
-
-    # The same command goes on from step 2, to the same bits.
-    shutil.rmtree(config.checkpoints / "step-00000003")
-    trained_before = {file.name: file.read_bytes() for file in model.iterdir()}
-    assert train.run(config) == model
-    assert {file.name: file.read_bytes() for file in model.iterdir()} == trained_before
-    again = [json.loads(line) for line in (config.run_dir / "train" / METRICS_FILE).open()]
-    assert again[:2] == rows[:2] and again[2]["loss"] == rows[2]["loss"]
 
     trained = config.model_copy(update={"checkpoint": model})
     [video] = generate.run(trained, ["a red ball falls"])

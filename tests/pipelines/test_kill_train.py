@@ -1,7 +1,8 @@
 """`prophy train` killed with SIGKILL: a worker, the driver, or its whole Ray, also during a save; then again.
 
 Real processes with Rays of their own. The run that is left must hold the parameters, to the last bit, and
-the losses of an undisturbed one. It trains an adapter beside the branch, on clips of two shapes.
+the losses of an undisturbed one. It trains an adapter beside the branch, on clips of two shapes; Wan, and
+CogVideoX at tiny random weights.
 """
 
 import json
@@ -21,6 +22,7 @@ from pipelines.config import Config
 from pipelines.train_metrics import METRICS_FILE
 from prophy.data import PriorCache
 from prophy.video import read_frames, write_video
+from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 from tests.pipelines.killing import Run, kill_at_a_moment, starter
 
@@ -35,13 +37,19 @@ OVERRIDES = (
     "train.num_steps=6",
     "train.save_every=2",
     "train.log_every=1",
+    "physics.physics_layers=[0,2]",
 )
 MOMENTS = (("any", "driver"), ("any", "worker"), ("any", "node"), ("save", "node"))
 
 
-def command(folder: Path, cache_folder: str) -> tuple[str, Path, tuple[str, ...], str]:
-    """The arguments of `Run`."""
-    return "train", folder, (f"cache.output={cache_folder}", *OVERRIDES), "ray::RayTrainWorker"
+def command(folder: Path, config: Config) -> tuple[str, Path, tuple[str, ...], str]:
+    """The arguments of `Run` for another run of a configuration."""
+    backbone = [
+        f"backbone.{key}={getattr(config.backbone, key)}"
+        for key in ("family", "pretrained", "max_sequence_length")
+    ]
+    overrides = (f"cache.output={config.cache.output}", *backbone, *OVERRIDES)
+    return "train", folder, overrides, "ray::RayTrainWorker"
 
 
 def steps(folder: Path) -> int:
@@ -57,27 +65,36 @@ def is_saving(folder: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run that nothing happened to; half of its clips are cropped to the wide shape."""
+def undisturbed(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Config:
+    """A run of a family that nothing happened to; half of its clips are cropped to the wide shape."""
     folder = tmp_path_factory.mktemp("kill")
     videos = folder / "videos"
     videos.mkdir()
-    config = tiny_config(folder / "run", "simulate.num_clips=12", f"cache.input={videos}", *OVERRIDES)
+    overrides = ["simulate.num_clips=12", f"cache.input={videos}", *OVERRIDES]
+    if request.param == "cogvideox":
+        overrides += [
+            "backbone.family=cogvideox",
+            f"backbone.pretrained={write_pipeline(folder / 'backbone')}",
+            f"backbone.max_sequence_length={MAX_SEQUENCE_LENGTH}",
+        ]
+    config = tiny_config(folder / "run", *overrides)
     simulate.run(config)
     for number, clip in enumerate(sorted(config.simulate.output.rglob("*.mp4"))):
         frames = read_frames(clip, 0.0, 2.0, 17, 64, 64)
         write_video(videos / clip.name, frames[:, 13:51] if number % 2 else frames, 8)
     cache.run(config)
     latents = PriorCache(Path(cache.priors_folder(config)), Path(cache.encodings_folder(config))).shapes
-    assert Counter(latents.values()) == {(16, 5, 16, 16): 6, (16, 5, 12, 20): 6}
-    Run(*command(config.run_dir, config.cache.output)).finish()
+    assert list(Counter(latents.values()).values()) == [6, 6]
+    Run(*command(config.run_dir, config)).finish()
     return config
 
 
 @pytest.fixture
 def runs(undisturbed: Config, tmp_path: Path) -> Iterator[Callable[[], Run]]:
     """Starts the same command, any number of times."""
-    with starter(*command(tmp_path / "run", undisturbed.cache.output)) as start:
+    with starter(*command(tmp_path / "run", undisturbed)) as start:
         yield start
 
 
@@ -95,6 +112,7 @@ def assert_equal_runs(folder: Path, undisturbed: Config) -> None:
     assert losses(folder) == losses(undisturbed.run_dir)
 
 
+@pytest.mark.parametrize("undisturbed", ["wan", "cogvideox"], indirect=True)
 def test_killed_during_a_save_and_a_worker_killed_later(
     runs: Callable[[], Run], undisturbed: Config, tmp_path: Path
 ) -> None:
@@ -112,11 +130,15 @@ def test_killed_during_a_save_and_a_worker_killed_later(
 @pytest.fixture(scope="module")
 def usual_seconds(undisturbed: Config, tmp_path_factory: pytest.TempPathFactory) -> float:
     start = time.monotonic()
-    Run(*command(tmp_path_factory.mktemp("usual") / "run", undisturbed.cache.output)).finish()
+    Run(*command(tmp_path_factory.mktemp("usual") / "run", undisturbed)).finish()
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize("trial", range(12))
+@pytest.mark.parametrize(
+    ("undisturbed", "trial"),
+    [(family, trial) for family, trials in (("wan", 8), ("cogvideox", 4)) for trial in range(trials)],
+    indirect=["undisturbed"],
+)
 def test_a_kill_at_any_moment_costs_nothing(
     runs: Callable[[], Run], undisturbed: Config, usual_seconds: float, tmp_path: Path, trial: int
 ) -> None:

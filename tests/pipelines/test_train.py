@@ -1,5 +1,6 @@
 """Training for real: two workers of Ray Train on a tiny cache, resumed by the same command; and bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -89,11 +91,45 @@ def last_step(config: Config) -> str:
     return f"step-{config.train.num_steps:08d}"
 
 
+def last_checkpoint(config: Config) -> Checkpoint:
+    return Checkpoint(config.checkpoints / last_step(config))
+
+
+class Ended(NamedTuple):
+    """A run that met a sample without finite values at `step`, counted from 1."""
+
+    config: Config
+    sample_id: str
+    step: int
+    error: ProPhyError
+
+
 @pytest.fixture(scope="module")
-def resumed(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The run that was killed, and resumed to where the other came."""
-    run_dir = stopped(through, tmp_path_factory.mktemp("resumed") / "run")
-    config = train_config(tiny_cache, run_dir, f"train.num_steps={through.train.num_steps}")
+def resumed(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The run that was killed, resumed; it goes on to where the other came, and then to a spoilt sample."""
+    folder = tmp_path_factory.mktemp("resumed")
+    cache = folder / "cache"
+    shutil.copytree(tiny_cache.cache.output, cache)
+    overrides = (f"cache.output={cache}", "train.num_steps=50", "train.save_every=1", "train.num_to_keep=50")
+    config = train_config(tiny_cache, stopped(through, folder / "run"), *overrides, "train.max_failures=2")
+    table = Path(encodings_folder(config))
+    shapes = PriorCache(cache / "priors", table).shapes
+    plan = BatchPlan(shapes, 4, config.train.seed)
+    compared = range(saved_steps(through.run_dir)[1], through.train.num_steps)  # counted from 0
+    sample_id = max(shapes.keys() - {sample_id for step in compared for sample_id in plan(step)})
+    spoil_latents(table, sample_id)
+    step = next(step for step in itertools.count(compared.stop) if sample_id in plan(step))
+    with pytest.raises(ProPhyError) as error:
+        run(config)
+    return Ended(config, sample_id, step + 1, error.value)
+
+
+@pytest.fixture(scope="module")
+def on_one_worker(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The run that was killed, brought to where the other came by one worker."""
+    run_dir = stopped(through, tmp_path_factory.mktemp("one") / "run")
+    overrides = (f"train.num_steps={through.train.num_steps}", "train.num_workers=1")
+    config = train_config(tiny_cache, run_dir, *overrides)
     assert run(config) == run_dir / "model"
     return config
 
@@ -104,14 +140,14 @@ def test_sigterm_saves_first(through: Config) -> None:
     assert not (through.run_dir / "model").exists()
 
 
-def test_every_step_is_in_the_metrics_once(resumed: Config) -> None:
-    folder, lines = resumed.run_dir / "train", rows(resumed.run_dir)
-    steps = list(range(1, resumed.train.num_steps + 1))
+def test_every_step_is_in_the_metrics_once(on_one_worker: Config) -> None:
+    folder, lines = on_one_worker.run_dir / "train", rows(on_one_worker.run_dir)
+    steps = list(range(1, on_one_worker.train.num_steps + 1))
     assert [row["step"] for row in lines] == steps
     board = EventAccumulator(str(folder / TENSORBOARD_FOLDER)).Reload()
     for name in set(lines[0]) - {"step"}:
         assert [event.step for event in board.Scalars(name)] == steps
-    weights = resumed.train.loss_weights
+    weights = on_one_worker.train.loss_weights
     for row in lines:
         assert row["learning_rate"] == pytest.approx(1e-3 * min(1, row["step"] / 10))
         assert row["loss"] == pytest.approx(
@@ -130,58 +166,45 @@ def test_every_step_is_in_the_metrics_once(resumed: Config) -> None:
         assert 0 < row["router_entropy"] <= math.log(8)
 
 
-def test_old_checkpoints_go(through: Config, resumed: Config) -> None:
+def test_old_checkpoints_go(through: Config, on_one_worker: Config) -> None:
     last = through.train.num_steps
-    assert saved_steps(through.run_dir) == saved_steps(resumed.run_dir) == [last, 2 * ((last - 1) // 2)]
+    for config in (through, on_one_worker):
+        assert saved_steps(config.run_dir) == [last, 2 * ((last - 1) // 2)]
 
 
-def test_resumed_run_equals_one_that_ran_through(through: Config, resumed: Config) -> None:
-    expected, after = (Checkpoint(config.checkpoints / last_step(through)) for config in (through, resumed))
+def test_resumed_run_equals_one_that_ran_through(through: Config, resumed: Ended) -> None:
+    expected, after = last_checkpoint(through), Checkpoint(resumed.config.checkpoints / last_step(through))
     assert expected.shapes == after.shapes and expected.kinds == after.kinds
     for name in expected.shapes:
         for kind in expected.kinds:
             assert torch.equal(expected.tensor(kind, name), after.tensor(kind, name)), (kind, name)
+    before, again = rows(through.run_dir), rows(resumed.config.run_dir)
     measured = {"samples_per_s", "tokens_per_s", "mfu", "peak_rss_gb"}
-    measured |= {key for key in rows(through.run_dir)[0] if key.endswith("time_s")}
-    for before, again in zip(rows(through.run_dir), rows(resumed.run_dir), strict=True):
-        assert {key: before[key] for key in before.keys() - measured} == {
-            key: again[key] for key in again.keys() - measured
+    measured |= {key for key in before[0] if key.endswith("time_s")}
+    assert len(again) == resumed.step - 1 >= len(before)
+    for old, new in zip(before, again, strict=False):
+        assert {key: old[key] for key in old.keys() - measured} == {
+            key: new[key] for key in new.keys() - measured
         }
 
 
-def test_one_worker_goes_on_where_two_stopped(through: Config, tiny_cache: Config, tmp_path: Path) -> None:
-    run_dir = stopped(through, tmp_path / "run")
-    overrides = (f"train.num_steps={through.train.num_steps}", "train.num_workers=1")
-    after = weights(run(train_config(tiny_cache, run_dir, *overrides)))
-    expected = Checkpoint(through.checkpoints / last_step(through))
-    for name, value in after.items():
-        expected_value = expected.tensor("parameter", f"transformer.physics_branch.{name}")
-        torch.testing.assert_close(value, expected_value, rtol=1e-3, atol=1e-4)
-    for before, again in zip(rows(through.run_dir), rows(run_dir), strict=True):
-        assert before["step"] == again["step"]
+def test_one_worker_goes_on_where_two_stopped(through: Config, on_one_worker: Config) -> None:
+    expected = last_checkpoint(through)
+    for name, value in weights(on_one_worker.run_dir / "model").items():
+        before = expected.tensor("parameter", f"transformer.physics_branch.{name}")
+        torch.testing.assert_close(value, before, rtol=1e-3, atol=1e-4)
+    for old, new in zip(rows(through.run_dir), rows(on_one_worker.run_dir), strict=True):
+        assert old["step"] == new["step"]
         for key in ("loss", "diffusion", "token_alignment", "semantic_alignment", "load_balancing"):
-            assert again[key] == pytest.approx(before[key], rel=1e-3)
+            assert new[key] == pytest.approx(old[key], rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite(tiny_cache: Config, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite(resumed: Ended) -> None:
     """Names the step and the sample, does not restart, keeps the checkpoint before."""
-    cache = tmp_path / "cache"
-    shutil.copytree(tiny_cache.cache.output, cache)
-    config = train_config(
-        tiny_cache, tmp_path / "run", f"cache.output={cache}", "train.save_every=1", "train.max_failures=2"
-    )
-    table = Path(encodings_folder(config))
-    plan = BatchPlan(PriorCache(cache / "priors", table).shapes, 4, config.train.seed)
-    guilty = plan(2)[1]
-    spoil_latents(table, guilty)
-    first = next(step for step in range(3) if guilty in plan(step))  # counted from 0
-
-    kept = f"the checkpoint of step {first} is kept" if first else "no checkpoint was saved before"
-    with pytest.raises(
-        ProPhyError, match=f"the loss of the samples {guilty} is not finite at step {first + 1}; {kept}: "
-    ):
-        run(config)
-    assert saved_steps(config.run_dir) == list(range(first, 0, -1))[:2]
+    _, sample_id, step, error = resumed
+    assert f"the loss of the samples {sample_id} is not finite at step {step}; " in str(error)
+    assert f"; the checkpoint of step {step - 1} is kept: train in another run_dir" in str(error)
+    assert saved_steps(resumed.config.run_dir)[0] == step - 1
 
 
 def spoil_latents(table: Path, sample_id: str) -> None:
@@ -195,34 +218,34 @@ def spoil_latents(table: Path, sample_id: str) -> None:
     pq.write_table(pa.Table.from_pylist(samples, footer), file, row_group_size=1)
 
 
-def test_finished_run_only_exports_again(resumed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_run_only_exports_again(on_one_worker: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchTrainer, "fit", None)  # no workers
-    model, metrics = resumed.run_dir / "model", resumed.run_dir / "train" / METRICS_FILE
+    model, metrics = on_one_worker.run_dir / "model", on_one_worker.run_dir / "train" / METRICS_FILE
     before, lines = weights(model), metrics.read_text()
     shutil.rmtree(model)
     model.touch()
     with pytest.raises(ProPhyError, match=f"cannot write the model to {model}: .*; mend that"):
-        run(resumed)
+        run(on_one_worker)
     model.unlink()
     for _ in range(2):
-        run(resumed)
+        run(on_one_worker)
         after = weights(model)
         assert all(torch.equal(after[name], before[name]) for name in before)
     assert metrics.read_text() == lines and not model.with_name("model.partial").exists()
 
 
-def test_trained_branch_loads_into_the_pipeline(resumed: Config) -> None:
+def test_trained_branch_loads_into_the_pipeline(on_one_worker: Config) -> None:
     pipeline = load_pipeline(
         "wan",
         "tiny",
         None,
         torch.float32,
-        resumed.run_dir / "model",
+        on_one_worker.run_dir / "model",
         vae=None,
         text_encoder=None,
         tokenizer=None,
     )
-    start = build_module(resumed, torch.zeros(32, 384)).transformer
+    start = build_module(on_one_worker, torch.zeros(32, 384)).transformer
     loaded = dict(pipeline.transformer.named_parameters())
     for name, parameter in start.named_parameters():
         moved = not torch.equal(parameter, loaded[name])
@@ -235,9 +258,9 @@ def test_only_the_branch_is_trained(config: Config) -> None:
         assert parameter.requires_grad == name.startswith("physics_branch.")
 
 
-def test_run_folder_of_another_run(resumed: Config, tiny_cache: Config) -> None:
+def test_run_folder_of_another_run(on_one_worker: Config, tiny_cache: Config) -> None:
     with pytest.raises(ProPhyError, match=r"belongs to another run: train\.seed is 0 there and 1 here"):
-        run(train_config(tiny_cache, resumed.run_dir, "train.num_steps=50", "train.seed=1"))
+        run(train_config(tiny_cache, on_one_worker.run_dir, "train.num_steps=50", "train.seed=1"))
 
 
 def test_no_cache(config: Config) -> None:
