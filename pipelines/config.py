@@ -404,6 +404,12 @@ class Config(Section):
                 "nothing to train: physics has neither blocks nor experts, and train.backbone is 'frozen'; "
                 "set it to 'lora' or 'full', or add a part of the branch"
             )
+        mixed = self.train.precision == "fp32" and self.backbone.dtype != "float32"
+        if mixed and self.train.backbone != "full":  # which trains in float32
+            raise ValueError(
+                f"train.precision 'fp32' cannot compute with backbone.dtype {self.backbone.dtype!r}; set "
+                f"that to 'float32', or train.precision to 'bf16'"
+            )
         allowed = self.serve.max_num_frames
         if allowed is not None and allowed < self.backbone.num_frames:
             raise ValueError(
@@ -458,7 +464,7 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
             where += " with what the command line adds"
             given = OmegaConf.from_dotlist(overrides)
         values = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
         raise ProPhyError(f"{where} is not a valid configuration: {' '.join(str(error).split())}") from None
     try:
         return Config.model_validate(values)
@@ -485,7 +491,7 @@ def _explain(error: ValidationError, path: Path, given: Any) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r} {where}; did you mean {nearest_key(Config, first['loc'])!r}?"
     if first["type"] == "missing":
-        return f"missing key {key!r} in {path}; add it"
+        return f"missing key {key!r} {where}; add it"
     if isinstance(first["input"], dict):  # values that do not go together; the message says which
         section = f" for {key!r}" if key else ""
         return (

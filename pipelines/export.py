@@ -52,7 +52,7 @@ def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
     checkpoint = _open(config.checkpoints, step)
     if complete:
         check_unchanged(checkpoint.folder, _backbone(checkpoint), config.backbone.pretrained)
-    with replacing(output) as folder:
+    with writing_model(output) as folder:
         if complete:
             _export_pipeline(config, checkpoint, folder)
         else:
@@ -74,22 +74,21 @@ def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A place to write a model to, which becomes `folder` when the block ends, in place of what was there.
+def writing_model(folder: Path) -> Iterator[Path]:
+    """A place to write a model to, which becomes `folder` when the block ends.
 
     Raises:
-        ProPhyError: it cannot be written.
+        ProPhyError: it cannot be written, or `folder` is there by then and not empty.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # one file of many
         raise ProPhyError(
-            f"cannot write the model to {folder}: {reason}; mend that, and run the same command again"
+            f"cannot export to {folder}: {reason}; mend that, and run the same command again"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -68,7 +68,7 @@ def open_run(config: Config, command: str) -> Path:
     """
     folder = config.run_dir
     saved = folder / f"{command}.yaml"
-    partial = saved.with_name(f"{saved.name}.partial")
+    partial = saved.with_name(f"{saved.name}.{os.getpid()}")
     if saved.exists():
         _check_same_run(yaml.safe_load(saved.read_text()), config, command)
     try:

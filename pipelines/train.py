@@ -5,6 +5,7 @@ what a step draws depends on the number of the step and on the samples in the ca
 """
 
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.cache import encodings_folder, priors_folder
 from pipelines.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
 from pipelines.config import Config
-from pipelines.export import export_branch, replacing
+from pipelines.export import export_branch, writing_model
 from pipelines.runtime import open_run, ray_session
 from pipelines.train_data import build_dataset, describe_samples
 from pipelines.train_evaluation import evaluation
@@ -61,8 +62,7 @@ def run(config: Config) -> Path:
             else:
                 logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
             model = config.run_dir / MODEL_FOLDER
-            with replacing(model) as folder:
-                export_branch(last, folder)
+            _export(last, model)
             logger.info("trained branch after %d steps: %s", last.step, model)
     return model
 
@@ -123,6 +123,17 @@ def _last_checkpoint(config: Config) -> Checkpoint:
             )
         time.sleep(1)
     return checkpoint
+
+
+def _export(checkpoint: Checkpoint, model: Path) -> None:
+    """Puts the trained branch in the place of what an earlier run left there."""
+    aside = model.with_name(f"{model.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    with writing_model(model) as folder:
+        export_branch(checkpoint, folder)
+        if model.exists():
+            model.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def pin_backbone(config: Config) -> dict[str, str | None]:

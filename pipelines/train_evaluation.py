@@ -69,11 +69,11 @@ def evaluation(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
     watcher.start()
     try:
         yield
+        ended.set()
+        watcher.join()
     except BaseException:
         failed.set()
         raise
-    ended.set()
-    watcher.join()
 
 
 def evaluate(config: Config, cache: PriorCache, root: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ from pipelines.checkpoint import Checkpoint, EveryRankError
 from pipelines.config import BackboneConfig, Config
 from prophy.backbones import BACKBONES
 from prophy.data import ClipShape
+from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
 from prophy.models.physics_transformer import PhysicsTransformer
@@ -103,7 +104,8 @@ def _empty_transformer(config: Config) -> PhysicsTransformer:
     backbone, train = config.backbone, config.train
     family = BACKBONES[backbone.family]
     _, settings = load_configs(backbone.pretrained, backbone.revision)
-    dtype = torch.float32 if train.backbone == "full" else getattr(torch, backbone.dtype)
+    exact = train.backbone == "full" or not has_bfloat16(default_device())
+    dtype = torch.float32 if exact else getattr(torch, backbone.dtype)
     upstream = empty_model(family.transformer, settings, dtype)
     torch.manual_seed(train.seed)
     physics = config.physics.model_dump() | {"latent_shape": list(clip_shape(backbone).latents[1:])}

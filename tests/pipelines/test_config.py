@@ -47,6 +47,7 @@ def test_local_paths_become_absolute_and_the_rest_stays(
             "unknown key 'train.learing_rate' on the command line; did you mean 'train.learning_rate'",
         ),
         ("train.lora.rank=2", "unknown key 'train.lora' on the command line; did you mean 'train.lora_rank'"),
+        ("backbone.aspect_buckets=[[1]]", "missing key 'backbone.aspect_buckets.0.1' on the command line"),
         ("train=[1]", "tiny.yaml with what the command line adds is not a valid configuration"),
         ("cache.read.sise=2", "did you mean 'cache.read.size'"),
         ("trian=1", "did you mean 'train'"),
@@ -80,6 +81,15 @@ def test_nothing_to_train() -> None:
     assert not load_config("tiny", [*nothing, "train.backbone=lora"]).physics.any
 
 
+def test_precisions_that_do_not_go_together() -> None:
+    mixed = ["train.precision=fp32", "backbone.dtype=bfloat16"]
+    with pytest.raises(
+        ProPhyError, match="'fp32' cannot compute with backbone.dtype 'bfloat16'; set that to"
+    ):
+        load_config("tiny", mixed)
+    assert load_config("tiny", [*mixed, "train.backbone=full"]).backbone.dtype == "bfloat16"
+
+
 def test_missing_file_lists_the_presets() -> None:
     with pytest.raises(ProPhyError, match="no configuration 'tinny'.*tiny"):
         load_config("tinny")
@@ -87,10 +97,11 @@ def test_missing_file_lists_the_presets() -> None:
 
 def test_broken_yaml_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text("train: [1, 2")
-    with pytest.raises(ProPhyError, match="not a valid configuration") as caught:
-        load_config(str(path))
-    assert "\n" not in str(caught.value)
+    for text in ("train: [1, 2", "[1]", "5"):
+        path.write_text(text)
+        with pytest.raises(ProPhyError, match="not a valid configuration") as caught:
+            load_config(str(path))
+        assert "\n" not in str(caught.value)
 
 
 def test_configuration_is_frozen(config: Config) -> None:

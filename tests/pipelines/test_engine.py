@@ -19,6 +19,7 @@ from torch import multiprocessing, nn
 from pipelines.checkpoint import Checkpoint, latest
 from pipelines.config import LossWeights, TrainConfig
 from prophy.data import SemanticBatch, TrainBatch
+from prophy.device import has_bfloat16
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.models.weights import fill
 from prophy.objectives import FlowMatching
@@ -107,7 +108,8 @@ def everything_on_two_ranks(rank: int, folder: Path) -> Result:
         for stage in STAGES
         for steps in (1, 2)
     }
-    curves = {stage: loss_curve(stage, "bfloat16", num_steps=6)["losses"] for stage in (1, 3)}
+    stages = (1, 3) if has_bfloat16(torch.device("cpu")) else ()
+    curves = {stage: loss_curve(stage, "bfloat16", num_steps=6)["losses"] for stage in stages}
     return {"trained": trained, "gradients": gradients, "bfloat16": curves}
 
 
@@ -465,6 +467,8 @@ def test_other_numbers_of_ranks_and_stages_go_on_alike(
 def test_zero_3_trains_a_branch_on_a_checkpointed_bfloat16_backbone(two_ranks: Result) -> None:
     """As ZeRO 1 does without checkpointing: the configuration of the largest backbone."""
     curves = two_ranks["bfloat16"]
+    if not curves:
+        pytest.skip("this CPU has no bfloat16")
     assert curves[1].unique().numel() > 6
     torch.testing.assert_close(curves[3], curves[1], rtol=1e-2, atol=1e-4)
 

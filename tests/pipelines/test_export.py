@@ -93,7 +93,7 @@ def test_mistakes(trained: Config, tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="full exists; choose another folder"):
         export.run(trained, tmp_path / "full", 7, complete=False)
     beside = tmp_path / "full" / "file" / "out"
-    with pytest.raises(ProPhyError, match=f"cannot write the model to {beside}: .*; mend that"):
+    with pytest.raises(ProPhyError, match=f"cannot export to {beside}: .*; mend that"):
         export.run(trained, beside, 7, complete=False)
 
 

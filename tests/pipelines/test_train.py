@@ -199,12 +199,17 @@ def test_one_worker_goes_on_where_two_stopped(through: Config, on_one_worker: Co
             assert new[key] == pytest.approx(old[key], rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite(resumed: Ended) -> None:
+def test_a_loss_that_is_not_finite(through: Config, resumed: Ended) -> None:
     """Names the step and the sample, does not restart, keeps the checkpoint before."""
     _, sample_id, step, error = resumed
     assert f"the loss of the samples {sample_id} is not finite at step {step}; " in str(error)
     assert f"; the checkpoint of step {step - 1} is kept: train in another run_dir" in str(error)
     assert saved_steps(resumed.config.run_dir)[0] == step - 1
+    boards = [
+        list((run_dir / "train" / TENSORBOARD_FOLDER).glob("events*"))
+        for run_dir in (through.run_dir, resumed.config.run_dir)
+    ]
+    assert [len(files) for files in boards] == [1, 2]
 
 
 def spoil_latents(table: Path, sample_id: str) -> None:
@@ -222,16 +227,19 @@ def test_finished_run_only_exports_again(on_one_worker: Config, monkeypatch: pyt
     monkeypatch.setattr(TorchTrainer, "fit", None)  # no workers
     model, metrics = on_one_worker.run_dir / "model", on_one_worker.run_dir / "train" / METRICS_FILE
     before, lines = weights(model), metrics.read_text()
-    shutil.rmtree(model)
-    model.touch()
-    with pytest.raises(ProPhyError, match=f"cannot write the model to {model}: .*; mend that"):
+    in_the_way = model.with_name("model.partial")
+    in_the_way.touch()
+    with pytest.raises(ProPhyError, match=f"cannot export to {model}: .*; mend that"):
         run(on_one_worker)
-    model.unlink()
-    for _ in range(2):
+    in_the_way.unlink()
+    for is_there in (True, False):
+        if not is_there:
+            shutil.rmtree(model)
         run(on_one_worker)
+        assert [path.name for path in model.parent.glob("model*")] == ["model"]
         after = weights(model)
         assert all(torch.equal(after[name], before[name]) for name in before)
-    assert metrics.read_text() == lines and not model.with_name("model.partial").exists()
+    assert metrics.read_text() == lines
 
 
 def test_trained_branch_loads_into_the_pipeline(on_one_worker: Config) -> None:
