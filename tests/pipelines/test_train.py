@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipelines import train
 from pipelines.cache import encodings_folder
 from pipelines.checkpoint import Checkpoint, committed
 from pipelines.config import Config
@@ -240,6 +242,26 @@ def test_finished_run_only_exports_again(on_one_worker: Config, monkeypatch: pyt
         after = weights(model)
         assert all(torch.equal(after[name], before[name]) for name in before)
     assert metrics.read_text() == lines
+
+
+def test_last_checkpoint_is_seen_late_or_never(
+    through: Config, tiny_cache: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a shared file system, where another node has written it."""
+    overrides = f"train.num_steps={through.train.num_steps}"
+    config = train_config(tiny_cache, tmp_path / "run", overrides)
+    written = through.checkpoints / last_step(through), config.checkpoints / last_step(through)
+
+    def fit(_: TorchTrainer) -> SimpleNamespace:
+        threading.Timer(1.0, shutil.copytree, written).start()
+        return SimpleNamespace(return_value=None)
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    assert weights(run(config)).keys()
+    monkeypatch.setattr(TorchTrainer, "fit", lambda _: SimpleNamespace(return_value=None))
+    monkeypatch.setattr(train, "_VISIBLE_WITHIN_S", 0.0)
+    with pytest.raises(ProPhyError, match=r"the checkpoint of step \d+ in .* is missing or damaged"):
+        run(train_config(tiny_cache, tmp_path / "other", overrides))
 
 
 def test_trained_branch_loads_into_the_pipeline(on_one_worker: Config) -> None:
