@@ -57,7 +57,7 @@ def simulate(
 ) -> None:
     """Write simulated physics clips: mp4 files and a manifest with captions, phenomena, masks and tracks."""
     resolved = _configure(config, set_, print_config)
-    from pipelines import simulate
+    from pipelines.sandbox import simulate
 
     simulate.run(resolved, contact_sheet)
 
@@ -82,7 +82,7 @@ def cache(
             raise ProPhyError(f"options of `prophy cache {command}` come after its name")
         return
     resolved = _configure(config, set_, print_config)
-    from pipelines import cache
+    from pipelines.caching import cache
 
     cache.run(resolved)
 
@@ -91,7 +91,7 @@ def cache(
 def verify(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
     """Check every file of the cache, set damaged ones aside, rebuild the indices."""
     resolved = load_config(config, set_)
-    from pipelines import verify
+    from pipelines.caching import verify
 
     verify.run(resolved)
 
@@ -107,9 +107,9 @@ def inspect(
 ) -> None:
     """Print what the cache holds, and draw some of its clips with their maps."""
     resolved = load_config(config, set_)
-    from pipelines import pictures
+    from pipelines.caching import inspect
 
-    pictures.inspect(resolved, clips, output)
+    inspect.inspect(resolved, clips, output)
 
 
 @cache_app.command()
@@ -126,16 +126,16 @@ def explain(
 ) -> None:
     """Draw where the VLM looks, layer by layer, the mean of vlm.heads: for choosing vlm.layers."""
     resolved = load_config(config, set_)
-    from pipelines import pictures
+    from pipelines.caching import inspect
 
-    pictures.explain(resolved, clip, phenomenon or [], output)
+    inspect.explain(resolved, clip, phenomenon or [], output)
 
 
 @app.command()
 def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
     """Train the Physical Branch on the cache with Ray Train and DeepSpeed. Resumes by itself."""
     resolved = _configure(config, set_, print_config)
-    from pipelines import train
+    from pipelines.training import train
 
     train.run(resolved)
 
@@ -162,7 +162,7 @@ def plan(
     """
     workers = [] if gpus is None else [f"train.num_workers={gpus}"]
     resolved = _configure(config, [*(set_ or []), *workers], print_config)
-    from pipelines import plan
+    from pipelines.training import plan
 
     plan.run(resolved, gpu_memory)
 
@@ -180,7 +180,7 @@ def export(
 ) -> None:
     """Turn a training checkpoint, of any ZeRO stage, into safetensors. Needs no GPU and little memory."""
     resolved = _configure(config, set_, print_config)
-    from pipelines import export
+    from pipelines.training import export
 
     export.run(resolved, output.resolve(), step, complete)
 
@@ -201,7 +201,7 @@ def generate(
         if not prompts.is_file():
             raise ProPhyError(f"no prompt file {prompts}; give a text file with one prompt per line")
         texts += [line for line in prompts.read_text().splitlines() if line.strip()]
-    from pipelines import generate
+    from pipelines.generation import generate
 
     videos = generate.run(resolved, texts)
     if contact_sheet is not None:
@@ -212,7 +212,7 @@ def generate(
 def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
     """Serve the OpenAI Videos API over HTTP with replicas that scale by themselves, until Ctrl-C."""
     resolved = _configure(config, set_, print_config)
-    from pipelines import serve
+    from pipelines.serving import serve
 
     serve.run(resolved)
 
@@ -233,7 +233,7 @@ def request(
     ] = None,
 ) -> None:
     """Ask a server for a video, watch its progress, and save it. Ctrl-C cancels it on the server too."""
-    from pipelines import client
+    from pipelines.serving import client
 
     client.run(url, prompt, out, fields or [], api_key)
 
@@ -241,7 +241,7 @@ def request(
 @app.command()
 def key() -> None:
     """Make an API key for a server: the key goes to a client, its hash into serve.api_keys."""
-    from pipelines.edge import hash_key, new_key
+    from pipelines.serving.middleware import hash_key, new_key
 
     made = new_key()
     typer.echo(f"key:  {made}\nhash: {hash_key(made)}")
@@ -258,7 +258,7 @@ def pretrain(
 ) -> None:
     """Train a part of the small default from nothing, on simulated clips; `bundle` makes it the default."""
     resolved = _configure(config, set_, print_config)
-    from pipelines import pretrain
+    from pipelines.sandbox import pretrain
 
     pretrain.run(resolved, part)
 

@@ -26,7 +26,6 @@ from pydantic import (
     model_validator,
 )
 
-from pipelines.spec import StepCache
 from prophy.errors import ProPhyError
 from prophy.tiny import bundled
 
@@ -281,6 +280,34 @@ class TrainConfig(Section):
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} at least")
+        return self
+
+
+class StepCache(Section):
+    """Which denoising steps reuse what an earlier one computed: by one of diffusers' caches, or none.
+
+    It trades fidelity for time. Of diffusers' others, MagCache wants ratios measured on the very model, and
+    Pyramid Attention Broadcast and FasterCache do not keep the two passes of Wan's guidance apart.
+    """
+
+    first_block: float | None = Field(
+        None,
+        ge=0,
+        description="First Block Cache: relative change of the first block's work that is let pass",
+    )
+    sea: float | None = Field(
+        None,
+        ge=0,
+        description="SeaCache, for Wan: accumulated relative change of the latents that is let pass",
+    )
+    taylorseer: int | None = Field(
+        None, ge=1, description="TaylorSeer: one step in so many is computed, the others are extrapolated"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) > 1:
+            raise ValueError(f"at most one of {', '.join(type(self).model_fields)} can be set")
         return self
 
 

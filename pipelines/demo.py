@@ -15,11 +15,15 @@ import httpx
 import yaml
 from pyarrow.dataset import dataset
 
-from pipelines import cache, generate, serve, simulate, train
+from pipelines.caching import cache
 from pipelines.config import Config
+from pipelines.generation import generate
+from pipelines.generation.sampler import VideoSampler
+from pipelines.generation.spec import PhysicsSpec
 from pipelines.runtime import ray_session
-from pipelines.sampling import VideoSampler
-from pipelines.spec import PhysicsSpec
+from pipelines.sandbox import simulate
+from pipelines.serving import serve
+from pipelines.training import train
 from prophy import sandbox
 from prophy.evaluation import sections
 from prophy.evaluation.report import Section, Table, write_report

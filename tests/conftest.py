@@ -48,9 +48,9 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with the dashboard that Ray Train's state API wants."""
     import ray
 
-    from pipelines import proxy
+    from pipelines.serving import haproxy
 
-    os.environ |= proxy.environment(_SCRATCH / "serve")
+    os.environ |= haproxy.environment(_SCRATCH / "serve")
     ray.init("local", num_cpus=16, include_dashboard=True)
     yield
     ray.shutdown()
@@ -59,7 +59,8 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A configuration whose cache holds some simulated clips: for reading, others use it too."""
-    from pipelines import cache, simulate
+    from pipelines.caching import cache
+    from pipelines.sandbox import simulate
 
     config = tiny_config(
         tmp_path_factory.mktemp("tiny") / "run",
@@ -77,10 +78,10 @@ def branch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained branch of the embedded default."""
     import torch
 
-    from prophy.backbones import load_pipeline
+    from prophy.backbones.pretrained import fingerprint
+    from prophy.backbones.registry import load_pipeline
     from prophy.models.checkpoint import save_branch
     from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-    from prophy.pretrained import fingerprint
 
     folder = tmp_path_factory.mktemp("branch") / "model"
     parts = {"vae": None, "text_encoder": None, "tokenizer": None}

@@ -10,9 +10,9 @@ import torch
 from prophy.device import autocast
 from prophy.evaluation.localization import discrimination_auroc, localization_auroc
 from prophy.models.physics_transformer import PhysicsTransformer
-from prophy.objectives import Objective
 from prophy.sandbox import ClipTruth
 from prophy.taxonomy import PHENOMENA, Phenomenon
+from prophy.training.objectives import Objective
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prophy.backbones import load_pipeline
+from prophy.backbones.registry import load_pipeline
 from prophy.evaluation.generated import (
     Request,
     Sampling,
@@ -29,11 +29,11 @@ from prophy.evaluation.generated import (
     measure_falls,
 )
 from prophy.evaluation.semantics import PartVerdict
+from prophy.pretraining.backbone import SAMPLING
+from prophy.pretraining.vae import reconstruct
 from prophy.sandbox import SCENES, WORLD_M, Part, play_parts
 from prophy.sandbox.scene import GRAVITY_M_S2
 from prophy.taxonomy import PHENOMENA
-from prophy.tiny.pretrain_backbone import SAMPLING
-from prophy.tiny.pretrain_vae import reconstruct
 
 NUM_FALLS = 48
 NUM_WORDINGS = 4  # prompts of each combination

@@ -19,21 +19,21 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cache import encodings_folder, priors_folder
+from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import load_config
-from pipelines.train_data import build_dataset
-from prophy.backbones import load_pipeline
-from prophy.data import PriorCache
+from pipelines.training.data import build_dataset
+from prophy.backbones.encoding import VideoEncoder
+from prophy.backbones.registry import load_pipeline
 from prophy.device import autocast
-from prophy.encoding import VideoEncoder
 from prophy.evaluation.generated import fall_requests, held_out_requests, judge_videos, make_videos
 from prophy.evaluation.routing import RoutingScores, score_routing
 from prophy.models.control import PhysicsControl
-from prophy.objectives import FlowMatching
+from prophy.pretraining.backbone import SAMPLING
+from prophy.pretraining.recipe import held_out_clips
 from prophy.taxonomy import PHENOMENA, Phenomenon
 from prophy.tiny import bundled
-from prophy.tiny.pretrain_backbone import SAMPLING
-from prophy.tiny.pretraining import held_out_clips
+from prophy.training.data import PriorCache
+from prophy.training.objectives import FlowMatching
 
 NUM_FALLS = 48
 NUM_CLIPS = 200

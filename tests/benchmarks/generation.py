@@ -23,11 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import load_config
-from pipelines.generate import spec
-from pipelines.sampling import VideoSampler
-from pipelines.spec import PhysicsSpec, StepCache, VideoSpec
-from prophy.cost import _grouped_mm_flop, _predict
+from pipelines.generation.generate import spec
+from pipelines.generation.sampler import VideoSampler
+from pipelines.generation.spec import PhysicsSpec, StepCache, VideoSpec
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.training.cost import _grouped_mm_flop, _predict
 
 WHOLE = "all steps, branch on (scale 1)"
 CACHES: dict[str, Sequence[float]] = {

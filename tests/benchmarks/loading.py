@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import multiprocessing, nn
 
 from pipelines.config import Config, load_config
-from prophy.pretrained import resolve_pretrained
+from prophy.backbones.pretrained import resolve_pretrained
 from prophy.tiny.pipeline import TRANSFORMER
 
 WORLD_SIZE = 2
@@ -82,8 +82,8 @@ def rank_main(rank: int, port: int, folder: Path, mode: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    from pipelines.engine import placement  # DeepSpeed looks at the environment
-    from pipelines.train_model import build_module
+    from pipelines.training.engine import placement  # DeepSpeed looks at the environment
+    from pipelines.training.model import build_module
 
     config, null = run_config(folder, mode), torch.zeros(32, 384)
     place = placement(config.train)

@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import Config, load_config
-from pipelines.model_facts import shape_limits
-from pipelines.sampling import VideoSampler
-from pipelines.serve import serving
-from pipelines.spec import VideoSpec
+from pipelines.generation.limits import shape_limits
+from pipelines.generation.sampler import VideoSampler
+from pipelines.generation.spec import VideoSpec
+from pipelines.serving.serve import serving
 
 PROMPT = "a red ball falls and bounces"
 RATE_PER_S = 50

@@ -35,12 +35,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from pipelines import cache
+from pipelines.caching import cache
+from pipelines.caching.progress import GraphReport
+from pipelines.caching.sources import find_videos, videos_left
+from pipelines.caching.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
 from pipelines.config import Config, load_config
-from pipelines.progress import GraphReport
 from pipelines.runtime import ray_session
-from pipelines.sources import find_videos, videos_left
-from pipelines.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
 from prophy.sandbox import simulate_clip
 from prophy.schema import PRIORS, QUARANTINE
 from prophy.tiny.vlm import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, build_config, build_tokenizer

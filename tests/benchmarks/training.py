@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from pipelines.cache import encodings_folder, priors_folder
+from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config, load_config
-from pipelines.train_data import build_dataset
-from pipelines.train_model import build_module
-from prophy.data import PriorCache
+from pipelines.training.data import build_dataset
+from pipelines.training.model import build_module
+from prophy.backbones.encoding import VideoEncoder
 from prophy.device import autocast
-from prophy.encoding import VideoEncoder
 from prophy.priors.extractor import PriorExtractor
+from prophy.training.data import PriorCache
 from prophy.video import read_frames
 
 BLOCK = 5  # steps
@@ -75,8 +75,8 @@ def configuration(folder: Path, run: str, overrides: list[str]) -> Config:
 
 def product(folder: Path, run: str, overrides: list[str]) -> tuple[float, float]:
     """Seconds of a step of `prophy train`, and the share of them that it waits for data."""
-    from pipelines import train
-    from pipelines.train_metrics import METRICS_FILE
+    from pipelines.training import train
+    from pipelines.training.metrics import METRICS_FILE
 
     config = configuration(folder, run, overrides)
     train.run(config)
@@ -140,7 +140,8 @@ def online(config: Config) -> list[float]:
 
 
 def make_cache(folder: Path) -> None:
-    from pipelines import cache, simulate
+    from pipelines.caching import cache
+    from pipelines.sandbox import simulate
 
     config = configuration(folder, "cache", [])
     simulate.run(config)

@@ -8,9 +8,9 @@ import sys
 from diffusers import AutoencoderKLWan
 from rich import print_json
 
+from prophy.pretraining.recipe import held_out_clips
+from prophy.pretraining.vae import reconstruct, reconstruction_quality
 from prophy.tiny.pipeline import pipeline_folder
-from prophy.tiny.pretrain_vae import reconstruct, reconstruction_quality
-from prophy.tiny.pretraining import held_out_clips
 
 
 def main() -> None:

@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prophy.encoding import VideoEncoder
+from prophy.backbones.encoding import VideoEncoder
 from prophy.evaluation.localization import discrimination_auroc, localization_auroc
+from prophy.pretraining.recipe import NUM_FRAMES, held_out_clips
+from prophy.pretraining.vlm import VLM_FPS, extraction_quality, vlm_frames
 from prophy.priors.extractor import PriorExtractor
 from prophy.priors.grounding import RECIPES
 from prophy.sandbox import SimulatedClip
 from prophy.taxonomy import PHENOMENA
-from prophy.tiny.pretrain_vlm import VLM_FPS, extraction_quality, vlm_frames
-from prophy.tiny.pretraining import NUM_FRAMES, held_out_clips
 
 GRID = (5, 8, 8)
 

@@ -4,9 +4,9 @@ import torch
 from prophy.evaluation.localization import mask_on_grid
 from prophy.evaluation.routing import score_routing
 from prophy.models.control import RoutingOutput
-from prophy.objectives import FlowMatching
 from prophy.sandbox import simulate_clip
 from prophy.taxonomy import NUM_PHENOMENA
+from prophy.training.objectives import FlowMatching
 
 GRID = (5, 8, 8)
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from prophy.backbones import BACKBONES, load_pipeline
-from prophy.encoding import VideoEncoder
+from prophy.backbones.encoding import VideoEncoder
+from prophy.backbones.pretrained import fingerprint, load_configs
+from prophy.backbones.registry import BACKBONES, load_pipeline
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
-from prophy.pretrained import fingerprint, load_configs
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, SCALING_FACTOR, write_pipeline
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from prophy.backbones import load_pipeline
+from prophy.backbones.pretrained import fingerprint
+from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.pretrained import fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import simulate
 from pipelines.cli import main
 from pipelines.config import Config
+from pipelines.sandbox import simulate
 from tests.conftest import tiny_config
 
 COMMANDS = ("simulate", "cache", "train", "generate", "serve", "demo")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from prophy.backbones.pretrained import fingerprint
 from prophy.errors import ProPhyError
 from prophy.models.description import trained_on
-from prophy.pretrained import fingerprint
 from prophy.tiny import WEIGHTS, build_once, bundled, part_sha256, ship
 from prophy.tiny.pipeline import pipeline_folder
 

@@ -1,0 +1,341 @@
+"""`prophy cache`: videos in; priors of the VLM and encodings for the backbone out, by Ray Data.
+
+Two graphs, one after the other: where a video has no caption, the VLM's is what gets encoded. Priors do not
+depend on the backbone, so another backbone or resolution adds a folder of encodings and never asks the VLM
+again. What is done already is read from the files themselves; so the same command resumes, and does anew
+what belongs to a video, a caption or labels that are others now.
+"""
+
+import itertools
+import math
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset, ExecutionResources, TaskPoolStrategy
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from pipelines.caching.manifests import Video
+from pipelines.caching.progress import GraphReport, execute, print_stages
+from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
+from pipelines.caching.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
+from pipelines.caching.tables import (
+    ATTEMPTS_FOLDER,
+    Table,
+    WriteRows,
+    drop_samples,
+    exclusive,
+    fingerprint_of,
+    read_quarantine,
+    update_index,
+)
+from pipelines.config import Config, PoolConfig
+from pipelines.runtime import open_run, ray_session
+from prophy.backbones.families import FAMILIES
+from prophy.backbones.pretrained import encoders_fingerprint, fingerprint, load_configs, pinned_revision
+from prophy.errors import ProPhyError
+from prophy.priors.fingerprint import priors_fingerprint
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE
+from prophy.taxonomy import from_multi_hot
+from prophy.tiny import part_fingerprint
+
+_ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
+_CLIPS_PER_TASK = 8  # where there are many: Ray's books of a task take time and memory
+_BLOCKS = 256, 4096  # of a work list, least and most; fewer only where there are fewer clips
+_MAX_WAITING = 4  # tasks at each actor: with Ray Data's 2 it waits for the driver whenever clips are short
+_MAX_DECODED = 64  # clips between the decoders and each actor that holds models
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What the cache holds of the input after a run.
+
+    Attributes:
+        num_videos: of the input.
+        num_priors: clips of these videos in the priors.
+        num_encodings: clips of these videos in the encodings of this backbone.
+        quarantined: why a video or clip of the input cannot be used, each.
+        phenomena: number of clips by phenomenon.
+        unparsed: clips whose VLM said something of phenomena that is no name of one; that part was not used.
+        added_priors: what this run did to the priors.
+        added_encodings: what this run did to the encodings.
+    """
+
+    num_videos: int
+    num_priors: int
+    num_encodings: int
+    quarantined: list[str]
+    phenomena: dict[str, int]
+    unparsed: int
+    added_priors: GraphReport
+    added_encodings: GraphReport
+
+
+def run(config: Config) -> CacheSummary:
+    """Adds to the cache what it lacks of the input, and prints what it then holds.
+
+    Raises:
+        ProPhyError: no video that can be used, another run at work, or a cache made with other settings.
+    """
+    _check_clips(config)
+    videos = find_videos(config.cache.input)
+    open_run(config, "cache")
+    with exclusive(_output(config)):
+        summary = _fill(_pinned(config), videos)
+    if not summary.num_priors:
+        raise ProPhyError(
+            f"none of the {len(videos)} videos in {config.cache.input} can be used; the first: "
+            f"{summary.quarantined[0]}"
+        )
+    _print(summary, config)
+    return summary
+
+
+def priors_table(config: Config) -> Table:
+    """The priors of this VLM and these questions."""
+    vlm = config.vlm
+    tiny = vlm.pretrained == "tiny"
+    parts = {
+        "model": part_fingerprint("vlm") if tiny else fingerprint(vlm.pretrained, vlm.revision),
+        **vlm.model_dump(
+            include={"dtype", "layers", "heads", "max_new_tokens", "num_frames", "height", "width"}
+        ),
+    }
+    settings = parts | {
+        "clip_durations_s": _clip_durations(config),
+        "extraction": priors_fingerprint(**parts),
+    }
+    return Table(_output(config) / "priors", PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
+
+
+def encodings_table(config: Config) -> Table:
+    """The encodings for this backbone, at this resolution and frame rate."""
+    backbone = config.backbone
+    _, transformer_config = load_configs(backbone.pretrained, backbone.revision)
+    settings = {
+        # All that matters of the transformer: others of its shape go on with these encodings.
+        "patch_size_t": FAMILIES[backbone.family].patch_size(transformer_config)[0],
+        "encoders": encoders_fingerprint(backbone.pretrained, backbone.revision),
+        **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
+        "clip_durations_s": _clip_durations(config),
+        "version": _ENCODING_VERSION,
+    }
+    folder = _output(config) / "encodings" / fingerprint_of(settings)
+    return Table(folder, ENCODINGS, settings, {"backbone": backbone.model_dump(mode="json")})
+
+
+def quarantine_table(config: Config, table: Table) -> Table:
+    """What cannot be used for `table` with these limits; for another table or others it is tried anew."""
+    settings = {
+        "table": fingerprint_of(table.settings),
+        "limits": config.cache.limits.model_dump(mode="json"),
+    }
+    return Table(_quarantine(config), QUARANTINE, settings, {})
+
+
+def priors_folder(config: Config) -> str:
+    """Where the priors lie."""
+    return str(_output(config) / "priors")
+
+
+def encodings_folder(config: Config) -> str:
+    """Where the encodings for this backbone lie."""
+    return str(encodings_table(config).folder)
+
+
+def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
+    """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
+    cache, vlm = config.cache, config.vlm
+    lengths = [(cache.clip_duration_s, vlm.num_frames)]  # whatever the clip's length
+    shapes = [(vlm.height, vlm.width)]
+    rows: Dataset = _read(work, cache.extract.size, vlm.num_frames, shapes)
+    # Probe, limits, content hash: one row per clip from here on. Waits for the disk more than it computes.
+    cut = PoolConfig(size=cache.read.size, num_cpus=0.25)
+    rows = rows.map_batches(CutVideo, **_pool(cut, _clip_durations(config), cache.limits))
+    # Decode what the VLM sees.
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, lengths, shapes, cache.limits))
+    # The costly stage: each actor holds a VLM.
+    rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, _attempts(config)))
+    # Good rows go into a file of the table, errors into one of the quarantine.
+    return _write(rows, config, table)
+
+
+def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
+    """Clips with their captions (`stages.CLIPS`) -> files of encodings; counts of rows come out."""
+    cache, backbone = config.cache, config.backbone
+    rows: Dataset = _read(work, cache.encode.size, backbone.num_frames, backbone.frame_shapes)
+    # Decode at the backbone's number of frames, in the shape that is nearest to the video's.
+    seen = (config.clip_lengths, backbone.frame_shapes, cache.limits)
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, *seen))
+    # Each actor holds the VAE and the text encoder.
+    encoders = _pool(cache.encode, backbone, table, _attempts(config))
+    encoders["batch_size"] = cache.encode_batch_size
+    rows = rows.map_batches(EncodeClip, **encoders)
+    # Good rows go into a file of the table, errors into one of the quarantine.
+    return _write(rows, config, table)
+
+
+def _read(work: pa.Table, num_actors: int, num_frames: int, shapes: list[tuple[int, int]]) -> Dataset:
+    """The work list, in blocks so small that rows soon move on; `from_arrow` would start a task for each.
+
+    Decoders would run ahead until their frames fill the share of the object store that Ray Data may use;
+    they are held back at `_MAX_DECODED` clips of the largest shape for each actor.
+    """
+    clip_bytes = num_frames * 3 * max(map(math.prod, shapes))
+    limits = ExecutionResources.for_limits(object_store_memory=_MAX_DECODED * num_actors * clip_bytes)
+    num_blocks = min(max(len(work) // _CLIPS_PER_TASK, _BLOCKS[0]), _BLOCKS[1], len(work))
+    rows = ray.data.from_items(work.to_pylist(), override_num_blocks=num_blocks)
+    rows.context.execution_options.resource_limits = limits  # of this graph alone
+    return rows
+
+
+def _write(rows: Dataset, config: Config, table: Table) -> Dataset:
+    """The sink, as tasks that wait for the disk more than they compute."""
+    cache = config.cache
+    return rows.map_batches(
+        WriteRows(table, quarantine_table(config, table)),
+        batch_size=cache.rows_per_file,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+        compute=TaskPoolStrategy(size=cache.read.size),
+    )
+
+
+def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
+    """A pool of actors that take one clip at a time, and the arguments of their constructor."""
+    return {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "compute": ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=_MAX_WAITING),
+        "num_cpus": pool.num_cpus,
+        "num_gpus": pool.num_gpus,
+        "fn_constructor_args": arguments,
+    }
+
+
+def _output(config: Config) -> Path:
+    output = config.cache.output
+    if "://" in output:
+        raise ProPhyError(f"cache.output {output} is no folder; mount the bucket, and give the folder")
+    return Path(output)
+
+
+def _quarantine(config: Config) -> Path:
+    return _output(config) / "quarantine"
+
+
+def _attempts(config: Config) -> Path:
+    return _output(config) / ATTEMPTS_FOLDER
+
+
+def _pinned(config: Config) -> Config:
+    """With the commits that the revisions are now: actors load what the fingerprints say, also later on."""
+    vlm, backbone = (
+        model.model_copy(update={"revision": pinned_revision(model.pretrained, model.revision)})
+        for model in (config.vlm, config.backbone)
+    )
+    return config.model_copy(update={"vlm": vlm, "backbone": backbone})
+
+
+def _clip_durations(config: Config) -> list[float]:
+    return [duration_s for duration_s, _ in config.clip_lengths]
+
+
+def _check_clips(config: Config) -> None:
+    """Whether the VLM and the backbone see the same seconds of a clip, and the backbone can encode them."""
+    backbone, clip_duration_s = config.backbone, config.cache.clip_duration_s
+    lasts = (backbone.num_frames - 1) / backbone.fps
+    if abs(lasts - clip_duration_s) > 0.5 / backbone.fps:
+        raise ProPhyError(
+            f"cache.clip_duration_s is {clip_duration_s:g}, but backbone.num_frames ({backbone.num_frames}) "
+            f"at backbone.fps ({backbone.fps:g}) last {lasts:g} s; make them equal"
+        )
+    configs = load_configs(backbone.pretrained, backbone.revision)
+    time, *space = FAMILIES[backbone.family].shape_multiples(*configs)
+    for (_, num_frames), shape in itertools.product(config.clip_lengths, backbone.frame_shapes):
+        if (num_frames - 1) % time or any(map(operator.mod, shape, space)):
+            raise ProPhyError(
+                f"{backbone.pretrained} cannot encode {num_frames} frames of {shape[0]}x{shape[1]}; "
+                f"take {time} n + 1 frames, and multiples of {space[0]} and {space[1]} pixels"
+            )
+
+
+def _fill(config: Config, videos: list[Video]) -> CacheSummary:
+    """Runs both graphs on what is left to do; where that is nothing, Ray is not even started."""
+    priors, encodings = priors_table(config), encodings_table(config)
+    drop_samples(priors, changed(update_index(priors), videos, ("source", "caption", "labels")))
+    drop_samples(encodings, changed(update_index(encodings), videos))
+    if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
+        drop_samples(encodings, of_videos(update_index(encodings), videos)["sample_id"].to_pylist()[:1])
+
+    def refused(table: Table) -> pa.Table:
+        return read_quarantine(_quarantine(config), quarantine_table(config, table).settings)
+
+    def left() -> tuple[pa.Table, pa.Table]:
+        index = update_index(priors)
+        return (
+            videos_left(videos, index, refused(priors), _clip_durations(config)),
+            clips_left(videos, index, update_index(encodings), refused(encodings)),
+        )
+
+    sizes = config.cache.read.size, config.cache.extract.size, config.cache.encode.size
+    workers = dict(zip(("CutVideo", "ReadClip", "WriteRows"), 3 * sizes[:1], strict=True))
+    workers |= {"ExtractPriors": sizes[1], "EncodeClip": sizes[2]}
+    added_priors = added_encodings = GraphReport()
+    if any(map(len, left())):
+        with ray_session(config):
+            if new_videos := left()[0]:
+                graph = build_priors_graph(config, priors, new_videos)
+                added_priors = execute(graph, "priors", len(new_videos), workers)
+            if new_clips := left()[1]:
+                drop_samples(encodings, new_clips["sample_id"].to_pylist())  # those of another caption
+                graph = build_encodings_graph(config, encodings, new_clips)
+                added_encodings = execute(graph, "encodings", len(new_clips), workers)
+    clips = of_videos(update_index(priors), videos)
+    labels = Counter(label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row))
+    return CacheSummary(
+        num_videos=len(videos),
+        num_priors=len(clips),
+        num_encodings=len(of_videos(update_index(encodings), videos)),
+        quarantined=refusals(pa.concat_tables(map(refused, (priors, encodings))), videos, left()),
+        phenomena={str(label): count for label, count in labels.most_common()},
+        unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
+        added_priors=added_priors,
+        added_encodings=added_encodings,
+    )
+
+
+def _print(summary: CacheSummary, config: Config) -> None:
+    console = Console(emoji=False)  # names may have what Rich would take for one, or for a style
+    title = f"cache of {escape(config.cache.input)}"
+    grid = Grid("table", "clips", "added", "quarantined", "seconds", "clips/s", title=title)
+    rows = [
+        ("priors", summary.num_priors, summary.added_priors),
+        ("encodings", summary.num_encodings, summary.added_encodings),
+    ]
+    for name, clips, added in rows:
+        speed = f"{added.written / added.seconds:.2f}" if added.written else "-"
+        grid.add_row(name, str(clips), str(added.written), str(added.failed), f"{added.seconds:.1f}", speed)
+    console.print(grid)
+    for name, _, added in rows:
+        if added.stages:
+            print_stages(console, name, added)
+    widest = max(summary.phenomena.values(), default=0)
+    for phenomenon, count in summary.phenomena.items():
+        console.print(f"{phenomenon:>26} {count:5d} " + "█" * math.ceil(30 * count / widest), highlight=False)
+    if summary.unparsed:
+        text = "clips of which the VLM said what is no phenomenon; kept in `unparsed`, not used"
+        console.print(f"{summary.unparsed} {text}", highlight=False)
+    if not (summary.added_priors.written or summary.added_encodings.written):
+        console.print("nothing new: all clips were cached before")
+    for message in summary.quarantined:
+        console.print(f"[yellow]quarantined:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if summary.quarantined:
+        text = f"delete {_quarantine(config)} to try these again"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,170 @@
+"""`prophy cache inspect` and `prophy cache explain`: what a cache holds, and where a VLM looks, drawn."""
+
+import logging
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.caching.stages import decoder
+from pipelines.caching.tables import file_names, read_quarantine
+from pipelines.caching.video_files import LocalFiles
+from pipelines.config import Config
+from prophy.errors import ProPhyError
+from prophy.evaluation.pictures import heat_overlay
+from prophy.schema import INDEX, open_file
+from prophy.taxonomy import PHENOMENA, from_multi_hot, parse_phenomena
+from prophy.video import VideoError
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = 6  # frames of a clip, from its first to its last
+_HEIGHT = 96  # of a frame, in pixels
+_LABEL_WIDTH = 180
+_LINE = 14  # of text
+
+
+def inspect(config: Config, num_clips: int, sheet: Path) -> None:
+    """Prints what the cache holds, and draws some of its clips: frames, caption, phenomena, maps.
+
+    Raises:
+        ProPhyError: there is no cache, it is damaged, or the picture cannot be written.
+    """
+    priors, encodings = Path(priors_folder(config)), Path(encodings_folder(config))
+    if not (priors / INDEX).is_file():
+        raise ProPhyError(f"no cache in {config.cache.output}; set cache.output, or run `prophy cache`")
+    with open_file(priors / INDEX) as file:
+        index = file.read().to_pylist()
+    console = Console()
+    grid = Grid("table", "samples", "files", "MB", title=escape(config.cache.output))
+    for name, folder in (("priors", priors), ("encodings of this backbone", encodings)):
+        samples = 0
+        if (folder / INDEX).is_file():
+            with open_file(folder / INDEX) as file:
+                samples = file.metadata.num_rows
+        sizes = [(folder / file).stat().st_size for file in file_names(folder)]
+        grid.add_row(name, str(samples), str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
+    console.print(grid)
+    lines = [
+        f"{len({row['source']['uri'] for row in index})} videos, "
+        f"{sum(row['end_s'] - row['start_s'] for row in index):.0f} s of clips",
+        f"{sum(row['caption'] is None for row in index)} clips without a given caption have the VLM's",
+        f"{sum(bool(row['unparsed']) for row in index)} clips with an answer that was not understood in full",
+    ]
+    labels = Counter(label for row in index for label in from_multi_hot(row["phenomena"]))
+    lines += [f"{phenomenon:>28} {count:6d}" for phenomenon, count in labels.most_common()]
+    refused = read_quarantine(Path(config.cache.output) / "quarantine").to_pylist()
+    kinds = Counter(f"{row['error_type']} in {row['stage']}" for row in refused)
+    lines += [f"quarantined: {count} by {kind}" for kind, count in kinds.items()]
+    console.print("\n".join(lines), highlight=False)
+    places = np.linspace(0, len(index) - 1, min(num_clips, len(index))).round().astype(int)
+    _save([strip for place in places for strip in _cached_clip(config, priors, index[place])], sheet)
+
+
+def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> None:
+    """Asks the VLM about the first clip of a video, and draws where it looks, layer by layer.
+
+    Args:
+        config: of the VLM and the length of a clip.
+        clip: path or URL of a video.
+        phenomena: what to ask for; nothing lets the VLM name them.
+        picture: the file to write.
+
+    Raises:
+        ProPhyError: no such video or VLM, a name that is no phenomenon, or the picture cannot be written.
+    """
+    vlm, duration_s = config.vlm, config.cache.clip_duration_s
+    given = parse_phenomena(phenomena) or None
+    frames = _read_frames(config, clip, 0.0, duration_s)
+    from prophy.priors.extractor import PriorExtractor
+    from prophy.priors.questionnaire import BACKGROUND, describe
+
+    extractor = PriorExtractor(
+        vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens, vlm.heads
+    )
+    fps = (vlm.num_frames - 1) / duration_s
+    priors = extractor(frames, fps, given)
+    questions = [*map(describe, priors.phenomena), BACKGROUND]
+    prefix = extractor.vlm.watch(frames, fps)
+    by_layer = [
+        extractor.vlm.answer(
+            prefix, [question.text for question in questions], vlm.max_new_tokens, [layer], vlm.heads
+        )
+        for layer in range(extractor.vlm.num_layers)
+    ]
+    strips = [_text(f"{clip}: {priors.vlm_caption}"), _strip(frames, "frames")]
+    for number, question in enumerate(questions):
+        strips.append(_text(f"{question.id}: {priors.answers[question.id]}"))
+        strips.append(_strip(frames, "as configured", priors.maps[number]))
+        for layer, answers in enumerate(by_layer):
+            strips.append(_strip(frames, f"layer {layer}", answers[number].attention.numpy()))
+    _save(strips, picture)
+
+
+def _cached_clip(config: Config, priors: Path, entry: dict[str, Any]) -> list[Image.Image]:
+    """A row of the priors as it is stored, over the frames of its video."""
+    with open_file(priors / entry["file"]) as file:
+        [row] = file.read_row_group(entry["row_group"]).to_pylist()
+    uri = row["source"]["uri"]
+    labels = ", ".join(from_multi_hot(row["phenomena"])) or "no phenomenon"
+    caption = row["caption"] or f"{row['vlm_caption']} (by the VLM)"
+    title = _text(f"{uri.rpartition('/')[2]} from {row['start_s']:g} s: {caption} [{labels}]")
+    try:
+        frames = _read_frames(config, uri, row["start_s"], row["end_s"])
+    except ProPhyError as error:
+        return [title, _text(str(error))]
+    maps = np.float32(row["maps"]).reshape(row["maps_shape"])
+    names = [*(PHENOMENA[number] for number in row["map_phenomena"]), "background"]
+    strips = [_strip(frames, name, heat) for name, heat in zip(names, maps, strict=True)]
+    return [title, _strip(frames, "frames"), *strips]
+
+
+def _read_frames(config: Config, uri: str, start_s: float, end_s: float) -> np.ndarray:
+    """What the VLM sees of a clip, uint8 `[T, H, W, 3]`."""
+    vlm, limits = config.vlm, config.cache.limits
+    try:
+        with LocalFiles(limits.max_bytes).open(uri) as path:
+            return decoder(limits).read_frames(path, start_s, end_s, vlm.num_frames, vlm.height, vlm.width)
+    except OSError as error:
+        raise VideoError(f"{uri} cannot be opened ({error.strerror or error})") from None
+
+
+def _strip(frames: np.ndarray, label: str, heat: np.ndarray | None = None) -> Image.Image:
+    """Some frames side by side, under a map if there is one, with a label before them."""
+    pictures = frames if heat is None else heat_overlay(frames, heat)
+    chosen = pictures[np.linspace(0, len(frames) - 1, _COLUMNS).round().astype(int)]
+    width = round(_HEIGHT * frames.shape[2] / frames.shape[1])
+    strip = Image.new("RGB", (_LABEL_WIDTH + _COLUMNS * width, _HEIGHT))
+    ImageDraw.Draw(strip).text((4, _HEIGHT // 2 - 6), label, fill="white")
+    for place, picture in enumerate(chosen):
+        strip.paste(Image.fromarray(picture).resize((width, _HEIGHT)), (_LABEL_WIDTH + place * width, 0))
+    return strip
+
+
+def _text(text: str) -> Image.Image:
+    lines = textwrap.wrap(text, 110)
+    picture = Image.new("RGB", (_LABEL_WIDTH + _COLUMNS * _HEIGHT, _LINE * len(lines) + 8), "#334")
+    ImageDraw.Draw(picture).multiline_text((4, 2), "\n".join(lines), fill="white", spacing=2)
+    return picture
+
+
+def _save(strips: list[Image.Image], path: Path) -> None:
+    """Stacks the strips into one picture."""
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)))
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise ProPhyError(f"cannot write the picture {path}: {error}") from None
+    logger.info("the picture is %s", path.resolve())

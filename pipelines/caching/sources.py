@@ -1,0 +1,147 @@
+"""Which videos there are, and what of them is left to do. Knows the tables, but neither Ray nor models."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.caching.manifests import Video, read_manifest
+from pipelines.caching.stages import CLIPS, SOURCES, clip_ids
+from pipelines.caching.video_files import UNREADABLE, asking, find_files, open_store
+from prophy.errors import ProPhyError
+from prophy.video import SUFFIXES
+
+MANIFEST = "manifest.parquet"
+
+
+def find_videos(location: str) -> list[Video]:
+    """The videos of a folder, an object-store prefix or a list, with captions and labels where there are any.
+
+    Args:
+        location: a list of videos (`pipelines.caching.manifests`); a folder or prefix that holds
+            `manifest.parquet`; or one to search for videos, recursively. A path, or a URL such as `s3://bucket/videos`.
+
+    Raises:
+        ProPhyError: no such place, one that does not let us in, a list that cannot be used, or no videos.
+    """
+    try:
+        with asking(location):
+            videos = _listed(location)
+    except OSError as error:
+        raise ProPhyError(f"cannot read cache.input: {error}") from None
+    if not videos:
+        raise ProPhyError(f"no videos in {location}; files that end in {', '.join(SUFFIXES)} count")
+    first: dict[str, Video] = {}  # of a video that is listed twice
+    for video in videos:
+        first.setdefault(video["source"]["uri"], video)
+    return list(first.values())
+
+
+def _listed(location: str) -> list[Video]:
+    store, path = open_store(location)
+    if not store.exists(path):
+        raise ProPhyError(f"cache.input {location} does not exist; give a folder of videos or a list of them")
+    if store.isfile(path):
+        return read_manifest(location)
+    if store.isfile(f"{path}/{MANIFEST}"):
+        return read_manifest(f"{location.rstrip('/')}/{MANIFEST}")
+    return [{"source": source, "caption": None, "labels": None} for source in find_files(location)]
+
+
+def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:
+    """The rows of a table whose `source` is one of these videos, unchanged since."""
+    return _of_sources(rows, [video["source"] for video in videos])
+
+
+def refusals(quarantine: pa.Table, videos: Iterable[Video], left: Iterable[pa.Table]) -> list[str]:
+    """Why a video or clip of the input cannot be used, a sentence each.
+
+    Args:
+        quarantine: what cannot be used.
+        videos: of the input.
+        left: what a run left of its work lists: files that it could not have, though they are there.
+    """
+    unreadable = [
+        {"uri": source["uri"], **UNREADABLE} for table in left for source in table["source"].to_pylist()
+    ]
+    rows = _of_sources(quarantine, [*(video["source"] for video in videos), *unreadable])
+    return rows["message"].unique().to_pylist()
+
+
+def changed(rows: pa.Table, videos: Iterable[Video], columns: Iterable[str] = ("source",)) -> list[str]:
+    """The samples in `rows` whose video has other `columns` now; a missing one may come back as it was."""
+    current = {video["source"]["uri"]: video for video in videos if video["source"]["modified"]}
+    return [
+        row["sample_id"]
+        for row in rows.select(["sample_id", *columns]).to_pylist()
+        if any(current.get(row["source"]["uri"], row)[column] != row[column] for column in columns)
+    ]
+
+
+def videos_left(
+    videos: list[Video], priors: pa.Table, quarantine: pa.Table, clip_durations_s: list[float]
+) -> pa.Table:
+    """The videos that have clips without priors, as `stages.SOURCES`.
+
+    Args:
+        videos: of the input.
+        priors: index of the priors.
+        quarantine: what cannot be used: such clips and videos are left out while their file is the same.
+        clip_durations_s: lengths that a clip may have.
+    """
+    known, unusable = _by_video(priors), _by_video(quarantine)
+    left = []
+    for video in videos:
+        rows, refused = known[_key(video["source"])], unusable[_key(video["source"])]
+        done = {row["sample_id"] for row in (*rows, *refused)}
+        if rows:
+            first = rows[0]
+            duration_s = first["num_frames"] / first["fps"]
+            num_clips = len(clip_ids(video["source"], first["content_hash"], duration_s, clip_durations_s))
+        else:
+            num_clips = max((row["num_clips"] or 0 for row in refused), default=1)
+        if None not in done and len(done) < num_clips:
+            left.append({**video, "done": sorted(done)})
+    return pa.Table.from_pylist(left, SOURCES)
+
+
+def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quarantine: pa.Table) -> pa.Table:
+    """The clips with priors but without encodings of their caption, as `stages.CLIPS`.
+
+    The caption is the VLM's where none was given.
+
+    Args:
+        videos: of the input.
+        priors: index of the priors.
+        encodings: index of the encodings.
+        quarantine: what cannot be used.
+    """
+    done = dict(zip(*encodings.select(["sample_id", "caption"]).to_pydict().values(), strict=True))
+    refused = set(quarantine["sample_id"].to_pylist())
+    current = {_key(video["source"]) for video in videos}
+    clips = [
+        {**row, "caption": row["caption"] or row["vlm_caption"], "share": 1.0}
+        for row in priors.to_pylist()
+        if row["sample_id"] not in refused and _key(row["source"]) in current
+    ]
+    left = [clip for clip in clips if done.get(clip["sample_id"]) != clip["caption"]]
+    return pa.Table.from_pylist(left, CLIPS)
+
+
+def _of_sources(rows: pa.Table, sources: Iterable[dict[str, Any]]) -> pa.Table:
+    current = set(map(_key, sources))
+    return rows.filter(
+        pa.array([_key(source) in current for source in rows["source"].to_pylist()], pa.bool_())
+    )
+
+
+def _key(source: dict[str, Any]) -> tuple[str, int, float]:
+    return source["uri"], source["size"], source["modified"]
+
+
+def _by_video(rows: pa.Table) -> defaultdict[tuple[str, int, float], list[dict[str, Any]]]:
+    found = defaultdict(list)
+    for row in rows.to_pylist():
+        found[_key(row["source"])].append(row)
+    return found

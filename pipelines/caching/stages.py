@@ -1,0 +1,299 @@
+"""What happens to a video on its way into the cache: cut, read, understood by the VLM, encoded.
+
+Each stage is a callable from Arrow table to Arrow table, as Ray Data calls it, and knows no Ray. A row whose
+video cannot be used gets `error` and travels on: later stages pass it by, the sink puts it into quarantine.
+Each row also carries `share`, its part of one row of the work list, for the progress. Videos are decoded in
+processes that may die (`prophy.decoder`); a clip that ends the process of a model twice is given up.
+Models are imported by the actors that hold them: torch and transformers cost every other process seconds.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.caching.tables import Table, write_file, writing
+from pipelines.caching.video_files import UNREADABLE, LocalFiles
+from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
+from prophy.decoder import ATTEMPTS, Decoder, DecoderError
+from prophy.errors import ProPhyError
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, tensor_columns
+from prophy.taxonomy import Phenomenon, multi_hot
+from prophy.video import VideoError, clip_spans, nearest_shape
+
+_ERROR = pa.field("error", pa.struct(list(QUARANTINE)))
+_SHARE = pa.field("share", pa.float64(), nullable=False)
+
+
+def _or_error(fields: list[pa.Field]) -> pa.Schema:
+    """A schema whose rows hold either all of `fields` or an error."""
+    return pa.schema([*(field.with_nullable(True) for field in fields), _SHARE, _ERROR])
+
+
+SOURCES = pa.schema(
+    [
+        pa.field("source", SOURCE, nullable=False),
+        PRIORS.field("caption"),
+        PRIORS.field("labels"),
+        pa.field("done", pa.list_(pa.string()), nullable=False),  # clips that need no work any more
+    ]
+)
+
+_CLIP = [*list(PRIORS)[: PRIORS.get_field_index("vlm_caption")], QUARANTINE.field("num_clips")]
+CLIPS = _or_error(_CLIP)
+CLIPS_WITH_FRAMES = _or_error([*_CLIP, pa.field("frames", pa.large_binary())])  # raw RGB, uint8
+PRIORS_OR_ERROR = _or_error(list(PRIORS))
+ENCODINGS_OR_ERROR = _or_error(list(ENCODINGS))
+
+
+def clip_ids(
+    source: dict[str, Any], content_hash: str, duration_s: float, clip_durations_s: list[float]
+) -> dict[str, tuple[float, float]]:
+    """The clips of a video: `sample_id` -> (start, end) in seconds."""
+    video = hashlib.sha256(f"{source['uri']}\n{content_hash}".encode()).hexdigest()[:16]
+    return {
+        f"{video}-{round(start * 1000):07d}-{round(end * 1000):07d}": (start, end)
+        for start, end in clip_spans(duration_s, clip_durations_s)
+    }
+
+
+def decoder(limits: VideoLimits) -> Decoder:
+    """A decoder with the limits of a process; the others are those of `Decoder.probe`."""
+    return Decoder(limits.max_memory_bytes, limits.max_seconds)
+
+
+class CutVideo:
+    """`SOURCES` -> `CLIPS`, one table per clip: measures a video, checks the limits, lists its clips."""
+
+    def __init__(self, clip_durations_s: list[float], limits: VideoLimits) -> None:
+        self.clip_durations_s = clip_durations_s
+        self.limits = limits.model_dump(exclude={"max_seconds", "max_memory_bytes"})
+        self.files = LocalFiles(limits.max_bytes)
+        self.decoder = decoder(limits)
+
+    def __call__(self, sources: pa.Table) -> Iterator[pa.Table]:
+        """Yields the clips of each video that are not done yet, or its error."""
+        for row in sources.to_pylist():
+            try:
+                clips = self._cut(row)
+            except (VideoError, OSError) as error:
+                clips = [_failed(row, "CutVideo", error)]
+            for clip in clips:
+                yield pa.Table.from_pylist([{"share": 1 / len(clips), **clip}], CLIPS)
+
+    def _cut(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        uri = row["source"]["uri"]
+        with self.files.open(uri) as path, open(path, "rb") as file:
+            info = self.decoder.probe(path, **self.limits)
+            content_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        clips = clip_ids(row["source"], content_hash, info.duration_s, self.clip_durations_s)
+        if not clips:
+            raise VideoError(
+                f"{uri} lasts {info.duration_s:.2f} s, less than one clip of "
+                f"{min(self.clip_durations_s):g} s; remove it, or take another cache.output, and its length "
+                f"into cache.shorter_clips_s"
+            )
+        video = row | vars(info) | {"content_hash": content_hash, "num_clips": len(clips)}
+        return [
+            video | {"sample_id": key, "start_s": start, "end_s": end}
+            for key, (start, end) in clips.items()
+            if key not in row["done"]
+        ]
+
+
+class ReadClip:
+    """`CLIPS` -> `CLIPS_WITH_FRAMES`: decodes the clip's frames, from its start to its end inclusive.
+
+    They get that one of `shapes` whose aspect ratio is nearest to the video's, and as many frames as the
+    nearest of `lengths`, (seconds, frames) each, says.
+    """
+
+    def __init__(
+        self, lengths: list[tuple[float, int]], shapes: list[tuple[int, int]], limits: VideoLimits
+    ) -> None:
+        self.lengths, self.shapes = lengths, shapes
+        self.files = LocalFiles(limits.max_bytes)
+        self.decoder = decoder(limits)
+
+    def __call__(self, clips: pa.Table) -> pa.Table:
+        """Adds the frames to each clip."""
+        return pa.Table.from_pylist([self._read(clip) for clip in clips.to_pylist()], CLIPS_WITH_FRAMES)
+
+    def _read(self, clip: dict[str, Any]) -> dict[str, Any]:
+        if clip["error"]:
+            return clip
+        shape = nearest_shape(clip["height"], clip["width"], self.shapes)
+        duration_s = clip["end_s"] - clip["start_s"]
+        _, num_frames = min(self.lengths, key=lambda length: abs(length[0] - duration_s))
+        try:
+            with self.files.open(clip["source"]["uri"]) as path:
+                frames = self.decoder.read_frames(path, clip["start_s"], clip["end_s"], num_frames, *shape)
+        except (VideoError, OSError) as error:
+            return _failed(clip, "ReadClip", error)
+        return {**clip, "frames": frames.tobytes()}
+
+
+class DeadlyClipError(ProPhyError):
+    """A clip whose processing ended the process, `ATTEMPTS` times."""
+
+
+class Attempts:
+    """Remembers which clips are being worked on: whoever finds one begun follows a process that died.
+
+    A file per clip holds the ids of the processes that began it, and goes when one ends it.
+
+    Args:
+        folder: seen by all nodes; whoever starts a run empties it.
+        stage: name of the stage.
+    """
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder, self.stage = folder, stage
+
+    def __call__(self, rows: list[dict[str, Any]], work: Callable[[list[dict[str, Any]]], None]) -> None:
+        """Has the rows worked on, all at once; after a death one by one, so that only the guilty one fails.
+
+        Args:
+            rows: clips; each without an error gets the columns that `work` adds, or an error.
+            work: adds columns to the rows that it is given.
+        """
+        for row in rows:
+            if not row["error"] and self._count(row) >= ATTEMPTS:
+                span = f"{row['source']['uri']} from {row['start_s']:g} to {row['end_s']:g} s"
+                died = DeadlyClipError(
+                    f"{span} ended the process of {self.stage} {ATTEMPTS} times; remove it"
+                )
+                row |= _failed(row, self.stage, died)
+        good = [row for row in rows if not row["error"]]
+        size = 1 if any(map(self._count, good)) else max(len(good), 1)
+        for group in (good[start : start + size] for start in range(0, len(good), size)):
+            for row in group:
+                self._begin(row)
+            work(group)
+            with writing(self.folder):
+                for row in group:
+                    self._file(row).unlink(missing_ok=True)  # so does a worker that outlives its run
+
+    def _begin(self, row: dict[str, Any]) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._file(row).open("a") as file:
+                file.write(f"{os.getpid()}\n")
+
+    def _count(self, row: dict[str, Any]) -> int:
+        file = self._file(row)
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def _file(self, row: dict[str, Any]) -> Path:
+        return self.folder / f"{self.stage}-{row['sample_id']}"
+
+
+class ExtractPriors:
+    """`CLIPS_WITH_FRAMES` -> `PRIORS_OR_ERROR`: holds the VLM and asks it about each clip."""
+
+    def __init__(self, vlm: VlmConfig, attempts: Path) -> None:
+        from prophy.priors.extractor import PriorExtractor
+
+        self.num_frames, self.shape = vlm.num_frames, (vlm.height, vlm.width)
+        self.extractor = PriorExtractor(
+            vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens, vlm.heads
+        )
+
+        self.attempts = Attempts(attempts, "ExtractPriors")
+
+    def __call__(self, clips: pa.Table) -> pa.Table:
+        """The priors of each clip."""
+        rows = clips.to_pylist()
+        self.attempts(rows, self._extract)
+        return pa.Table.from_pylist(rows, PRIORS_OR_ERROR)
+
+    def _extract(self, clips: list[dict[str, Any]]) -> None:
+        for clip in clips:
+            fps = (self.num_frames - 1) / (clip["end_s"] - clip["start_s"])
+            labels = None if clip["labels"] is None else tuple(map(Phenomenon, clip["labels"]))
+            priors = self.extractor(_frames(clip, self.shape), fps, labels)
+            clip |= {
+                "vlm_caption": priors.vlm_caption,
+                "answers": [{"question": key, "answer": said} for key, said in priors.answers.items()],
+                "unparsed": priors.unparsed,
+                "phenomena": multi_hot(priors.phenomena),
+                "map_phenomena": priors.map_phenomena,
+                "maps": priors.maps.ravel(),
+                "maps_shape": priors.maps.shape,
+            }
+
+
+class EncodeClip:
+    """`CLIPS_WITH_FRAMES` -> `ENCODINGS_OR_ERROR`: holds the VAE and the text encoder of the backbone.
+
+    Before its first clip it writes the embedding of the empty prompt beside the table, if it is not there.
+    """
+
+    def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
+        from prophy.backbones.encoding import VideoEncoder
+
+        self.shapes = backbone.frame_shapes
+        self.encoder = VideoEncoder(
+            backbone.pretrained,
+            backbone.revision,
+            backbone.dtype,
+            backbone.autocast,
+            backbone.max_sequence_length,
+            backbone.family,
+        )
+        if not (table.folder / EMPTY_PROMPT).exists():
+            empty = tensor_columns("text_embeds", self.encoder.encode_text([""])[0])
+            write_file(table.folder, pa.Table.from_pylist([empty]), table.footer, name=EMPTY_PROMPT)
+
+        self.attempts = Attempts(attempts, "EncodeClip")
+
+    def __call__(self, clips: pa.Table) -> pa.Table:
+        """The latents and the text embeddings, all clips of one shape at once."""
+        rows = clips.to_pylist()
+        self.attempts(rows, self._encode)
+        return pa.Table.from_pylist(rows, ENCODINGS_OR_ERROR)
+
+    def _encode(self, clips: list[dict[str, Any]]) -> None:
+        groups = defaultdict(list)
+        for clip in clips:
+            shape = nearest_shape(clip["height"], clip["width"], self.shapes)
+            groups[shape, len(clip["frames"])].append(clip)
+        for (shape, _), group in groups.items():
+            frames = np.stack([_frames(clip, shape) for clip in group])
+            latents = self.encoder.encode_video(frames)
+            text_embeds = self.encoder.encode_text([clip["caption"] for clip in group])
+            for clip, *tensors in zip(group, latents, text_embeds, strict=True):
+                clip |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
+
+
+def _frames(clip: dict[str, Any], shape: tuple[int, int]) -> np.ndarray:
+    """The clip's frames, writable as torch wants them."""
+    return np.frombuffer(bytearray(clip["frames"]), np.uint8).reshape(-1, *shape, 3)
+
+
+def _failed(row: dict[str, Any], stage: str, error: Exception) -> dict[str, Any]:
+    """The row with its error, as it goes into quarantine.
+
+    A file that cannot be had is quarantined as `UNREADABLE`: once it can be, it is a version never tried.
+    """
+    uri, source, sample_id, message = row["source"]["uri"], row["source"], row.get("sample_id"), str(error)
+    if isinstance(error, OSError):
+        source, sample_id = {"uri": uri, **UNREADABLE}, None
+        message = f"{uri} cannot be opened ({error.strerror or error})"
+    return {
+        "share": row.get("share", 1.0),
+        "error": {
+            "source": source,
+            "sample_id": sample_id,
+            "num_clips": row.get("num_clips"),
+            "stage": stage,
+            "error_type": type(error).__name__,
+            "message": message,
+            "attempts": ATTEMPTS if isinstance(error, DecoderError | DeadlyClipError) else 1,
+        },
+    }

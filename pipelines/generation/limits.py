@@ -1,0 +1,59 @@
+"""What is known of a run's model before it is loaded. Imports no networks: drivers need none."""
+
+import math
+
+from pipelines.config import Config
+from pipelines.generation.spec import ShapeLimits
+from prophy.backbones.families import FAMILIES
+from prophy.backbones.pretrained import check_checkpoint, fingerprint, load_configs
+from prophy.errors import ProPhyError
+
+PIPELINE_MULTIPLE = 16  # diffusers' pipelines refuse other sizes, even where VAE and patches would do with 8
+
+
+def check_model(config: Config) -> None:
+    """Checks that checkpoint and step cache of a run, if it has them, fit its backbone; loads no model.
+
+    Raises:
+        ProPhyError: no such model or checkpoint, the checkpoint was trained on another backbone, or the step
+            cache is not for this family.
+    """
+    if config.sampling.step_cache.sea is not None and config.backbone.family != "wan":
+        raise ProPhyError(
+            f"sampling.step_cache.sea wants to know each step's noise level, which the pipeline of "
+            f"{config.backbone.family} does not tell; use first_block or taylorseer"
+        )
+    if config.checkpoint is not None:
+        check_checkpoint(config.checkpoint, config.backbone.pretrained, config.backbone.revision)
+
+
+def model_fingerprint(config: Config) -> str:
+    """What the model of a run is, whatever its name; loads no model.
+
+    Raises:
+        ProPhyError: there is no such model or checkpoint.
+    """
+    backbone = fingerprint(config.backbone.pretrained, config.backbone.revision)
+    return (
+        backbone if config.checkpoint is None else f"{backbone} {fingerprint(str(config.checkpoint), None)}"
+    )
+
+
+def shape_limits(config: Config) -> ShapeLimits:
+    """What the model of a run can make and its endpoint allows; loads no model.
+
+    Raises:
+        ProPhyError: there is no such model.
+    """
+    backbone = config.backbone
+    vae, transformer = load_configs(backbone.pretrained, backbone.revision)
+    frames, height, width = FAMILIES[backbone.family].shape_multiples(vae, transformer)
+    return ShapeLimits(
+        frame_multiple=frames,
+        height_multiple=math.lcm(height, PIPELINE_MULTIPLE),
+        width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
+        max_num_frames=config.serve.max_num_frames or backbone.num_frames,
+        max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
+        # A complete export brings its branch along.
+        has_branch=config.checkpoint is not None or "physics_layers" in transformer,
+    )

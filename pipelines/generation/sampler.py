@@ -1,0 +1,225 @@
+"""From a video's specification to its mp4: what an endpoint's replica and an offline actor have in common.
+
+Knows neither Ray nor HTTP. Importing it imports torch and diffusers, which takes seconds.
+"""
+
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
+from PIL import Image
+
+from pipelines.config import Config, StepCache
+from pipelines.generation.spec import (
+    MAPS_FILE,
+    THUMBNAIL_FILE,
+    VIDEO_FILE,
+    ShapeLimits,
+    VideoResult,
+    VideoSpec,
+)
+from prophy.backbones.registry import load_pipeline
+from prophy.device import autocast, default_device
+from prophy.models.control import PhysicsControl, PhysicsTrace
+from prophy.taxonomy import PHENOMENA
+from prophy.video import write_video
+
+CACHED_PROMPTS = 32  # text embeddings kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
+
+
+class VideoSampler:
+    """A loaded model that makes videos, one call at a time.
+
+    Args:
+        config: names the backbone and, if there is one, the checkpoint of the Physical Branch.
+
+    Raises:
+        ProPhyError: the checkpoint was trained on another backbone.
+    """
+
+    def __init__(self, config: Config) -> None:
+        backbone = config.backbone
+        self._autocast = backbone.autocast
+        self._max_sequence_length = backbone.max_sequence_length
+        self._device = default_device()
+        self._pipeline = load_pipeline(
+            backbone.family,
+            backbone.pretrained,
+            backbone.revision,
+            getattr(torch, backbone.dtype),
+            config.checkpoint,
+        ).to(self._device)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
+
+    def warm_up(self, limits: ShapeLimits) -> None:
+        """Makes one frame of the smallest size in one step, so that a model that cannot run says so now."""
+        self.sample(
+            VideoSpec(
+                prompt="",
+                negative_prompt="",
+                seed=0,
+                num_frames=1,
+                height=limits.height_multiple,
+                width=limits.width_multiple,
+                fps=1.0,
+                num_inference_steps=1,
+                guidance_scale=1.0,
+            )
+        )
+
+    def sample(
+        self,
+        spec: VideoSpec,
+        on_step: Callable[[float], None] = lambda progress: None,
+        trace: PhysicsTrace | None = None,
+    ) -> np.ndarray:
+        """Makes the frames of a video, uint8 `[T, H, W, 3]`; the same specification gives the same frames.
+
+        The arguments are those of `sample_batch`.
+        """
+        return self.sample_batch([spec], on_step, trace)[0]
+
+    def sample_batch(
+        self,
+        specs: Sequence[VideoSpec],
+        on_step: Callable[[float], None] = lambda progress: None,
+        trace: PhysicsTrace | None = None,
+    ) -> np.ndarray:
+        """Makes the frames of several videos at once: each as it is alone, but for rounding.
+
+        Args:
+            specs: the videos, which differ in nothing but prompts and seed.
+            on_step: called after each denoising step with the part that is done, 0 to 1; what it raises ends
+                the sampling.
+            trace: collects the routing, if given; the model must have a branch.
+
+        Returns:
+            RGB frames, uint8 `[B, T, H, W, 3]`.
+        """
+        spec = specs[0]
+        own = ("prompt", "negative_prompt", "seed")
+        assert all(
+            other.model_copy(update={key: getattr(spec, key) for key in own}) == spec for other in specs
+        )
+
+        def report(
+            pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
+        ) -> dict[str, Any]:
+            on_step((step + 1) / spec.num_inference_steps)
+            return tensors
+
+        knobs = {} if spec.physics is None else spec.physics.model_dump(exclude={"return_maps"})
+        physics = None if spec.physics is None and trace is None else PhysicsControl(**knobs, trace=trace)
+        with autocast(self._device, self._autocast), self._caching_steps(spec.step_cache):
+            output = self._pipeline(
+                prompt_embeds=torch.cat([self.embed(spec.prompt) for spec in specs]),
+                negative_prompt_embeds=torch.cat([self.embed(spec.negative_prompt) for spec in specs]),
+                height=spec.height,
+                width=spec.width,
+                num_frames=spec.num_frames,
+                num_inference_steps=spec.num_inference_steps,
+                guidance_scale=spec.guidance_scale,
+                # On the CPU: one noise on every device.
+                generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
+                physics=physics,
+                max_sequence_length=self._max_sequence_length,
+                callback_on_step_end=report,
+                callback_on_step_end_tensor_inputs=[],
+                output_type="np",
+            )
+        return (output.frames * 255).round().astype(np.uint8)
+
+    def render(
+        self, spec: VideoSpec, on_step: Callable[[float], None] = lambda progress: None
+    ) -> VideoResult:
+        """Makes all that an endpoint keeps of a video; `on_step` as in `sample`."""
+        trace = PhysicsTrace() if spec.physics is not None and spec.physics.return_maps else None
+        marks = {"start": time.perf_counter()}
+        for text in (spec.prompt, spec.negative_prompt):
+            self.embed(text)
+        marks["text"] = time.perf_counter()
+
+        def report(progress: float) -> None:
+            marks["denoise"] = time.perf_counter()
+            on_step(progress)
+
+        frames = self.sample(spec, report, trace)
+        marks["decode"] = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / VIDEO_FILE
+            write_video(path, frames, spec.fps)
+            files = {VIDEO_FILE: path.read_bytes(), THUMBNAIL_FILE: _thumbnail(frames)}
+        if trace is not None:
+            files[MAPS_FILE] = _maps_json(trace)
+        marks["encode"] = time.perf_counter()
+        times = list(marks.values())
+        return VideoResult(files, dict(zip(list(marks)[1:], np.diff(times).round(3).tolist(), strict=True)))
+
+    @contextmanager
+    def _caching_steps(self, step_cache: StepCache) -> Iterator[None]:
+        """Has the transformer skip steps while the block lasts; nothing is left for the next video."""
+        cache = _diffusers_cache(step_cache)
+        if cache is None:
+            yield
+            return
+        self._pipeline.transformer.enable_cache(cache)
+        try:
+            yield
+        finally:
+            self._pipeline.transformer.disable_cache()
+
+    def _embed(self, text: str) -> torch.Tensor:
+        """What the backbone's text encoder makes of one text."""
+        with torch.no_grad(), autocast(self._device, self._autocast):
+            embeds, _ = self._pipeline.encode_prompt(
+                text,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self._max_sequence_length,
+                device=self._device,
+            )
+        return embeds
+
+
+def _diffusers_cache(
+    step_cache: StepCache,
+) -> FirstBlockCacheConfig | SeaCacheConfig | TaylorSeerCacheConfig | None:
+    if step_cache.first_block is not None:
+        return FirstBlockCacheConfig(threshold=step_cache.first_block)
+    if step_cache.sea is not None:
+        return SeaCacheConfig(threshold=step_cache.sea)
+    if step_cache.taylorseer is not None:
+        # Lite: only what the last projection gives is extrapolated, so that a skipped step runs no block.
+        return TaylorSeerCacheConfig(
+            cache_interval=step_cache.taylorseer, use_lite_mode=True, taylor_factors_dtype=torch.float32
+        )
+    return None
+
+
+def _thumbnail(frames: np.ndarray) -> bytes:
+    """The middle frame as WebP."""
+    buffer = io.BytesIO()
+    Image.fromarray(frames[len(frames) // 2]).save(buffer, "webp", quality=90)
+    return buffer.getvalue()
+
+
+def _maps_json(trace: PhysicsTrace) -> bytes:
+    """Semantic weights, token grid and one map `[T'][H'][W']` per phenomenon, to four decimals."""
+    assert trace.semantic_weights is not None and trace.phenomenon_maps is not None
+    maps = trace.phenomenon_maps[0].double().numpy().round(4)
+    routing = {
+        "object": "video.physics",
+        "semantic_weights": trace.semantic_weights[0].double().numpy().round(4).tolist(),
+        "token_grid": maps.shape[:3],
+        "maps": {name: maps[..., index].tolist() for index, name in enumerate(PHENOMENA)},
+    }
+    return json.dumps(routing).encode()

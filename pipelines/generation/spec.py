@@ -1,0 +1,133 @@
+"""What a video is asked to be, and which shapes a model can make. Knows no HTTP, no Ray and no torch."""
+
+import math
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pipelines.config import StepCache
+from prophy.errors import ProPhyError
+from prophy.taxonomy import Phenomenon, parse_phenomena
+
+VIDEO_FILE, THUMBNAIL_FILE, MAPS_FILE = "video.mp4", "thumbnail.webp", "physics.json"
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    return value
+
+
+def _refuse_number(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("true or false is needed")
+    return value
+
+
+Boolean = Annotated[bool, BeforeValidator(_refuse_number)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+KnobFactor = Annotated[Number, Field(ge=0.0, le=10.0)]
+PhenomenonName = Annotated[Phenomenon, BeforeValidator(lambda name: parse_phenomena([name])[0])]
+
+
+class PhysicsSpec(BaseModel):
+    """The physics knobs of one video; the defaults leave the model as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: KnobFactor = Field(
+        1.0, description="factor on all that the Physical Branch adds; 0 switches it off"
+    )
+    strength: dict[PhenomenonName, KnobFactor] = Field(
+        {}, description="factor per phenomenon on what the refinement experts add where it acts"
+    )
+    invert_refinement: Boolean = Field(False, description="route tokens to the experts that fit them least")
+    return_maps: Boolean = Field(False, description="keep what the routers said, for /v1/videos/{id}/physics")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.return_maps and self.scale == 0:
+            raise ValueError("return_maps needs the Physical Branch, which a scale of 0 switches off")
+        return self
+
+
+class VideoSpec(BaseModel):
+    """Everything that decides a video, given the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    step_cache: StepCache = StepCache()
+    physics: PhysicsSpec | None = None
+
+    @property
+    def seconds(self) -> str:
+        """Length of the video in seconds, as the Videos API writes it: a string, without trailing zeros."""
+        return f"{self.num_frames / self.fps:.3f}".rstrip("0").rstrip(".")
+
+
+class VideoResult(NamedTuple):
+    """What comes of a specification.
+
+    Attributes:
+        files: contents by name: `VIDEO_FILE`, `THUMBNAIL_FILE`, and `MAPS_FILE` where maps were asked for.
+        stage_durations: seconds of `text`, `denoise`, `decode` and `encode`.
+    """
+
+    files: dict[str, bytes]
+    stage_durations: dict[str, float]
+
+
+class ShapeLimits(BaseModel):
+    """The shapes that a model can make and an operator allows: `k * frame_multiple + 1` frames.
+
+    `has_branch` says whether the model has physics knobs at all.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    frame_multiple: int
+    height_multiple: int
+    width_multiple: int
+    max_num_frames: int
+    max_pixels: int
+    has_branch: bool
+
+    def num_frames(self, duration_s: float, fps: float) -> int:
+        """The number of frames, among those that the model can make, that comes nearest to `duration_s`.
+
+        Raises:
+            ProPhyError: longer than allowed.
+        """
+        frames = math.floor(duration_s * fps / self.frame_multiple + 0.5) * self.frame_multiple + 1
+        if frames > self.max_num_frames:
+            raise ProPhyError(
+                f"{duration_s:g} s at {fps:g} frames/s are {frames} frames; this model makes at most "
+                f"{self.max_num_frames}, that is {self.max_num_frames / fps:.3g} s"
+            )
+        return frames
+
+    def check_size(self, height: int, width: int) -> None:
+        """Checks a frame.
+
+        Raises:
+            ProPhyError: not made of whole tokens, or larger than allowed.
+        """
+        if height % self.height_multiple or width % self.width_multiple:
+            raise ProPhyError(
+                f"size {width}x{height} does not fit this model; choose a width that is a multiple of "
+                f"{self.width_multiple} and a height that is a multiple of {self.height_multiple}"
+            )
+        if height * width > self.max_pixels:
+            raise ProPhyError(
+                f"size {width}x{height} has {height * width} pixels; choose one of at most {self.max_pixels}"
+            )

@@ -1,0 +1,1 @@
+"""The HTTP endpoint on Ray Serve: requests in, videos out."""

@@ -1,0 +1,389 @@
+"""The routes of the Videos API over a job store, a dispatcher and files. Knows neither Ray nor models."""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+
+from pipelines.config import Config
+from pipelines.generation.spec import MAPS_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits, VideoSpec
+from pipelines.serving.artefacts import ArtefactStore
+from pipelines.serving.byte_ranges import partial_content
+from pipelines.serving.dispatcher import Dispatcher, QueueFullError
+from pipelines.serving.jobs import Job, JobStore
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.middleware import RETRY_AFTER_S, KeyCheck, guard, read_fields
+from pipelines.serving.protocol import (
+    ApiError,
+    DeletedVideo,
+    ErrorResponse,
+    Health,
+    Model,
+    ModelList,
+    PhysicsMaps,
+    Video,
+    VideoList,
+    VideoRequest,
+    model_name,
+)
+from prophy.taxonomy import Phenomenon
+
+STARTED_AT = int(time.time())
+MIN_POLL_MS, MAX_POLL_MS = 250, 10_000
+_VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class GeneratorStatus:
+    """The model behind the API.
+
+    Attributes:
+        is_ready: it has made a first forward pass; replicas that were scaled away since come back with a job.
+        num_replicas: how many hold it now.
+    """
+
+    is_ready: bool
+    num_replicas: int
+
+
+@dataclass(frozen=True)
+class VideoService:
+    """What the routes act on.
+
+    Attributes:
+        config: the operator's defaults and limits.
+        limits: the shapes that the model can make.
+        store: the jobs.
+        artefacts: the files of finished videos.
+        dispatcher: makes queued jobs into videos.
+        metrics: what is counted.
+        generator_status: of the model.
+        draw_overlay: (mp4, maps as JSON, specification, phenomenon) -> mp4 with that map over it.
+        drawing: held while it is at work: it takes a processor.
+    """
+
+    config: Config
+    limits: ShapeLimits
+    store: JobStore
+    artefacts: ArtefactStore
+    dispatcher: Dispatcher
+    metrics: Metrics
+    generator_status: Callable[[], Awaitable[GeneratorStatus]]
+    draw_overlay: Callable[[bytes, bytes, VideoSpec, Phenomenon], Awaitable[bytes]]
+    drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+def create_app(service: VideoService) -> FastAPI:
+    """The application; it takes up unfinished jobs when it starts and puts down its calls when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.dispatcher.start()
+        yield
+        await service.dispatcher.stop()
+        service.store.close()
+
+    app = FastAPI(title="ProPhy", version=version("prophy-ray"), lifespan=lifespan)
+    app.state.service = service
+    settings = service.config.serve
+    keyed = [Depends(KeyCheck(settings.api_keys))] if settings.api_keys else []
+    app.include_router(router, dependencies=keyed)
+    app.include_router(probes)
+    guard(app, [*router.routes, *probes.routes], settings.max_body_bytes, service.metrics)
+    return app
+
+
+async def _service(request: Request) -> VideoService:  # FastAPI would give a plain function a thread
+    return request.app.state.service
+
+
+def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
+    """Statuses, as `_404="No such video"`, for the description of the API."""
+    return {
+        int(status[1:]): {"model": ErrorResponse, "description": text}
+        for status, text in descriptions.items()
+    }
+
+
+Service = Annotated[VideoService, Depends(_service)]
+probes = APIRouter()
+router = APIRouter(
+    responses=_errors(
+        _401="No valid API key, where the server asks for one",
+        _422="A field is wrong",
+        _503="The job database does not answer",
+    )
+)
+_UNKNOWN = _errors(_404="No such video")
+_NO_FILE = _errors(
+    _404="No such video",
+    _409="Not there yet, failed, or made without it",
+    _410="Expired",
+    _416="No such bytes",
+)
+_NOT_ACCEPTED = _errors(
+    _400="The body cannot be read",
+    _404="No such model",
+    _413="The body is too long",
+    _415="Neither JSON nor a form",
+    _429="Too many videos are queued",
+)
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {"schema": VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")}
+            for kind in ("application/json", "multipart/form-data")
+        },
+    }
+}
+
+
+@router.post("/v1/videos", responses=_NOT_ACCEPTED, openapi_extra=_BODY)
+async def create_video(request: Request, service: Service, response: Response) -> Video:
+    """Accepts a video to be made. Poll it until it is `completed`, then fetch its content."""
+    return _video(await _accept(request, service), service, response)
+
+
+@router.post(
+    "/v1/videos/sync",
+    response_class=Response,
+    responses={
+        200: {"content": {"video/mp4": {}}, "description": "The video"},
+        **_NOT_ACCEPTED,
+        **_errors(_500="The video could not be made"),
+    },
+    openapi_extra=_BODY,
+)
+async def make_video(request: Request, service: Service) -> Response:
+    """Makes a video and answers with its mp4. A client that goes away stops it."""
+    job = await _accept(request, service)
+    try:
+        await service.dispatcher.wait(job.id)
+    except asyncio.CancelledError:  # nobody else knows the video
+        await service.dispatcher.delete(job.id)
+        raise
+    made = await asyncio.to_thread(_find, job.id, service)
+    if made.status == "failed":
+        raise ApiError(500, f"the video was not made: {made.error_message}", str(made.error_code))
+    return await asyncio.to_thread(_file, request, service, made, VIDEO_FILE, "video/mp4")
+
+
+@router.get("/v1/videos", responses=_UNKNOWN)
+def list_videos(
+    service: Service,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> VideoList:
+    """Lists videos, a page at a time: give the last id of a page as `after` to get the next."""
+    cursor = _find(after, service, "after") if after is not None else None
+    jobs, has_more = service.store.page(cursor, limit, order)
+    return VideoList(
+        data=[_video(job, service) for job in jobs],
+        first_id=jobs[0].id if jobs else None,
+        last_id=jobs[-1].id if jobs else None,
+        has_more=has_more,
+    )
+
+
+@router.get("/v1/videos/{video_id}", responses=_UNKNOWN)
+def retrieve_video(video_id: str, service: Service, response: Response) -> Video:
+    """State of a video. The header `openai-poll-after-ms` says when to ask again."""
+    return _video(_find(video_id, service), service, response)
+
+
+@router.head("/v1/videos/{video_id}/content", include_in_schema=False)
+@router.get(
+    "/v1/videos/{video_id}/content",
+    response_class=Response,
+    responses={
+        200: {"content": {"video/mp4": {}, "image/webp": {}}, "description": "The video"},
+        206: {"content": {"video/mp4": {}, "image/webp": {}}, "description": "A part of it"},
+        **_NO_FILE,
+    },
+)
+def download_content(
+    video_id: str, request: Request, service: Service, variant: Literal["video", "thumbnail"] = "video"
+) -> Response:
+    """The mp4 of a completed video, or one frame of it as WebP. Understands requests for one range."""
+    job = _completed(video_id, service)
+    if variant == "thumbnail":
+        return _file(request, service, job, THUMBNAIL_FILE, "image/webp")
+    return _file(request, service, job, VIDEO_FILE, "video/mp4")
+
+
+@router.get(
+    "/v1/videos/{video_id}/physics",
+    response_class=Response,
+    responses={
+        200: {"model": PhysicsMaps, "description": "What the routers said"},
+        206: {"content": {"application/json": {}}, "description": "A part of it"},
+        **_NO_FILE,
+    },
+)
+def retrieve_physics(video_id: str, request: Request, service: Service) -> Response:
+    """Where each phenomenon acts in a video that was made with `physics.return_maps`."""
+    return _file(request, service, _with_maps(video_id, service), MAPS_FILE, "application/json")
+
+
+@router.get(
+    "/v1/videos/{video_id}/physics/overlay",
+    response_class=Response,
+    responses={
+        200: {"content": {"video/mp4": {}}, "description": "The video"},
+        206: {"content": {"video/mp4": {}}, "description": "A part of it"},
+        **_NO_FILE,
+    },
+)
+async def download_overlay(
+    video_id: str, phenomenon: Phenomenon, request: Request, service: Service
+) -> Response:
+    """The mp4 with the map of one phenomenon laid over it; drawn when it is asked for, and then kept."""
+    job = await asyncio.to_thread(_with_maps, video_id, service)
+    name = f"overlay {phenomenon}.mp4".replace(" ", "-")
+    artefacts = service.artefacts
+    async with service.drawing:
+        if await asyncio.to_thread(artefacts.size, job.id, name) is None:
+            try:
+                video, maps = await asyncio.to_thread(
+                    lambda: [artefacts.read(job.id, file) for file in (VIDEO_FILE, MAPS_FILE)]
+                )
+            except FileNotFoundError:
+                raise _expired(job) from None
+            drawn = await service.draw_overlay(video, maps, job.spec, phenomenon)
+            await asyncio.to_thread(_keep, job, name, drawn, service)
+    return await asyncio.to_thread(_file, request, service, job, name, "video/mp4")
+
+
+@router.post("/v1/videos/edits", include_in_schema=False)
+@router.post("/v1/videos/extensions", include_in_schema=False)
+@router.post("/v1/videos/characters", include_in_schema=False)
+@router.post("/v1/videos/{video_id}/remix", include_in_schema=False)
+async def refuse_operation(request: Request) -> None:
+    """What others make of videos; here they come from text alone."""
+    operation = request.url.path.rpartition("/")[2]
+    message = f"{operation!r} is not offered: this server makes videos from text; POST /v1/videos"
+    # OpenAI's client would ask twice more.
+    raise ApiError(501, message, "not_implemented", headers={"x-should-retry": "false"})
+
+
+@router.delete("/v1/videos/{video_id}", responses=_UNKNOWN)
+async def delete_video(video_id: str, service: Service) -> DeletedVideo:
+    """Forgets a video. One that is being made is stopped."""
+    if not await service.dispatcher.delete(video_id):
+        raise _no_video(video_id, None)
+    return DeletedVideo(id=video_id)
+
+
+@router.get("/v1/models")
+def list_models(service: Service) -> ModelList:
+    """The model that this server runs."""
+    return ModelList(data=[Model(id=model_name(service.config), created=STARTED_AT)])
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def scrape(service: Service) -> Response:
+    """Metrics for Prometheus."""
+    status = await service.generator_status()
+    text = service.metrics.render(service.dispatcher.num_jobs(), status.num_replicas)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@probes.get("/health", include_in_schema=False)  # where clients of other servers look
+@probes.get("/healthz")
+def check_health() -> Health:
+    """Answers as long as the process does."""
+    return Health(status="ok")
+
+
+@probes.get("/readyz", responses=_errors(_503="Not ready"))
+async def check_readiness(service: Service) -> Health:
+    """Whether the model has made a first forward pass, and no replica fails."""
+    if not (await service.generator_status()).is_ready:
+        message = "the model is loading or fails; try again later"
+        raise ApiError(503, message, "not_ready", headers={"retry-after": str(RETRY_AFTER_S)})
+    return Health(status="ready")
+
+
+async def _accept(request: Request, service: VideoService) -> Job:
+    fields = VideoRequest.parse(await read_fields(request))
+    spec = fields.to_spec(service.config, service.limits)
+    try:
+        return await service.dispatcher.create(spec, request.headers.get("x-request-id"))
+    except QueueFullError:
+        message = f"{service.config.serve.max_queued} videos are queued already; try again later"
+        headers = {"retry-after": str(RETRY_AFTER_S)}
+        raise ApiError(429, message, "queue_full", headers=headers) from None
+
+
+def _find(video_id: str, service: VideoService, param: str | None = None) -> Job:
+    job = service.store.get(video_id) if _VIDEO_ID.fullmatch(video_id) else None
+    if job is None:
+        raise _no_video(video_id, param)
+    return job
+
+
+def _no_video(video_id: str, param: str | None) -> ApiError:
+    return ApiError(404, f"no video {video_id[:64]!r}", "video_not_found", param)
+
+
+def _completed(video_id: str, service: VideoService) -> Job:
+    """A job whose files are there."""
+    job = _find(video_id, service)
+    if job.status == "failed":
+        raise ApiError(409, f"video {job.id} was not made: {job.error_message}", "video_failed")
+    if job.status != "completed":
+        done = service.dispatcher.progress(job.id)
+        message = f"video {job.id} is {job.status}, {done} % done; poll it until it is completed"
+        raise ApiError(409, message, "video_not_ready")
+    if job.expires_at is not None and job.expires_at <= time.time():
+        raise _expired(job)
+    return job
+
+
+def _expired(job: Job) -> ApiError:
+    return ApiError(410, f"the files of video {job.id} have expired; make it again", "video_expired")
+
+
+def _with_maps(video_id: str, service: VideoService) -> Job:
+    job = _completed(video_id, service)
+    if job.spec.physics is None or not job.spec.physics.return_maps:
+        message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
+        raise ApiError(409, message, "no_maps")
+    return job
+
+
+def _keep(job: Job, name: str, content: bytes, service: VideoService) -> None:
+    """Adds a file to those of a video, unless that was deleted meanwhile."""
+    service.artefacts.add(job.id, name, content)
+    if service.store.get(job.id) is None:
+        service.artefacts.remove(job.id)
+        raise _no_video(job.id, None)
+
+
+def _video(job: Job, service: VideoService, response: Response | None = None) -> Video:
+    """What clients see of a job; sets the header that says when to poll again."""
+    progress = service.dispatcher.progress(job.id)
+    if response is not None and job.status in ("queued", "in_progress"):
+        elapsed_s = time.time() - (job.started_at or job.created_at)
+        poll_ms = (
+            int(100 * elapsed_s * (100 - progress) / progress) if progress else 1000
+        )  # a tenth of the rest
+        response.headers["openai-poll-after-ms"] = str(min(max(poll_ms, MIN_POLL_MS), MAX_POLL_MS))
+    return Video.from_job(job, model_name(service.config), progress)
+
+
+def _file(request: Request, service: VideoService, job: Job, name: str, media_type: str) -> Response:
+    size = service.artefacts.size(job.id, name)
+    if size is None:
+        raise _expired(job)
+    read = partial(service.artefacts.chunks, job.id, name)
+    return partial_content(request, read, size, f"{job.id}-{name}", media_type)

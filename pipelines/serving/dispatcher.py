@@ -1,0 +1,262 @@
+"""The dispatcher: turns queued jobs into videos, and alone writes what comes of them.
+
+It holds one call to the generator for each job in the queue, so that whoever scales the generator sees the
+queue. How a video is made is a callable that it is given; it knows no HTTP.
+"""
+
+import asyncio
+import contextvars
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from ray.exceptions import RayError, RayTaskError
+
+from pipelines.config import ServeConfig
+from pipelines.generation.spec import VideoResult, VideoSpec
+from pipelines.runtime import find_user_error
+from pipelines.serving.artefacts import ArtefactStore
+from pipelines.serving.jobs import UNANSWERED, Job, JobStore
+from pipelines.serving.metrics import Metrics
+from prophy.errors import ProPhyError
+
+logger = logging.getLogger("ray.serve")  # as Serve wants it: JSON lines with its context
+
+MAX_REQUEUES = 2
+SWEEP_EVERY_S = 30.0
+DATABASE_RETRY_S = 1.0
+REPLICA_RETRY_S = 1.0  # until Serve knows that a replica is dead
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class QueueFullError(Exception):
+    """As many videos are queued as the operator allows."""
+
+
+class ReplicasDiedError(Exception):
+    """A video's replicas died once too often."""
+
+
+@dataclass(frozen=True)
+class GenerationStep:
+    """What the making of a video says as it goes on.
+
+    Attributes:
+        progress: 0 at the start, 1 when the last denoising step is done.
+        result: in the last one only.
+    """
+
+    progress: float
+    result: VideoResult | None = None
+
+
+class Dispatcher:
+    """Makes queued jobs into videos. It lives in one event loop; what blocks, it does in threads.
+
+    Args:
+        store: the jobs.
+        artefacts: the finished videos.
+        generate: makes one video; waits for a free replica first. Cancelling its iterator stops the making.
+        metrics: what is counted on the way.
+        settings: length of the queue, and how long videos are kept.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        artefacts: ArtefactStore,
+        generate: Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]],
+        metrics: Metrics,
+        settings: ServeConfig,
+    ) -> None:
+        self._store = store
+        self._artefacts = artefacts
+        self._generate = generate
+        self._metrics = metrics
+        self._max_queued = settings.max_queued
+        self._expire_after_s = settings.expire_after_s
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._progress: dict[str, int] = {}
+        self._creating = asyncio.Lock()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes up every job that an earlier owner left unfinished."""
+        for job in await asyncio.to_thread(self._store.requeue_unfinished):
+            self._submit(job)
+        self._sweeper = asyncio.create_task(self._sweep_for_ever())
+
+    async def stop(self) -> None:
+        """Stops all calls. The jobs stay as they are; the next owner takes them up."""
+        assert self._sweeper is not None
+        await _cancel([self._sweeper, *self._tasks.values()])
+
+    def num_jobs(self) -> dict[str, int]:
+        """How many jobs are `queued` and `in_progress`."""
+        return {"queued": len(self._tasks) - len(self._progress), "in_progress": len(self._progress)}
+
+    def progress(self, job_id: str) -> int:
+        """0 to 99 for a job that is being made, 0 for any other."""
+        return self._progress.get(job_id, 0)
+
+    async def create(self, spec: VideoSpec, request_id: str | None) -> Job:
+        """Accepts a job: once this returns, the video will be made, or the job says why not.
+
+        Raises:
+            QueueFullError: too many wait already.
+        """
+        # Shielded: a client that goes away meanwhile must not leave a row that nobody works on.
+        return await asyncio.shield(asyncio.create_task(self._create(spec, request_id)))
+
+    async def wait(self, job_id: str) -> None:
+        """Returns when the job is completed, failed or deleted."""
+        if job_id in self._tasks:
+            await asyncio.wait([self._tasks[job_id]])
+
+    async def delete(self, job_id: str) -> bool:
+        """Stops the job if it is being made, and forgets it and its files; False if there is none."""
+        if not await asyncio.to_thread(self._store.delete, job_id):
+            return False
+        await _cancel([self._tasks[job_id]] if job_id in self._tasks else [])
+        await asyncio.to_thread(self._sweep)
+        return True
+
+    async def _create(self, spec: VideoSpec, request_id: str | None) -> Job:
+        async with self._creating:
+            if self.num_jobs()["queued"] >= self._max_queued:
+                raise QueueFullError
+            job = await asyncio.to_thread(self._store.create, spec, request_id)
+            self._submit(job)
+        _log(job, "accepted")
+        return job
+
+    def _submit(self, job: Job) -> None:
+        # In a context of its own: in that of the HTTP request that created the job, Serve would take the call
+        # for a part of that request and end it with it.
+        task = asyncio.create_task(self._run(job), context=contextvars.Context())
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+
+    async def _run(self, job: Job) -> None:
+        """Makes a job's video, again where a replica died; whatever goes wrong, the job says so."""
+        try:
+            while not await self._try(job):
+                pass
+        except Exception as error:
+            code, message = _reason(error)
+            await asyncio.to_thread(_persist, self._store.fail, job.id, code, message)
+            self._metrics.failures.labels(code).inc()
+            _log(job, f"failed: {message}", logging.ERROR, error)
+            await asyncio.to_thread(self._sweep)
+
+    async def _try(self, job: Job) -> bool:
+        """Makes the video once; False if its replica died and the job is queued again."""
+        try:
+            await self._make(job)
+        except RayTaskError:  # the replica lives: the video is at fault
+            raise
+        except RayError as error:
+            deaths = await asyncio.to_thread(_persist, self._store.requeue, job.id)
+            self._metrics.requeues.inc()
+            _log(job, "lost its replica", logging.WARNING, error)
+            if deaths is None:  # it had not begun
+                await asyncio.sleep(REPLICA_RETRY_S)
+            elif deaths > MAX_REQUEUES:
+                raise ReplicasDiedError(
+                    f"{deaths} replicas died while they made it; the last: {error}"
+                ) from error
+            return False
+        finally:
+            self._progress.pop(job.id, None)
+        return True
+
+    async def _make(self, job: Job) -> None:
+        async with aclosing(self._generate(job.spec)) as steps:
+            async for step in steps:
+                if job.id not in self._progress:
+                    await asyncio.to_thread(_persist, self._store.start, job.id)
+                    self._metrics.wait.observe(time.time() - job.created_at)
+                    _log(job, "begun")
+                self._progress[job.id] = int(99 * step.progress)
+                if step.result is not None:
+                    done = await asyncio.to_thread(self._finish, job.id, step.result)
+                    self._metrics.observe_stages(step.result.stage_durations, job.spec.num_inference_steps)
+                    event = "completed" if done else "deleted, yet made,"
+                    _log(job, f"{event} {time.time() - job.created_at:.3f} s after it was accepted")
+                    return  # what its replica does from here on is of no concern
+
+    def _finish(self, job_id: str, result: VideoResult) -> bool:
+        """Puts all files in place before the row says so; False if the job was deleted meanwhile.
+
+        Runs to its end even where the job is cancelled.
+        """
+        try:
+            self._artefacts.write(job_id, result.files)
+        except OSError:
+            self._artefacts.remove(job_id)  # a full disk must have room for the row that says so
+            raise
+        _persist(self._store.complete, job_id, result.stage_durations, self._expire_after_s)
+        # Not by what `complete` says: a database that went away may have done it before it was asked again.
+        wanted = _persist(self._store.get, job_id) is not None
+        if not wanted:
+            self._artefacts.remove(job_id)
+        return wanted
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            if not await asyncio.to_thread(_persist, self._store.is_owner):
+                logger.critical("another server has taken over the job database; this one gives way")
+                os._exit(1)  # at once: what is finished from here on is no longer ours to write
+            await asyncio.to_thread(self._sweep)
+            await asyncio.sleep(SWEEP_EVERY_S)
+
+    def _sweep(self) -> None:
+        """Removes the files of deleted, failed and expired jobs; what resists waits for the next."""
+        try:
+            outdated = self._store.outdated()
+        except UNANSWERED:
+            logger.exception("could not look for old files")
+            return
+        for job_id in outdated:
+            try:
+                self._artefacts.remove(job_id)
+                self._store.purge(job_id)
+            except (OSError, *UNANSWERED):
+                logger.exception("could not remove the files of video %s", job_id)
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _persist(transaction: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Waits for a database that is away: what was made must not be lost."""
+    while True:
+        try:
+            return transaction(*args, **kwargs)
+        except UNANSWERED as error:
+            logger.warning("the job database does not answer; trying again: %s", error)
+            time.sleep(DATABASE_RETRY_S)
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Why a video was not made: for programs, and for people."""
+    if isinstance(error, ReplicasDiedError):
+        return "replica_died", str(error)
+    cause = find_user_error(error) or (error.cause if isinstance(error, RayTaskError) else error)
+    if isinstance(cause, ProPhyError):
+        return "invalid_request", str(cause)
+    return "generation_failed", f"{type(cause).__name__}: {cause}"
+
+
+def _log(job: Job, event: str, level: int = logging.INFO, error: Exception | None = None) -> None:
+    extra = {"video_id": job.id, "request_id": job.request_id}
+    logger.log(level, "video %s %s", job.id, event, extra=extra, exc_info=error)

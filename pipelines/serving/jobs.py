@@ -1,0 +1,284 @@
+"""Jobs as rows of a database, SQLite or PostgreSQL. Knows neither HTTP, nor Ray, nor how a video is made.
+
+One process owns the database. All that it holds in memory can be lost: a new owner finds every accepted job.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from filelock import FileLock, Timeout
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Dialect,
+    Engine,
+    Text,
+    TypeDecorator,
+    and_,
+    create_engine,
+    delete,
+    make_url,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from pipelines.generation.spec import VideoSpec
+from prophy.errors import ProPhyError
+
+JobStatus = Literal["queued", "in_progress", "completed", "failed"]
+
+OWNER_TIMEOUT_S = 20.0  # an earlier owner that was told to stop is given this long
+UNANSWERED = (OperationalError, PoolTimeoutError)  # the database is away, or its connections are all in use
+_ADVISORY_LOCK = 0x70726F706879  # "prophy"
+
+
+class _SpecColumn(TypeDecorator[VideoSpec]):
+    """A `VideoSpec` as JSON text."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: VideoSpec | None, dialect: Dialect) -> str | None:
+        return value.model_dump_json() if value is not None else None
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> VideoSpec | None:
+        return VideoSpec.model_validate_json(value) if value is not None else None
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class Job(_Base):
+    """One accepted request for a video.
+
+    Attributes:
+        sequence: order of arrival.
+        id: what clients know the job by.
+        request_id: of the HTTP request that created it, for the logs.
+        spec: the video that was asked for.
+        status: `queued` until a replica has begun it.
+        num_deaths: replicas that died while they made it.
+        created_at: seconds since the epoch, as are the three below.
+        started_at: when a replica began it, the last time.
+        completed_at: when it was completed.
+        expires_at: when its files go; never if None.
+        stage_durations: seconds per stage of a completed video.
+        error_code: why it failed, for programs.
+        error_message: why it failed, for people.
+        is_deleted: clients see it no more; its files are on their way out.
+        has_files: whether files of it may exist.
+    """
+
+    __tablename__ = "videos"
+
+    sequence: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    request_id: Mapped[str | None]
+    spec: Mapped[VideoSpec] = mapped_column(_SpecColumn)
+    status: Mapped[JobStatus] = mapped_column(index=True)
+    num_deaths: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    completed_at: Mapped[float | None]
+    expires_at: Mapped[float | None]
+    stage_durations: Mapped[dict[str, float] | None] = mapped_column(JSON)
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None] = mapped_column(Text)
+    is_deleted: Mapped[bool] = mapped_column(default=False)
+    has_files: Mapped[bool] = mapped_column(default=False, index=True)
+
+
+class JobStore:
+    """The table of jobs, and the right to change it. Methods are short transactions, thread-safe, and block.
+
+    A job's status only moves along `queued -> in_progress -> completed | failed`, and back to `queued` by
+    `requeue`. A method that moves it says whether the job was still there to be moved.
+
+    Args:
+        url: of the database, as SQLAlchemy writes it.
+
+    Raises:
+        ProPhyError: no such database, or another process owns it.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+            is_file = parsed.get_backend_name() == "sqlite" and Path(parsed.database or "").is_absolute()
+            if not is_file and parsed.get_backend_name() != "postgresql":
+                raise ArgumentError("it is neither an absolute SQLite file nor PostgreSQL")
+            self._engine = create_engine(url, pool_pre_ping=True)
+            self._lock = _own(self._engine, url)
+            self._owner = self._lock.__enter__()
+            if self._engine.dialect.name == "sqlite":  # readers do not wait for the writer
+                with self._engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            _Base.metadata.create_all(self._engine)
+        except (ArgumentError, OperationalError, OSError) as error:
+            reason = str(error.orig if isinstance(error, OperationalError) else error).splitlines()[0]
+            raise ProPhyError(
+                f"cannot open the job database {url}: {reason}; give sqlite:////FOLDER/FILE, or "
+                "postgresql://USER@HOST/DATABASE"
+            ) from None
+        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process own the database."""
+        self._lock.__exit__(None, None, None)
+        self._engine.dispose()
+
+    def is_owner(self) -> bool:
+        """Whether the right is still ours: PostgreSQL takes it back when the connection breaks.
+
+        Takes it anew if nobody has it since.
+        """
+        if self._owner is None:
+            return True
+        try:
+            self._owner.exec_driver_sql("SELECT 1")
+        except OperationalError:
+            self._owner.rollback()  # else there is no new connection
+            return _try_lock(self._owner)
+        return True
+
+    def create(self, spec: VideoSpec, request_id: str | None = None) -> Job:
+        """Adds a queued job."""
+        job = Job(
+            id=f"video_{uuid.uuid4().hex}",
+            request_id=request_id,
+            spec=spec,
+            status="queued",
+            created_at=time.time(),
+        )
+        with self._sessions.begin() as session:
+            session.add(job)
+        return job
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, if it exists."""
+        with self._sessions() as session:
+            return session.scalar(select(Job).where(Job.id == job_id, ~Job.is_deleted))
+
+    def page(self, after: Job | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
+        """Up to `limit` jobs that follow `after`, oldest first for `asc`, and whether more follow."""
+        query = select(Job).where(~Job.is_deleted).order_by(getattr(Job.sequence, order)()).limit(limit + 1)
+        if after is not None:
+            follows = Job.sequence > after.sequence if order == "asc" else Job.sequence < after.sequence
+            query = query.where(follows)
+        with self._sessions() as session:
+            jobs = list(session.scalars(query))
+        return jobs[:limit], len(jobs) > limit
+
+    def requeue_unfinished(self) -> list[Job]:
+        """Puts what an earlier owner had in progress back into the queue; returns the queue, oldest first."""
+        queued = select(Job).where(Job.status == "queued", ~Job.is_deleted).order_by(Job.sequence)
+        with self._sessions.begin() as session:
+            session.execute(update(Job).where(Job.status == "in_progress").values(status="queued"))
+            return list(session.scalars(queued))
+
+    def start(self, job_id: str) -> bool:
+        """A replica has begun the job; from now on there may be files of it."""
+        return self._move(job_id, ("queued",), status="in_progress", started_at=time.time(), has_files=True)
+
+    def requeue(self, job_id: str) -> int | None:
+        """The job's replica has died. Returns how many have by now, or None if the job is not wanted."""
+        lost = (
+            update(Job)
+            .where(Job.id == job_id, Job.status == "in_progress", ~Job.is_deleted)
+            .values(status="queued", num_deaths=Job.num_deaths + 1)
+        )
+        with self._sessions.begin() as session:
+            return session.scalar(lost.returning(Job.num_deaths))
+
+    def complete(
+        self, job_id: str, stage_durations: dict[str, float], expire_after_s: float | None = None
+    ) -> bool:
+        """All files of the video are there."""
+        now = time.time()
+        return self._move(
+            job_id,
+            ("in_progress",),
+            status="completed",
+            completed_at=now,
+            expires_at=now + expire_after_s if expire_after_s is not None else None,
+            stage_durations=stage_durations,
+        )
+
+    def fail(self, job_id: str, code: str, message: str) -> bool:
+        """The video will not be made."""
+        return self._move(
+            job_id, ("queued", "in_progress"), status="failed", error_code=code, error_message=message
+        )
+
+    def delete(self, job_id: str) -> bool:
+        """Hides the job from clients; `purge` forgets it, once its files are gone."""
+        return self._move(job_id, ("queued", "in_progress", "completed", "failed"), is_deleted=True)
+
+    def outdated(self) -> list[str]:
+        """The jobs whose files must go: deleted, failed or expired."""
+        expired = and_(Job.status == "completed", Job.expires_at <= time.time())
+        unwanted = or_(Job.is_deleted, and_(Job.has_files, or_(Job.status == "failed", expired)))
+        with self._sessions() as session:
+            return list(session.scalars(select(Job.id).where(unwanted)))
+
+    def purge(self, job_id: str) -> None:
+        """The files of an outdated job are gone: forgets it if it is deleted, else notes that."""
+        with self._sessions.begin() as session:
+            session.execute(delete(Job).where(Job.id == job_id, Job.is_deleted))
+            session.execute(update(Job).where(Job.id == job_id).values(has_files=False))
+
+    def _move(self, job_id: str, before: tuple[JobStatus, ...], **values: Any) -> bool:
+        job = update(Job).where(Job.id == job_id, Job.status.in_(before), ~Job.is_deleted)
+        with self._sessions.begin() as session:
+            return session.scalar(job.values(**values).returning(Job.id)) is not None
+
+
+@contextmanager
+def _own(engine: Engine, url: str) -> Iterator[Connection | None]:
+    """Holds the one right to change the database; the death of the process gives it back.
+
+    Yields:
+        The connection that the right hangs on, if it is not a file.
+
+    Raises:
+        ProPhyError: another process holds it.
+    """
+    taken = ProPhyError(
+        f"another server uses the job database {url}; stop it, or choose another serve.output or "
+        "serve.database"
+    )
+    if engine.dialect.name == "sqlite":
+        lock = FileLock(f"{engine.url.database}.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=OWNER_TIMEOUT_S)
+        except Timeout:
+            raise taken from None
+        yield None
+        lock.release()
+        return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        deadline = time.monotonic() + OWNER_TIMEOUT_S
+        while not _try_lock(connection):
+            if time.monotonic() > deadline:
+                raise taken
+            time.sleep(0.1)
+        yield connection  # closing it unlocks
+
+
+def _try_lock(connection: Connection) -> bool:
+    return bool(connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_ADVISORY_LOCK})").scalar())

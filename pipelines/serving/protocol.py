@@ -1,0 +1,257 @@
+"""The Videos API as data: requests, answers and errors, in the shapes that the `openai` client speaks.
+
+Knows no routes, no jobs' life and no models.
+"""
+
+import reprlib
+import secrets
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines.config import Config, nearest_key
+from pipelines.generation.spec import Integer, Number, PhysicsSpec, ShapeLimits, VideoSpec
+from pipelines.serving.jobs import Job, JobStatus
+from prophy.errors import ProPhyError
+from prophy.taxonomy import Phenomenon
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong: for people (`message`), and for programs."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer whose status is not 2xx."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer whose status is not 2xx.
+
+    Args:
+        status: HTTP status.
+        message: one sentence for people.
+        code: one word for programs.
+        param: the field of the request that is to blame.
+        headers: further headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.body = ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+
+
+class VideoRequest(BaseModel):
+    """A video to be made. What is left out comes from the server's configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = Field(max_length=32_000, pattern=r"\S", examples=["a red ball falls and bounces"])
+    model: str | None = Field(None, description="as listed by /v1/models")
+    seconds: str | None = Field(
+        None, pattern=r"^[0-9]{1,4}(\.[0-9]{1,3})?$", description="length", examples=["2"]
+    )
+    size: str | None = Field(
+        None,
+        pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$",
+        description="WIDTHxHEIGHT in pixels",
+        examples=["64x64"],
+    )
+    negative_prompt: str | None = Field(None, max_length=32_000)
+    seed: Integer | None = Field(None, ge=0, lt=2**63, description="drawn at random if left out")
+    num_inference_steps: Integer | None = Field(None, ge=1, le=200)
+    guidance_scale: Number | None = Field(None, ge=0, le=20)
+    fps: Number | None = Field(None, ge=1, le=120)
+    physics: PhysicsSpec | None = None
+
+    @classmethod
+    def parse(cls, fields: Any) -> Self:
+        """Checks the fields of a request.
+
+        Raises:
+            ApiError: 422, about one field that is wrong; names the nearest one where it is unknown.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            errors = error.errors()
+        # A misspelt field explains a missing one.
+        first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
+        location = first["loc"]
+        param = ".".join(str(part) for part in location if part != "[key]")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field {param!r}; did you mean {nearest_key(cls, location)!r}?"
+            raise ApiError(422, message, "unknown_parameter", param)
+        if first["type"] == "missing":
+            raise ApiError(422, f"the field {param!r} is missing; add it", "missing_parameter", param)
+        reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        message = f"bad value {reprlib.repr(first['input'])} for the field {param!r}: {reason}"
+        raise ApiError(422, message, "invalid_value", param or None)
+
+    def to_spec(self, config: Config, limits: ShapeLimits) -> VideoSpec:
+        """The video that this asks for, with the operator's defaults.
+
+        Raises:
+            ApiError: not this server's model (404), or a shape or knobs that it does not have (422).
+        """
+        if self.model not in (None, model_name(config)):
+            message = f"no model {self.model!r} here; use {model_name(config)!r}, or leave the field out"
+            raise ApiError(404, message, "model_not_found", "model")
+        if self.physics is not None and not limits.has_branch:
+            message = "this server runs the bare backbone, which has no physics knobs; leave the field out"
+            raise ApiError(422, message, "unsupported_parameter", "physics")
+        backbone, sampling = config.backbone, config.sampling
+        fps = self.fps or backbone.fps
+        width, height = map(int, self.size.split("x")) if self.size else (backbone.width, backbone.height)
+        param = "size"
+        try:
+            limits.check_size(height, width)
+            param = "seconds"
+            num_frames = limits.num_frames(float(self.seconds), fps) if self.seconds else backbone.num_frames
+        except ProPhyError as error:
+            raise ApiError(422, str(error), "invalid_value", param) from None
+        given = self.model_dump(include=VideoSpec.model_fields.keys() - {"physics"}, exclude_none=True)
+        defaults = sampling.model_dump() | {"fps": fps, "seed": secrets.randbelow(2**31)}
+        return VideoSpec(
+            **(defaults | given), num_frames=num_frames, height=height, width=width, physics=self.physics
+        )
+
+
+class VideoError(BaseModel):
+    """Why a video was not made."""
+
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """A job and its video, as clients see it. The fields after `error` are ours."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: JobStatus
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    seconds: str = Field(description="true length of the video")
+    size: str
+    prompt: str
+    remixed_from_video_id: str | None = None
+    error: VideoError | None
+    negative_prompt: str
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    physics: PhysicsSpec | None
+    inference_time_s: float | None
+    stage_durations: dict[str, float] | None = Field(description="seconds of text, denoise, decode, encode")
+
+    @classmethod
+    def from_job(cls, job: Job, model: str, progress: int) -> Self:
+        """What clients see of `job`, which is `progress` per cent done if it is being made."""
+        spec = job.spec
+        error = (
+            VideoError(code=job.error_code, message=job.error_message)
+            if job.error_code is not None and job.error_message is not None
+            else None
+        )
+        taken = (
+            job.completed_at - job.started_at
+            if job.completed_at is not None and job.started_at is not None
+            else None
+        )
+        return cls(
+            id=job.id,
+            model=model,
+            status=job.status,
+            progress=100 if job.status == "completed" else progress,
+            created_at=int(job.created_at),
+            completed_at=int(job.completed_at) if job.completed_at is not None else None,
+            expires_at=int(job.expires_at) if job.expires_at is not None else None,
+            seconds=spec.seconds,
+            size=f"{spec.width}x{spec.height}",
+            error=error,
+            inference_time_s=taken,
+            stage_durations=job.stage_durations,
+            **dict(spec),
+        )
+
+
+class PhysicsMaps(BaseModel):
+    """What the routers said while a video was made: means over its denoising steps."""
+
+    object: Literal["video.physics"] = "video.physics"
+    semantic_weights: list[float] = Field(description="weight of each semantic expert; they sum to 1")
+    token_grid: tuple[int, int, int] = Field(description="frames, rows and columns of tokens")
+    maps: dict[Phenomenon, list[list[list[float]]]] = Field(
+        description="where each phenomenon acts: 0 to 1 for each token, by frame, row and column"
+    )
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(BaseModel):
+    """A video that is no more."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class Model(BaseModel):
+    """The model that this server runs."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "prophy"
+
+
+class ModelList(BaseModel):
+    """The models of this server: one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """State of the server."""
+
+    status: Literal["ok", "ready"]
+
+
+def model_name(config: Config) -> str:
+    """What clients call the model: the backbone's name, with `prophy-` before it if it carries a branch."""
+    name = config.backbone.pretrained.rstrip("/").rsplit("/", 1)[-1]
+    return f"prophy-{name}" if config.checkpoint is not None else name

@@ -1,0 +1,294 @@
+"""`prophy serve`: the Videos API on Ray Serve, with model replicas that scale with the queue.
+
+`VideoAPI` is the one ingress: it owns the job database and the finished videos. `VideoGenerator` replicas
+hold the model and nothing else: a call brings a specification, and streams progress and then the mp4 back.
+"""
+
+import asyncio
+import faulthandler
+import ipaddress
+import logging
+import signal
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig, ReplicaState
+
+from pipelines.config import Config
+from pipelines.generation.limits import check_model, shape_limits
+from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
+from pipelines.runtime import open_run, ray_session
+from pipelines.serving import haproxy
+from pipelines.serving.api import GeneratorStatus, VideoService, create_app
+from pipelines.serving.artefacts import ArtefactStore
+from pipelines.serving.dispatcher import Dispatcher, GenerationStep
+from pipelines.serving.jobs import JobStore
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.protocol import ApiError
+from prophy.errors import ProPhyError
+from prophy.taxonomy import Phenomenon
+
+APP_NAME = "prophy"
+MAX_CONNECTIONS = 1000
+STOP_WITHIN_S = 120  # Serve waits up to 30 s for its parts; ray.shutdown() sets itself no limit
+
+
+class AbortedError(Exception):
+    """The caller no longer wants the video."""
+
+
+class VideoGenerator:
+    """Holds the model and makes one video at a time. It exists once a first forward pass has run.
+
+    Args:
+        config: the run.
+        limits: the shapes that the model can make.
+    """
+
+    def __init__(self, config: Config, limits: ShapeLimits) -> None:
+        from pipelines.generation.sampler import VideoSampler  # torch and diffusers: of no use to the ingress
+
+        self._sampler = VideoSampler(config)
+        self._sampler.warm_up(limits)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    async def generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        """Makes a video, in a thread; a caller that goes away stops it after the current denoising step.
+
+        The first step is reported once the video before, should it be on its way out, has left the thread.
+        """
+        loop = asyncio.get_running_loop()
+        steps: asyncio.Queue[GenerationStep] = asyncio.Queue()
+        stopped = threading.Event()
+
+        def report(progress: float) -> None:
+            if stopped.is_set():
+                raise AbortedError
+            loop.call_soon_threadsafe(steps.put_nowait, GenerationStep(progress))
+
+        def render() -> VideoResult:
+            report(0.0)
+            return self._sampler.render(spec, report)
+
+        def wake(making: asyncio.Future[VideoResult]) -> None:
+            steps.put_nowait(GenerationStep(1.0))
+            if stopped.is_set() and not making.cancelled():
+                making.exception()  # AbortedError: nobody else asks for it
+
+        making = loop.run_in_executor(self._thread, render)
+        making.add_done_callback(wake)
+        try:
+            while not making.done():
+                yield await steps.get()
+            yield GenerationStep(1.0, await making)
+        finally:
+            stopped.set()
+
+
+@ray.remote(num_cpus=0)
+def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenomenon) -> bytes:
+    """`pipelines.serving.overlay.draw_overlay` in a process of its own: it takes torch and seconds."""
+    from pipelines.serving import overlay
+
+    return overlay.draw_overlay(video, maps, spec, phenomenon)
+
+
+@serve.ingress()
+class VideoAPI:
+    """The HTTP side: routes, jobs and dispatcher, in one process without torch.
+
+    Args:
+        config: the run.
+        limits: the shapes that the model can make.
+        generator: the `VideoGenerator` deployment.
+
+    Raises:
+        ProPhyError: the job database cannot be opened, or another server uses it.
+    """
+
+    def __init__(self, config: Config, limits: ShapeLimits, generator: DeploymentHandle) -> None:
+        logging.getLogger("ray.serve").addFilter(_is_news)
+        self._generator = generator
+        settings, metrics = config.serve, Metrics()
+        store = JobStore(settings.database_url)
+        artefacts = ArtefactStore(settings.videos_location)
+        self._service = VideoService(
+            config,
+            limits,
+            store,
+            artefacts,
+            Dispatcher(store, artefacts, self._generate, metrics, settings),
+            metrics,
+            _generator_status,
+            draw_overlay.remote,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service)
+
+    async def _generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        response = self._generator.options(stream=True).generate.remote(spec)
+        assert isinstance(response, DeploymentResponseGenerator)
+        try:
+            async for step in response:
+                yield step
+        finally:
+            response.cancel()
+
+
+async def _generator_status() -> GeneratorStatus:
+    """As Serve sees it: ready once the first replica was, and for as long as none fails.
+
+    Raises:
+        ApiError: Serve's controller is starting anew.
+    """
+    try:
+        application = (await asyncio.to_thread(serve.status)).applications[APP_NAME]
+        replicas = application.deployments["VideoGenerator"].replica_states
+    except (RayError, KeyError):
+        raise ApiError(503, "Serve is starting anew; try again later", "unavailable") from None
+    return GeneratorStatus(
+        application.status == ApplicationStatus.RUNNING, replicas.get(ReplicaState.RUNNING, 0)
+    )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Serve warns, again and again, of a call that waits for a replica; here that is a video in the queue."""
+    return not record.getMessage().startswith("Failed to route request after")
+
+
+def build_app(config: Config) -> serve.Application:
+    """The Serve application of a run.
+
+    Raises:
+        ProPhyError: no such model; or the job database is a file, and this cluster has several nodes.
+    """
+    settings = config.serve
+    if settings.database_url.startswith("sqlite") and sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise ProPhyError(
+            "this cluster has several nodes, and a job database in a file stays on one of them; set "
+            "serve.database to PostgreSQL, as postgresql://USER@HOST/DATABASE"
+        )
+    limits = shape_limits(config)
+    generator = serve.deployment(
+        max_ongoing_requests=1,
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "initial_replicas": max(1, settings.min_replicas),  # a model that cannot run says so at once
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": 1,
+            "upscale_delay_s": settings.upscale_delay_s,
+            "downscale_delay_s": settings.downscale_delay_s,
+            "metrics_interval_s": 1.0,  # by default the queue is seen every 10 s and averaged over 30
+            "look_back_period_s": 2.0,
+        },
+        request_router_config={"max_backoff_s": 0.1},  # else a replica idles up to 0.5 s
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+    )(VideoGenerator).bind(config, limits)
+    api = serve.deployment(
+        num_replicas=1,  # the one owner of the database
+        max_ongoing_requests=MAX_CONNECTIONS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=0.1,
+    )(VideoAPI)
+    return api.bind(config, limits, generator)
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[str]:
+    """Serves a run while the block lasts; jobs that are unfinished at its end wait for the next server.
+
+    Yields:
+        The URL of the server, which accepts requests.
+
+    Raises:
+        ProPhyError: open to other machines without keys, the port is taken, the job database cannot be
+            opened or is in use, Ray Serve is in use here, the checkpoint is of another backbone, or the
+            model cannot run.
+    """
+    settings = config.serve
+    if not settings.api_keys and not _is_loopback(settings.host):
+        raise ProPhyError(
+            f"serve.host {settings.host} lets other machines in, and there are no keys; make one with "
+            "`prophy key` and put its hash into serve.api_keys, or serve on 127.0.0.1"
+        )
+    try:
+        port = haproxy.free_port(settings.host, settings.port)
+    except OSError as error:
+        raise ProPhyError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another serve.host "
+            "or serve.port"
+        ) from None
+    check_model(config)
+    open_run(config, "serve")
+    folder = TemporaryDirectory(prefix="prophy-", dir="/tmp")  # others may be too long for HAProxy's sockets
+    with folder as name, ray_session(config, haproxy.environment(Path(name))):
+        app = build_app(config)
+        running = ", ".join(serve.status().applications)
+        if running:
+            raise ProPhyError(f"Ray Serve already runs here, with {running}; stop it, or use another cluster")
+        settings.output.mkdir(parents=True, exist_ok=True)
+        JobStore(settings.database_url).close()  # what is wrong with it, the user hears here
+        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port})
+        try:
+            _deploy(app)
+            yield f"http://{settings.host}:{port}"
+        finally:
+            serve.shutdown()
+
+
+def _deploy(app: serve.Application) -> None:
+    """Returns once the first replica of the model has made a first forward pass.
+
+    Raises:
+        ProPhyError: that cannot be done.
+    """
+    try:
+        serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON"))
+    except RuntimeError:
+        deployments = serve.status().applications[APP_NAME].deployments
+        failed = (name for name in deployments if deployments[name].status == DeploymentStatus.DEPLOY_FAILED)
+        name = next(failed)
+        reason = deployments[name].message.strip().splitlines()[-1]
+        raise ProPhyError(f"{name} does not start: {reason}") from None
+
+
+def run(config: Config) -> None:
+    """Serves until Ctrl-C or SIGTERM.
+
+    Should Ray hang at its end, the process says where and leaves with exit code 1 after `STOP_WITHIN_S`;
+    a local Ray goes with it, and unfinished jobs wait for the next server as ever.
+    """
+    stop = threading.Event()
+    with serving(config) as url:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        print(
+            f"serving on {url} (API: {url}/docs); Ctrl-C stops\n"
+            f"  prophy request 'a red ball falls and bounces' --out ball.mp4 --url {url}\n"
+            f"  curl {url}/v1/videos -F prompt='a red ball falls and bounces'\n"
+            f"  curl {url}/v1/videos/VIDEO_ID\n"
+            f"  curl {url}/v1/videos/VIDEO_ID/content -o video.mp4",
+            flush=True,
+        )
+        stop.wait()
+        faulthandler.dump_traceback_later(STOP_WITHIN_S, exit=True)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,221 @@
+"""`prophy export`: from a checkpoint of training to safetensors that need neither this run nor DeepSpeed.
+
+What was trained alone (branch, adapter), as `serve` and `generate` take it, or a complete pipeline in
+diffusers' layout, with the adapter fused into the backbone: it loads like any other, and costs nothing more.
+Tensors are read one by one and written file by file, and what was not trained is copied: nothing is ever in
+memory as a whole, and no GPU is needed.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pipelines.config import Config
+from pipelines.training.checkpoint import Checkpoint, find, latest
+from prophy.backbones.pretrained import check_unchanged, download, load_configs
+from prophy.backbones.registry import BACKBONES
+from prophy.errors import ProPhyError
+from prophy.models.checkpoint import write_branch, write_files
+from prophy.models.physics_transformer import BRANCH
+from prophy.models.weights import INDEX, WeightFiles
+
+_TRANSFORMER = "transformer."  # begins the names of its parameters in training
+
+_FORMAT = {"format": "pt"}  # which diffusers looks for
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
+    """Writes what was trained, its moving average if there is one, into `output`.
+
+    Args:
+        config: the run.
+        output: a folder that does not exist yet.
+        step: which checkpoint; the latest if None.
+        complete: a whole pipeline instead of branch and adapter alone.
+
+    Raises:
+        ProPhyError: no such checkpoint, or a damaged one; the folder exists, or cannot be written; or the
+            backbone is not the one that was trained.
+    """
+    if output.exists():
+        raise ProPhyError(f"{output} exists; choose another folder for the export")
+    checkpoint = _open(config.checkpoints, step)
+    if complete:
+        check_unchanged(checkpoint.folder, _backbone(checkpoint), config.backbone.pretrained)
+    with writing_model(output) as folder:
+        if complete:
+            _export_pipeline(config, checkpoint, folder)
+        else:
+            export_branch(checkpoint, folder)
+    logger.info("exported step %d: %s", checkpoint.step, output)
+    return output
+
+
+def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes what was trained, or its moving average if there is one, as `load_branch` reads it."""
+    write_branch(
+        folder,
+        checkpoint.run["physics"],
+        _backbone(checkpoint),
+        checkpoint.run["lora"],
+        {name.removeprefix(_TRANSFORMER): shape for name, shape in checkpoint.shapes.items()},
+        lambda name: _trained(checkpoint, name),
+    )
+
+
+@contextmanager
+def writing_model(folder: Path) -> Iterator[Path]:
+    """A place to write a model to, which becomes `folder` when the block ends.
+
+    Raises:
+        ProPhyError: it cannot be written, or `folder` is there by then and not empty.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        yield partial
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # one file of many
+        raise ProPhyError(
+            f"cannot export to {folder}: {reason}; mend that, and run the same command again"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(root: Path, step: int | None) -> Checkpoint:
+    checkpoint = latest(root) if step is None else find(root, step)
+    if checkpoint is None:
+        which = "checkpoint" if step is None else f"undamaged checkpoint of step {step}"
+        raise ProPhyError(f"no {which} in {root}; run `prophy train` with this configuration first")
+    return checkpoint
+
+
+def _backbone(checkpoint: Checkpoint) -> dict[str, str | None]:
+    return checkpoint.run["backbone"]
+
+
+def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> None:
+    backbone, family = config.backbone, BACKBONES[config.backbone.family]
+    revision = _backbone(checkpoint)["revision"]
+    source = download(backbone.pretrained, revision)
+
+    # 1. What is not the transformer's is taken as it is; its files too, unless they hold what was trained
+    shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "README.md"))
+    folder = output / "transformer"
+    weights = WeightFiles(source / "transformer")
+    for file in sorted(set(weights.files.values())):
+        own = [name for name, place in weights.files.items() if place == file]
+        if any(_is_trained(checkpoint, name) for name in own):
+            (folder / file).unlink()  # it may be a link
+            save_file({name: _fused(checkpoint, weights, name) for name in own}, folder / file, _FORMAT)
+
+    # 2. The branch, as more files of the transformer
+    shapes = {
+        name.removeprefix(_TRANSFORMER): shape
+        for name, shape in checkpoint.shapes.items()
+        if name.startswith(_TRANSFORMER + BRANCH)
+    }
+    weight_map = weights.files | write_files(
+        folder, "physics_branch{suffix}.safetensors", shapes, lambda name: _trained(checkpoint, name)
+    )
+    total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+    # 3. Configurations that name our classes
+    _, transformer = load_configs(backbone.pretrained, revision)
+    ours = family.prophy_transformer
+    _write_json(
+        folder / "config.json", {**transformer, **checkpoint.run["physics"], "_class_name": ours.__name__}
+    )
+    model_index = json.loads((source / "model_index.json").read_text())
+    model_index |= {
+        "_class_name": family.pipeline.__name__,
+        "transformer": [ours.__module__, ours.__name__],
+        "max_sequence_length": backbone.max_sequence_length,
+    }
+    _write_json(output / "model_index.json", model_index)
+    (output / "README.md").write_text(_model_card(config, checkpoint))
+
+
+def _trained(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """What was trained of a name in the transformer, or its moving average."""
+    return checkpoint.tensor("ema" if "ema" in checkpoint.kinds else "parameter", _TRANSFORMER + name)
+
+
+def _lora_names(name: str) -> tuple[str, str]:
+    """The two matrices of an adapter on the layer whose weight `name` is."""
+    layer = name.removesuffix(".weight")
+    return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
+
+
+def _is_trained(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor of the backbone, or an adapter on it, was trained."""
+    return any(_TRANSFORMER + own in checkpoint.shapes for own in (name, *_lora_names(name)))
+
+
+def _fused(checkpoint: Checkpoint, weights: WeightFiles, name: str) -> torch.Tensor:
+    """A tensor of the backbone as it is after training, in the precision that it had."""
+    value = weights.read(name)
+    if not _is_trained(checkpoint, name):
+        return value
+    if _TRANSFORMER + name in checkpoint.shapes:
+        return _trained(checkpoint, name).to(value.dtype)
+    lora_a, lora_b = (_trained(checkpoint, own) for own in _lora_names(name))
+    lora = checkpoint.run["lora"]
+    return value + (lora_b @ lora_a * (lora["alpha"] / lora["rank"])).to(value.dtype)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _backbone_says(checkpoint: Checkpoint) -> str:
+    """What became of the backbone's weights."""
+    if lora := checkpoint.run["lora"]:
+        return f"hold an adapter (LoRA) of rank {lora['rank']} and alpha {lora['alpha']}, fused"
+    if all(name.startswith(_TRANSFORMER + BRANCH) for name in checkpoint.shapes):
+        return "are unchanged"
+    return "were trained too"
+
+
+def _model_card(config: Config, checkpoint: Checkpoint) -> str:
+    name, physics = _backbone(checkpoint)["name"], checkpoint.run["physics"]
+    pipeline = BACKBONES[config.backbone.family].pipeline
+    base_model = "" if name == "tiny" or Path(str(name)).is_dir() else f"base_model: {name}\n"
+    revision = _backbone(checkpoint)["revision"]
+    blocks = (
+        f"Physical Blocks beside the layers {physics['physics_layers']},"
+        if physics["physical_blocks"]
+        else "No Physical Blocks,"
+    )
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-video
+{base_model}---
+# {Path(str(name)).name} with a Physical Branch (ProPhy)
+
+Trained for {checkpoint.step} steps with `prophy train` on {name}{f" at {revision}" if revision else ""}; the
+backbone's weights {_backbone_says(checkpoint)}. {blocks}
+{physics["num_semantic_experts"]} semantic and {physics["num_refinement_experts"]} refinement experts
+({physics["top_k"]} per token). The method is that of https://arxiv.org/abs/2512.05564. The backbone's licence
+holds for its weights.
+
+```python
+from {pipeline.__module__} import {pipeline.__name__}
+
+pipeline = {pipeline.__name__}.from_pretrained("this/folder")
+```
+"""

@@ -1,0 +1,196 @@
+"""What each worker of training runs: the steps, their metrics, the checkpoints.
+
+What a step draws depends on the number of the step and on the samples in the cache alone.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ray.train
+import torch
+from ray.train.torch import get_device
+from torch.utils.data import DataLoader
+
+from pipelines.config import TrainConfig
+from pipelines.training.checkpoint import EveryRankError, latest_on_every_rank, writing
+from pipelines.training.data import build_dataset, describe_samples
+from pipelines.training.engine import (
+    Ema,
+    fragments,
+    initialize,
+    load_optimizer,
+    optimizer_step,
+    placement,
+    save_checkpoint,
+    set_learning_rate,
+)
+from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
+from pipelines.training.model import build_module
+from prophy.device import has_bfloat16, peak_flops
+from prophy.models.checkpoint import lora_config, physics_config
+from prophy.training.cost import count_flops
+from prophy.training.data import PriorCache, TrainBatch
+from prophy.training.module import LossOutput, ProPhyTrainModule
+
+RUN_NAME = "train"  # of Ray Train's run, and of its folder in the run folder
+STOP_FILE = "stop"  # in that folder: save, then leave
+
+logger = logging.getLogger(__name__)
+
+_ASK_EVERY_S = 2.0  # whether nodes go away: every worker waits milliseconds for Ray's answer
+
+
+def train_loop_per_worker(loop_config: dict[str, Any]) -> str | None:
+    """What each worker runs: from the frozen backbone, or the last checkpoint, to that of the last step.
+
+    Args:
+        loop_config: `config`, the opened `cache`, and the `backbone` that the trained branch will name.
+
+    Returns:
+        What the user must mend, if that ended training: such errors are not worth a restart by Ray.
+    """
+    try:
+        _train(loop_config)
+    except EveryRankError as error:
+        return str(error)
+    return None
+
+
+def _train(loop_config: dict[str, Any]) -> None:
+    config, cache = loop_config["config"], loop_config["cache"]
+    train, root = config.train, config.run_dir / RUN_NAME
+    rank, device = ray.train.get_context().get_world_rank(), get_device()
+
+    # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
+    dataset = build_dataset(config, cache, rank)
+    samples = describe_samples(config, cache)
+    checkpoint = latest_on_every_rank(config.checkpoints)
+    module = build_module(config, cache.null_text_embeds(), checkpoint, placement(train))
+    if rank == 0:
+        flops = _flops_of_micro_batches(module, cache, train)
+    engine = initialize(module, train)
+    ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
+    if checkpoint is not None:
+        load_optimizer(engine, ema, checkpoint)
+    first_step = engine.global_steps
+    log = None
+    if rank == 0:
+        precision = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        if precision == torch.bfloat16 and not has_bfloat16(device):
+            logger.warning(
+                "this CPU has no bfloat16: training computes in fp32, whatever train.precision says"
+            )
+            precision = torch.float32
+        peak = peak_flops(device, precision)
+    with writing("write the metrics"):
+        if rank == 0:
+            log = MetricsLog(root, first_step, train, flops, peak)
+
+    # 2. Steps; a process of its own reads ahead
+    loader = DataLoader(dataset, batch_size=None, sampler=range(first_step, train.num_steps), num_workers=1)
+    saved, preempted, asked, clock = first_step, False, 0.0, StepClock()
+    for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
+        outputs, learning_rate = [], set_learning_rate(engine, train)
+        for batch in batches:
+            boundary = engine.is_gradient_accumulation_boundary()
+            with clock("forward"):
+                output = engine(batch.to(device), semantic.to(device) if boundary else None)
+            with clock("backward"):
+                engine.backward(output.loss)
+            with clock("optimizer"):
+                gradient_norm = optimizer_step(engine)
+            outputs.append(output)
+        assert gradient_norm is not None  # the last micro-batch ends the step
+        _check_finite(gradient_norm, outputs, batches, step, saved)
+        if ema is not None:
+            with clock("optimizer"):
+                ema.update(step)
+
+        # 3. Metrics and checkpoints
+        if log is not None:
+            log.count(batches)
+        if step % train.log_every == 0 or step == train.num_steps:
+            metrics = _over_workers(mean_losses(outputs), "mean") | _over_workers(peak_memory(), "max")
+            metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
+            with writing(f"write the metrics of step {step}"):
+                if log is not None:
+                    log.write(step, metrics, clock.read())
+        overdue = time.monotonic() - asked > _ASK_EVERY_S
+        stop, ask = _from_rank_0(rank == 0 and (root / STOP_FILE).exists(), overdue)
+        # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
+        leaving = ask and ray.train.get_preemption_info() is not None and not preempted
+        if ask:
+            asked = time.monotonic()
+        if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
+            transformer = engine.module.transformer
+            run = {"backbone": loop_config["backbone"], "physics": physics_config(transformer)}
+            run |= {"lora": lora_config(transformer), "samples": samples}
+            save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
+            saved, preempted = step, preempted or leaving
+        if stop:
+            return
+
+
+def _from_rank_0(*flags: bool) -> list[bool]:
+    """Those of rank 0, on every rank."""
+    joint = torch.tensor(flags, device=get_device())
+    torch.distributed.broadcast(joint, src=0)
+    return joint.tolist()
+
+
+def _check_finite(
+    gradient_norm: float, outputs: list[LossOutput], batches: list[TrainBatch], step: int, saved: int
+) -> None:
+    """Ends training where a step spoilt the parameters; the norm is the same on every rank.
+
+    Raises:
+        EveryRankError: the gradient is not finite; names the step and the samples whose loss is not.
+    """
+    if math.isfinite(gradient_norm):
+        return
+    own = [
+        sample_id
+        for batch, output in zip(batches, outputs, strict=True)
+        if not output.loss.isfinite()
+        for sample_id in batch.sample_ids
+    ]
+    gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    guilty = sorted(sample_id for ids in gathered for sample_id in ids)
+    what = f"the loss of the samples {', '.join(guilty)}" if guilty else "the gradient"
+    kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved before"
+    advice = "train in another run_dir with a lower train.learning_rate"
+    if saved:
+        advice += ", where train.start_from may be what `prophy export` makes of that checkpoint"
+    if guilty:
+        advice += (
+            "; or cache without the videos of these samples, which priors/index.parquet names, into another "
+            "cache.output and run the same command with it"
+        )
+    raise EveryRankError(f"{what} is not finite at step {step}; {kept}: {advice}")
+
+
+def _flops_of_micro_batches(
+    module: ProPhyTrainModule, cache: PriorCache, train: TrainConfig
+) -> dict[tuple[int, ...], int]:
+    """Operations of a micro-batch of each shape of latents in the cache."""
+    text_length = len(module.null_text_embeds)
+    return {
+        shape: count_flops(module.transformer, train.micro_batch_size, shape, text_length)
+        for shape in set(cache.shapes.values())
+    }
+
+
+def _over_workers(
+    values: Mapping[str, float | torch.Tensor], reduction: Literal["mean", "max"]
+) -> dict[str, float]:
+    """Mean or maximum of each value over all workers."""
+    joint = torch.stack([torch.as_tensor(value, device=get_device()).float() for value in values.values()])
+    operation = torch.distributed.ReduceOp.SUM if reduction == "mean" else torch.distributed.ReduceOp.MAX
+    torch.distributed.all_reduce(joint, operation)
+    if reduction == "mean":
+        joint /= torch.distributed.get_world_size()
+    return dict(zip(values, joint.tolist(), strict=True))

@@ -1,0 +1,168 @@
+"""What training writes about itself: JSON lines, TensorBoard, a line of progress. Knows no Ray, no model."""
+
+import json
+import logging
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from pipelines.config import TrainConfig
+from prophy.training.data import TrainBatch
+from prophy.training.module import LossOutput
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+Phase = Literal["data", "forward", "backward", "optimizer"]
+Item = TypeVar("Item")
+
+logger = logging.getLogger(__name__)
+
+
+class StepClock:
+    """Seconds that this process spent in each phase of its steps; waits for the device where a phase ends."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Phase, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        """Times the block as part of `phase`."""
+        start = _now()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + _now() - start
+
+    def waiting_for(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, whose arrival is timed as "data"."""
+        iterator = iter(items)
+        while True:
+            with self("data"):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def read(self) -> dict[Phase, float]:
+        """Seconds of each phase since it was last read."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+class MetricsLog:
+    """What one worker writes of all: a file with a JSON object per line, TensorBoard, and a line of progress.
+
+    Args:
+        folder: of these files.
+        first_step: the step that the run resumes from; what was written of later ones is dropped.
+        train: the configuration.
+        flops: of a micro-batch, by the shape of its samples' latents.
+        peak_flops: of one worker's device, per second.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        train: TrainConfig,
+        flops: Mapping[tuple[int, ...], int],
+        peak_flops: float,
+    ) -> None:
+        self._train, self._flops, self._peak_flops = train, flops, peak_flops
+        self._file = folder / METRICS_FILE
+        write_rows(self._file, [row for row in read_rows(self._file) if row["step"] <= first_step])
+        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
+        self._last = (first_step, time.perf_counter())
+        self._tokens = self._operations = 0
+        if first_step:
+            logger.info("resumed from step %d of %d", first_step, train.num_steps)
+
+    def count(self, batches: Iterable[TrainBatch]) -> None:
+        """Counts the work of a step, whose micro-batches are alike on every worker."""
+        for batch in batches:
+            self._tokens += self._train.num_workers * batch.target_mask[..., 0].numel()
+            self._operations += self._train.num_workers * self._flops[tuple(batch.latents.shape[1:])]
+
+    def write(self, step: int, metrics: Mapping[str, float], seconds: Mapping[Phase, float]) -> None:
+        """Writes the metrics of `step`, with times and throughput since the step written before.
+
+        Args:
+            step: number of steps taken.
+            metrics: of this step.
+            seconds: of each phase, since the step written before.
+        """
+        now = time.perf_counter()
+        last_step, last_time = self._last
+        self._last = (step, now)
+        elapsed, steps = now - last_time, step - last_step
+        speed = self._train.global_batch_size * steps / elapsed
+        mfu = self._operations / elapsed / (self._train.num_workers * self._peak_flops)
+        terms = [weight * metrics[name] for name, weight in self._train.loss_weights if name in metrics]
+        loss = metrics["diffusion"] + sum(terms)
+        metrics = {
+            "loss": loss,
+            **metrics,
+            "step_time_s": elapsed / steps,
+            **{f"{phase}_time_s": value / steps for phase, value in seconds.items()},
+            "samples_per_s": speed,
+            "tokens_per_s": self._tokens / elapsed,
+            "mfu": mfu,
+        }
+        self._tokens = self._operations = 0
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+        left = timedelta(seconds=round((self._train.num_steps - step) * elapsed / steps))
+        logger.info(
+            f"step {step}/{self._train.num_steps}  loss {loss:.4f}  diffusion {metrics['diffusion']:.4f}  "
+            f"{speed:.2f} samples/s  MFU {mfu:.1%}  {left} left"
+        )
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, if there is one, without a line that a kill cut short."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines, whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(file)
+
+
+def mean_losses(outputs: list[LossOutput]) -> dict[str, torch.Tensor]:
+    """Mean over micro-batches of every scalar but the loss, which is scaled for the engine's averaging.
+
+    A vector's entries are named `vector/0`, `vector/1` and so on.
+    """
+    means: dict[str, torch.Tensor] = {}
+    for name in outputs[-1]:
+        mean = torch.stack([output[name] for output in outputs if name in output]).mean(0)
+        if name != "loss":
+            entries = {f"{name}/{index}": value for index, value in enumerate(mean)} if mean.ndim else {}
+            means |= entries or {name: mean}
+    return means
+
+
+def peak_memory() -> dict[str, float]:
+    """Most memory that this process had so far, in GB: of the host, and of its GPU."""
+    peaks = {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return peaks
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

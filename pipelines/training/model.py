@@ -1,0 +1,152 @@
+"""The module that is trained: built without memory, then filled and sharded parameter by parameter.
+
+A rank never holds more than its share, one whole parameter, and the new experts. It knows no Ray.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from pipelines.config import BackboneConfig, Config
+from pipelines.training.checkpoint import Checkpoint, EveryRankError
+from prophy.backbones.pretrained import check_checkpoint, download, load_configs
+from prophy.backbones.registry import BACKBONES
+from prophy.device import default_device, has_bfloat16
+from prophy.errors import ProPhyError
+from prophy.models.checkpoint import BranchCheckpoint, load_branch
+from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.models.weights import WeightFiles, empty_model, fill, keep
+from prophy.training.data import ClipShape
+from prophy.training.module import ProPhyTrainModule
+
+_TRANSFORMER = "transformer."  # begins the names of its parameters in the module
+
+
+def build_module(
+    config: Config,
+    null_text_embeds: torch.Tensor,
+    checkpoint: Checkpoint | None = None,
+    place: Callable[[nn.Parameter, torch.dtype], None] = keep,
+) -> ProPhyTrainModule:
+    """The backbone with the Physical Branch, and the losses around it; what is trained is float32.
+
+    Args:
+        config: of the run; its seed decides the parameters of a new branch and adapter.
+        null_text_embeds: embedding of the empty prompt, `[L, D]`.
+        checkpoint: what to resume from.
+        place: see `fill`.
+
+    Raises:
+        ProPhyError: the branch to start from is of another backbone, or of another shape; or the checkpoint
+            holds other parameters.
+    """
+    backbone, train = config.backbone, config.train
+    family = BACKBONES[backbone.family]
+    parts = ["model_index.json", "scheduler/*", "transformer/*"]
+    folder = download(backbone.pretrained, backbone.revision, parts)
+    transformer = _empty_transformer(config)
+    start = None if train.start_from is None else _start(config, train.start_from)
+    module = ProPhyTrainModule(
+        transformer,
+        family.objective.from_scheduler(_scheduler_config(folder / "scheduler")),
+        null_text_embeds,
+        train.loss_weights,
+        train.reduction,
+        train.gradient_accumulation_steps,
+    )
+    if checkpoint is not None:
+        _check_shapes(module, checkpoint)
+
+    files = WeightFiles(folder / "transformer")
+
+    def read(name: str) -> torch.Tensor | None:
+        if checkpoint is not None and name in checkpoint.shapes:
+            return checkpoint.tensor("parameter", name)
+        name = name.removeprefix(_TRANSFORMER)
+        if start is not None and name in start.state_dict:
+            return start.state_dict[name]
+        source = transformer.backbone_name(name)
+        return None if source is None else files.read(source)
+
+    fill(module, read, place)
+    return module
+
+
+def clip_shape(backbone: BackboneConfig) -> ClipShape:
+    """The clip that the configured backbone is trained on, from its configuration files alone.
+
+    Raises:
+        ProPhyError: the VAE or the patches do not fit clips of this length or size.
+    """
+    family = BACKBONES[backbone.family]
+    vae, transformer = load_configs(backbone.pretrained, backbone.revision)
+    size = family.latent_shape(backbone.num_frames, backbone.height, backbone.width, vae, transformer)
+    return ClipShape(
+        num_frames=backbone.num_frames,
+        latents=(transformer["in_channels"], *size),
+        token_grid=family.token_grid(size, transformer),
+    )
+
+
+def _scheduler_config(folder: Path) -> Mapping[str, Any]:
+    """The pipeline's scheduler's, with the defaults of its class."""
+    settings = json.loads((folder / "scheduler_config.json").read_text())
+    return getattr(diffusers, settings["_class_name"]).from_config(settings).config
+
+
+def _empty_transformer(config: Config) -> PhysicsTransformer:
+    """Backbone and copied blocks are on the meta device; the rest of branch and adapter is new, and real."""
+    backbone, train = config.backbone, config.train
+    family = BACKBONES[backbone.family]
+    _, settings = load_configs(backbone.pretrained, backbone.revision)
+    exact = train.backbone == "full" or not has_bfloat16(default_device())
+    dtype = torch.float32 if exact else getattr(torch, backbone.dtype)
+    upstream = empty_model(family.transformer, settings, dtype)
+    torch.manual_seed(train.seed)
+    physics = config.physics.model_dump() | {"latent_shape": list(clip_shape(backbone).latents[1:])}
+    transformer = family.prophy_transformer.from_transformer(upstream, **physics)
+    transformer.physics_branch.float()
+    if train.backbone == "lora":
+        transformer.add_lora(train.lora_rank, train.lora_alpha)
+    transformer.train_backbone(train.backbone)
+    if train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def _start(config: Config, folder: Path) -> BranchCheckpoint:
+    """The trained branch that a run goes on from.
+
+    Raises:
+        ProPhyError: it is of another backbone or shape, or the backbone was trained in another way.
+    """
+    train, physics = config.train, config.physics.model_dump()
+    check_checkpoint(folder, config.backbone.pretrained, config.backbone.revision)
+    start = load_branch(folder)
+    theirs = {name: start.physics.get(name, value) for name, value in physics.items()}
+    theirs["latent_shape"] = list(start.physics["latent_shape"])
+    ours = physics | {"latent_shape": list(clip_shape(config.backbone).latents[1:])}
+    if start.lora is not None:
+        theirs["lora"] = start.lora
+        lora = {"rank": train.lora_rank, "alpha": train.lora_alpha}
+        ours["lora"] = lora if train.backbone == "lora" else None
+    for name, value in theirs.items():
+        if ours[name] != value:
+            raise ProPhyError(
+                f"the branch in {folder} has {name} {value}, and this run {ours[name]}; make them equal, or "
+                f"set train.start_from=null for a new branch"
+            )
+    return start
+
+
+def _check_shapes(module: nn.Module, checkpoint: Checkpoint) -> None:
+    trained = {name: value.shape for name, value in module.named_parameters() if value.requires_grad}
+    if checkpoint.shapes != trained:
+        raise EveryRankError(
+            f"{checkpoint.folder} has other parameters than this configuration trains; choose another run_dir"
+        )

@@ -1,0 +1,202 @@
+"""`prophy train`: trains the Physical Branch on the cache with Ray Train and DeepSpeed.
+
+The same command resumes from the last checkpoint in the run folder, with as many workers as it now says:
+what a step draws depends on the number of the step and on the samples in the cache alone.
+"""
+
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.config import Config
+from pipelines.runtime import open_run, ray_session
+from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
+from pipelines.training.data import build_dataset, describe_samples
+from pipelines.training.evaluation import evaluation
+from pipelines.training.export import export_branch, writing_model
+from pipelines.training.loop import RUN_NAME, STOP_FILE, train_loop_per_worker
+from prophy.backbones.pretrained import check_unchanged, fingerprint, pinned_revision
+from prophy.errors import ProPhyError
+from prophy.training.data import PriorCache
+
+MODEL_FOLDER = "model"
+
+logger = logging.getLogger(__name__)
+
+_VISIBLE_WITHIN_S = 120.0  # a shared file system may show what another node wrote a minute late
+
+
+def run(config: Config) -> Path:
+    """Trains to `train.num_steps`, from the last checkpoint if there is one.
+
+    SIGTERM saves a checkpoint after the step at work, then ends the process.
+
+    Returns:
+        Folder of the trained branch.
+
+    Raises:
+        ProPhyError: no cache, or one that does not fit; the run folder belongs to another run, another
+            process trains in it, or it cannot be written to; or a loss is not finite.
+    """
+    backbone = pin_backbone(config)
+    pinned = _at_revision(config, backbone["revision"])
+    cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
+    compare_samples(pinned, cache)
+    trainer = build_trainer(pinned, cache, backbone)
+    root = open_run(config, "train") / RUN_NAME
+    with alone(root):
+        last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
+        with ray_session(config), evaluation(pinned, cache, root):
+            if last is None or last.step < config.train.num_steps:
+                _fit(trainer, root / STOP_FILE)
+                last = _last_checkpoint(config)
+            else:
+                logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
+            model = config.run_dir / MODEL_FOLDER
+            _export(last, model)
+            logger.info("trained branch after %d steps: %s", last.step, model)
+    return model
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Holds the folder of training for one run: two would remove each other's unfinished checkpoints.
+
+    Raises:
+        ProPhyError: another run holds it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ProPhyError(
+            f"another run trains in {root.parent}; wait for it, or choose another run_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fit(trainer: TorchTrainer, stop: Path) -> None:
+    """Runs the workers to the last step, or to SIGTERM: it becomes a file that they look for after each.
+
+    Raises:
+        ProPhyError: what the user must mend.
+        SystemExit: after SIGTERM.
+    """
+    stop.unlink(missing_ok=True)
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.touch())
+    try:
+        mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if mistake is not None:
+        raise ProPhyError(mistake)
+    if stop.exists():
+        logger.info("stopped on SIGTERM; the same command goes on")
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _last_checkpoint(config: Config) -> Checkpoint:
+    """That of the last step, which another node may have written.
+
+    Raises:
+        ProPhyError: it cannot be seen here, or is damaged.
+    """
+    root, step = config.checkpoints, config.train.num_steps
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while (checkpoint := find(root, step)) is None:
+        if time.monotonic() > deadline:
+            raise ProPhyError(
+                f"the checkpoint of step {step} in {root} is missing or damaged; run the same command again"
+            )
+        time.sleep(1)
+    return checkpoint
+
+
+def _export(checkpoint: Checkpoint, model: Path) -> None:
+    """Puts the trained branch in the place of what an earlier run left there."""
+    aside = model.with_name(f"{model.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    with writing_model(model) as folder:
+        export_branch(checkpoint, folder)
+        if model.exists():
+            model.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def pin_backbone(config: Config) -> dict[str, str | None]:
+    """`name`, `revision` and `fingerprint` of the backbone that every node, restart and resumption loads.
+
+    The first start decides: a hub that moves on does not change what a run is trained on.
+
+    Raises:
+        ProPhyError: there is no such model, or the last checkpoint was trained on another one.
+    """
+    pretrained, newest = config.backbone.pretrained, newest_run(config.checkpoints)
+    if newest is not None:
+        folder, saved = newest
+        check_unchanged(folder, saved["backbone"], pretrained)
+        return saved["backbone"]
+    revision = pinned_revision(pretrained, config.backbone.revision)
+    return {"name": pretrained, "revision": revision, "fingerprint": fingerprint(pretrained, revision)}
+
+
+def compare_samples(config: Config, cache: PriorCache) -> None:
+    """Says where the cache has changed since the last checkpoint: it may, but the batches change with it."""
+    newest, samples = newest_run(config.checkpoints), describe_samples(config, cache)
+    # A checkpoint need not say it: the first ones did not.
+    before = samples if newest is None else newest[1].get("samples", samples)
+    if before != samples:
+        logger.warning(
+            "the cache has other samples to train on (%d) than at the last checkpoint (%d): from here on the "
+            "batches are others than without that change",
+            samples["number"],
+            before["number"],
+        )
+
+
+def _at_revision(config: Config, revision: str | None) -> Config:
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"revision": revision})})
+
+
+def build_trainer(config: Config, cache: PriorCache, backbone: dict[str, str | None]) -> TorchTrainer:
+    """The trainer: workers, and what each reserves. Reads the first step as a trial.
+
+    Args:
+        config: with the revision of `backbone`.
+        cache: the samples.
+        backbone: see `pin_backbone`.
+
+    Raises:
+        ProPhyError: the cache does not fit the configuration.
+    """
+    train = config.train
+    _ = build_dataset(config, cache, rank=0)[0]
+    gpus = {"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}
+    return TorchTrainer(
+        train_loop_per_worker,  # type: ignore[arg-type]  # Ray's annotation has no return value
+        train_loop_config={"config": config, "cache": cache, "backbone": backbone},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": train.cpus_per_worker, **gpus},
+        ),
+        run_config=RunConfig(
+            name=RUN_NAME,
+            storage_path=str(config.run_dir),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Backbone families: shapes, classes, published configurations, and how their inputs are encoded."""

@@ -1,0 +1,1 @@
+"""How the parts of the embedded default are trained from nothing."""

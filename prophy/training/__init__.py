@@ -1,0 +1,1 @@
+"""What a training step computes: batches, objectives, losses. Knows no engine and no Ray."""

@@ -1,0 +1,161 @@
+"""From a batch to a loss: noise, forward, and the four losses of Eq. 6. Trains in bare torch too.
+
+It knows no engine; only that gradients are averaged over the ranks of torch.distributed and over the
+micro-steps of an accumulation.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.training.data import SemanticBatch, TrainBatch
+from prophy.training.losses import (
+    Reduction,
+    expert_load,
+    load_balancing_loss,
+    semantic_alignment_loss,
+    token_alignment_loss,
+)
+from prophy.training.objectives import Objective
+
+
+class LossWeights(Protocol):
+    """The weights of Eq. 6; that of the diffusion loss is 1."""
+
+    @property
+    def semantic_alignment(self) -> float:
+        """Of L_coarse."""
+
+    @property
+    def token_alignment(self) -> float:
+        """Of L_fine_align."""
+
+    @property
+    def load_balancing(self) -> float:
+        """Of L_fine_balance."""
+
+
+@dataclass
+class LossOutput(BaseOutput):
+    """Losses and router statistics of a micro-batch: float32, detached but for `loss`; scalars but the load.
+
+    Those of experts that the branch lacks are None. A dictionary too (diffusers' BaseOutput): ZeRO-3 finds
+    tensors in dictionaries, but not in dataclasses.
+
+    Attributes:
+        loss: what to call `backward` on.
+        diffusion: mean squared error of the prediction.
+        token_alignment: L_fine_align.
+        load_balancing: L_fine_balance.
+        router_entropy: of rho_r, mean over tokens, in nats; log E_r is uniform.
+        expert_load: `[E_r]`, share of the tokens' choices that falls on each expert; 1 / E_r is balanced.
+        semantic_alignment: L_coarse over the global batch; None where no captions were given.
+    """
+
+    loss: torch.Tensor
+    diffusion: torch.Tensor
+    token_alignment: torch.Tensor | None = None
+    load_balancing: torch.Tensor | None = None
+    router_entropy: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None
+    semantic_alignment: torch.Tensor | None = None
+
+
+class ProPhyTrainModule(nn.Module):
+    """A transformer with a Physical Branch, and what it is trained on.
+
+    Args:
+        transformer: trains whatever of it requires gradients.
+        objective: what it predicts.
+        null_text_embeds: embedding of the empty prompt `[L, D]`, for dropped captions.
+        loss_weights: of Eq. 6.
+        reduction: of both alignment losses.
+        gradient_accumulation_steps: micro-steps whose gradients the engine averages.
+    """
+
+    null_text_embeds: torch.Tensor
+
+    def __init__(
+        self,
+        transformer: PhysicsTransformer,
+        objective: Objective,
+        null_text_embeds: torch.Tensor,
+        loss_weights: LossWeights,
+        reduction: Reduction,
+        gradient_accumulation_steps: int,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.objective = objective
+        self.loss_weights = loss_weights
+        self.reduction = reduction
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.register_buffer("null_text_embeds", null_text_embeds, persistent=False)
+
+    def forward(self, batch: TrainBatch, semantic: SemanticBatch | None = None) -> LossOutput:
+        """Computes the loss of one micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            semantic: all captions of this rank's accumulation step, as many on every rank; given at one of
+                its micro-steps (the last). Its loss is over the pairs of all ranks.
+        """
+        # 1. Noise, and the empty prompt where the caption is dropped
+        timesteps = self.objective.timesteps(batch.timestep_quantile)
+        noisy = self.objective.add_noise(batch.latents, batch.noise, timesteps)
+        target = self.objective.target(batch.latents, batch.noise, timesteps)
+        text = torch.where(
+            batch.drop_caption[:, None, None], self.null_text_embeds, batch.encoder_hidden_states
+        )
+
+        # 2. Forward, in the precision that the pipeline gives its inputs too
+        dtype = self.transformer.dtype
+        output = self.transformer.predict(noisy.to(dtype), timesteps, text.to(dtype))
+        assert output.routing is not None  # the branch is skipped by a knob of requests alone
+        branch, top_k = self.transformer.physics_branch, self.transformer.config.top_k
+
+        # 3. Losses (Eq. 6), of the experts that there are
+        loss = F.mse_loss(output.sample.float(), target.float())
+        terms = {"diffusion": loss.detach()}
+        if branch.refinement is not None:
+            logits, maps = output.routing.refinement_logits, output.routing.phenomenon_maps
+            assert logits is not None and maps is not None
+            alignment = token_alignment_loss(maps, batch.target_maps, batch.target_mask, self.reduction)
+            balancing = load_balancing_loss(logits, top_k)
+            loss = loss + self.loss_weights.token_alignment * alignment
+            loss = loss + self.loss_weights.load_balancing * balancing
+            terms |= {"token_alignment": alignment.detach(), "load_balancing": balancing.detach()}
+            log_weights = logits.detach().log_softmax(dim=-1)
+            terms["router_entropy"] = -(log_weights.exp() * log_weights).sum(dim=-1).mean()
+            terms["expert_load"] = expert_load(logits, top_k)
+        if branch.semantic is not None and semantic is not None:
+            alignment = self._semantic_alignment(semantic, branch.semantic.router)
+            loss = loss + self._undo_averaging() * self.loss_weights.semantic_alignment * alignment
+            terms["semantic_alignment"] = alignment.detach()
+        return LossOutput(loss=loss, **terms)
+
+    def _semantic_alignment(self, semantic: SemanticBatch, router: nn.Module) -> torch.Tensor:
+        """L_coarse over the captions of all ranks; only this rank's rows carry gradient."""
+        weights = router(semantic.encoder_hidden_states.to(self.transformer.dtype))
+        return semantic_alignment_loss(_gather(weights), _gather(semantic.phenomena), self.reduction)
+
+    def _undo_averaging(self) -> int:
+        """Each rank's share of the gradient shall be summed, not averaged, over ranks and micro-steps."""
+        num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return num_ranks * self.gradient_accumulation_steps
+
+
+def _gather(own: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks, in the order of the ranks; only this rank's carry gradient."""
+    if not dist.is_initialized():
+        return own
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own.detach().contiguous())
+    rows[dist.get_rank()] = own
+    return torch.cat(rows)

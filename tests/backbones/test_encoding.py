@@ -1,0 +1,47 @@
+"""Latents and embeddings against what the pipeline does with them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prophy.backbones.encoding import VideoEncoder
+from prophy.backbones.registry import load_pipeline
+
+
+@pytest.fixture(scope="module")
+def encoder() -> VideoEncoder:
+    return VideoEncoder("tiny", None, "float32", None, 32, "wan")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> object:
+    return load_pipeline("wan", "tiny", None, torch.float32, None)
+
+
+def test_latents_are_the_normalised_posterior_mean(encoder: VideoEncoder, pipeline: object) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 5, 32, 32, 3), dtype=np.uint8)
+    latents = encoder.encode_video(frames)
+    assert latents.shape == (2, 16, 2, 8, 8) and latents.dtype == torch.float32
+
+    # As the pipeline reads pixels, and as it takes the normalisation back before it decodes.
+    pixels = pipeline.video_processor.preprocess_video(
+        [[Image.fromarray(f) for f in clip] for clip in frames]
+    )
+    config = pipeline.vae.config
+    mean, std = (
+        torch.tensor(value).view(1, 16, 1, 1, 1) for value in (config.latents_mean, config.latents_std)
+    )
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(latents * std + mean, posterior.mean, rtol=1e-4, atol=1e-5)
+    assert (config.latents_std[0], config.latents_mean[0]) != (1.0, 0.0)
+
+
+def test_text_is_what_the_pipeline_encodes(encoder: VideoEncoder, pipeline: object) -> None:
+    prompts = ["a red ball falls", ""]
+    embeds = encoder.encode_text(prompts)
+    expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    assert embeds.shape == (2, 32, 384)
+    assert torch.equal(embeds, expected)
+    assert embeds[1].any(-1).sum() == 2 and embeds[0].any(-1).sum() == 6  # padding is zero

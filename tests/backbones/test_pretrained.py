@@ -1,0 +1,71 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prophy.backbones.pretrained import (
+    encoders_fingerprint,
+    fingerprint,
+    load_configs,
+    pinned_revision,
+    resolve_pretrained,
+)
+from prophy.errors import ProPhyError
+from prophy.tiny.pipeline import pipeline_folder
+
+
+def test_a_hub_id_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit, repository = 40 * "a", tmp_path / "models--someone--model"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert pinned_revision("someone/model", None) == pinned_revision("someone/model", "main") == commit
+    assert pinned_revision("tiny", None) is None
+    with pytest.raises(ProPhyError, match="someone/other"):
+        pinned_revision("someone/other", None)
+
+
+def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    source = pipeline_folder() / "scheduler"
+    shutil.copytree(source, tmp_path / "copy")
+    assert fingerprint(str(tmp_path / "copy"), None) == fingerprint(str(source), None)
+    with (tmp_path / "copy" / "scheduler_config.json").open("a") as file:
+        file.write("\n")
+    assert fingerprint(str(tmp_path / "copy"), None) != fingerprint(str(source), None)
+
+
+def test_fingerprint_of_encoders_leaves_the_transformer_out(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pipeline_folder(), tmp_path / "copy"))
+    names = [str(folder), "tiny"]
+    assert not {encoders_fingerprint(name, None) for name in names} & {fingerprint(n, None) for n in names}
+    first, whole = encoders_fingerprint(str(folder), None), fingerprint(str(folder), None)
+    for part, matters in {
+        "transformer": False,
+        "scheduler": False,
+        "vae": True,
+        "text_encoder": True,
+        "tokenizer": True,
+    }.items():
+        [file, *_] = sorted((folder / part).iterdir())
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert (encoders_fingerprint(str(folder), None) != first) == matters
+        assert fingerprint(str(folder), None) != whole
+        file.write_bytes(content)
+
+
+def test_a_name_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="no folder ./nowhere"):
+        resolve_pretrained("./nowhere")
+    for load in (
+        fingerprint,
+        encoders_fingerprint,
+        load_configs,
+    ):
+        with pytest.raises(ProPhyError, match="cannot load nobody/nothing"):
+            load("nobody/nothing", None)
+    with pytest.raises(ProPhyError, match="cannot load"):
+        load_configs(str(tmp_path), None)

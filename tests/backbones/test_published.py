@@ -1,0 +1,43 @@
+"""The published configurations with a branch, on the meta device: their sizes, and whose keys are whose."""
+
+import pytest
+import torch
+
+from pipelines.config import load_config
+from prophy.backbones.published import TRANSFORMERS, VAES
+from prophy.backbones.registry import BACKBONES
+
+# By preset: parameters of the published model; latents and tokens of a clip.
+PUBLISHED: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    "wan2.1-1.3b": (1_418_996_800, (21, 60, 104), (21, 30, 52)),
+    "wan2.1-14b": (14_288_491_584, (21, 60, 104), (21, 30, 52)),
+    "cogvideox-2b": (1_693_783_872, (13, 60, 90), (13, 30, 45)),
+    "cogvideox-5b": (5_570_283_072, (13, 60, 90), (13, 30, 45)),
+    "cogvideox1.5-5b": (5_570_676_352, (22, 96, 170), (11, 48, 85)),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_configuration(preset: str) -> None:
+    num_parameters, latents, tokens = PUBLISHED[preset]
+    config = load_config(preset)
+    published = TRANSFORMERS[config.backbone.pretrained]
+    clip, family = config.backbone, BACKBONES[config.backbone.family]
+    with torch.device("meta"):
+        upstream = family.transformer(**published)
+        shape = family.latent_shape(
+            clip.num_frames, clip.height, clip.width, VAES[clip.family], upstream.config
+        )
+        model = family.prophy_transformer(**published, **config.physics.model_dump(), latent_shape=shape)
+    assert shape == latents and family.token_grid(shape, upstream.config) == tokens
+
+    assert sum(parameter.numel() for parameter in upstream.parameters()) == num_parameters
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    expected = {name: value.shape for name, value in upstream.state_dict().items()}
+    assert {name: own[name] for name in own if not name.startswith("physics_branch.")} == expected
+    num_layers = len(config.physics.physics_layers)
+    assert num_layers == len(model.physics_branch.blocks)
+    # The branch is mostly its blocks, each of which is one of the backbone's.
+    block = sum(p.numel() for p in getattr(upstream, model._block_list)[0].parameters())
+    branch = sum(p.numel() for p in model.physics_branch.parameters())
+    assert num_layers * block < branch < (num_layers + 3) * block

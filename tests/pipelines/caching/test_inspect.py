@@ -1,0 +1,66 @@
+"""`prophy cache inspect` and `prophy cache explain` on the tiny cache: what they print and draw."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.caching import inspect
+from pipelines.caching.sources import find_videos
+from pipelines.config import Config
+from prophy.errors import ProPhyError
+from prophy.schema import ROW_FILES
+
+
+def colourful_rows(sheet: Path) -> int:
+    """Strips of 96 pixels in which something is drawn beside the label."""
+    pixels = np.asarray(Image.open(sheet).convert("RGB"))[:, inspect._LABEL_WIDTH :]
+    return int((pixels.max((1, 2)) > 60).sum()) // inspect._HEIGHT
+
+
+def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect.inspect(tiny_cache, 3, tmp_path / "deep" / "sheet.png")
+    printed = capsys.readouterr().out
+    assert "12 videos, 24 s of clips" in printed
+    assert "0 clips without a given caption" in printed
+    with Image.open(tmp_path / "deep" / "sheet.png") as sheet:
+        assert sheet.width == inspect._LABEL_WIDTH + inspect._COLUMNS * 96
+    assert (
+        colourful_rows(tmp_path / "deep" / "sheet.png") >= 3 * 2
+    )  # frames and at least a background map each
+
+
+def test_explain(tiny_cache: Config, tmp_path: Path) -> None:
+    video = find_videos(tiny_cache.cache.input)[0]["source"]["uri"]
+    inspect.explain(tiny_cache, video, ["collision", "combustion"], tmp_path / "explain.png")
+    assert colourful_rows(tmp_path / "explain.png") >= 1 + 3 * (1 + 4)  # three questions, four layers
+
+
+def test_mistakes(tiny_cache: Config, config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="no cache in"):
+        inspect.inspect(config, 3, tmp_path / "sheet.png")
+    with pytest.raises(ProPhyError, match=r"none.mp4 cannot be opened \(No such file"):
+        inspect.explain(tiny_cache, str(tmp_path / "none.mp4"), [], tmp_path / "explain.png")
+    with pytest.raises(ProPhyError, match="did you mean 'collision'"):
+        inspect.explain(tiny_cache, str(tmp_path / "none.mp4"), ["colision"], tmp_path / "explain.png")
+    with pytest.raises(ProPhyError, match="cannot write the picture"):
+        inspect.inspect(tiny_cache, 1, tmp_path / "sheet.txt")
+    shutil.copytree(tiny_cache.cache.output, config.cache.output)
+    for path in Path(config.cache.output).glob(f"priors/{ROW_FILES}"):
+        damage_every_row(path)
+    with pytest.raises(ProPhyError, match="is damaged or gone; run `prophy cache verify`"):
+        inspect.inspect(config, 1, tmp_path / "sheet.png")
+
+
+def damage_every_row(path: Path) -> None:
+    """Flips a bit of the maps of each row."""
+    content, metadata = bytearray(path.read_bytes()), pq.read_metadata(path)
+    maps = next(n for n in range(metadata.num_columns) if metadata.schema.column(n).path.startswith("maps."))
+    for group in range(metadata.num_row_groups):
+        chunk = metadata.row_group(group).column(maps)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        content[start + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)

@@ -1,0 +1,168 @@
+"""Which videos there are, and what is left of them."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
+from pipelines.caching.stages import clip_ids
+from prophy.errors import ProPhyError
+from prophy.schema import PRIORS, QUARANTINE
+
+CLIP_DURATIONS_S = [2.0]
+
+
+def video(name: str, modified: float = 1.0) -> dict:
+    source = {"uri": f"/videos/{name}.mp4", "size": 10, "modified": modified}
+    return {"source": source, "caption": None, "labels": None}
+
+
+def priors_of(source: dict, num_frames: int = 16 * 3, **columns: object) -> list[dict]:
+    """Index rows of a video at 8 frames per second."""
+    ids = clip_ids(source, "hash", num_frames / 8, CLIP_DURATIONS_S)
+    row = {
+        "source": source,
+        "content_hash": "hash",
+        "fps": 8.0,
+        "num_frames": num_frames,
+        "vlm_caption": "seen",
+    }
+    return [{"sample_id": sample_id, **row, **columns} for sample_id in ids]
+
+
+def table(rows: list[dict], schema: pa.Schema = PRIORS) -> pa.Table:
+    return pa.Table.from_pylist(rows, pa.schema([field.with_nullable(True) for field in schema]))
+
+
+def left(videos: list[dict], priors: list[dict], quarantine: list[dict]) -> dict[str, list[str]]:
+    found = videos_left(videos, table(priors), table(quarantine, QUARANTINE), CLIP_DURATIONS_S)
+    return {row["source"]["uri"]: row["done"] for row in found.to_pylist()}
+
+
+def test_a_folder_is_searched_for_videos(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("b.mp4", "deep/a.MOV", "deep/er/c.webm", "notes.txt", "deep/d.jpg"):
+        (tmp_path / name).write_bytes(b"123")
+    videos = find_videos(str(tmp_path))
+    assert [Path(video["source"]["uri"]).name for video in videos] == ["b.mp4", "a.MOV", "c.webm"]
+    assert {video["source"]["size"] for video in videos} == {3}
+    assert {video["caption"] for video in videos} == {None}
+
+
+def test_a_manifest_gives_captions_and_labels(tmp_path: Path) -> None:
+    rows = [
+        {"path": "clips/a.mp4", "caption": "a ball", "phenomena": ["liquid motion", "Collision"], "extra": 1},
+        {"path": "/elsewhere/b.mp4", "caption": "", "phenomena": None, "extra": 2},
+        {"path": "c.mp4", "caption": None, "phenomena": [], "extra": 3},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet")
+    (tmp_path / "not_listed.mp4").write_bytes(b"")
+    for location in (tmp_path, tmp_path / "manifest.parquet"):
+        a, b, c = find_videos(str(location))
+        assert a["source"]["uri"] == str(tmp_path / "clips/a.mp4")
+        assert (a["caption"], a["labels"]) == ("a ball", ["collision", "liquid motion"])
+        assert (b["source"]["uri"], b["caption"], b["labels"]) == ("/elsewhere/b.mp4", None, None)
+        assert c["labels"] == []
+
+
+def test_input_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="does not exist"):
+        find_videos(str(tmp_path / "nowhere"))
+    with pytest.raises(ProPhyError, match="no videos in"):
+        find_videos(str(tmp_path))
+    (tmp_path / "text.parquet").write_text("not Parquet")
+    with pytest.raises(ProPhyError, match="cannot be read as .parquet"):
+        find_videos(str(tmp_path / "text.parquet"))
+    pq.write_table(pa.table({"file": ["a.mp4"]}), tmp_path / "other.parquet")
+    with pytest.raises(ProPhyError, match="no 'path'"):
+        find_videos(str(tmp_path / "other.parquet"))
+    pq.write_table(pa.table({"path": ["a.mp4"], "phenomena": [["colision"]]}), tmp_path / "typo.parquet")
+    with pytest.raises(ProPhyError, match="did you mean 'collision'"):
+        find_videos(str(tmp_path / "typo.parquet"))
+
+
+def test_a_rewritten_file_is_another_source(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"123")
+    [before] = find_videos(str(tmp_path))
+    os.utime(tmp_path / "a.mp4", (5, 5))
+    [after] = find_videos(str(tmp_path))
+    assert before["source"] != after["source"]
+    rows = table(priors_of(before["source"]))
+    assert changed(rows, [before]) == []
+    assert changed(rows, [after]) == rows["sample_id"].to_pylist()
+    assert changed(rows, [video("another")]) == []
+    assert len(of_videos(rows, [before])) == 3
+    assert len(of_videos(rows, [after])) == 0
+
+
+def test_another_caption_or_other_labels_are_a_change() -> None:
+    a = video("a")
+    rows = table(priors_of(a["source"], caption="a ball", labels=["collision"]))
+    columns = ("source", "caption", "labels")
+    same = {**a, "caption": "a ball", "labels": ["collision"]}
+    assert changed(rows, [same], columns) == []
+    for correction in ({"caption": "a cube"}, {"caption": None}, {"labels": []}, {"labels": None}):
+        assert changed(rows, [{**same, **correction}], columns) == rows["sample_id"].to_pylist()
+    unlabelled = table(priors_of(a["source"]))
+    assert changed(unlabelled, [a], columns) == []
+    assert changed(unlabelled, [same], columns) == unlabelled["sample_id"].to_pylist()
+    missing = {**same, "source": {**a["source"], "size": 0, "modified": 0.0}}
+    assert changed(unlabelled, [missing], columns) == []
+
+
+def test_videos_with_missing_clips_are_left() -> None:
+    a, b, c = video("a"), video("b"), video("c")
+    rows_a, rows_b = priors_of(a["source"]), priors_of(b["source"])
+    assert left([a, b, c], [*rows_a, *rows_b[:2]], []) == {
+        "/videos/b.mp4": sorted(row["sample_id"] for row in rows_b[:2]),
+        "/videos/c.mp4": [],
+    }
+    assert left([video("a", modified=2.0)], rows_a, []) == {"/videos/a.mp4": []}
+
+
+def test_what_is_in_quarantine_is_not_left() -> None:
+    a = video("a")
+    rows = priors_of(a["source"])
+    whole = {"source": a["source"]}
+    clips = [{"source": a["source"], "sample_id": row["sample_id"], "num_clips": 3} for row in rows]
+    assert left([a], [], [whole]) == {}
+    assert left([a], rows[:2], clips[2:]) == {}
+    assert left([a], [], clips) == {}
+    assert left([a], [], clips[:1]) == {"/videos/a.mp4": [clips[0]["sample_id"]]}
+    assert left([video("a", modified=2.0)], [], [whole]) == {"/videos/a.mp4": []}
+
+
+def test_what_could_not_be_had_is_told_while_it_is_left() -> None:
+    """Of both, a run could not open the file; by now it has the clips of `b`. `c` never was there."""
+    a, b, c = video("a"), video("b"), video("c", modified=0.0)
+    c["source"]["size"] = 0
+    quarantine = table(
+        [
+            {"source": {**one["source"], "size": 0, "modified": 0.0}, "message": f"cannot open {name}"}
+            for name, one in (("a", a), ("b", b), ("c", c))
+        ],
+        QUARANTINE,
+    )
+    videos, priors = [a, b, c], table(priors_of(b["source"]))
+    work = videos_left(videos, priors, quarantine, CLIP_DURATIONS_S)
+    assert work["source"].to_pylist() == [a["source"]]
+    assert refusals(quarantine, videos, [work]) == ["cannot open a", "cannot open c"]
+    clips = clips_left(videos, priors, table([]), quarantine)
+    assert refusals(quarantine, videos, [work, clips]) == ["cannot open a", "cannot open b", "cannot open c"]
+
+
+def test_clips_with_priors_but_no_encodings_are_left_with_a_caption() -> None:
+    a, b = video("a"), video("b")
+    priors = [*priors_of(a["source"], caption="given"), *priors_of(b["source"])]
+    empty = table([], QUARANTINE)
+    found = clips_left([a, b], table(priors), table(priors[:2]), empty)
+    assert found["sample_id"].to_pylist() == [row["sample_id"] for row in priors[2:]]
+    assert found["caption"].to_pylist() == ["given", "seen", "seen", "seen"]
+    refused = table([{"source": b["source"], "sample_id": priors[3]["sample_id"]}], QUARANTINE)
+    assert len(clips_left([a, b], table(priors), table([]), refused)) == 5
+    assert len(clips_left([a], table(priors), table([]), empty)) == 3
+    corrected = table(priors_of(a["source"], caption="corrected"))
+    assert clips_left([a], corrected, table(priors[:3]), empty)["caption"].to_pylist() == 3 * ["corrected"]

@@ -1,0 +1,254 @@
+"""Files of the cache: whole, named by content, indexed, and of one making."""
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.caching.stages import ENCODINGS_OR_ERROR
+from pipelines.caching.tables import (
+    Table,
+    WriteRows,
+    drop_samples,
+    exclusive,
+    file_names,
+    read_quarantine,
+    stored_table,
+    update_index,
+    write_file,
+)
+from prophy.errors import ProPhyError
+from prophy.schema import ENCODINGS, INDEX, QUARANTINE, tensor_columns, tensor_from_columns
+
+
+def source(name: str, modified: float = 1.0) -> dict:
+    return {"uri": f"/videos/{name}.mp4", "size": 10, "modified": modified}
+
+
+def encoding(sample_id: str) -> dict:
+    generator = torch.Generator().manual_seed(sum(sample_id.encode()))
+    return {
+        "sample_id": sample_id,
+        "source": source(sample_id),
+        "caption": f"caption of {sample_id}",
+        **tensor_columns("latents", torch.randn(16, 5, 4, 4, generator=generator)),
+        **tensor_columns("text_embeds", torch.randn(8, 6, generator=generator).bfloat16()),
+    }
+
+
+def failure(name: str) -> dict:
+    error = {"stage": "ReadClip", "error_type": "VideoError", "message": f"{name} is broken", "attempts": 1}
+    return {"share": 0.5, "error": {"source": source(name), **error}}
+
+
+def write(table: Table, *rows: dict) -> dict:
+    batch = pa.Table.from_pylist([{"share": 1.0, **row} for row in rows], ENCODINGS_OR_ERROR)
+    quarantine = Table(table.folder.parent / "quarantine", QUARANTINE, {"table": "abc"}, {})
+    return WriteRows(table, quarantine)(batch).to_pylist()[0]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    return Table(tmp_path / "encodings", ENCODINGS, {"model": "abc", "height": 64}, {"backbone": "tiny"})
+
+
+def test_rows_come_back_one_by_one_and_bit_for_bit(table: Table) -> None:
+    rows = [encoding("b"), encoding("a"), encoding("c")]
+    assert write(table, *rows) == {"written": 3, "failed": 0, "share": 3.0}
+    index = update_index(table)
+    assert index["sample_id"].to_pylist() == ["a", "b", "c"]
+    for entry, row in zip(index.to_pylist(), sorted(rows, key=lambda row: row["sample_id"]), strict=True):
+        assert entry["latents_shape"] == [16, 5, 4, 4]
+        [read] = pq.ParquetFile(table.folder / entry["file"]).read_row_group(entry["row_group"]).to_pylist()
+        assert read == row
+        for name in ("latents", "text_embeds"):
+            restored, written = tensor_from_columns(name, read), tensor_from_columns(name, row)
+            assert restored.dtype == written.dtype
+            assert torch.equal(restored, written)
+
+
+def test_a_file_is_named_by_its_bytes_and_says_what_made_it(table: Table) -> None:
+    write(table, encoding("a"))
+    [file] = table.folder.glob("*.parquet")
+    assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert pq.read_schema(file).equals(ENCODINGS)
+    footer = pq.ParquetFile(file).metadata.metadata
+    assert footer[b"prophy.schema_version"] == b"3"
+    assert b'"backbone": "tiny"' in footer[b"prophy.provenance"]
+    write(table, encoding("a"))
+    assert len(list(table.folder.glob("*.parquet"))) == 1
+
+
+def test_errors_go_to_quarantine(table: Table) -> None:
+    assert write(table, failure("x"), encoding("a"), failure("y")) == {
+        "written": 1,
+        "failed": 2,
+        "share": 2.0,
+    }
+    rows = read_quarantine(table.folder.parent / "quarantine")
+    assert rows.schema.equals(QUARANTINE)
+    assert rows["message"].to_pylist() == ["x is broken", "y is broken"]
+    assert len(read_quarantine(table.folder.parent / "quarantine", {"table": "abc"})) == 2
+    assert len(read_quarantine(table.folder.parent / "quarantine", {"table": "another"})) == 0
+    assert update_index(table)["sample_id"].to_pylist() == ["a"]
+
+
+def test_a_row_without_a_column_is_not_written(table: Table) -> None:
+    row = encoding("a")
+    del row["caption"]
+    with pytest.raises(ValueError, match="caption"):
+        write(table, row)
+    assert not table.folder.exists()
+
+
+def test_the_index_follows_the_files(table: Table) -> None:
+    write(table, encoding("a"), encoding("b"))
+    write(table, encoding("b"), encoding("c"))  # a task that Ray repeated in another batch
+    index = update_index(table)
+    assert index["sample_id"].to_pylist() == ["a", "b", "c"]
+    assert pq.read_table(table.folder / INDEX).equals(index)
+    in_files = [
+        row for name in file_names(table.folder) for row in pq.read_table(table.folder / name).to_pylist()
+    ]
+    assert sorted(row["sample_id"] for row in in_files) == ["a", "b", "c"]  # each once, for every reader
+    assert {row["sample_id"]: row for row in in_files}["b"] == encoding("b")
+
+    before = (table.folder / INDEX).stat().st_mtime_ns
+    assert update_index(table).equals(index)
+    assert (table.folder / INDEX).stat().st_mtime_ns == before
+
+    lost = index.filter(pa.compute.equal(index["sample_id"], "a"))["file"][0].as_py()
+    (table.folder / lost).unlink()
+    left = index.filter(pa.compute.not_equal(index["file"], lost))["sample_id"].to_pylist()
+    assert "c" in left and update_index(table)["sample_id"].to_pylist() == left
+    (table.folder / INDEX).unlink()
+    assert update_index(table)["sample_id"].to_pylist() == left
+
+
+def test_dropping_samples_keeps_their_neighbours(table: Table) -> None:
+    rows = {name: encoding(name) for name in "abcd"}
+    write(table, rows["a"], rows["b"])
+    write(table, rows["c"])
+    write(table, rows["d"])
+    drop_samples(table, ["a", "c"])
+    index = update_index(table)
+    assert index["sample_id"].to_pylist() == ["b", "d"]
+    files = {file.name for file in table.folder.glob("*.parquet")} - {INDEX}
+    assert files == set(index["file"].to_pylist())
+    for entry in index.to_pylist():
+        [read] = pq.ParquetFile(table.folder / entry["file"]).read_row_group(entry["row_group"]).to_pylist()
+        assert read == rows[entry["sample_id"]]
+
+
+def test_files_of_another_making_are_refused(table: Table) -> None:
+    write(table, encoding("a"))
+    update_index(table)
+    other = Table(table.folder, ENCODINGS, {"model": "abc", "height": 128}, {"backbone": "tiny"})
+    with pytest.raises(ProPhyError, match=r"other settings \(height\)"):
+        update_index(other)
+    renamed = Table(table.folder, ENCODINGS, table.settings, {"backbone": "the same under another name"})
+    assert update_index(renamed)["sample_id"].to_pylist() == ["a"]
+
+
+def test_a_damaged_file_is_named(table: Table) -> None:
+    write(table, encoding("a"))
+    [file] = table.folder.glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ProPhyError, match=f"{file} is damaged"):
+        update_index(table)
+
+
+def damage(file: Path, footer: bool) -> None:
+    """Another byte in the first page, or a footer of which only its length and the magic bytes are whole."""
+    content = bytearray(file.read_bytes())
+    if footer:
+        length = int.from_bytes(content[-8:-4], "little")
+        content[-8 - length : -8] = b"\xff" * length
+    else:
+        content[200] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_pages_and_footers_are_named(table: Table) -> None:
+    write(table, encoding("a"), encoding("b"))
+    update_index(table)
+    [file] = (table.folder / name for name in file_names(table.folder))
+    damage(file, footer=False)
+    with pytest.raises(ProPhyError, match=f"{file} is damaged"):
+        drop_samples(table, ["b"])
+    assert file.exists()
+    damage(file, footer=True)
+    with pytest.raises(ValueError, match="is no whole Parquet file"):
+        stored_table(table.folder, file.name, ENCODINGS)
+    (table.folder / INDEX).unlink()
+    with pytest.raises(ProPhyError, match=f"{file} is damaged"):
+        update_index(table)
+
+
+def test_a_damaged_quarantine_is_named(table: Table) -> None:
+    write(table, failure("x"))
+    folder = table.folder.parent / "quarantine"
+    [name] = file_names(folder)
+    damage(folder / name, footer=True)
+    with pytest.raises(ProPhyError, match=f"{folder / name} is damaged"):
+        read_quarantine(folder)
+
+
+WRITE_FOR_EVER = """
+import sys
+from pathlib import Path
+import numpy as np, pyarrow as pa
+from pipelines.caching.tables import write_file
+for number in range(10**6):
+    write_file(Path(sys.argv[1]), pa.table({"x": np.full(200_000, number)}), {b"k": b"v"})
+"""
+
+
+def test_a_killed_writer_leaves_only_whole_files(tmp_path: Path) -> None:
+    folder = tmp_path / "table"
+    for _ in range(2):
+        writer = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(folder)])
+        count = len(list(folder.glob("*.parquet")))
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("*.parquet"))) < count + 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    (folder / f".{uuid.uuid4().hex}.tmp").write_bytes(b"half a file")
+    foreign = folder / ".notes.tmp"
+    foreign.write_bytes(b"of somebody else")
+    with exclusive(folder):
+        assert foreign.exists()
+        files = sorted(file for file in folder.iterdir() if file.name not in (".lock", foreign.name))
+        assert len(files) >= 6
+        for file in files:
+            assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with exclusive(folder), pytest.raises(ProPhyError, match="another run writes to"), exclusive(folder):
+        pass
+    with exclusive(folder):
+        pass
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProPhyError, match="cannot write to"), exclusive(tmp_path / "file" / "cache"):
+        pass
+
+
+def test_index_of_nothing_is_not_written(table: Table) -> None:
+    assert len(update_index(table)) == 0
+    assert not table.folder.exists()
+    assert write_file(table.folder, pa.table({"x": [1]}), {}, name="other.parquet").exists()
+    assert len(update_index(table)) == 0

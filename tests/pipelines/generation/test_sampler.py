@@ -1,0 +1,123 @@
+"""From a specification to frames, in both families: step caches, with a branch that injects something."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.config import Config, StepCache
+from pipelines.generation import generate
+from pipelines.generation.limits import check_model
+from pipelines.generation.sampler import VideoSampler
+from pipelines.generation.spec import VideoSpec
+from pipelines.serving.protocol import ApiError, VideoRequest
+from prophy.errors import ProPhyError
+from prophy.models.control import PhysicsTrace
+from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
+from tests.conftest import tiny_config
+from tests.servers import LIMITS, save_checkpoint
+
+SPEC = VideoSpec(
+    prompt="a red ball falls",
+    negative_prompt="",
+    seed=0,
+    num_frames=5,
+    height=32,
+    width=32,
+    fps=8.0,
+    num_inference_steps=8,
+    guidance_scale=3.0,
+)
+EXACT = {
+    "wan": ({"first_block": 0.0}, {"sea": 0.0}, {"taylorseer": 1}),
+    "cogvideox": ({"first_block": 0.0}, {"taylorseer": 1}),
+}
+LOSSY = {
+    "wan": ({"first_block": 0.3}, {"sea": 2.0}, {"taylorseer": 3}),
+    "cogvideox": ({"first_block": 0.3}, {"taylorseer": 3}),
+}
+
+
+@pytest.fixture(scope="module", params=["wan", "cogvideox"])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder, family = tmp_path_factory.mktemp("sampling"), request.param
+    pretrained = "tiny" if family == "wan" else str(write_pipeline(folder / "backbone"))
+    return tiny_config(
+        folder / "run",
+        f"checkpoint={save_checkpoint(folder / 'model', family, pretrained)}",
+        f"backbone.family={family}",
+        f"backbone.pretrained={pretrained}",
+        f"backbone.max_sequence_length={32 if family == 'wan' else MAX_SEQUENCE_LENGTH}",
+    )
+
+
+@pytest.fixture(scope="module")
+def sampler(config: Config) -> VideoSampler:
+    return VideoSampler(config)
+
+
+def cached(step_cache: dict[str, Any]) -> VideoSpec:
+    return SPEC.model_copy(update={"step_cache": StepCache(**step_cache)})
+
+
+def test_a_step_cache_that_may_skip_nothing_changes_nothing(config: Config, sampler: VideoSampler) -> None:
+    expected = sampler.sample(SPEC)
+    for step_cache in EXACT[config.backbone.family]:
+        assert np.array_equal(sampler.sample(cached(step_cache)), expected), step_cache
+
+
+def test_a_video_that_was_aborted_leaves_nothing_in_the_cache(config: Config, sampler: VideoSampler) -> None:
+    def abort(progress: float) -> None:
+        if progress > 0.6:
+            raise InterruptedError
+
+    expected = sampler.sample(SPEC)
+    for step_cache in LOSSY[config.backbone.family]:
+        spec = cached(step_cache)
+        video = sampler.sample(spec)
+        assert not np.array_equal(video, expected), f"{step_cache} skips nothing"
+        with pytest.raises(InterruptedError):
+            sampler.sample(spec.model_copy(update={"seed": 1}), abort)
+        assert np.array_equal(sampler.sample(spec), video)
+        assert np.array_equal(sampler.sample(SPEC), expected)
+
+
+def test_a_trace_of_a_video_with_skipped_steps_has_them_all(config: Config, sampler: VideoSampler) -> None:
+    whole = PhysicsTrace()
+    sampler.sample(SPEC, trace=whole)
+    for step_cache in LOSSY[config.backbone.family]:
+        spec, trace = cached(step_cache), PhysicsTrace()
+        assert np.array_equal(sampler.sample(spec, trace=trace), sampler.sample(spec))
+        assert trace.num_passes == 8
+        np.testing.assert_allclose(trace.semantic_weights, whole.semantic_weights, atol=1e-3)
+        assert trace.phenomenon_maps.shape == whole.phenomenon_maps.shape
+
+
+def test_a_video_of_a_batch_is_as_alone_but_for_rounding(sampler: VideoSampler) -> None:
+    for step_cache in ({}, {"taylorseer": 3}):
+        specs = [
+            cached(step_cache).model_copy(update={"prompt": prompt, "seed": seed})
+            for seed, prompt in enumerate(("a red ball falls", "a yellow fire burns", "a red ball falls"))
+        ]
+        alone = np.stack([sampler.sample(spec) for spec in specs]).astype(int)
+        difference = np.abs(sampler.sample_batch(specs) - alone)
+        assert difference.mean() < 0.5 and np.abs(alone[0] - alone[1]).mean() > 5, step_cache
+
+
+def test_sea_cache_is_for_wan(config: Config) -> None:
+    sampling = config.sampling.model_copy(update={"step_cache": StepCache(sea=0.1)})
+    config = config.model_copy(update={"sampling": sampling})
+    if config.backbone.family == "wan":
+        check_model(config)
+    else:
+        with pytest.raises(ProPhyError, match="of cogvideox does not tell; use first_block or taylorseer"):
+            check_model(config)
+
+
+def test_the_step_cache_is_the_operators_choice(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "sampling.step_cache.taylorseer=3")
+    served = VideoRequest.parse({"prompt": "a ball"}).to_spec(config, LIMITS)
+    assert served.step_cache == generate.spec(config, "a ball").step_cache == StepCache(taylorseer=3)
+    with pytest.raises(ApiError, match="unknown field 'step_cache'"):
+        VideoRequest.parse({"prompt": "a ball", "step_cache": {"taylorseer": 3}})

@@ -1,0 +1,449 @@
+"""The Videos API over real HTTP with the real model, in one process: Ray is left to `test_serve.py`."""
+
+import io
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from pipelines.config import Config
+from pipelines.generation.limits import shape_limits
+from pipelines.serving.middleware import hash_key, new_key
+from pipelines.serving.protocol import ApiError, VideoRequest
+from pipelines.serving.serve import VideoGenerator
+from prophy.taxonomy import PHENOMENA
+from tests.servers import (
+    LIMITS,
+    LONG,
+    PROMPT,
+    SHORT,
+    check_error,
+    http_server,
+    make,
+    poll,
+    save_checkpoint,
+    serve_config,
+    submit,
+    wait,
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("api")
+    return serve_config(folder / "run", save_checkpoint(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def generator(config: Config) -> VideoGenerator:
+    return VideoGenerator(config, shape_limits(config))
+
+
+def test_limits_of_the_model(config: Config) -> None:
+    assert shape_limits(config) == LIMITS
+
+
+@pytest.fixture(scope="module")
+def client(config: Config, generator: VideoGenerator) -> Iterator[httpx.Client]:
+    # One model in one thread: what is beyond the first video waits in its executor, as it does for a replica.
+    with http_server(config, generator.generate) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def openai_client(client: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def with_maps(client: httpx.Client) -> str:
+    video_id = submit(client, **SHORT, size="48x64", seconds="2", physics={"return_maps": True})
+    wait(client, video_id)
+    return video_id
+
+
+def decode(mp4: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(mp4)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_prompt_becomes_a_playable_video(client: httpx.Client) -> None:
+    form = {"prompt": PROMPT, "size": "48x64", "seconds": "2", "num_inference_steps": "8", "seed": "7"}
+    created = client.post("/v1/videos", files={name: (None, value) for name, value in form.items()})
+    video = created.json()
+    assert (video["object"], video["status"], video["progress"]) == ("video", "queued", 0)
+    assert (video["seconds"], video["size"], video["seed"]) == ("2.125", "48x64", 7)
+    assert created.headers["openai-poll-after-ms"] == "1000"
+    *unfinished, done = poll(client, video["id"])
+    progress = [video["progress"] for video in unfinished]
+    assert progress == sorted(progress)
+    assert {number for number in progress if 0 < number < 99}, "progress moves with the denoising steps"
+    assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
+    assert done["expires_at"] == pytest.approx(done["completed_at"] + 7 * 86400, abs=1)
+    assert list(done["stage_durations"]) == ["text", "denoise", "decode", "encode"]
+    content = client.get(f"/v1/videos/{video['id']}/content")
+    assert content.headers["content-type"] == "video/mp4"
+    with av.open(io.BytesIO(content.content)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, stream.average_rate) == (48, 64, 8)
+        assert len(list(container.decode(stream))) == 17
+    thumbnail = client.get(f"/v1/videos/{video['id']}/content", params={"variant": "thumbnail"})
+    assert thumbnail.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(thumbnail.content)).size == (48, 64)
+    assert "openai-poll-after-ms" not in client.get(f"/v1/videos/{video['id']}").headers
+
+
+def test_ranges(client: httpx.Client) -> None:
+    video_id = submit(client, **SHORT)
+    wait(client, video_id)
+    path = f"/v1/videos/{video_id}/content"
+    whole = client.get(path)
+    size = len(whole.content)
+    assert whole.headers["accept-ranges"] == "bytes" and int(whole.headers["content-length"]) == size
+    for asked, start, end in (
+        ("4-11", 4, 12),
+        ("-8", size - 8, size),
+        ("8-", 8, size),
+        ("0-99999999", 0, size),
+    ):
+        part = client.get(path, headers={"range": f"bytes={asked}"})
+        assert (part.status_code, part.content) == (206, whole.content[start:end])
+        assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
+    for ignored in ({"range": "lines=1-2"}, {"range": "bytes=1-2", "if-range": '"another"'}):
+        assert client.get(path, headers=ignored).status_code == 200
+    outside = client.get(path, headers={"range": f"bytes={size}-"})
+    check_error(outside, 416, "range_not_satisfiable")
+    assert outside.headers["content-range"] == f"bytes */{size}"
+    head = client.head(path)
+    assert (head.status_code, head.content, int(head.headers["content-length"])) == (200, b"", size)
+
+
+def test_openai_client(openai_client: openai.OpenAI) -> None:
+    video = openai_client.videos.create_and_poll(
+        prompt=PROMPT,
+        seconds="1",
+        size="32x32",
+        extra_body={"seed": 3, "num_inference_steps": 1, "physics": {"strength": {"collision": 2.0}}},
+        poll_interval_ms=20,
+    )
+    assert (video.status, video.progress, video.seconds) == ("completed", 100, "1.125")
+    assert video.physics["strength"] == {"collision": 2.0}
+    assert len(decode(openai_client.videos.download_content(video.id).read())) == 9
+    assert openai_client.videos.download_content(video.id, variant="thumbnail").read()[:4] == b"RIFF"
+    assert video.id in [listed.id for listed in openai_client.videos.list(limit=1)], (
+        "pages follow by themselves"
+    )
+    assert openai_client.videos.delete(video.id).deleted
+    with pytest.raises(openai.NotFoundError) as caught:
+        openai_client.videos.retrieve(video.id)
+    assert (caught.value.code, caught.value.type) == ("video_not_found", "invalid_request_error")
+    with pytest.raises(openai.UnprocessableEntityError, match="did you mean 'seed'") as caught:
+        openai_client.videos.create(prompt=PROMPT, extra_body={"sead": 3})
+    assert caught.value.param == "sead"
+
+
+def test_curl(client: httpx.Client, tmp_path: Path) -> None:
+    def curl(*arguments: str) -> str:
+        return subprocess.run(
+            ["curl", "-sS", *arguments], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    url = f"{client.base_url}/v1/videos"
+    video = json.loads(curl(url, "-F", f"prompt={PROMPT}", "-F", "num_inference_steps=1"))
+    wait(client, video["id"])
+    curl(f"{url}/{video['id']}/content", "-o", str(tmp_path / "video.mp4"))
+    assert len(decode((tmp_path / "video.mp4").read_bytes())) == 5
+
+
+def test_sync(client: httpx.Client) -> None:
+    response = client.post("/v1/videos/sync", json=SHORT)
+    assert response.headers["content-type"] == "video/mp4"
+    assert response.content == make(client)
+    check_error(client.post("/v1/videos/sync", json={"prompt": ""}), 422, "invalid_value", "prompt")
+
+
+def test_physics_knobs(client: httpx.Client) -> None:
+    plain = make(client)
+    assert make(client, physics={"scale": 1.0, "strength": {"collision": 1}}) == plain
+    knobs = (
+        {"scale": 0.0},
+        {"strength": {"Liquid Motion": 9.0}},
+        {"invert_refinement": True},
+    )
+    assert len({plain, *(make(client, physics=knob) for knob in knobs)}) == 4
+
+
+def test_routing_maps(client: httpx.Client, with_maps: str) -> None:
+    physics = client.get(f"/v1/videos/{with_maps}/physics").json()
+    assert physics["object"] == "video.physics"
+    assert sum(physics["semantic_weights"]) == pytest.approx(1, abs=1e-3)
+    assert list(physics["maps"]) == [str(phenomenon) for phenomenon in PHENOMENA]
+    maps = np.array(list(physics["maps"].values()))
+    assert list(maps.shape[1:]) == physics["token_grid"]
+    assert 0 <= maps.min() < maps.max() <= 1
+    video = decode(client.get(f"/v1/videos/{with_maps}/content").content)
+    overlays = [
+        decode(client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": name}).content)
+        for name in ("collision", "liquid motion")
+    ]
+    assert [overlay.shape for overlay in overlays] == [video.shape] * 2
+    assert not np.array_equal(*overlays) and not np.array_equal(overlays[0], video)
+    plain = submit(client, **SHORT)
+    wait(client, plain)
+    check_error(client.get(f"/v1/videos/{plain}/physics"), 409, "no_maps")
+    wrong = client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": "magic"})
+    check_error(wrong, 422, "invalid_value", "phenomenon")
+
+
+def test_overlay_for_two_at_once_and_of_a_video_that_goes(client: httpx.Client, config: Config) -> None:
+    video_id = submit(client, **SHORT, physics={"return_maps": True})
+    wait(client, video_id)
+
+    def overlay(phenomenon: str) -> httpx.Response:
+        return client.get(f"/v1/videos/{video_id}/physics/overlay", params={"phenomenon": phenomenon})
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(overlay, ["collision"] * 2)
+        assert decode(first.content).shape == (5, 32, 32, 3) and first.content == second.content
+        late = pool.submit(overlay, "liquid motion")
+        client.delete(f"/v1/videos/{video_id}").raise_for_status()
+    gone = late.result()
+    check_error(gone, *{404: (404, "video_not_found"), 410: (410, "video_expired")}[gone.status_code])
+    assert not Path(config.serve.videos_location, video_id).exists()
+
+
+def test_prompts_are_embedded_once(client: httpx.Client, generator: VideoGenerator) -> None:
+    before = generator._sampler.embed.cache_info()
+    for seed in (1, 2):
+        make(client, prompt="a glass of water", seed=seed)
+    after = generator._sampler.embed.cache_info()
+    assert after.misses - before.misses == 1
+
+
+def test_bounded_queue_and_delete(client: httpx.Client) -> None:
+    long = submit(client, **LONG)
+    wait(client, long, progress=1)
+    message = check_error(client.get(f"/v1/videos/{long}/content"), 409, "video_not_ready")
+    assert re.search(r"is in_progress, \d+ % done", message)
+    begun = time.monotonic()
+    wait(client, long, progress=5)
+    step_s = (time.monotonic() - begun) / 8
+    begun = time.monotonic()
+    deleted = {"id": long, "object": "video.deleted", "deleted": True}
+    assert client.delete(f"/v1/videos/{long}").json() == deleted
+    make(client)
+    assert time.monotonic() - begun < 100 * step_s, "the deleted video went on"
+    check_error(client.get(f"/v1/videos/{long}"), 404, "video_not_found")
+
+
+def test_pages(client: httpx.Client) -> None:
+    ids = [submit(client, **SHORT) for _ in range(3)]
+    first = client.get("/v1/videos", params={"limit": 2}).json()
+    assert [video["id"] for video in first["data"]] == [ids[2], ids[1]]
+    assert (first["object"], first["first_id"], first["last_id"], first["has_more"]) == (
+        "list",
+        ids[2],
+        ids[1],
+        True,
+    )
+    rest = client.get("/v1/videos", params={"after": ids[1], "limit": 100}).json()
+    assert rest["first_id"] == ids[0] and not rest["has_more"]
+    upwards = client.get("/v1/videos", params={"after": ids[0], "order": "asc"}).json()
+    assert [video["id"] for video in upwards["data"]] == ids[1:]
+    check_error(client.get("/v1/videos", params={"after": "video_x"}), 404, "video_not_found", "after")
+    for video_id in ids:
+        wait(client, video_id)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param", "message"),
+    [
+        ({}, "missing_parameter", "prompt", "the field 'prompt' is missing"),
+        ({"prompt": " "}, "invalid_value", "prompt", "bad value ' ' for the field 'prompt'"),
+        ({"prompt": "x" * 100_000}, "invalid_value", "prompt", "at most 32000 characters"),
+        ({"promt": "x"}, "unknown_parameter", "promt", "did you mean 'prompt'?"),
+        ({"prompt": "x", "seconds": 2}, "invalid_value", "seconds", "should be a valid string"),
+        ({"prompt": "x", "seconds": "4s"}, "invalid_value", "seconds", "'4s'"),
+        (
+            {"prompt": "x", "seconds": "3"},
+            "invalid_value",
+            "seconds",
+            "25 frames; this model makes at most 17",
+        ),
+        ({"prompt": "x", "size": "big"}, "invalid_value", "size", "'big'"),
+        ({"prompt": "x", "size": "40x32"}, "invalid_value", "size", "a width that is a multiple of 16"),
+        ({"prompt": "x", "size": "128x128"}, "invalid_value", "size", "at most 4096"),
+        ({"prompt": "x", "num_inference_steps": 0}, "invalid_value", "num_inference_steps", "greater than"),
+        ({"prompt": "x", "seed": -1}, "invalid_value", "seed", "greater than"),
+        ({"prompt": "x", "seed": True}, "invalid_value", "seed", "a number is needed"),
+        ({"prompt": "x", "fps": 1e-300}, "invalid_value", "fps", "greater than"),
+        ({"prompt": "x", "physics": {"sclae": 1}}, "unknown_parameter", "physics.sclae", "'physics.scale'"),
+        (
+            {"prompt": "x", "physics": {"strength": {"colision": 1}}},
+            "invalid_value",
+            "physics.strength.colision",
+            "did you mean 'collision'?",
+        ),
+        (
+            {"prompt": "x", "physics": {"scale": 0, "return_maps": True}},
+            "invalid_value",
+            "physics",
+            "return_maps needs the Physical Branch",
+        ),
+        ([1], "invalid_value", None, "[1]"),
+    ],
+)
+def test_bad_fields(client: httpx.Client, fields: Any, code: str, param: str | None, message: str) -> None:
+    assert message in check_error(client.post("/v1/videos", json=fields), 422, code, param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["{", '{"prompt": "\\ud800"}', "[" * 100_000, '{"prompt": "x", "fps": NaN}', b"\xff\xfe", "1" * 100_000],
+    ids=["cut", "surrogate", "deep", "nan", "bytes", "huge number"],
+)
+def test_bodies_that_are_not_json(client: httpx.Client, body: str | bytes) -> None:
+    response = client.post("/v1/videos", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422), response.text
+    assert response.json()["error"]["message"]
+
+
+def test_bad_requests(client: httpx.Client) -> None:
+    check_error(
+        client.post("/v1/videos", json={"prompt": "x", "model": "sora-2"}), 404, "model_not_found", "model"
+    )
+    check_error(client.post("/v1/videos", content="prompt"), 415, "unsupported_media_type")
+    picture = client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": b"png"})
+    check_error(picture, 422, "unsupported_parameter", "input_reference")
+    check_error(client.get("/v1/pictures"), 404, "not_found")
+    wrong_method = client.put("/v1/videos")
+    check_error(wrong_method, 405, "method_not_allowed")
+    assert wrong_method.headers["allow"] == "GET, POST"
+    check_error(client.get("/v1/videos", params={"limit": 0}), 422, "invalid_value", "limit")
+    form = {"prompt": "x", "physics": '{"scale": 11}'}
+    check_error(client.post("/v1/videos", data=form), 422, "invalid_value", "physics.scale")
+    twice = {"prompt": "x", "prompt[a]": "y"}
+    check_error(client.post("/v1/videos", data=twice), 422, "invalid_value", "prompt")
+    many = {f"field{index}": "" for index in range(1000)}
+    check_error(client.post("/v1/videos", data=many), 400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    "video_id",
+    ["video_x", "video_" + "0" * 32, "..%2F..%2Fjobs.sqlite", "a%00b", "a%0d%0aset-cookie:b", "x" * 10_000],
+)
+def test_unknown_ids(client: httpx.Client, video_id: str) -> None:
+    for method, path in (("GET", ""), ("GET", "/content"), ("GET", "/physics"), ("DELETE", "")):
+        response = client.request(method, f"/v1/videos/{video_id}{path}")
+        assert "set-cookie" not in response.headers
+        assert check_error(response, 404, response.json()["error"]["code"])
+
+
+def test_huge_bodies_are_not_read(client: httpx.Client) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 1 << 30:
+            sent += 1 << 16
+            yield b"x" * (1 << 16)
+
+    for kind in ("application/json", "multipart/form-data; boundary=x"):
+        try:
+            response = client.post("/v1/videos", content=endless(), headers={"content-type": kind})
+            assert response.status_code in (400, 413), response.text
+        except httpx.WriteError:  # the server has hung up
+            pass
+        assert sent < 1 << 29
+        sent = 0
+    body = json.dumps({"prompt": "x", "padding": "x" * (1 << 20)})
+    check_error(
+        client.post("/v1/videos", content=body, headers={"content-type": "application/json"}),
+        413,
+        "body_too_large",
+    )
+
+
+def test_models_health_metrics_and_description(client: httpx.Client) -> None:
+    make(client)
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("prophy-tiny", "model")
+    assert client.get("/healthz").json() == client.get("/health").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    for operation in ("edits", "extensions", "characters", "video_1/remix"):
+        check_error(client.post(f"/v1/videos/{operation}", json=SHORT), 501, "not_implemented")
+    described = client.get("/openapi.json").json()
+    body = described["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert {"prompt", "seconds", "size", "physics"} <= body["properties"].keys()
+    assert "swagger" in client.get("/docs").text
+    check_error(client.get("/v1/videos/video_x"), 404, "video_not_found")
+    metrics = client.get("/metrics").text
+    for sample in (
+        'prophy_jobs{status="queued"} 0.0',
+        "prophy_replicas 1.0",
+        "prophy_queue_wait_seconds_count",
+        'prophy_stage_seconds_count{stage="denoise"}',
+        "prophy_step_seconds_count",
+        'prophy_http_errors_total{code="video_not_found"}',
+        'prophy_http_request_seconds_count{method="POST",route="/v1/videos",status="200"}',
+    ):
+        assert sample in metrics
+
+
+def test_not_ready(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:
+    loading = serve_config(tmp_path, config.checkpoint)
+    with (
+        http_server(loading, generator.generate, is_ready=False) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        answer = client.get("/readyz")
+        check_error(answer, 503, "not_ready")
+        assert int(answer.headers["retry-after"]) > 0
+        assert client.get("/healthz").status_code == 200
+
+
+def test_api_keys(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:
+    key = new_key()
+    keyed = serve_config(
+        tmp_path, config.checkpoint, f"serve.api_keys=[{hash_key('another')},{hash_key(key)}]"
+    )
+    with http_server(keyed, generator.generate) as url, httpx.Client(base_url=url) as client:
+        for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {key}"}):
+            for path in ("/v1/videos", "/v1/models", "/metrics"):
+                answer = client.get(path, headers=given)
+                check_error(answer, 401, "invalid_api_key")
+                assert answer.headers["www-authenticate"] == "Bearer"
+            check_error(client.post("/v1/videos", json=SHORT, headers=given), 401, "invalid_api_key")
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+        assert openai.OpenAI(base_url=f"{url}/v1", api_key=key).models.list().data[0].id == "prophy-tiny"
+    saved = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
+    assert key not in saved
+
+
+def test_expired_video(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:
+    short_lived = serve_config(tmp_path, config.checkpoint, "serve.expire_after_s=0.001")
+    with http_server(short_lived, generator.generate) as url, httpx.Client(base_url=url) as client:
+        video_id = submit(client, **SHORT)
+        wait(client, video_id)
+        for path in ("content", "content?variant=thumbnail"):
+            assert "expired" in check_error(client.get(f"/v1/videos/{video_id}/{path}"), 410, "video_expired")
+        check_error(client.get(f"/v1/videos/{'video_' + 32 * 'f'}/content"), 404, "video_not_found")
+
+
+def test_bare_backbone_has_no_knobs(config: Config) -> None:
+    bare = config.model_copy(update={"checkpoint": None})
+    request = VideoRequest.parse({"prompt": PROMPT, "physics": {"scale": 0.5}})
+    with pytest.raises(ApiError, match="bare backbone"):
+        request.to_spec(bare, shape_limits(bare))

@@ -1,0 +1,326 @@
+"""The dispatcher over a real job store and real files; only the making of a video is a stand-in."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from sqlalchemy.exc import OperationalError
+
+from pipelines.config import ServeConfig
+from pipelines.generation.spec import THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
+from pipelines.serving import dispatcher as dispatcher_module
+from pipelines.serving.artefacts import ArtefactStore
+from pipelines.serving.dispatcher import Dispatcher, GenerationStep, QueueFullError
+from pipelines.serving.jobs import Job, JobStore
+from pipelines.serving.metrics import Metrics
+from tests.pipelines.serving.test_jobs import DURATIONS, SPEC, status_of
+
+RESULT = VideoResult({VIDEO_FILE: b"mp4", THUMBNAIL_FILE: b"webp"}, DURATIONS)
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[JobStore]:
+    with JobStore(url) as store:
+        yield store
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    return tmp_path / "videos"
+
+
+@pytest.fixture
+def new(store: JobStore, videos: Path) -> Callable[..., Dispatcher]:
+    def new(
+        generate: Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]], **settings: float
+    ) -> Dispatcher:
+        config = ServeConfig(output=videos.parent, **settings)
+        return Dispatcher(store, ArtefactStore(str(videos)), generate, Metrics(), config)
+
+    return new
+
+
+async def two_steps(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    yield GenerationStep(0.0)
+    yield GenerationStep(0.5)
+    yield GenerationStep(1.0, RESULT)
+
+
+async def without_end(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    yield GenerationStep(0.5)
+    await asyncio.Event().wait()
+
+
+async def no_replica(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    await asyncio.Event().wait()
+    yield GenerationStep(0.0)
+
+
+def dying(num_deaths: int) -> Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]]:
+    remaining = iter(range(num_deaths))
+
+    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        yield GenerationStep(0.3)
+        if next(remaining, None) is not None:
+            raise ActorDiedError
+        yield GenerationStep(1.0, RESULT)
+
+    return generate
+
+
+async def until(store: JobStore, job_id: str, status: str) -> None:
+    while status_of(store, job_id) != status:
+        await asyncio.sleep(0.01)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_files_then_the_row_and_both_go(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        job = store.create(SPEC)
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        await dispatcher.wait(job.id)
+        assert status_of(store, job.id) == "completed"
+        assert (videos / job.id / VIDEO_FILE).read_bytes() == b"mp4"
+        assert await dispatcher.delete(job.id) and not await dispatcher.delete(job.id)
+        assert list(videos.iterdir()) == []
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_stopped_dispatcher_leaves_its_jobs_to_the_next(
+    store: JobStore, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        job = store.create(SPEC)
+        first = new(without_end)
+        await first.start()
+        await until(store, job.id, "in_progress")
+        assert first.num_jobs() == {"queued": 0, "in_progress": 1}
+        await first.stop()
+        assert status_of(store, job.id) == "in_progress"
+        second = new(two_steps)
+        await second.start()
+        await second.wait(job.id)
+        assert status_of(store, job.id) == "completed"
+        await second.stop()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("num_deaths", "status"), [(2, "completed"), (3, "failed")])
+def test_a_job_survives_two_replicas(
+    store: JobStore, new: Callable[..., Dispatcher], num_deaths: int, status: str
+) -> None:
+    async def scenario() -> None:
+        job = store.create(SPEC)
+        dispatcher = new(dying(num_deaths))
+        await dispatcher.start()
+        await dispatcher.wait(job.id)
+        found = store.get(job.id)
+        assert (found.status, found.num_deaths) == (status, num_deaths)
+        if status == "failed":
+            assert found.error_code == "replica_died"
+            assert found.error_message.startswith("3 replicas died while they made it; the last: ")
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_full_disk_fails_the_job_with_the_reason(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        full, fine = store.create(SPEC), store.create(SPEC)
+        (videos / full.id).mkdir(parents=True)
+        (videos / full.id / VIDEO_FILE).symlink_to("/dev/full")
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        await asyncio.gather(dispatcher.wait(full.id), dispatcher.wait(fine.id))
+        failed = store.get(full.id)
+        assert (failed.status, failed.error_code) == ("failed", "generation_failed")
+        assert "No space left on device" in failed.error_message
+        assert [folder.name for folder in videos.iterdir()] == [fine.id], "others are made"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_queue_is_bounded_however_many_come_at_once(store: JobStore, new: Callable[..., Dispatcher]) -> None:
+    async def scenario() -> None:
+        dispatcher = new(no_replica, max_queued=3)
+        await dispatcher.start()
+        outcomes = await asyncio.gather(
+            *(dispatcher.create(SPEC, None) for _ in range(10)), return_exceptions=True
+        )
+        assert sum(isinstance(outcome, QueueFullError) for outcome in outcomes) == 7
+        assert len(store.page(None, 10, "asc")[0]) == 3
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_delete_stops_the_making(store: JobStore, new: Callable[..., Dispatcher]) -> None:
+    stopped = asyncio.Event()
+
+    async def until_stopped(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        try:
+            async for step in without_end(spec):
+                yield step
+        finally:
+            stopped.set()
+
+    async def scenario() -> None:
+        dispatcher = new(until_stopped)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        while dispatcher.progress(job.id) != 49:
+            await asyncio.sleep(0.01)
+        assert status_of(store, job.id) == "in_progress"
+        await dispatcher.delete(job.id)
+        await stopped.wait()
+        assert dispatcher.num_jobs() == {"queued": 0, "in_progress": 0}
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_expired_files_go(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "SWEEP_EVERY_S", 0.05)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps, expire_after_s=0.2)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        await dispatcher.wait(job.id)
+        assert (videos / job.id).exists()
+        while (videos / job.id).exists():
+            await asyncio.sleep(0.01)
+        assert status_of(store, job.id) == "completed"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_replica_that_dies_after_its_video_is_of_no_concern(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        async for step in two_steps(spec):
+            yield step
+        raise ActorDiedError
+
+    async def scenario() -> None:
+        dispatcher = new(generate)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        await dispatcher.wait(job.id)
+        assert (status_of(store, job.id), store.get(job.id).num_deaths) == ("completed", 0)
+        assert (videos / job.id / VIDEO_FILE).read_bytes() == b"mp4"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_database_that_goes_away_as_it_commits_loses_no_video(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, calls = store.complete, []
+
+    def commit_and_lose_the_connection(*args: object) -> bool:
+        calls.append(complete(*args))
+        if len(calls) == 1:
+            raise OperationalError("UPDATE", {}, OSError("server closed the connection"))
+        return calls[-1]
+
+    monkeypatch.setattr(store, "complete", commit_and_lose_the_connection)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        await dispatcher.wait(job.id)
+        assert calls == [True, False] and status_of(store, job.id) == "completed"
+        assert (videos / job.id / VIDEO_FILE).read_bytes() == b"mp4"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_client_that_goes_away_as_its_job_is_accepted(
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row is there by then: so its video is made."""
+    create, accepted = store.create, threading.Event()
+
+    def wait_until_the_client_is_gone(*args: object) -> Job:
+        assert accepted.wait(10)
+        return create(*args)
+
+    monkeypatch.setattr(store, "create", wait_until_the_client_is_gone)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        request = asyncio.create_task(dispatcher.create(SPEC, None))
+        await asyncio.sleep(0.1)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        accepted.set()
+        while not (jobs := store.page(None, 1, "asc")[0]):
+            await asyncio.sleep(0.01)
+        await until(store, jobs[0].id, "completed")
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_files_that_resist_do_not_keep_the_others(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, resisting = ArtefactStore.remove, []
+
+    def refuse_the_first(artefacts: ArtefactStore, job_id: str) -> None:
+        if job_id in resisting:
+            raise PermissionError("busy")
+        remove(artefacts, job_id)
+
+    monkeypatch.setattr(ArtefactStore, "remove", refuse_the_first)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        first, second = [await dispatcher.create(SPEC, None) for _ in range(2)]
+        await asyncio.gather(dispatcher.wait(first.id), dispatcher.wait(second.id))
+        resisting.append(first.id)
+        assert await dispatcher.delete(first.id) and await dispatcher.delete(second.id)
+        assert [folder.name for folder in videos.iterdir()] == [first.id]
+        resisting.clear()
+        dispatcher._sweep()
+        assert list(videos.iterdir()) == []
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_database_that_is_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "DATABASE_RETRY_S", 0.0)
+    away = iter(range(3))
+
+    def transaction(answer: str) -> str:
+        if next(away, None) is not None:
+            raise OperationalError("SELECT 1", {}, OSError("server closed the connection"))
+        return answer
+
+    assert dispatcher_module._persist(transaction, "written") == "written"

@@ -1,0 +1,162 @@
+"""Jobs in real databases, SQLite and PostgreSQL."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import NullPool, create_engine
+
+from pipelines.generation.spec import PhysicsSpec, VideoSpec
+from pipelines.serving import jobs
+from pipelines.serving.jobs import JobStore
+from prophy.errors import ProPhyError
+from prophy.taxonomy import Phenomenon
+from tests.databases import new_database
+
+SPEC = VideoSpec(
+    prompt="a ball falls \x00 \N{SNOWMAN}",
+    negative_prompt="",
+    seed=3,
+    num_frames=17,
+    height=64,
+    width=48,
+    fps=8,
+    num_inference_steps=4,
+    guidance_scale=3.0,
+    physics=PhysicsSpec(strength={Phenomenon.COLLISION: 2.0}),
+)
+DURATIONS = {"text": 0.1, "denoise": 2.0}
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[JobStore]:
+    with JobStore(url) as store:
+        yield store
+
+
+def status_of(store: JobStore, job_id: str) -> str:
+    job = store.get(job_id)
+    assert job is not None
+    return job.status
+
+
+def test_life_of_a_job(store: JobStore) -> None:
+    job = store.create(SPEC, "request-1")
+    assert store.get(job.id).spec == SPEC and store.get(job.id).request_id == "request-1"
+    assert not store.complete(job.id, DURATIONS), "nobody has begun it"
+    assert store.start(job.id) and not store.start(job.id), "begun once"
+    assert store.complete(job.id, DURATIONS) and not store.complete(job.id, DURATIONS), "completed once"
+    assert not store.fail(job.id, "late", "too late")
+    assert status_of(store, job.id) == "completed"
+    assert store.get(job.id).stage_durations == DURATIONS
+    assert store.delete(job.id) and not store.delete(job.id)
+    assert store.get(job.id) is None and store.page(None, 10, "asc") == ([], False)
+    assert store.outdated() == [job.id], "its files are still to go"
+    store.purge(job.id)
+    assert store.outdated() == []
+
+
+def test_pages(store: JobStore) -> None:
+    ids = [store.create(SPEC).id for _ in range(5)]
+    first, more = store.page(None, 2, "desc")
+    assert ([job.id for job in first], more) == ([ids[4], ids[3]], True)
+    rest, more = store.page(first[-1], 3, "desc")
+    assert ([job.id for job in rest], more) == ([ids[2], ids[1], ids[0]], False)
+    assert [job.id for job in store.page(store.get(ids[1]), 100, "asc")[0]] == ids[2:]
+
+
+def test_deaths_are_counted(store: JobStore) -> None:
+    job = store.create(SPEC)
+    assert store.requeue(job.id) is None, "nobody has begun it"
+    for deaths in (1, 2):
+        store.start(job.id)
+        assert store.requeue(job.id) == deaths
+    assert status_of(store, job.id) == "queued"
+    store.start(job.id)
+    store.delete(job.id)
+    assert store.requeue(job.id) is None, "deleted meanwhile"
+
+
+def test_files_of_failed_and_expired_jobs_must_go(store: JobStore) -> None:
+    fresh, expired, failed = (store.create(SPEC).id for _ in range(3))
+    for job_id in (fresh, expired, failed):
+        store.start(job_id)
+    store.complete(fresh, DURATIONS, expire_after_s=1000)
+    store.complete(expired, DURATIONS, expire_after_s=0)
+    store.fail(failed, "generation_failed", "no memory")
+    assert sorted(store.outdated()) == sorted([expired, failed])
+    for job_id in store.outdated():
+        store.purge(job_id)
+    assert store.outdated() == []
+    assert status_of(store, expired) == "completed", "clients still see it"
+
+
+def test_next_owner_finds_every_accepted_job_of_one_that_was_killed(url: str) -> None:
+    program = (
+        "import os, sys, pathlib\n"
+        "from pipelines.serving.jobs import JobStore\n"
+        "from tests.pipelines.serving.test_jobs import SPEC\n"
+        "store = JobStore(sys.argv[1])\n"
+        "begun, waiting, failed = (store.create(SPEC).id for _ in range(3))\n"
+        "store.start(begun), store.fail(failed, 'generation_failed', 'no memory')\n"
+        "print(begun, waiting, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, url], stdout=subprocess.PIPE, text=True)
+    assert run.returncode == -signal.SIGKILL
+    with JobStore(url) as store:
+        assert [job.id for job in store.requeue_unfinished()] == run.stdout.split()
+        assert [status_of(store, job_id) for job_id in run.stdout.split()] == ["queued", "queued"]
+
+
+def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "OWNER_TIMEOUT_S", 0.2)
+    url = new_database(postgres)
+    server = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    def break_connection() -> None:
+        with server.connect() as connection:
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks "
+                "JOIN pg_database ON pg_locks.database = pg_database.oid "
+                "WHERE locktype = 'advisory' AND datname = current_database()"
+            )
+
+    with JobStore(url) as store:
+        assert store.is_owner()
+        break_connection()
+        assert store.is_owner() and store.is_owner(), "nobody else has come"
+        with pytest.raises(ProPhyError, match="another server uses"):
+            JobStore(url)
+        break_connection()
+        with JobStore(url):
+            assert not store.is_owner()
+
+
+def test_one_owner(store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "OWNER_TIMEOUT_S", 0.2)
+    with pytest.raises(ProPhyError, match="another server uses the job database"):
+        JobStore(url)
+    store.close()
+    JobStore(url).close()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("jobs", "cannot open the job database jobs: Could not parse"),
+        ("sqlite:////proc/none/jobs.sqlite", "cannot open the job database"),
+        ("postgresql+psycopg://nobody@/none?host=/tmp", "cannot open the job database"),
+        ("sqlite://", "neither an absolute SQLite file nor PostgreSQL; give"),
+        ("mysql://root@localhost/jobs", "neither an absolute SQLite file nor PostgreSQL; give"),
+    ],
+)
+def test_no_such_database(url: str, message: str) -> None:
+    with pytest.raises(ProPhyError) as caught:
+        JobStore(url)
+    assert message in str(caught.value)
+    assert os.linesep not in str(caught.value)

@@ -1,0 +1,254 @@
+"""The endpoint on Ray Serve: real requests to one running server, started anew after a SIGTERM under load."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+
+from pipelines.config import Config
+from pipelines.generation import generate
+from pipelines.generation.spec import StepCache
+from pipelines.serving import serve
+from prophy.errors import ProPhyError
+from tests.conftest import tiny_config
+from tests.servers import (
+    LONG,
+    PROMPT,
+    SHORT,
+    check_error,
+    make,
+    poll,
+    save_checkpoint,
+    serve_config,
+    submit,
+    wait,
+)
+
+NUM_JOBS = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("serve")
+    overrides = ("serve.max_queued=20", "sampling.step_cache.first_block=0")
+    return serve_config(folder / "run", save_checkpoint(folder / "model"), *overrides)
+
+
+@pytest.fixture(scope="module")
+def interrupted(ray_cluster: None, config: Config) -> dict[str, Any]:
+    """The jobs of a server that got SIGTERM in mid-video, and what that server had printed."""
+    printed, found = io.StringIO(), {}
+
+    def interrupt() -> None:
+        try:
+            while not (match := re.search(r"http://\S+:\d+", printed.getvalue())):
+                time.sleep(0.05)
+            with httpx.Client(base_url=match[0], timeout=60) as client:
+                found["ids"] = [submit(client, **SHORT | {"seed": seed}) for seed in range(NUM_JOBS - 1)]
+                found["ids"].append(submit(client, **LONG | {"num_inference_steps": 20}))
+                found["last"] = wait(client, found["ids"][-1], progress=1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    with contextlib.redirect_stdout(printed):
+        serve.run(config)
+    watcher.join()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return {"printed": printed.getvalue(), **found}
+
+
+@pytest.fixture(scope="module")
+def client(interrupted: dict[str, Any], config: Config) -> Iterator[httpx.Client]:
+    """Of the second server in the same folder."""
+    with serve.serving(config) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def test_database_of_another_server(ray_cluster: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "serve.port=0", "serve.database=sqlite:////proc/none/jobs.sqlite")
+    with pytest.raises(ProPhyError, match="cannot open the job database"), serve.serving(config):
+        pass
+
+
+def test_sigterm_under_load_and_the_next_server_makes_every_video(
+    interrupted: dict[str, Any], client: httpx.Client
+) -> None:
+    assert re.search(r"curl http://127.0.0.1:[0-9]+/v1/videos", interrupted["printed"])
+    assert interrupted["last"]["status"] == "in_progress", "the server waited for the video to be finished"
+    assert len(interrupted["ids"]) == NUM_JOBS
+    for video_id in interrupted["ids"]:
+        assert wait(client, video_id)["status"] == "completed"
+    assert wait(client, interrupted["ids"][-1])["num_inference_steps"] == 20
+
+
+def test_progress_moves_with_the_steps(client: httpx.Client) -> None:
+    progress = [
+        video["progress"] for video in poll(client, submit(client, **LONG | {"num_inference_steps": 20}))
+    ]
+    assert progress == sorted(progress) and progress[-1] == 100
+    assert len({number for number in progress if 0 < number < 99}) > 1
+
+
+def test_same_seed_same_video_over_http_and_offline(client: httpx.Client, config: Config) -> None:
+    """Also with a step cache in the server alone, since its threshold of 0 lets nothing pass."""
+    uncached = config.sampling.model_copy(update={"step_cache": StepCache()})
+    (offline,) = generate.run(config.model_copy(update={"sampling": uncached}), [PROMPT])
+    over_http = make(client, num_inference_steps=2, seed=config.generate.seed)
+    assert over_http == offline.read_bytes()
+    assert over_http != make(client, num_inference_steps=2, seed=config.generate.seed + 1)
+
+
+def test_one_video_at_a_time_and_delete(client: httpx.Client) -> None:
+    long = submit(client, **LONG)
+    wait(client, long, progress=1)
+    begun = time.monotonic()
+    progress = wait(client, long, progress=6)["progress"]
+    remaining_s = (time.monotonic() - begun) * (100 - progress) / (progress - 1)
+    queued = [submit(client, **SHORT) for _ in range(2)]
+    assert [client.get(f"/v1/videos/{video}").json()["status"] for video in queued] == ["queued"] * 2
+    for video in (queued[0], long):
+        deleted = {"id": video, "object": "video.deleted", "deleted": True}
+        assert client.delete(f"/v1/videos/{video}").json() == deleted
+        check_error(client.get(f"/v1/videos/{video}"), 404, "video_not_found")
+    start = time.monotonic()
+    wait(client, queued[1])
+    assert time.monotonic() - start < remaining_s / 2, "the deleted video went on"
+
+
+def test_sync_client_that_goes_away_stops_its_video(client: httpx.Client) -> None:
+    def newest() -> dict[str, Any]:
+        return client.get("/v1/videos", params={"limit": 1}).json()["data"][0]
+
+    body = json.dumps(LONG | {"seed": 4711}).encode()
+    headers = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(f"POST /v1/videos/sync HTTP/1.1\r\n{headers}".encode() + body)
+        while (video := newest())["seed"] != 4711 or video["status"] != "in_progress":
+            time.sleep(0.05)
+    while newest()["seed"] == 4711:
+        time.sleep(0.05)
+    assert client.post("/v1/videos/sync", json=SHORT).content == make(client)
+
+
+def test_full_queue(client: httpx.Client) -> None:
+    long = submit(client, **LONG)
+    wait(client, long, progress=1)
+    answers = [client.post("/v1/videos", json=SHORT) for _ in range(25)]
+    full = [answer for answer in answers if answer.status_code != 200]
+    assert len(full) == 5
+    for answer in full:
+        check_error(answer, 429, "queue_full")
+        assert int(answer.headers["retry-after"]) > 0
+    for video_id in [long, *(answer.json()["id"] for answer in answers if answer.status_code == 200)]:
+        client.delete(f"/v1/videos/{video_id}")
+
+
+def test_overlay_is_drawn_elsewhere(client: httpx.Client) -> None:
+    video_id = submit(client, **SHORT, physics={"return_maps": True})
+    wait(client, video_id)
+    path = f"/v1/videos/{video_id}/physics/overlay"
+    overlay = client.get(path, params={"phenomenon": "collision"}).raise_for_status()
+    assert overlay.content[4:8] == b"ftyp"
+    assert overlay.content != client.get(f"/v1/videos/{video_id}/content").content
+
+
+def test_request_ids_in_answers_and_logs(client: httpx.Client) -> None:
+    answer = client.post("/v1/videos", json=SHORT, headers={"x-request-id": "from-the-client"})
+    assert answer.headers.get_list("x-request-id") == ["from-the-client"]
+    assert re.fullmatch(r"[0-9a-f-]{36}", client.get("/healthz").headers["x-request-id"])
+    wait(client, answer.json()["id"])
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
+    lines = [line for file in folder.glob("replica_prophy_VideoAPI_*") for line in file.open()]
+    events = [json.loads(line) for line in lines if "from-the-client" in line]
+    assert any("accepted" in event["message"] for event in events)
+    completed = [event for event in events if "completed" in event["message"]]
+    assert completed[0]["video_id"] == answer.json()["id"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-request-timeout-seconds": "0.000001"},
+        {"x-request-timeout-seconds": "nan", "x-request-disconnect-disabled": "?1"},
+        {"serve-multiplexed-model-id": "x", "x-session-id": "y"},
+        {"x-request-id": "x" * 10_000},
+        {"x-session-id": b"\xff\xfe", "x-request-id": b"\xff"},
+        {"host": "elsewhere", "x-forwarded-for": "127.0.0.1", "content-length": "0"},
+    ],
+    ids=lambda headers: next(iter(headers)),
+)
+def test_header_tricks(client: httpx.Client, headers: dict[str, str | bytes]) -> None:
+    assert client.get("/v1/models", headers=headers).status_code == 200
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_ready_and_counted(client: httpx.Client) -> None:
+    make(client)
+    assert client.get("/readyz").json() == {"status": "ready"}
+    assert "prophy_replicas 1.0" in client.get("/metrics").text
+
+
+def test_one_server_at_a_time(client: httpx.Client, config: Config) -> None:
+    with pytest.raises(ProPhyError, match="Ray Serve already runs here, with prophy"), serve.serving(config):
+        pass
+
+
+def test_taken_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = tiny_config(tmp_path, f"serve.port={listener.getsockname()[1]}")
+        with (
+            pytest.raises(ProPhyError, match=r"cannot listen on 127.0.0.1:\d+ .*choose another"),
+            serve.serving(config),
+        ):
+            pass
+
+
+def test_other_machines_need_keys(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "serve.host=0.0.0.0")
+    with pytest.raises(ProPhyError, match="make one with `prophy key`"), serve.serving(config):
+        pass
+
+
+@pytest.mark.parametrize("url", ["user:secret@host/jobs", "user:a/b@host/jobs", "host/jobs?password=secret"])
+def test_password_in_the_configuration(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ProPhyError, match="put it into PGPASSWORD"):
+        tiny_config(tmp_path, f"serve.database=postgresql://{url}")
+
+
+@pytest.mark.parametrize("limit", ["max_num_frames=13", "max_pixels=1024"])
+def test_defaults_beyond_the_limits(tmp_path: Path, limit: str) -> None:
+    with pytest.raises(ProPhyError, match="which a request gets that names no"):
+        tiny_config(tmp_path, f"serve.{limit}")
+
+
+def test_replicas_out_of_order(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=r"min_replicas \(3\) must not exceed max_replicas \(2\)"):
+        tiny_config(tmp_path, "serve.min_replicas=3", "serve.max_replicas=2")
+
+
+def test_checkpoint_of_another_backbone(config: Config, tmp_path: Path) -> None:
+    for file in config.checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    description = next(tmp_path.glob("*.json"))
+    changed = json.loads(description.read_text())
+    changed["backbone"] |= {"name": "Wan-AI/Wan2.1-T2V-14B-Diffusers", "fingerprint": "c0ffee"}
+    description.write_text(json.dumps(changed))
+    other = config.model_copy(update={"checkpoint": tmp_path})
+    with pytest.raises(ProPhyError, match="was trained on another backbone"), serve.serving(other):
+        pass

@@ -1,0 +1,503 @@
+"""DeepSpeed on real processes: every ZeRO stage trains alike, resumes exactly and gives whole weights.
+
+And the gradient of the relative alignment is that of one process with the joint batch.
+"""
+
+import os
+import shutil
+import socket
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import multiprocessing, nn
+
+from pipelines.config import LossWeights, TrainConfig
+from pipelines.training.checkpoint import Checkpoint, latest
+from prophy.device import has_bfloat16
+from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.models.weights import fill
+from prophy.training.data import SemanticBatch, TrainBatch
+from prophy.training.module import ProPhyTrainModule
+from prophy.training.objectives import FlowMatching
+
+WORLD_SIZE = 2
+STAGES = (0, 1, 2, 3)
+ENGINES = {f"zero{stage}": (stage, "none") for stage in STAGES} | {
+    "zero2-offload": (2, "optimizer"),
+    "zero3-offload": (3, "all"),
+}
+EMA_DECAY = 0.4
+Result = dict[str, Any]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def on_ranks(world_size: int, function: Callable[[int, Path], Result], folder: Path) -> Result:
+    """Runs `function(rank, folder)` on the processes of one group; what rank 0 returns."""
+    multiprocessing.spawn(rank_main, (world_size, free_port(), function, folder), nprocs=world_size)
+    return torch.load(folder / "result.pt")
+
+
+def rank_main(
+    rank: int, world_size: int, port: int, function: Callable[[int, Path], Result], folder: Path
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    result = function(rank, folder)
+    if rank == 0:
+        torch.save(result, folder / "result.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # the work is done: at a usual exit gloo's threads now and then abort the process
+
+
+def train_config(zero_stage: int, **values: Any) -> TrainConfig:
+    defaults = {
+        "num_steps": 6,
+        "micro_batch_size": 2,
+        "num_workers": WORLD_SIZE,
+        "global_batch_size": 8,
+        "precision": "fp32",
+        "learning_rate": 1e-2,
+        "backbone_learning_rate": 5e-3,
+        "warmup_steps": 4,
+        "gradient_clipping": 0.5,
+    }
+    return TrainConfig(zero_stage=zero_stage, **(defaults | values))
+
+
+def network() -> nn.Sequential:
+    """Three layers: the first is frozen, the others have a learning rate each."""
+    torch.manual_seed(0)
+    layers = {"frozen": nn.Linear(8, 16), "physics_branch": nn.Linear(16, 16), "last": nn.Linear(16, 1)}
+    layers["frozen"].requires_grad_(False)
+    between = {"act": nn.GELU(), "act2": nn.GELU()}
+    names = ("frozen", "act", "physics_branch", "act2", "last")
+    return nn.Sequential(OrderedDict((name, (layers | between)[name]) for name in names))
+
+
+def micro_batch(step: int, index: int) -> torch.Tensor:
+    return torch.randn(2, 8, generator=torch.Generator().manual_seed(100 * step + index))
+
+
+def loss_of(prediction: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    return (prediction - inputs.sum(1, keepdim=True)).square().mean()
+
+
+def everything_on_two_ranks(rank: int, folder: Path) -> Result:
+    """Six steps by every kind of engine; and once more the last three, from the checkpoint after three."""
+    trained = {}
+    for kind, (zero_stage, offload) in ENGINES.items():
+        history = train(folder / kind, 6, zero_stage, offload)
+        if rank == 0:
+            shutil.copytree(folder / kind / "step-00000003", folder / f"{kind}-again" / "step-00000003")
+        torch.distributed.barrier()
+        trained[kind] = history, train(folder / f"{kind}-again", 6, zero_stage, offload)
+    gradients = {
+        (stage, steps): gradients_through_deepspeed(rank, WORLD_SIZE, stage, steps)
+        for stage in STAGES
+        for steps in (1, 2)
+    }
+    stages = (1, 3) if has_bfloat16(torch.device("cpu")) else ()
+    curves = {stage: loss_curve(stage, "bfloat16", num_steps=6)["losses"] for stage in stages}
+    return {"trained": trained, "gradients": gradients, "bfloat16": curves}
+
+
+def on_to_step_5_on_one_rank(rank: int, folder: Path) -> Result:
+    return {
+        **gradients_through_deepspeed(rank, 1, zero_stage=1, accumulation_steps=2),
+        "history": train(folder.parent / "moved", 5, zero_stage=1),
+    }
+
+
+def on_to_step_6_on_two_ranks(rank: int, folder: Path) -> Result:
+    return {"history": train(folder.parent / "moved", 6, zero_stage=3)}
+
+
+def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list[tuple[float, float]]:
+    """From the latest checkpoint in `root` to step `last`, with a checkpoint after step 3 and at the end."""
+    from pipelines.training.checkpoint import latest_on_every_rank
+    from pipelines.training.engine import (
+        Ema,
+        fragments,
+        initialize,
+        load_optimizer,
+        optimizer_step,
+        placement,
+        save_checkpoint,
+        set_learning_rate,
+    )
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = train_config(zero_stage, offload=offload, num_workers=world_size)
+    module, checkpoint = network(), latest_on_every_rank(root)
+    saved = {} if checkpoint is None else checkpoint.shapes
+    fill(
+        module,
+        lambda name: checkpoint.tensor("parameter", name) if name in saved else None,
+        placement(config),
+    )
+    engine = initialize(module, config)
+    ema = Ema(EMA_DECAY, fragments(engine))
+    if checkpoint is not None:
+        load_optimizer(engine, ema, checkpoint)
+
+    history = []
+    for step in range(engine.global_steps, last):
+        learning_rate = set_learning_rate(engine, config)
+        for index in range(config.gradient_accumulation_steps):
+            inputs = micro_batch(step, index * world_size + rank)
+            engine.backward(loss_of(engine(inputs), inputs))
+            norm = optimizer_step(engine)
+            assert (norm is None) == (index < config.gradient_accumulation_steps - 1)
+        ema.update(step + 1)
+        history.append((norm, learning_rate))
+        if step + 1 in (3, last):
+            save_checkpoint(engine, ema, root, {"name": "test"}, num_to_keep=2)
+    return history
+
+
+def train_in_bare_torch() -> Result:
+    """The same six steps in one process: mean gradient, clipping, AdamW, linear warm-up, moving average."""
+    module, config = network(), train_config(0)
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    rates = [config.learning_rate, config.learning_rate] + [config.backbone_learning_rate] * 2
+    groups = [{"params": [value], "rate": rate} for value, rate in zip(trained.values(), rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    history, average = [], {name: value.detach().clone() for name, value in trained.items()}
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * min(1.0, (step + 1) / 4)
+        optimizer.zero_grad()
+        for index in range(4):
+            inputs = micro_batch(step, index)
+            (loss_of(module(inputs), inputs) / 4).backward()
+        norm = nn.utils.clip_grad_norm_(trained.values(), config.gradient_clipping)
+        optimizer.step()
+        history.append((norm.item(), optimizer.param_groups[0]["lr"]))
+        decay = min(EMA_DECAY, (step + 2) / (step + 11))
+        for name, value in trained.items():
+            average[name] = decay * average[name] + (1 - decay) * value.detach()
+    return {"parameter": trained, "ema": average, "history": history}
+
+
+def train_module(accumulation_steps: int, backbone_mode: str = "frozen") -> ProPhyTrainModule:
+    """A small transformer whose backbone and branch all matter: the injections are not zero."""
+    torch.manual_seed(0)
+    backbone = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+    transformer = ProPhyWanTransformer3DModel.from_transformer(
+        backbone,
+        physics_layers=(0, 1),
+        num_semantic_experts=4,
+        num_refinement_experts=4,
+        latent_shape=(3, 4, 4),
+    )
+    for parameter in transformer.physics_branch.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    if backbone_mode == "lora":
+        transformer.add_lora(rank=2, alpha=4)
+    elif backbone_mode == "bfloat16":
+        transformer.bfloat16().physics_branch.float()
+    transformer.train_backbone("frozen" if backbone_mode == "bfloat16" else backbone_mode)
+    # Balancing depends on which samples share a micro-batch; all other losses must not.
+    weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=0.0)
+    return ProPhyTrainModule(
+        transformer, FlowMatching(3.0), torch.zeros(5, 16), weights, "mean", accumulation_steps
+    )
+
+
+def joint_batch(size: int, seed: int = 3) -> TrainBatch:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.zeros(size, 17)
+    labels[torch.arange(size), torch.arange(size) % 3] = 1.0
+    labels[:, 5] = 1.0
+    return TrainBatch(
+        sample_ids=[str(i) for i in range(size)],
+        latents=torch.randn(size, 4, 3, 4, 4, generator=generator),
+        encoder_hidden_states=torch.randn(size, 5, 16, generator=generator),
+        drop_caption=torch.arange(size) == 1,
+        phenomena=labels,
+        target_maps=torch.rand(size, 12, 17, generator=generator),
+        target_mask=torch.rand(size, 12, 17, generator=generator) < 0.3,
+        noise=torch.randn(size, 4, 3, 4, 4, generator=generator),
+        timestep_quantile=torch.rand(size, generator=generator),
+    )
+
+
+def curve_config(zero_stage: int, num_steps: int, num_workers: int, precision: str = "fp32") -> TrainConfig:
+    """Micro-batches of one sample, four in a step; warm-up, then cosine to zero."""
+    values = {"micro_batch_size": 1, "num_workers": num_workers, "global_batch_size": 4}
+    values |= {"precision": precision}
+    values |= {"num_steps": num_steps, "learning_rate": 1e-3, "lr_schedule": "cosine"}
+    return train_config(zero_stage, **values)
+
+
+def curve_batch(step: int) -> TrainBatch:
+    return joint_batch(4, seed=3 + step % 5)
+
+
+def loss_curve(zero_stage: int, backbone_mode: str, num_steps: int) -> Result:
+    """Losses by step, learning rates, and the moving average at the end, through DeepSpeed."""
+    from pipelines.training.engine import (
+        Ema,
+        fragments,
+        initialize,
+        optimizer_step,
+        placement,
+        set_learning_rate,
+    )
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    precision = "bf16" if backbone_mode == "bfloat16" else "fp32"
+    config = curve_config(zero_stage, num_steps, world_size, precision)
+    module = train_module(config.gradient_accumulation_steps, backbone_mode)
+    if precision == "bf16" and zero_stage == 3:
+        module.transformer.enable_gradient_checkpointing()
+    fill(module, lambda name: None, placement(config))
+    engine = initialize(module, config)
+    ema = Ema(EMA_DECAY, fragments(engine))
+    losses, rates = [], []
+    for step in range(num_steps):
+        rates.append(set_learning_rate(engine, config))
+        joint = curve_batch(step)
+        batches = [one_sample(joint, i) for i in range(rank, 4, world_size)]
+        outputs = []
+        for index, batch in enumerate(batches):
+            outputs.append(engine(batch, captions(batches) if index == len(batches) - 1 else None))
+            engine.backward(outputs[-1].loss)
+            optimizer_step(engine)
+        ema.update(step + 1)
+        own = torch.stack([torch.stack([o.diffusion, o.token_alignment]) for o in outputs]).mean(0)
+        torch.distributed.all_reduce(own)
+        losses.append(torch.cat([own / world_size, outputs[-1].semantic_alignment[None]]))
+    parts: list = [None] * world_size
+    averages = [(part.name, part.start, ema.averages[part.name]) for part in fragments(engine)]
+    torch.distributed.all_gather_object(parts, averages)
+    whole: dict[str, dict[int, torch.Tensor]] = {}
+    for name, start, average in (part for own in parts for part in own):
+        whole.setdefault(name, {})[start] = average
+    ema_values = {name: torch.cat([found[start] for start in sorted(found)]) for name, found in whole.items()}
+    return {"losses": torch.stack(losses), "rates": rates, "ema": ema_values}
+
+
+def loss_curve_of_bare_torch(backbone_mode: str, num_steps: int) -> Result:
+    """The same steps in one process, all samples in one batch."""
+    config, module = curve_config(0, num_steps, 1), train_module(1, backbone_mode)
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    groups = [
+        {"params": [v], "rate": config.learning_rate if "physics_branch" in name else 5e-3}
+        for name, v in trained.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    warm_up = torch.linspace(0.25, 1, 4)
+    factors = torch.cat(
+        [warm_up, (1 + torch.cos(torch.pi * torch.arange(num_steps - 4) / (num_steps - 4))) / 2]
+    )
+    losses, average = [], {name: value.detach().clone() for name, value in trained.items()}
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * factors[step].item()
+        optimizer.zero_grad()
+        joint = curve_batch(step)
+        output = module(joint, captions([joint]))
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), config.gradient_clipping)
+        optimizer.step()
+        decay = min(EMA_DECAY, (step + 2) / (step + 11))
+        for name, value in trained.items():
+            average[name] = decay * average[name] + (1 - decay) * value.detach()
+        losses.append(torch.stack([output.diffusion, output.token_alignment, output.semantic_alignment]))
+    ema = {name: value.flatten() for name, value in average.items()}
+    return {"losses": torch.stack(losses), "rates": (config.learning_rate * factors).tolist(), "ema": ema}
+
+
+def loss_curves(rank: int, folder: Path) -> Result:
+    num_steps, modes = torch.load(folder / "task.pt")
+    return {(stage, mode): loss_curve(stage, mode, num_steps) for stage in STAGES for mode in modes}
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "modes"),
+    [(6, ("lora",)), pytest.param(50, ("frozen", "lora", "full"), marks=pytest.mark.slow)],
+)
+def test_loss_curves_are_those_of_one_process(num_steps: int, modes: tuple[str, ...], tmp_path: Path) -> None:
+    """Two ranks with every ZeRO stage: losses, cosine schedule and moving average as in bare torch."""
+    torch.save((num_steps, modes), tmp_path / "task.pt")
+    curves = on_ranks(2, loss_curves, tmp_path)
+    for mode in modes:
+        expected = loss_curve_of_bare_torch(mode, num_steps)
+        assert expected["losses"][-5:, 0].mean() < expected["losses"][:5, 0].mean()
+        for stage in STAGES:
+            curve = curves[stage, mode]
+            worst = ((curve["losses"] - expected["losses"]).abs() / expected["losses"]).max()
+            print(f"ZeRO {stage}, backbone {mode}, {num_steps} steps: losses differ by {worst:.1e} at most")
+            torch.testing.assert_close(curve["losses"], expected["losses"], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(curve["rates"], expected["rates"], rtol=1e-5, atol=1e-9)
+            assert curve["ema"].keys() == expected["ema"].keys()
+            for name, value in expected["ema"].items():
+                torch.testing.assert_close(curve["ema"][name], value, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
+    return TrainBatch(**{name: value[index : index + 1] for name, value in vars(batch).items()})
+
+
+def captions(batches: list[TrainBatch]) -> SemanticBatch:
+    return SemanticBatch(
+        torch.cat([batch.encoder_hidden_states for batch in batches]),
+        torch.cat([batch.phenomena for batch in batches]),
+    )
+
+
+def gradients_through_deepspeed(
+    rank: int, world_size: int, zero_stage: int, accumulation_steps: int
+) -> Result:
+    """Gradients after one step of micro-batches of one sample each."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from pipelines.training.engine import initialize
+
+    values = {
+        "micro_batch_size": 1,
+        "num_workers": world_size,
+        "global_batch_size": world_size * accumulation_steps,
+    }
+    engine = initialize(train_module(accumulation_steps), train_config(zero_stage, **values))
+    joint = joint_batch(world_size * accumulation_steps)
+    batches = [one_sample(joint, index * world_size + rank) for index in range(accumulation_steps)]
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        output = engine(batch, captions(batches) if last else None)
+        engine.backward(output.loss)
+        if not last:
+            engine.step()
+    gradients = {
+        name: safe_get_full_grad(parameter).clone()
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+    return {"gradients": gradients, "semantic_alignment": output.semantic_alignment}
+
+
+def gradients_of_the_joint_batch(size: int) -> Result:
+    """The same in one process, bare torch, all samples in one batch."""
+    module = train_module(accumulation_steps=1)
+    joint = joint_batch(size)
+    output = module(joint, captions([joint]))
+    output.loss.backward()
+    gradients = {
+        name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
+    return {"gradients": gradients, "semantic_alignment": output.semantic_alignment}
+
+
+def assert_same_gradients(result: Result, expected: Result) -> None:
+    torch.testing.assert_close(result["semantic_alignment"], expected["semantic_alignment"])
+    assert result["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    router = [gradient for name, gradient in expected["gradients"].items() if "semantic.router" in name]
+    assert all(gradient.abs().max() > 1e-5 for gradient in router)
+
+
+@pytest.fixture(scope="module")
+def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ranks_folder: Path) -> Result:
+    return on_ranks(2, everything_on_two_ranks, ranks_folder)
+
+
+def assert_trained_like_bare_torch(checkpoint: Checkpoint, history: list[tuple[float, float]]) -> None:
+    expected = train_in_bare_torch()
+    assert checkpoint.step == 6 and checkpoint.run == {"name": "test"}
+    for kind in ("parameter", "ema"):
+        assert checkpoint.shapes.keys() == expected[kind].keys()
+        for name, value in expected[kind].items():
+            torch.testing.assert_close(checkpoint.tensor(kind, name), value.detach(), rtol=1e-4, atol=1e-5)
+    last = torch.tensor(expected["history"][-len(history) :])
+    torch.testing.assert_close(torch.tensor(history), last, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_engine_trains_like_bare_torch(two_ranks: Result, ranks_folder: Path, kind: str) -> None:
+    assert_trained_like_bare_torch(latest(ranks_folder / kind), two_ranks["trained"][kind][0])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_engine_resumes_exactly(two_ranks: Result, ranks_folder: Path, kind: str) -> None:
+    through, resumed = latest(ranks_folder / kind), latest(ranks_folder / f"{kind}-again")
+    history, resumed_history = two_ranks["trained"][kind]
+    assert resumed_history == history[3:]
+    assert resumed.kinds == through.kinds == {"parameter", "exp_avg", "exp_avg_sq", "ema"}
+    for name in through.shapes:
+        for tensors in through.kinds:
+            assert torch.equal(resumed.tensor(tensors, name), through.tensor(tensors, name))
+
+
+def test_other_numbers_of_ranks_and_stages_go_on_alike(
+    two_ranks: Result, ranks_folder: Path, tmp_path: Path
+) -> None:
+    """Three steps on two ranks with ZeRO 2, two on one with ZeRO 1, the last on two with ZeRO 3."""
+    shutil.copytree(ranks_folder / "zero2" / "step-00000003", tmp_path / "moved" / "step-00000003")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    result = on_ranks(1, on_to_step_5_on_one_rank, tmp_path / "one")
+    history = result["history"] + on_ranks(2, on_to_step_6_on_two_ranks, tmp_path / "two")["history"]
+    assert_trained_like_bare_torch(latest(tmp_path / "moved"), history)
+    assert_same_gradients(result, gradients_of_the_joint_batch(2))
+
+
+def test_zero_3_trains_a_branch_on_a_checkpointed_bfloat16_backbone(two_ranks: Result) -> None:
+    """As ZeRO 1 does without checkpointing: the configuration of the largest backbone."""
+    curves = two_ranks["bfloat16"]
+    if not curves:
+        pytest.skip("this CPU has no bfloat16")
+    assert curves[1].unique().numel() > 6
+    torch.testing.assert_close(curves[3], curves[1], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_gradient_of_two_ranks_is_that_of_the_joint_batch(
+    two_ranks: Result, zero_stage: int, accumulation_steps: int
+) -> None:
+    result = two_ranks["gradients"][zero_stage, accumulation_steps]
+    assert_same_gradients(result, gradients_of_the_joint_batch(2 * accumulation_steps))
+
+
+def test_buffers_move_and_parameters_stay() -> None:
+    """ZeRO 3 has its shards where they belong before DeepSpeed sees the module, which then moves nothing."""
+    from pipelines.training.engine import move_buffers
+
+    module = train_module(accumulation_steps=1)
+    saved = set(module.state_dict())
+    move_buffers(module, torch.device("meta"))
+    buffers = dict(module.named_buffers())
+    assert {"null_text_embeds", "transformer.rope.freqs_cos", "transformer.rope.freqs_sin"} <= buffers.keys()
+    assert all(buffer.is_meta for buffer in buffers.values())
+    assert not any(parameter.is_meta for parameter in module.parameters())
+    assert set(module.state_dict()) == saved

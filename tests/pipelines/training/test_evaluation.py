@@ -1,0 +1,131 @@
+"""Held-out clips and sample videos, measured and made beside a run."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipelines.caching import cache
+from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.config import Config
+from pipelines.sandbox import simulate
+from pipelines.training.data import build_dataset, held_out
+from pipelines.training.evaluation import (
+    EVALUATION_FILE,
+    QUANTILES,
+    SAMPLES_FOLDER,
+    evaluation,
+    held_out_losses,
+)
+from pipelines.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_rows
+from pipelines.training.train import run
+from prophy.errors import ProPhyError
+from prophy.training.data import PriorCache
+from prophy.video import probe
+from tests.conftest import tiny_config
+
+
+def evaluated_config(tiny_cache: Config, run_dir: Path, *overrides: str) -> Config:
+    return tiny_config(
+        run_dir,
+        f"cache.output={tiny_cache.cache.output}",
+        "cache.rows_per_file=4",
+        "train.num_workers=1",
+        "train.num_steps=4",
+        "train.save_every=4",
+        "train.num_held_out=2",
+        "train.sample_prompts=[a red ball falls]",
+        "sampling.num_inference_steps=2",
+        *overrides,
+    )
+
+
+def read_cache(config: Config) -> PriorCache:
+    return PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+
+
+@pytest.fixture(scope="module")
+def evaluated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run on clips of 2 and of 1 s, one of each from every video."""
+    run_dir = tmp_path_factory.mktemp("evaluated") / "run"
+    overrides = ("simulate.num_clips=6", "simulate.num_frames=25", "cache.shorter_clips_s=[1.0]")
+    clips = tiny_config(run_dir, *overrides)
+    simulate.run(clips)
+    assert cache.run(clips).num_encodings == 12
+    config = evaluated_config(clips, run_dir, *overrides, "train.log_every=1")
+    run(config)
+    return config
+
+
+def test_batches_are_of_one_length(evaluated: Config) -> None:
+    shapes = read_cache(evaluated).shapes
+    assert Counter(latents[1] for latents in shapes.values()) == {5: 6, 3: 6}
+    for sample_id, latents in shapes.items():
+        assert sample_id.endswith("-0000000-0002000" if latents[1] == 5 else "-0002000-0003000")
+    rows = read_rows(evaluated.run_dir / "train" / METRICS_FILE)
+    tokens = [round(row["tokens_per_s"] * row["step_time_s"]) for row in rows]
+    assert Counter(tokens) == {4 * 3 * 64: 2, 4 * 5 * 64: 2}  # of the 8 samples that are not held out
+
+
+def test_last_checkpoint_is_measured_on_held_out_clips(evaluated: Config) -> None:
+    root = evaluated.run_dir / "train"
+    [row] = [json.loads(line) for line in (root / EVALUATION_FILE).read_text().splitlines()]
+    assert row.pop("step") == 4
+    assert row == pytest.approx(
+        held_out_losses(evaluated, read_cache(evaluated), evaluated.run_dir / "model"), rel=1e-5
+    )
+    assert {"semantic_alignment", "token_alignment", "load_balancing", "expert_load/7"} < row.keys()
+    by_quantile = [row[f"diffusion/quantile_{quantile}"] for quantile in QUANTILES]
+    assert row["diffusion"] == pytest.approx(sum(by_quantile) / len(QUANTILES))
+    assert len({round(value, 4) for value in by_quantile}) == len(QUANTILES)
+    board = EventAccumulator(str(root / TENSORBOARD_FOLDER / "evaluation")).Reload()
+    assert [event.value for event in board.Scalars("diffusion")] == [pytest.approx(row["diffusion"])]
+    assert [event.step for event in board.Images("sample/0")] == [4]
+
+
+def test_a_line_that_a_kill_cut_short(evaluated: Config, tmp_path: Path) -> None:
+    """The checkpoint of that line is evaluated again, and the file stays one of JSON lines."""
+    root = tmp_path / "train"
+    shutil.copytree(evaluated.run_dir / "train" / "checkpoints", root / "checkpoints")
+    (root / EVALUATION_FILE).write_text('{"step": 2}\n{"step": 4, "diffu')
+    train = evaluated.train.model_copy(update={"sample_prompts": []})
+    again = evaluated.model_copy(update={"run_dir": tmp_path, "train": train})
+    with evaluation(again, read_cache(again), root):
+        pass
+    lines = (root / EVALUATION_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+def test_last_checkpoint_makes_a_video_and_its_maps(evaluated: Config) -> None:
+    folder = evaluated.run_dir / "train" / SAMPLES_FOLDER / "step-00000004"
+    assert probe(folder / "0.mp4").num_frames == 17
+    width, height = Image.open(folder / "0.png").size
+    assert width == 6 * 64 and height > 4 * 64  # frames, and three maps over them
+
+
+def test_held_out_clips_are_not_trained_on(tiny_cache: Config, tmp_path: Path) -> None:
+    config = evaluated_config(tiny_cache, tmp_path / "run")
+    samples = read_cache(config)
+    kept_out = held_out(samples.shapes, 2)
+    dataset = build_dataset(config, samples, rank=0)
+    trained = {sample_id for step in range(5) for batch in dataset[step][0] for sample_id in batch.sample_ids}
+    assert len(kept_out) == 2 and trained == samples.shapes.keys() - kept_out
+
+
+def test_what_was_trained_on_is_never_held_out_later() -> None:
+    """Clips of one video stay together; whatever joins the cache, only new videos are held out."""
+    before = ["b-0-1", "b-1-2", "d-0-1", "e-0-1"]
+    assert held_out(before, 1) == {"b-0-1", "b-1-2"}
+    for new in ("a-0-1", "c-0-1", "f-0-1"):
+        assert held_out([*before, new], 1) <= {"b-0-1", "b-1-2", new}
+        assert not held_out([*before, new], 2) & {"e-0-1"}
+
+
+def test_everything_is_held_out(tiny_cache: Config, tmp_path: Path) -> None:
+    config = evaluated_config(tiny_cache, tmp_path / "run", "train.num_held_out=12")
+    with pytest.raises(ProPhyError, match=r"train\.num_held_out \(12\) leaves no video to train on"):
+        run(config)

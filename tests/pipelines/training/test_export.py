@@ -1,0 +1,124 @@
+"""What export writes from fragments is what was trained: as a branch, and as a complete pipeline."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipelines.config import Config
+from pipelines.training import export
+from pipelines.training.checkpoint import Fragment, save
+from prophy.backbones.pretrained import fingerprint
+from prophy.backbones.registry import load_pipeline
+from prophy.errors import ProPhyError
+from prophy.generation.pipeline_wan import ProPhyWanPipeline
+from prophy.models.checkpoint import load_branch, physics_config
+from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from tests.conftest import tiny_config
+
+PARTS = {"vae": None, "text_encoder": None, "tokenizer": None}
+
+
+@pytest.fixture(scope="module")
+def transformer() -> ProPhyWanTransformer3DModel:
+    """As after training."""
+    torch.manual_seed(0)
+    backbone = load_pipeline("wan", "tiny", None, torch.float32, None, **PARTS).transformer
+    transformer = ProPhyWanTransformer3DModel.from_transformer(
+        backbone, physics_layers=(0, 4), latent_shape=(5, 16, 16)
+    )
+    torch.nn.init.normal_(transformer.physics_branch.refinement_injection.weight)
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def trained(transformer: ProPhyWanTransformer3DModel, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Step 7 is the transformer, every parameter in two fragments; the average of step 8 is twice that."""
+    config = tiny_config(tmp_path_factory.mktemp("export") / "run")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parameters = {
+        f"transformer.physics_branch.{k}": v for k, v in transformer.physics_branch.named_parameters()
+    }
+    backbone = {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)}
+    run = {"backbone": backbone, "physics": physics_config(transformer), "lora": None}
+    for step, kinds in ((7, {"parameter": 1}), (8, {"parameter": 1, "ema": 2})):
+        parts = []
+        for name, parameter in parameters.items():
+            flat = {kind: factor * parameter.detach().flatten() for kind, factor in kinds.items()}
+            middle = parameter.numel() // 3
+            parts += [
+                Fragment(name, 0, {kind: value[:middle] for kind, value in flat.items()}),
+                Fragment(name, middle, {kind: value[middle:] for kind, value in flat.items()}),
+            ]
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        save(config.checkpoints, step, parts, shapes, run, num_to_keep=2)
+    dist.destroy_process_group()
+    return config
+
+
+def test_the_branch_alone(trained: Config, transformer: ProPhyWanTransformer3DModel, tmp_path: Path) -> None:
+    own = transformer.physics_branch.state_dict()
+    expected = {f"physics_branch.{name}": value for name, value in own.items()}
+    for step, factor in ((7, 1), (None, 2)):
+        branch = load_branch(export.run(trained, tmp_path / str(step), step, complete=False))
+        assert branch.physics["physics_layers"] == [0, 4]
+        assert branch.state_dict.keys() == expected.keys()
+        assert all(torch.equal(branch.state_dict[name], factor * value) for name, value in expected.items())
+    load_pipeline("wan", "tiny", None, torch.float32, tmp_path / "7", **PARTS)
+
+
+def test_a_complete_pipeline(
+    trained: Config, transformer: ProPhyWanTransformer3DModel, tmp_path: Path
+) -> None:
+    folder = export.run(trained, tmp_path / "pipeline", 7, complete=True)
+    pipeline = ProPhyWanPipeline.from_pretrained(folder)
+    assert isinstance(pipeline.transformer, ProPhyWanTransformer3DModel)
+    assert pipeline.config.max_sequence_length == 32
+    weights, expected = pipeline.transformer.state_dict(), transformer.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    card = (folder / "README.md").read_text()
+    assert "Trained for 7 steps" in card and "ProPhyWanPipeline.from_pretrained" in card
+
+
+def test_mistakes(trained: Config, tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="no checkpoint in .*run `prophy train`"):
+        export.run(tiny_config(tmp_path / "none"), tmp_path / "out", None, complete=False)
+    with pytest.raises(ProPhyError, match="no undamaged checkpoint of step 3"):
+        export.run(trained, tmp_path / "out", 3, complete=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ProPhyError, match="full exists; choose another folder"):
+        export.run(trained, tmp_path / "full", 7, complete=False)
+    beside = tmp_path / "full" / "file" / "out"
+    with pytest.raises(ProPhyError, match=f"cannot export to {beside}: .*; mend that"):
+        export.run(trained, beside, 7, complete=False)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_an_export_that_was_killed_is_made_again(trained: Config, tmp_path: Path, complete: bool) -> None:
+    once = export.run(trained, tmp_path / "once", 7, complete)
+    left = tmp_path / "out.partial" / "transformer" / "half.safetensors"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    out = export.run(trained, tmp_path / "out", 7, complete)
+    assert {path.name for path in tmp_path.iterdir()} == {"once", "out"}
+    files, expected = (
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (out, once)
+    )
+    assert files == expected
+
+
+def test_an_export_that_fails_leaves_nothing(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "_write_json", full)
+    with pytest.raises(ProPhyError, match="No space left on device; mend that"):
+        export.run(trained, tmp_path / "out", 7, complete=True)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,80 @@
+"""What a plan says against DeepSpeed's estimators, and what it advises."""
+
+import pytest
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.config import load_config
+from pipelines.training.plan import ModelSize, Plan, Way, make_plan, model_states
+from prophy.errors import ProPhyError
+
+NUM_PARAMETERS, GPUS = 1_600_000_000, 8
+# DeepSpeed's estimators know models that are trained as a whole, in 16 bit.
+ALL_TRAINED = ModelSize(NUM_PARAMETERS, 0, NUM_PARAMETERS, trained_bytes=2, frozen_bytes=0)
+
+
+def without_buffers(zero_stage: int, offload: str) -> tuple[int, int]:
+    states = model_states(ALL_TRAINED, GPUS, zero_stage, offload)
+    return states.host, states.total - states.buffers
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_zero2_agrees_with_deepspeed(offload: str) -> None:
+    host, gpu = estimate_zero2_model_states_mem_needs(NUM_PARAMETERS, GPUS, 1, offload != "none", 1.0)
+    assert without_buffers(2, offload)[1] == gpu
+    if offload == "optimizer":
+        # DeepSpeed: at least the 4 bytes of each rank's own copy while it loads, 32 for 8 of them.
+        assert without_buffers(2, offload)[0] == 16 * NUM_PARAMETERS <= host
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
+def test_zero3_agrees_with_deepspeed(offload: str) -> None:
+    on_cpu = (offload != "none", offload == "all")
+    host, gpu, _ = estimate_zero3_model_states_mem_needs(NUM_PARAMETERS, 0, GPUS, 1, *on_cpu, True, 1.0)
+    assert without_buffers(3, offload) == (host, gpu)
+
+
+def test_what_is_frozen_has_neither_gradient_nor_optimizer() -> None:
+    """Beside what is trained there is one copy in its precision; ZeRO 3 shares that out too."""
+    frozen = ModelSize(10, 4, trained=4, trained_bytes=4, frozen_bytes=1000)
+    assert model_states(frozen, 1, 0, "none").total == 1000 + 4 * (4 + 4 + 8)
+    two = model_states(frozen, 2, 2, "none")
+    assert (two.weights, two.gradients, two.optimizer) == (1016, 16, 24)
+    assert model_states(frozen, 2, 3, "none").weights == 508
+
+
+@pytest.fixture(scope="module")
+def wan_14b() -> Plan:
+    return make_plan(load_config("wan2.1-14b", [f"train.num_workers={GPUS}"]))
+
+
+def test_plan_of_a_published_model(wan_14b: Plan) -> None:
+    assert wan_14b.size.backbone == 14_288_491_584
+    assert wan_14b.size.trained == wan_14b.size.branch
+    assert wan_14b.num_tokens == 21 * 30 * 52
+    # Forward: two operations per parameter and token, and attention; 3 for the branch, 2 for the backbone.
+    attention = 4 * wan_14b.num_tokens**2 * 5120 * 40
+    per_sample = 4 * wan_14b.size.backbone * wan_14b.num_tokens + 3 * attention
+    assert 1.0 < wan_14b.flops / 32 / per_sample < 1.4
+    assert wan_14b.activations[True] < wan_14b.activations[False] / 5
+
+
+def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
+    assert wan_14b.advice(1e12) == Way(1, "none", gradient_checkpointing=False)
+    assert wan_14b.advice(141e9) == Way(1, "none", gradient_checkpointing=True)
+    assert wan_14b.total(Way(2, "none", True)) > 0.9 * 80e9 > wan_14b.total(Way(3, "none", True))
+    assert wan_14b.advice(80e9) == Way(3, "none", gradient_checkpointing=True)
+    assert wan_14b.advice(1e9) is None
+
+
+def test_command_prints_a_table() -> None:
+    result = CliRunner().invoke(app, ["plan", "--config", "wan2.1-1.3b", "--gpus", "8", "--gpu-memory", "80"])
+    assert result.exit_code == 0
+    assert "1.419B" in result.output and "advice: --set train.zero_stage=1" in result.output
+
+
+def test_unknown_model_without_network() -> None:
+    with pytest.raises(ProPhyError, match="cannot load nobody/nothing: no complete model of this name"):
+        make_plan(load_config("wan2.1-14b", ["backbone.pretrained=nobody/nothing"]))

@@ -1,0 +1,81 @@
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prophy.pretraining.vlm import VlmRecipe, pack, pretrain_vlm, true_answers, vlm_frames
+from prophy.priors.vlm import VideoLanguageModel
+from prophy.sandbox import simulate_clip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A second thread costs tensors as small as these more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    clips = [simulate_clip(seed, num_frames=17, fps=8.0, size=64) for seed in range(4)]
+    return [min(clips, key=lambda clip: len(clip.parts)), max(clips, key=lambda clip: len(clip.parts))]
+
+
+def test_a_packed_sequence_equals_separate_ones(clips):
+    vlm = VideoLanguageModel("tiny", None, "float32", None)
+    assert [len(clip.parts) for clip in clips] == [1, 2]  # so that one sequence is padded
+    batch = pack(vlm, clips, np.random.default_rng(0))
+    with torch.inference_mode():
+        packed = vlm.model(**batch)
+    learned = batch["labels"] != -100
+    rng = np.random.default_rng(0)
+    total, count = 0.0, 0
+    for row, clip in enumerate(clips):
+        separate = []
+        patches, grid = vlm.pixels(vlm_frames(clip.frames))
+        for question, answer in true_answers(clip, rng):
+            head, tail = vlm.split_prompt(question.text)
+            prompt = vlm.tokenizer(head + "<|video_pad|>" * 256 + tail, add_special_tokens=False).input_ids
+            said = vlm.tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
+            assert vlm.tokenizer.unk_token_id not in prompt + said
+            ids = torch.tensor([prompt + said])
+            with torch.inference_mode():
+                out = vlm.model(
+                    input_ids=ids,
+                    mm_token_type_ids=(ids == vlm.model.config.video_token_id) * 2,
+                    pixel_values_videos=patches,
+                    video_grid_thw=grid,
+                    second_per_grid_ts=torch.tensor([2 / 3.5]),
+                    labels=torch.tensor([len(prompt) * [-100] + said]),
+                )
+            separate.append(out.logits[0, len(prompt) - 1 : -1])
+            total, count = total + out.loss.item() * len(said), count + len(said)
+        before = torch.roll(learned[row], -1)
+        torch.testing.assert_close(packed.logits[row, before], torch.cat(separate), atol=1e-5, rtol=1e-4)
+    assert packed.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_goes_on_where_it_was_cut_off_as_if_it_had_not_been(tmp_path):
+    recipe = VlmRecipe(num_steps=3, num_held_out=1, batch_size=1, warmup_steps=1, validate_every=2)
+    whole = pretrain_vlm(tmp_path / "whole", recipe)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prophy.pretraining.recipe._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        patch.setattr("prophy.pretraining.vlm._validate", _interrupt)
+        pretrain_vlm(tmp_path / "cut", recipe)
+    cut = pretrain_vlm(tmp_path / "cut", recipe)
+    assert cut.history == whole.history
+    assert whole.history[2]["validation"] < whole.history[1]["validation"]
+    weights = [load_file(tmp_path / name / "vlm" / "model.safetensors") for name in ("whole", "cut")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    measured = json.loads((tmp_path / "whole" / "vlm.json").read_text())
+    assert {"presence", "phenomena", "captions", "descriptions"} <= measured.keys()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

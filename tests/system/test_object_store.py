@@ -1,0 +1,83 @@
+"""`prophy cache` on an object store: S3, from a local server. Where it is, AWS's own configuration says."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
+
+from pipelines.caching import cache
+from pipelines.caching.sources import changed, find_videos
+from pipelines.caching.tables import update_index
+from pipelines.caching.verify import verify
+from prophy.errors import ProPhyError
+from prophy.video import write_video
+from tests.conftest import tiny_config
+from tests.hostile import FPS, moving_square
+
+
+@pytest.fixture
+def store() -> Iterator[S3FileSystem]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = "aws_access_key_id = a\naws_secret_access_key = b\nregion = us-east-1\n"
+    Path(os.environ["AWS_CONFIG_FILE"]).write_text(f"[default]\n{keys}endpoint_url = http://{host}:{port}\n")
+    S3FileSystem.clear_instance_cache()
+    yield S3FileSystem(use_listings_cache=False)
+    S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def put_video(store: S3FileSystem, name: str, scratch: Path, num_frames: int) -> None:
+    write_video(scratch / "video.mp4", moving_square(num_frames), FPS)
+    store.put_file(str(scratch / "video.mp4"), name)
+
+
+def test_a_prefix_is_cached_and_what_changes_in_it_is_seen(
+    store: S3FileSystem, ray_cluster: None, tmp_path: Path
+) -> None:
+    store.mkdir("bucket")
+    for name, num_frames in (("a.mp4", 17), ("deep/b.mp4", 18)):
+        put_video(store, f"bucket/videos/{name}", tmp_path, num_frames)
+    store.pipe_file("bucket/videos/broken.mp4", b"no video")
+    store.pipe_file("bucket/elsewhere/c.mp4", b"no part of the prefix")
+    config = tiny_config(tmp_path / "run", "cache.input=s3://bucket/videos")
+    summary = cache.run(config)
+    assert (summary.num_videos, summary.num_priors, summary.num_encodings) == (3, 2, 2)
+    [refused] = summary.quarantined
+    assert refused.startswith("s3://bucket/videos/broken.mp4 cannot be read as a video")
+    priors = update_index(cache.priors_table(config))
+    uris = {row["source"]["uri"]: row["sample_id"] for row in priors.to_pylist()}
+    assert uris.keys() == {"s3://bucket/videos/a.mp4", "s3://bucket/videos/deep/b.mp4"}
+    assert cache.run(config).added_priors.written == 0
+    assert verify(Path(config.cache.output)) == []
+
+    put_video(store, "bucket/videos/a.mp4", tmp_path, 19)
+    S3FileSystem.clear_instance_cache()  # as a new process has it
+    assert changed(priors, find_videos(config.cache.input)) == [uris["s3://bucket/videos/a.mp4"]]
+
+
+def test_a_manifest_lies_beside_its_videos(store: S3FileSystem, tmp_path: Path) -> None:
+    store.mkdir("listed")
+    store.pipe_file("listed/videos/a.mp4", b"123")
+    rows = pa.table({"path": ["a.mp4", "gone.mp4"], "caption": ["a ball", None]})
+    pq.write_table(rows, tmp_path / "manifest.parquet")
+    store.put_file(str(tmp_path / "manifest.parquet"), "listed/videos/manifest.parquet")
+    here, gone = find_videos("s3://listed/videos")
+    assert (here["source"]["uri"], here["source"]["size"]) == ("s3://listed/videos/a.mp4", 3)
+    assert here["caption"] == "a ball" and here["source"]["modified"] > 1.7e9
+    assert gone["source"] == {"uri": "s3://listed/videos/gone.mp4", "size": 0, "modified": 0.0}
+
+
+def test_a_store_that_does_not_let_us_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    Path(os.environ["AWS_CONFIG_FILE"]).write_text("[default]\nregion = us-east-1\n")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(ProPhyError, match=r"cannot read cache.input: s3://bucket/videos .*NoCredentials"):
+        find_videos("s3://bucket/videos")
+    S3FileSystem.clear_instance_cache()

@@ -1,0 +1,81 @@
+"""The cache in the hands of people who do not have this project: pyarrow, DuckDB, Hugging Face datasets."""
+
+from pathlib import Path
+
+import datasets
+import duckdb
+import numpy as np
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.caching import cache
+from pipelines.config import Config
+from prophy.schema import EMPTY_PROMPT, ROW_FILES, tensor_from_columns
+from prophy.training.data import PriorCache
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_cache: Config) -> tuple[Path, Path]:
+    return Path(cache.priors_folder(tiny_cache)), Path(cache.encodings_folder(tiny_cache))
+
+
+def as_array(row: dict, name: str) -> np.ndarray:
+    """As the schema documents it, with numpy alone."""
+    return np.frombuffer(row[name], row[f"{name}_dtype"]).reshape(row[f"{name}_shape"])
+
+
+def assert_is_the_cache(
+    priors: dict[str, dict], encodings: dict[str, dict], folders: tuple[Path, Path]
+) -> None:
+    """The rows against what training reads."""
+    ours = PriorCache(*folders)
+    assert priors.keys() == encodings.keys() == ours.shapes.keys()
+    for sample_id in priors:
+        sample = ours.read(sample_id)
+        maps = np.float32(priors[sample_id]["maps"]).reshape(priors[sample_id]["maps_shape"])
+        assert np.array_equal(maps, sample.maps.numpy())
+        assert list(priors[sample_id]["map_phenomena"]) == sample.map_phenomena
+        assert np.array_equal(np.float32(priors[sample_id]["phenomena"]), sample.phenomena.numpy())
+        assert np.array_equal(as_array(encodings[sample_id], "latents"), sample.latents.numpy())
+        assert np.array_equal(as_array(encodings[sample_id], "text_embeds"), sample.text_embeds.numpy())
+
+
+def test_pyarrow(folders: tuple[Path, Path]) -> None:
+    tables = [
+        pads.dataset([str(file) for file in folder.glob(ROW_FILES)]).to_table().to_pylist()
+        for folder in folders
+    ]
+    assert_is_the_cache(*({row["sample_id"]: row for row in rows} for rows in tables), folders)
+    [empty] = pq.read_table(folders[1] / EMPTY_PROMPT).to_pylist()
+    assert np.array_equal(as_array(empty, "text_embeds"), PriorCache(*folders).null_text_embeds().numpy())
+
+
+def test_duckdb(folders: tuple[Path, Path]) -> None:
+    priors, encodings = (f"read_parquet('{folder}/{ROW_FILES}')" for folder in folders)
+    query = f"SELECT * EXCLUDE (source, caption) FROM {priors} p JOIN {encodings} e USING (sample_id)"
+    columns = duckdb.sql(query).to_arrow_table().to_pylist()
+    joined = {row["sample_id"]: row for row in columns}
+    assert_is_the_cache(joined, joined, folders)
+    [(answers, videos)] = duckdb.sql(
+        f"SELECT count(*) FILTER (answers[1].question = 'caption'), count(DISTINCT source.uri) FROM {priors}"
+    ).fetchall()
+    assert answers == videos == 12
+
+
+def test_hugging_face_datasets(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    tables = []
+    for folder in folders:
+        files = f"{folder}/{ROW_FILES}"
+        loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+        tables.append({row["sample_id"]: row for row in loaded})
+    assert_is_the_cache(*tables, folders)
+
+
+def test_bfloat16_has_its_bytes(folders: tuple[Path, Path]) -> None:
+    """numpy has no bfloat16: its bytes are the upper halves of a float32's."""
+    values = torch.randn(3, 4).bfloat16()
+    row = {"x": values.view(torch.uint8).numpy().tobytes(), "x_shape": [3, 4], "x_dtype": "bfloat16"}
+    as_float = (np.frombuffer(row["x"], np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(3, 4)
+    assert torch.equal(tensor_from_columns("x", row).float(), torch.from_numpy(as_float))

@@ -1,0 +1,282 @@
+"""The batch plan's promises, and training batches against the rows of a cache written by the real sink."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from pipelines.caching.tables import Table, update_index, write_file
+from prophy.errors import ProPhyError
+from prophy.priors.grounding import make_targets
+from prophy.schema import ENCODINGS, PRIORS, ROW_FILES, tensor_columns
+from prophy.training.data import (
+    EMPTY_PROMPT,
+    BatchPlan,
+    ClipShape,
+    PriorCache,
+    PriorDataset,
+    SemanticBatch,
+    TrainBatch,
+)
+
+SMALL, WIDE = (4, 3, 4, 4), (4, 3, 4, 8)
+CLIP_SHAPES = [ClipShape(9, SMALL, (3, 2, 2)), ClipShape(9, WIDE, (3, 2, 4))]
+SOURCE = {"uri": "clip.mp4", "size": 1, "modified": 0.0}
+
+
+def rows(name: str, shape: tuple[int, ...]) -> tuple[dict, dict]:
+    """A row of priors and a row of encodings, the same for the same name."""
+    random = np.random.default_rng(list(name.encode()))
+    present = sorted(random.choice(17, size=random.integers(0, 3), replace=False).tolist())
+    maps = random.random((len(present) + 1, 4, 2, 2), dtype=np.float32)
+    prior = {
+        "sample_id": name,
+        "source": SOURCE,
+        "content_hash": "0" * 64,
+        "start_s": 0.0,
+        "end_s": 1.0,
+        "fps": 8.0,
+        "num_frames": 9,
+        "height": 8,
+        "width": 8,
+        "vlm_caption": name,
+        "answers": [],
+        "phenomena": np.isin(np.arange(17), present).astype(np.float32),
+        "map_phenomena": present,
+        "maps": maps.ravel(),
+        "maps_shape": maps.shape,
+    }
+    latents = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+    text_embeds = torch.from_numpy(random.standard_normal((5, 6), dtype=np.float32))
+    encoding = {
+        "sample_id": name,
+        "source": SOURCE,
+        "caption": name,
+        **tensor_columns("latents", latents),
+        **tensor_columns("text_embeds", text_embeds),
+    }
+    return prior, encoding
+
+
+def write_cache(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    tables = Table(folder / "priors", PRIORS, {}, {}), Table(folder / "encodings" / "a", ENCODINGS, {}, {})
+    samples = [rows(name, shape) for name, shape in shapes.items()]
+    for table, content in zip(tables, zip(*samples, strict=True), strict=True):
+        for part in (content[:3], content[3:]):  # two files
+            part_rows = pa.Table.from_pylist(list(part), table.schema)
+            write_file(table.folder, part_rows, table.footer, row_group_size=1)
+        update_index(table)
+    empty = pa.Table.from_pylist([tensor_columns("text_embeds", torch.full((5, 6), 0.5))])
+    write_file(tables[1].folder, empty, {}, name=EMPTY_PROMPT)
+
+
+def open_cache(folder: Path, encodings: str = "a") -> PriorCache:
+    return PriorCache(folder / "priors", folder / "encodings" / encodings)
+
+
+SHAPES = {f"s{i}": SMALL for i in range(9)} | {f"w{i}": WIDE for i in range(6)}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> PriorCache:
+    folder = tmp_path_factory.mktemp("cache")
+    write_cache(folder, SHAPES)
+    return open_cache(folder)
+
+
+def dataset(
+    cache: PriorCache, rank: int = 0, world_size: int = 1, micro: int = 4, seed: int = 0
+) -> PriorDataset:
+    return PriorDataset(
+        cache,
+        BatchPlan(cache.shapes, 4, seed),
+        CLIP_SHAPES,
+        micro_batch_size=micro,
+        rank=rank,
+        world_size=world_size,
+        recipe="minus_background",
+        negatives="zero",
+        caption_dropout=0.5,
+        seed=seed,
+    )
+
+
+def by_sample(batches: list[TrainBatch]) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        sample_id: {name: value[i] for name, value in vars(batch).items() if name != "sample_ids"}
+        for batch in batches
+        for i, sample_id in enumerate(batch.sample_ids)
+    }
+
+
+def test_every_sample_comes_equally_often_and_epochs_are_whole() -> None:
+    plan = BatchPlan({f"s{i}": SMALL for i in range(10)}, 4, seed=1)
+    stream = [sample for step in range(25) for sample in plan(step)]
+    epochs = [stream[start : start + 10] for start in range(0, 100, 10)]
+    assert all(sorted(epoch) == [f"s{i}" for i in range(10)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10
+
+
+def test_batches_never_mix_shapes_and_no_shape_is_favoured() -> None:
+    plan = BatchPlan(SHAPES, 4, seed=1)
+    batches = [plan(step) for step in range(60)]
+    assert all(len({SHAPES[sample] for sample in batch}) == 1 for batch in batches)
+    assert set(Counter(sample for batch in batches for sample in batch).values()) == {60 * 4 // 15}
+    turns = [SHAPES[batch[0]] == WIDE for batch in batches]
+    assert turns[:20] != sorted(turns[:20])
+
+
+def test_plan_is_a_function_of_seed_and_step() -> None:
+    plan, backwards = BatchPlan(SHAPES, 4, seed=1), dict(reversed(SHAPES.items()))
+    assert [plan(step) for step in range(9)] == [BatchPlan(backwards, 4, seed=1)(step) for step in range(9)]
+    assert plan(7) != BatchPlan(SHAPES, 4, seed=2)(7)
+
+
+def test_plan_refuses_fewer_samples_than_a_batch() -> None:
+    with pytest.raises(ProPhyError, match="holds 15 samples, fewer than the global batch of 16"):
+        BatchPlan(SHAPES, 16, seed=0)
+
+
+def test_a_rare_shape_fills_its_batches_with_its_few_samples() -> None:
+    shapes = {"rare": WIDE, **{f"s{i}": SMALL for i in range(10)}}
+    plan = BatchPlan(shapes, 4, seed=1)
+    batches = [plan(step) for step in range(44)]
+    assert ["rare"] * 4 in batches
+    assert set(Counter(sample for batch in batches for sample in batch).values()) == {44 * 4 // 11}
+
+
+def test_batch_holds_what_the_cache_holds(cache: PriorCache) -> None:
+    shapes = set()
+    for step in range(4):
+        [batch], semantic = dataset(cache)[step]
+        shapes.add(tuple(batch.latents.shape[1:]))
+        assert torch.equal(semantic.encoder_hidden_states, batch.encoder_hidden_states)
+        assert torch.equal(semantic.phenomena, batch.phenomena)
+        for sample_id, sample in by_sample([batch]).items():
+            prior, encoding = rows(sample_id, SHAPES[sample_id])
+            assert sample["latents"].numpy().tobytes() == encoding["latents"]
+            assert sample["encoder_hidden_states"].numpy().tobytes() == encoding["text_embeds"]
+            assert np.array_equal(sample["phenomena"], prior["phenomena"])
+            grid = (3, 2, 2) if SHAPES[sample_id] == SMALL else (3, 2, 4)
+            targets, mask = make_targets(
+                torch.from_numpy(prior["maps"].reshape(prior["maps_shape"])),
+                prior["map_phenomena"],
+                sample["latents"],
+                grid=grid,
+                num_frames=9,
+                recipe="minus_background",
+                negatives="zero",
+            )
+            assert torch.equal(sample["target_maps"], targets)
+            assert torch.equal(sample["target_mask"], mask)
+    assert shapes == {SMALL, WIDE}
+    assert torch.equal(cache.null_text_embeds(), torch.full((5, 6), 0.5))
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_samples_and_noise_do_not_depend_on_the_workers(
+    cache: PriorCache, world_size: int, micro: int
+) -> None:
+    for step in range(3):
+        alone = by_sample(dataset(cache)[step][0])
+        shares = [dataset(cache, rank, world_size, micro)[step] for rank in range(world_size)]
+        assert all(len(batches) == 4 // world_size // micro for batches, _ in shares)
+        together = by_sample([batch for batches, _ in shares for batch in batches])
+        assert together.keys() == alone.keys()
+        assert all(torch.equal(together[key][name], alone[key][name]) for key in alone for name in alone[key])
+        for batches, semantic in shares:
+            assert torch.equal(semantic.phenomena, torch.cat([batch.phenomena for batch in batches]))
+
+
+def test_chance_differs_for_a_sample_that_is_there_twice(cache: PriorCache) -> None:
+    source = dataset(cache)
+    sample_id = next(iter(cache.shapes))
+    batch = source._batch(0, 0, [sample_id, sample_id])
+    assert torch.equal(*batch.latents) and not torch.equal(*batch.noise)
+
+
+def test_chance_depends_on_seed_step_and_sample(cache: PriorCache) -> None:
+    draws = [by_sample(dataset(cache, seed=seed)[step][0]) for seed in (0, 1) for step in range(40)]
+    samples = [sample for draw in draws for sample in draw.values()]
+    assert len({sample["noise"].flatten()[0].item() for sample in samples}) == len(samples)
+    quantiles = torch.stack([sample["timestep_quantile"] for sample in samples])
+    assert 0 < quantiles.min() < 0.05 and 0.95 < quantiles.max() < 1
+    assert quantiles.mean() == pytest.approx(0.5, abs=0.05)
+    assert torch.stack([sample["drop_caption"] for sample in samples]).float().mean() == pytest.approx(
+        0.5, abs=0.1
+    )
+    noise = torch.cat([sample["noise"].flatten() for sample in samples])
+    assert noise.mean() == pytest.approx(0, abs=0.02) and noise.std() == pytest.approx(1, abs=0.02)
+
+
+def test_reader_process_gives_the_same_steps(cache: PriorCache) -> None:
+    source = dataset(cache, rank=1, world_size=2, micro=1)
+    loader = DataLoader(source, batch_size=None, sampler=range(3, 6), num_workers=1)
+    for step, (batches, semantic) in zip(range(3, 6), loader, strict=True):
+        expected, expected_semantic = source[step]
+        assert isinstance(semantic, SemanticBatch) and torch.equal(
+            semantic.phenomena, expected_semantic.phenomena
+        )
+        assert [batch.sample_ids for batch in batches] == [batch.sample_ids for batch in expected]
+        assert all(torch.equal(a.noise, b.noise) for a, b in zip(batches, expected, strict=True))
+
+
+def test_missing_cache(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="run `prophy cache`"):
+        open_cache(tmp_path / "nothing")
+
+
+def test_encodings_of_another_backbone(tmp_path: Path) -> None:
+    write_cache(tmp_path, dict.fromkeys("abcd", SMALL))
+    with pytest.raises(ProPhyError, match="another backbone or other clips"):
+        open_cache(tmp_path, "b")
+
+
+def test_tables_without_a_common_sample(tmp_path: Path) -> None:
+    write_cache(tmp_path / "one", dict.fromkeys("abcd", SMALL))
+    write_cache(tmp_path / "two", dict.fromkeys("efgh", SMALL))
+    (tmp_path / "one" / "encodings").rename(tmp_path / "old")
+    (tmp_path / "two" / "encodings").rename(tmp_path / "one" / "encodings")
+    with pytest.raises(ProPhyError, match="have no sample in common"):
+        open_cache(tmp_path / "one")
+
+
+def test_damaged_pages_are_named(tmp_path: Path) -> None:
+    write_cache(tmp_path, dict.fromkeys("abcd", SMALL))
+    opened = open_cache(tmp_path)
+    files = sorted((tmp_path / "encodings" / "a").glob(ROW_FILES))
+    for file in (*files, tmp_path / "encodings" / "a" / EMPTY_PROMPT):
+        group = pq.read_metadata(file).row_group(0)
+        columns = [group.column(number) for number in range(group.num_columns)]
+        [column] = [column for column in columns if column.path_in_schema == "text_embeds"]
+        content = bytearray(file.read_bytes())
+        content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ProPhyError, match=r"[0-9a-f]{64}.parquet is damaged .* `prophy cache verify`"):
+        for sample_id in "abcd":
+            opened.read(sample_id)
+    with pytest.raises(ProPhyError, match=f"{EMPTY_PROMPT} is damaged"):
+        opened.null_text_embeds()
+
+
+def test_latents_of_another_grid(cache: PriorCache) -> None:
+    with pytest.raises(
+        ProPhyError, match=r"w0 have shape \(4, 3, 4, 8\), the configured backbone makes \(4, 3, 4, 4\)"
+    ):
+        PriorDataset(
+            cache,
+            BatchPlan(cache.shapes, 4, 0),
+            CLIP_SHAPES[:1],
+            micro_batch_size=4,
+            rank=0,
+            world_size=1,
+            recipe="none",
+            negatives="ignore",
+            caption_dropout=0.0,
+            seed=0,
+        )

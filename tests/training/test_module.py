@@ -1,0 +1,138 @@
+"""From a batch to a loss, in bare torch."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+
+from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.tiny.pipeline import TRANSFORMER
+from prophy.training.data import SemanticBatch, TrainBatch
+from prophy.training.losses import load_balancing_loss, semantic_alignment_loss, token_alignment_loss
+from prophy.training.module import LossOutput, ProPhyTrainModule
+from prophy.training.objectives import FlowMatching
+
+SMALL: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 24,
+    "ffn_dim": 192,
+    "num_layers": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+}
+WEIGHTS = SimpleNamespace(semantic_alignment=0.1, token_alignment=0.02, load_balancing=0.01)
+TOKENS = 2 * 2 * 2
+
+
+def build(accumulation: int = 1, reduction: str = "mean") -> ProPhyTrainModule:
+    torch.manual_seed(0)
+    transformer = ProPhyWanTransformer3DModel.from_transformer(
+        WanTransformer3DModel(**TRANSFORMER | SMALL),
+        physics_layers=(0, 1),
+        num_semantic_experts=3,
+        num_refinement_experts=4,
+        top_k=2,
+        latent_shape=(2, 4, 4),
+    )
+    transformer.train_backbone("frozen")
+    null = torch.randn(5, 16)
+    return ProPhyTrainModule(transformer, FlowMatching(3.0), null, WEIGHTS, reduction, accumulation)
+
+
+@pytest.fixture
+def batch() -> TrainBatch:
+    generator = torch.Generator().manual_seed(1)
+    return TrainBatch(
+        sample_ids=["a", "b", "c"],
+        latents=torch.randn(3, 4, 2, 4, 4, generator=generator),
+        encoder_hidden_states=torch.randn(3, 5, 16, generator=generator),
+        drop_caption=torch.tensor([False, True, False]),
+        phenomena=torch.eye(17)[:3] + torch.eye(17)[1:4],
+        target_maps=torch.rand(3, TOKENS, 17, generator=generator),
+        target_mask=torch.rand(3, TOKENS, 17, generator=generator) < 0.3,
+        noise=torch.randn(3, 4, 2, 4, 4, generator=generator),
+        timestep_quantile=torch.tensor([0.3, 0.6, 0.9]),
+    )
+
+
+def captions(batch: TrainBatch) -> SemanticBatch:
+    return SemanticBatch(batch.encoder_hidden_states, batch.phenomena)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_is_eq_6(batch: TrainBatch, reduction: str) -> None:
+    module = build(reduction=reduction)
+    output = module(batch, captions(batch))
+
+    odds = torch.distributions.Normal(0.0, 1.0).icdf(batch.timestep_quantile).exp()
+    sigma = 3 * odds / (1 + 3 * odds)
+    s = sigma.view(3, 1, 1, 1, 1)
+    text = batch.encoder_hidden_states.clone()
+    text[1] = module.null_text_embeds
+    predicted = module.transformer((1 - s) * batch.latents + s * batch.noise, 1000 * sigma, text)
+    diffusion = F.mse_loss(predicted.sample, batch.noise - batch.latents)
+    routing = predicted.routing
+    fine = token_alignment_loss(routing.phenomenon_maps, batch.target_maps, batch.target_mask, reduction)
+    balance = load_balancing_loss(routing.refinement_logits, 2)
+    router = module.transformer.physics_branch.semantic.router
+    coarse = semantic_alignment_loss(router(batch.encoder_hidden_states), batch.phenomena, reduction)
+
+    torch.testing.assert_close(output.diffusion, diffusion.detach())
+    torch.testing.assert_close(output.loss, diffusion + 0.1 * coarse + 0.02 * fine + 0.01 * balance)
+
+
+def test_output_is_a_dictionary_whose_loss_alone_has_a_graph(batch: TrainBatch) -> None:
+    output = build()(batch)
+    assert isinstance(output, LossOutput) and isinstance(output, dict)
+    assert output.semantic_alignment is None
+    assert [name for name, value in output.items() if value.requires_grad] == ["loss"]
+    assert 0 < output.router_entropy <= torch.tensor(4.0).log()
+    assert output.expert_load.shape == (4,) and output.expert_load.sum() == pytest.approx(1.0)
+
+
+def test_semantic_gradient_survives_the_averaging_over_micro_steps(batch: TrainBatch) -> None:
+    """Two micro-steps whose gradients the engine averages give the gradient of the joint batch."""
+
+    def router_gradient(module: ProPhyTrainModule, micro_steps: list[SemanticBatch | None]) -> torch.Tensor:
+        for semantic in micro_steps:
+            output = module(batch, semantic)
+            (output.loss / len(micro_steps)).backward()
+        return module.transformer.physics_branch.semantic.router.mlp[1].weight.grad
+
+    semantic = captions(batch)
+    joint = router_gradient(build(accumulation=1), [semantic])
+    assert joint.abs().sum() > 0
+    # Before the first step the injections are zero: the router's gradient is the semantic alignment's alone.
+    torch.testing.assert_close(router_gradient(build(accumulation=2), [None, semantic]), joint)
+
+
+def test_from_the_second_step_on_everything_of_the_branch_learns(batch: TrainBatch) -> None:
+    module = build()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(batch, captions(batch)).loss.backward()
+        optimizer.step()
+    for name, parameter in module.transformer.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any()) == name.startswith("physics_branch."), (
+            name
+        )
+
+
+def test_one_batch_is_overfitted(batch: TrainBatch) -> None:
+    module = build()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+    first = module(batch, captions(batch)).diffusion
+    for _ in range(100):
+        output = module(batch, captions(batch))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        if output.diffusion < first / 10:
+            return
+    pytest.fail(f"diffusion loss fell from {first:.3f} to {output.diffusion:.3f} only")

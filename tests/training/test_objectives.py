@@ -1,0 +1,105 @@
+"""Flow matching and velocities against the schedulers that sample with them."""
+
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from prophy.tiny.pipeline import SCHEDULER
+from prophy.training.objectives import FlowMatching, Objective, VPrediction
+
+SCHEDULERS = [UniPCMultistepScheduler(**SCHEDULER), FlowMatchEulerDiscreteScheduler(shift=5.0)]
+
+# As published with CogVideoX-2b.
+COGVIDEOX = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0,
+    "timestep_spacing": "trailing",
+}
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def noise() -> torch.Tensor:
+    return torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [FlowMatching(shift=3.0), VPrediction.from_scheduler(COGVIDEOX)],
+    ids=lambda o: type(o).__name__,
+)
+def test_original_inverts_noise(objective: Objective, latents: torch.Tensor, noise: torch.Tensor) -> None:
+    timesteps = objective.timesteps(torch.tensor([0.1, 0.5, 0.99]))
+    noisy = objective.add_noise(latents, noise, timesteps)
+    recovered = objective.original(noisy, objective.target(latents, noise, timesteps), timesteps)
+    torch.testing.assert_close(recovered, latents)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
+def test_the_pipelines_scheduler_follows_the_target(
+    scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor
+) -> None:
+    """Given the exact target, every step lands on the objective's own x_t, and the last on x_0."""
+    objective = FlowMatching.from_scheduler(scheduler.config)
+    target = objective.target(latents, noise, torch.ones(3))
+    for step in range(4):
+        scheduler.set_timesteps(4)
+        scheduler.set_begin_index(step)
+        now, after = (objective.num_train_timesteps * scheduler.sigmas[step + i].repeat(3) for i in (0, 1))
+        noisy = objective.add_noise(latents, noise, now)
+        stepped = scheduler.step(target, scheduler.timesteps[step], noisy).prev_sample
+        expected = objective.add_noise(latents, noise, after)
+        torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stepped, latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
+def test_quantiles_are_shifted_as_the_scheduler_shifts(scheduler: SchedulerMixin) -> None:
+    objective = FlowMatching.from_scheduler(scheduler.config)
+    unshifted = torch.tensor([0.9, 0.5, 0.2])
+    quantile = torch.distributions.Normal(0.0, 1.0).cdf(unshifted.logit())
+    if isinstance(scheduler, UniPCMultistepScheduler):
+        scheduler.set_timesteps(sigmas=unshifted.double().numpy())
+    else:
+        scheduler.set_timesteps(sigmas=unshifted.tolist())
+    torch.testing.assert_close(
+        objective.timesteps(quantile), 1000 * scheduler.sigmas[:3], rtol=1e-4, atol=0.01
+    )
+
+
+def test_timesteps_are_logit_normal() -> None:
+    quantiles = (torch.arange(10_000) + 0.5) / 10_000
+    logits = (FlowMatching(shift=1.0).timesteps(quantiles) / 1000).logit()
+    assert abs(logits.mean()) < 1e-3 and abs(logits.std() - 1) < 1e-2
+    assert FlowMatching(shift=3.0).timesteps(torch.tensor([0.5])) == 750.0
+
+
+@pytest.mark.parametrize("scheduler_type", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_velocity_is_the_schedulers(
+    scheduler_type: type[SchedulerMixin], latents: torch.Tensor, noise: torch.Tensor
+) -> None:
+    """Noisy latents and velocities, down to a signal of zero at the last timestep."""
+    scheduler = scheduler_type(**COGVIDEOX)
+    objective = VPrediction.from_scheduler(scheduler.config)
+    timesteps = objective.timesteps(torch.tensor([0.0005, 0.5, 0.9999]))
+    assert timesteps.tolist() == [0, 500, 999]
+    noisy = objective.add_noise(latents, noise, timesteps)
+    velocity = objective.target(latents, noise, timesteps)
+    assert torch.equal(noisy[2], noise[2]) and torch.equal(velocity[2], -latents[2])
+    torch.testing.assert_close(scheduler.add_noise(latents, noise, timesteps), noisy)
+    torch.testing.assert_close(scheduler.get_velocity(latents, noise, timesteps), velocity)
