@@ -1,0 +1,38 @@
+"""The configuration of a run: one strict YAML file, one frozen model per part of the product.
+
+`load_config("tiny", ["train.learning_rate=1e-4"])` reads a preset of `presets/` or any YAML file, applies the
+overrides, resolves `${...}` references and checks every key and value.
+"""
+
+from pipelines.config.base import PoolConfig
+from pipelines.config.caching import CacheConfig, VideoLimits
+from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
+from pipelines.config.loading import load_config, nearest_key, preset_names
+from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
+from pipelines.config.run import Config, RayConfig
+from pipelines.config.sandbox import Part, PretrainConfig, SimulateConfig
+from pipelines.config.serving import ServeConfig
+from pipelines.config.training import LossWeights, TrainConfig
+
+__all__ = [
+    "BackboneConfig",
+    "CacheConfig",
+    "Config",
+    "GenerateConfig",
+    "LossWeights",
+    "Part",
+    "PhysicsConfig",
+    "PoolConfig",
+    "PretrainConfig",
+    "RayConfig",
+    "SamplingConfig",
+    "ServeConfig",
+    "SimulateConfig",
+    "StepCache",
+    "TrainConfig",
+    "VideoLimits",
+    "VlmConfig",
+    "load_config",
+    "nearest_key",
+    "preset_names",
+]
