@@ -1,7 +1,6 @@
-"""A job submitted to a cluster that asks for a token, the cluster manifest, and the image."""
+"""A job submitted to a cluster that asks for a token."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -13,11 +12,8 @@ import httpx
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from pipelines.runtime import WORKER_ENVIRONMENT
 from pipelines.sandbox import simulate
-from pipelines.serving import haproxy
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,34 +90,3 @@ def test_submitted_cache_job_runs_and_wants_the_token(cluster: str, tmp_path: Pa
         done = submit(cluster, TOKEN, *cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert pq.read_table(Path(config.cache.output) / "priors" / "index.parquet").num_rows == 3
-
-
-def test_ray_job_manifest_caches_and_trains_with_a_preset() -> None:
-    job = yaml.safe_load((ROOT / "ray_job.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    commands = [part.split() for part in job["spec"]["entrypoint"].split("&&")]
-    assert [command[:2] for command in commands] == [["prophy", "cache"], ["prophy", "train"]]
-    for command in commands:
-        shown = subprocess.run(
-            [BIN / command[0], *command[1:], "--print-config"], capture_output=True, text=True, check=True
-        )
-        assert "Wan2.1-T2V-1.3B" in shown.stdout
-    workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    config = yaml.safe_load(shown.stdout)
-    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
-    wanted = config["train"]["num_workers"] * config["train"]["gpus_per_worker"]
-    assert wanted <= int(limits["nvidia.com/gpu"]) * workers["maxReplicas"]
-
-
-def test_image_sets_what_a_local_ray_starts_with() -> None:
-    image = dict(
-        re.findall(r"^(?:ENV|   ) (\w+)=(\S+)", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE)
-    )
-    folder = Path("/folder")
-    local = WORKER_ENVIRONMENT | haproxy.environment(folder)
-    of_one_server = {
-        name for name, value in local.items() if name.endswith("_PORT") or value.startswith(str(folder))
-    }
-    assert image.keys() == local.keys() - of_one_server
-    for name, value in image.items():
-        assert Path(value).name == Path(local[name]).name  # the command lies elsewhere there
