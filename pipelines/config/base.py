@@ -19,8 +19,13 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
+def _absolute_path(path: Path) -> Path:
+    """Shells leave `~` alone after `key=`, so it is expanded here."""
+    return Path.home().joinpath(*path.parts[1:]) if path.parts[:1] == ("~",) else path.absolute()
+
+
 def _absolute(location: str) -> str:
-    return location if "://" in location else str(Path(location).absolute())
+    return location if "://" in location else str(_absolute_path(Path(location)))
 
 
 def _absolute_folder(name: str) -> str:
@@ -32,10 +37,10 @@ def _checkpoint(name: object) -> object:
     return bundled("branch") if name == "tiny" else name
 
 
-LocalPath = Annotated[Path, AfterValidator(Path.absolute)]
+LocalPath = Annotated[Path, AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
-Checkpoint = Annotated[Path, BeforeValidator(_checkpoint), AfterValidator(Path.absolute)]
+Checkpoint = Annotated[Path, BeforeValidator(_checkpoint), AfterValidator(_absolute_path)]
 
 
 class Section(BaseModel):

@@ -4,7 +4,7 @@ import difflib
 import types
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipelines.config.run import Config
 from prophy.errors import ProPhyError
+
+_NULLS = ("", "~", "null")  # as YAML writes it
 
 
 def preset_names() -> list[str]:
@@ -26,7 +28,8 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
 
     Args:
         name_or_path: a preset's name, or the path of a YAML file.
-        overrides: `section.key=value` each; the value is read as YAML.
+        overrides: `section.key=value` each. The value of a key that takes a text or a path is that text, to
+            the character; any other is read as YAML.
 
     Raises:
         ProPhyError: no such file, not YAML, an unknown key (names the nearest one), or a bad value.
@@ -37,7 +40,13 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
         tree = OmegaConf.load(path)
         if overrides:
             where += " with what the command line adds"
-            given = OmegaConf.from_dotlist(overrides)
+            for override in overrides:
+                key, _, text = override.partition("=")
+                is_text, may_be_null = _takes_text(key)
+                if is_text and not (may_be_null and text in _NULLS):
+                    OmegaConf.update(given, key, text)
+                else:
+                    given.merge_with_dotlist([override])
         values = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
         raise ProPhyError(f"{where} is not a valid configuration: {' '.join(str(error).split())}") from None
@@ -45,6 +54,17 @@ def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config
         return Config.model_validate(values)
     except ValidationError as error:
         raise ProPhyError(_explain(error, path, OmegaConf.to_container(given))) from None
+
+
+def _takes_text(key: str) -> tuple[bool, bool]:
+    """Whether the value of a dotted key is a text or a path, and whether it may be null."""
+    annotation: Any = Config
+    for part in key.split("."):
+        field = getattr(annotation, "model_fields", {}).get(part)
+        annotation = None if field is None else field.annotation
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    kinds = {get_args(member)[0] if get_origin(member) is Annotated else member for member in members}
+    return bool(kinds & {str, Path}), types.NoneType in kinds
 
 
 def _find(name_or_path: str) -> Path:

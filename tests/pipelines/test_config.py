@@ -24,6 +24,52 @@ def test_override_wins_and_is_typed() -> None:
     assert config.cache.output == str(Path("elsewhere/cache").absolute())  # references follow the override
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/out #2",
+        "/data/a: b",
+        "/data/yes:",
+        "/data/[1]{2}",
+        "/data/'it' \"is\"",
+        "/data/ends in a space ",
+        "/data/two\nlines",
+        "/data/a=b\\c%20d,é~",
+    ],
+)
+def test_a_path_arrives_as_it_was_typed(text: str) -> None:
+    config = load_config("tiny", [f"cache.{key}={text}" for key in ("input", "output")] + [f"run_dir={text}"])
+    assert (config.cache.input, config.cache.output, config.run_dir) == (text, text, Path(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["yes", "1e3", "a: b", "*a", "&a", "!a", "@a", "`a`", "a:", "- a", "", "null", "# a", "[a", "2024"],
+)
+def test_a_text_is_not_read_as_yaml(text: str) -> None:
+    assert load_config("tiny", [f"sampling.negative_prompt={text}"]).sampling.negative_prompt == text
+    revision = load_config("tiny", [f"vlm.revision={text}"]).vlm.revision
+    assert revision == (None if text in ("", "null") else text)
+
+
+def test_other_values_are_yaml() -> None:
+    overrides = [
+        "checkpoint=~",
+        "train.sample_prompts=[a b, 'c: d']",
+        "vlm.layers=null",
+        "cache.read={size: 3}",
+    ]
+    config = load_config("tiny", [*overrides, "train.caption_dropout=1e-1 # a tenth"])
+    assert (config.checkpoint, config.vlm.layers) == (None, None)
+    assert config.train.sample_prompts == ["a b", "c: d"]
+    assert (config.cache.read.size, config.train.caption_dropout) == (3, 0.1)
+
+
+def test_a_tilde_is_the_home_folder() -> None:
+    config = load_config("tiny", ["run_dir=~/runs", "cache.input=~/a b"])
+    assert (config.run_dir, config.cache.input) == (Path.home() / "runs", str(Path.home() / "a b"))
+
+
 def test_local_paths_become_absolute_and_the_rest_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
