@@ -44,14 +44,17 @@ def save_checkpoint(folder: Path, family: str = "wan", pretrained: str = "tiny")
     """A branch whose injections are not zero, so that its knobs are seen in the video."""
     import torch  # takes seconds, and servers whose videos are stand-ins do without
 
+    from prophy.backbones.families import FAMILIES
     from prophy.backbones.pretrained import fingerprint
-    from prophy.backbones.registry import BACKBONES, load_pipeline
+    from prophy.backbones.registry import load_pipeline
     from prophy.models.checkpoint import save_branch
 
     backbone = load_pipeline(family, pretrained, None, torch.float32, None).transformer
     torch.manual_seed(0)
-    transformer = BACKBONES[family].prophy_transformer.from_transformer(
-        backbone, physics_layers=[0, 2], latent_shape=(5, 16, 16)
+    transformer = (
+        FAMILIES[family]
+        .classes()
+        .prophy_transformer.from_transformer(backbone, physics_layers=[0, 2], latent_shape=(5, 16, 16))
     )
     with torch.no_grad():
         for parameter in transformer.physics_branch.parameters():

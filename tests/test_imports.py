@@ -19,10 +19,11 @@ LAYERS = {
         ("training",),
         ("backbones.encoding", "backbones.registry"),
         ("backbones.pretrained",),
+        ("backbones.families", "backbones.wan", "backbones.cogvideox"),
         ("generation", "priors", "tiny"),
         ("models", "training.losses", "training.objectives"),
         ("sandbox",),
-        ("backbones", "schema", "video", "decoder", "taxonomy", "device", "errors"),
+        ("backbones", "schema", "video", "decoder", "taxonomy", "registry", "device", "errors"),
     ),
     "pipelines": (
         ("cli",),

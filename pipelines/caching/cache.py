@@ -117,7 +117,7 @@ def priors_table(config: Config) -> Table:
 def encodings_table(config: Config) -> Table:
     """The encodings for this backbone, at this resolution and frame rate."""
     backbone = config.backbone
-    _, transformer_config = load_configs(backbone.pretrained, backbone.revision)
+    _, transformer_config = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     settings = {
         # All that matters of the transformer: others of its shape go on with these encodings.
         "patch_size_t": FAMILIES[backbone.family].patch_size(transformer_config)[0],
@@ -256,7 +256,7 @@ def _check_clips(config: Config) -> None:
             f"cache.clip_duration_s is {clip_duration_s:g}, but backbone.num_frames ({backbone.num_frames}) "
             f"at backbone.fps ({backbone.fps:g}) last {lasts:g} s; make them equal"
         )
-    configs = load_configs(backbone.pretrained, backbone.revision)
+    configs = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     time, *space = FAMILIES[backbone.family].shape_multiples(*configs)
     for (_, num_frames), shape in itertools.product(config.clip_lengths, backbone.frame_shapes):
         if (num_frames - 1) % time or any(map(operator.mod, shape, space)):

@@ -1,16 +1,30 @@
 """The models of a run: the backbone, the VLM that teaches, the Physical Branch."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.config.base import NonNegativeInt, Pretrained, Section
+from prophy.backbones.families import FAMILIES
+
+
+def _known_family(name: str) -> str:
+    if name not in FAMILIES:
+        raise ValueError(f"no such family; give one of: {', '.join(FAMILIES)}")
+    return name
+
+
+FamilyName = Annotated[
+    str,
+    AfterValidator(_known_family),
+    Field(json_schema_extra=lambda schema: schema.update(enum=[*FAMILIES])),
+]
 
 
 class BackboneConfig(Section):
     """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
 
-    family: Literal["wan", "cogvideox"]
+    family: FamilyName
     pretrained: Pretrained = Field(
         description="hub id or folder of a diffusers pipeline; 'tiny' is the embedded one"
     )

@@ -15,16 +15,18 @@ def check_model(config: Config) -> None:
     """Checks that checkpoint and step cache of a run, if it has them, fit its backbone; loads no model.
 
     Raises:
-        ProPhyError: no such model or checkpoint, the checkpoint was trained on another backbone, or the step
-            cache is not for this family.
+        ProPhyError: no such model or checkpoint, the family cannot run the model, the checkpoint was trained
+            on another backbone, or the step cache is not for this family.
     """
-    if config.sampling.step_cache.sea is not None and config.backbone.family != "wan":
+    backbone = config.backbone
+    load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    if config.sampling.step_cache.sea is not None and not FAMILIES[backbone.family].supports_sea:
         raise ProPhyError(
             f"sampling.step_cache.sea wants to know each step's noise level, which the pipeline of "
-            f"{config.backbone.family} does not tell; use first_block or taylorseer"
+            f"{backbone.family} does not tell; use first_block or taylorseer"
         )
     if config.checkpoint is not None:
-        check_checkpoint(config.checkpoint, config.backbone.pretrained, config.backbone.revision)
+        check_checkpoint(config.checkpoint, backbone.pretrained, backbone.revision)
 
 
 def model_fingerprint(config: Config) -> str:
@@ -46,7 +48,7 @@ def shape_limits(config: Config) -> ShapeLimits:
         ProPhyError: there is no such model.
     """
     backbone = config.backbone
-    vae, transformer = load_configs(backbone.pretrained, backbone.revision)
+    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     frames, height, width = FAMILIES[backbone.family].shape_multiples(vae, transformer)
     return ShapeLimits(
         frame_multiple=frames,

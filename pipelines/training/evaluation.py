@@ -25,7 +25,8 @@ from pipelines.training.checkpoint import Checkpoint, committed
 from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
 from pipelines.training.metrics import TENSORBOARD_FOLDER, mean_losses, read_rows, write_rows
-from prophy.backbones.registry import BACKBONES, load_pipeline
+from prophy.backbones.families import FAMILIES
+from prophy.backbones.registry import load_pipeline
 from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
 from prophy.models.control import PhysicsTrace
@@ -115,7 +116,7 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
     )
     module = ProPhyTrainModule(
         pipeline.transformer,
-        BACKBONES[backbone.family].objective.from_scheduler(pipeline.scheduler.config),
+        FAMILIES[backbone.family].classes().objective.from_scheduler(pipeline.scheduler.config),
         cache.null_text_embeds(),
         train.loss_weights,
         train.reduction,

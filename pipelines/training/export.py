@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint, find, latest
+from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_unchanged, download, load_configs
-from prophy.backbones.registry import BACKBONES
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import write_branch, write_files
 from prophy.models.physics_transformer import BRANCH
@@ -107,7 +107,7 @@ def _backbone(checkpoint: Checkpoint) -> dict[str, str | None]:
 
 
 def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> None:
-    backbone, family = config.backbone, BACKBONES[config.backbone.family]
+    backbone, classes = config.backbone, FAMILIES[config.backbone.family].classes()
     revision = _backbone(checkpoint)["revision"]
     source = download(backbone.pretrained, revision)
 
@@ -135,14 +135,14 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
     # 3. Configurations that name our classes
-    _, transformer = load_configs(backbone.pretrained, revision)
-    ours = family.prophy_transformer
+    _, transformer = load_configs(backbone.family, backbone.pretrained, revision)
+    ours = classes.prophy_transformer
     _write_json(
         folder / "config.json", {**transformer, **checkpoint.run["physics"], "_class_name": ours.__name__}
     )
     model_index = json.loads((source / "model_index.json").read_text())
     model_index |= {
-        "_class_name": family.pipeline.__name__,
+        "_class_name": classes.pipeline.__name__,
         "transformer": [ours.__module__, ours.__name__],
         "max_sequence_length": backbone.max_sequence_length,
     }
@@ -193,7 +193,7 @@ def _backbone_says(checkpoint: Checkpoint) -> str:
 
 def _model_card(config: Config, checkpoint: Checkpoint) -> str:
     name, physics = _backbone(checkpoint)["name"], checkpoint.run["physics"]
-    pipeline = BACKBONES[config.backbone.family].pipeline
+    pipeline = FAMILIES[config.backbone.family].classes().pipeline
     base_model = "" if name == "tiny" or Path(str(name)).is_dir() else f"base_model: {name}\n"
     revision = _backbone(checkpoint)["revision"]
     blocks = (

@@ -14,8 +14,8 @@ from torch import nn
 
 from pipelines.config import BackboneConfig, Config
 from pipelines.training.checkpoint import Checkpoint, EveryRankError
+from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_checkpoint, download, load_configs
-from prophy.backbones.registry import BACKBONES
 from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
@@ -46,14 +46,13 @@ def build_module(
             holds other parameters.
     """
     backbone, train = config.backbone, config.train
-    family = BACKBONES[backbone.family]
     parts = ["model_index.json", "scheduler/*", "transformer/*"]
     folder = download(backbone.pretrained, backbone.revision, parts)
     transformer = _empty_transformer(config)
     start = None if train.start_from is None else _start(config, train.start_from)
     module = ProPhyTrainModule(
         transformer,
-        family.objective.from_scheduler(_scheduler_config(folder / "scheduler")),
+        FAMILIES[backbone.family].classes().objective.from_scheduler(_scheduler_config(folder / "scheduler")),
         null_text_embeds,
         train.loss_weights,
         train.reduction,
@@ -83,8 +82,8 @@ def clip_shape(backbone: BackboneConfig) -> ClipShape:
     Raises:
         ProPhyError: the VAE or the patches do not fit clips of this length or size.
     """
-    family = BACKBONES[backbone.family]
-    vae, transformer = load_configs(backbone.pretrained, backbone.revision)
+    family = FAMILIES[backbone.family]
+    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     size = family.latent_shape(backbone.num_frames, backbone.height, backbone.width, vae, transformer)
     return ClipShape(
         num_frames=backbone.num_frames,
@@ -102,14 +101,14 @@ def _scheduler_config(folder: Path) -> Mapping[str, Any]:
 def _empty_transformer(config: Config) -> PhysicsTransformer:
     """Backbone and copied blocks are on the meta device; the rest of branch and adapter is new, and real."""
     backbone, train = config.backbone, config.train
-    family = BACKBONES[backbone.family]
-    _, settings = load_configs(backbone.pretrained, backbone.revision)
+    classes = FAMILIES[backbone.family].classes()
+    _, settings = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     exact = train.backbone == "full" or not has_bfloat16(default_device())
     dtype = torch.float32 if exact else getattr(torch, backbone.dtype)
-    upstream = empty_model(family.transformer, settings, dtype)
+    upstream = empty_model(classes.transformer, settings, dtype)
     torch.manual_seed(train.seed)
     physics = config.physics.model_dump() | {"latent_shape": list(clip_shape(backbone).latents[1:])}
-    transformer = family.prophy_transformer.from_transformer(upstream, **physics)
+    transformer = classes.prophy_transformer.from_transformer(upstream, **physics)
     transformer.physics_branch.float()
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import Config, TrainConfig
+from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import load_configs
-from prophy.backbones.published import TRANSFORMERS, VAES
-from prophy.backbones.registry import BACKBONES
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.training.cost import count_flops, count_saved_bytes
 
@@ -174,13 +173,13 @@ def make_plan(config: Config) -> Plan:
         ProPhyError: as `run`.
     """
     backbone, train = config.backbone, config.train
-    family = BACKBONES[backbone.family]
+    family = FAMILIES[backbone.family]
     vae, transformer_config = _configs(config)
     latents = family.latent_shape(
         backbone.num_frames, backbone.height, backbone.width, vae, transformer_config
     )
     with torch.device("meta"):
-        transformer = family.prophy_transformer.from_config(
+        transformer = family.classes().prophy_transformer.from_config(
             {**transformer_config, **config.physics.model_dump(), "latent_shape": latents}
         )
     if train.backbone == "lora":
@@ -236,13 +235,13 @@ def model_states(size: ModelSize, num_gpus: int, zero_stage: int, offload: str) 
 
 def _configs(config: Config) -> tuple[dict, dict]:
     """Configurations of VAE and transformer: those of a published model come with the product."""
-    backbone = config.backbone
-    if backbone.pretrained not in TRANSFORMERS:
-        vae, transformer = load_configs(backbone.pretrained, backbone.revision)
+    backbone, family = config.backbone, FAMILIES[config.backbone.family]
+    if backbone.pretrained not in family.published:
+        vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
         return dict(vae), dict(transformer)
     with torch.device("meta"):
-        upstream = BACKBONES[backbone.family].transformer(**TRANSFORMERS[backbone.pretrained])
-    return VAES[backbone.family], dict(upstream.config)
+        upstream = family.classes().transformer(**family.published[backbone.pretrained])
+    return dict(family.published_vae), dict(upstream.config)
 
 
 def _size(transformer: PhysicsTransformer, dtype: torch.dtype) -> ModelSize:

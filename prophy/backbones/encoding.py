@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
+from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import load_configs
-from prophy.backbones.registry import BACKBONES, load_pipeline
+from prophy.backbones.registry import load_pipeline
 from prophy.device import autocast, default_device
 
 
@@ -17,7 +18,7 @@ class VideoEncoder:
         dtype: "float32" or "bfloat16", of the text encoder; the VAE stays in float32.
         autocast: "bfloat16", or None.
         max_sequence_length: text tokens; the same in training as at inference.
-        family: key of `BACKBONES`.
+        family: key of `FAMILIES`.
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class VideoEncoder:
         self._pipeline = load_pipeline(
             family, pretrained, revision, getattr(torch, dtype), None, transformer=None
         ).to(self._device)
-        vae_config, transformer_config = load_configs(pretrained, revision)
-        mean, std = BACKBONES[family].latent_statistics(vae_config)
+        vae_config, transformer_config = load_configs(family, pretrained, revision)
+        mean, std = FAMILIES[family].latent_statistics(vae_config)
         self._mean = torch.tensor(mean, device=self._device).view(-1, 1, 1, 1)
         self._std = torch.tensor(std, device=self._device).view(-1, 1, 1, 1)
-        self._padding = BACKBONES[family].patch_size(transformer_config)[0] - 1
+        self._padding = FAMILIES[family].patch_size(transformer_config)[0] - 1
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> torch.Tensor:

@@ -1,29 +1,94 @@
-"""What the configurations of a family of video diffusion transformers say of shapes. Imports no networks."""
+"""What the product asks of a family of video diffusion transformers, and the families that there are.
+
+Imports no networks: a family's record says what its configurations mean, and imports its classes when they
+are asked for.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from prophy.errors import ProPhyError
+from prophy.registry import Registry
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    from prophy.models.physics_transformer import PhysicsTransformer
+    from prophy.training.objectives import Objective
 
 Shape = tuple[int, int, int]
 ModelConfig = Mapping[str, Any]
-"""Of a VAE or a transformer, as its file has it."""
+"""Configuration of a pipeline (`model_index.json`), a VAE or a transformer, as its file has it."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a family.
+
+    Attributes:
+        transformer: diffusers' class.
+        prophy_transformer: ours, with a Physical Branch.
+        pipeline: ours; it takes either transformer.
+        vae: diffusers' class.
+        objective: what the transformer is trained to predict.
+    """
+
+    transformer: "type[ModelMixin]"
+    prophy_transformer: "type[PhysicsTransformer]"
+    pipeline: "type[DiffusionPipeline]"
+    vae: "type[ModelMixin]"
+    objective: "type[Objective]"
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one family cuts a video into latents and tokens.
+    """One family: how it cuts a video into latents and tokens, what it cannot do, and its classes.
 
     Attributes:
         vae_factors: VAE's configuration -> how much it shrinks time and space.
         latent_statistics: VAE's configuration -> mean and standard deviation of latents, per channel or one.
         patch_size: transformer's configuration -> latents per token, (t, h, w).
+        pipelines: names of the pipeline classes, in `model_index.json`, that it can read.
+        unsupported: configurations of pipeline and transformer -> why this model cannot be run, as a sentence
+            goes on after its name; None if it can.
+        classes: imports the classes.
+        supports_sea: whether its pipeline tells SeaCache the noise level of each step.
+        published: by hub id, what a published transformer's configuration says where it is not the default of
+            diffusers' class: `prophy plan` then needs no network.
+        published_vae: what the published VAEs' configurations say about how much they shrink time and space.
     """
 
     vae_factors: Callable[[ModelConfig], tuple[int, int]]
     latent_statistics: Callable[[ModelConfig], tuple[list[float], list[float]]]
     patch_size: Callable[[ModelConfig], Shape]
+    pipelines: tuple[str, ...]
+    unsupported: Callable[[ModelConfig, ModelConfig], str | None]
+    classes: Callable[[], Classes]
+    supports_sea: bool = False
+    published: Mapping[str, ModelConfig] = field(default_factory=dict)
+    published_vae: ModelConfig = field(default_factory=dict)
+
+    def check(self, name: str, pipeline: ModelConfig, transformer: ModelConfig) -> None:
+        """Checks that the product can run a model of this family, from its configurations alone.
+
+        Args:
+            name: of the model, for the message.
+            pipeline: configuration of the pipeline.
+            transformer: configuration of the transformer.
+
+        Raises:
+            ProPhyError: it is a pipeline of another kind, or needs what this family's classes cannot do.
+        """
+        kind = pipeline.get("_class_name")
+        if kind not in self.pipelines:
+            raise ProPhyError(
+                f"{name} is a {kind}, and this backbone.family reads {' and '.join(self.pipelines)}; choose "
+                f"another backbone.pretrained, or the family that this one belongs to"
+            )
+        reason = self.unsupported(pipeline, transformer)
+        if reason is not None:
+            raise ProPhyError(f"{name} {reason}; choose another backbone.pretrained")
 
     def latent_shape(
         self,
@@ -72,23 +137,8 @@ class Family:
         return time * patch_t, space * patch_h, space * patch_w
 
 
-FAMILIES: dict[str, Family] = {
-    "wan": Family(
-        # Configurations of older diffusers leave these two out.
-        vae_factors=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
-        latent_statistics=lambda vae: (vae["latents_mean"], vae["latents_std"]),
-        patch_size=lambda transformer: tuple(transformer["patch_size"]),
-    ),
-    "cogvideox": Family(
-        vae_factors=lambda vae: (
-            int(vae.get("temporal_compression_ratio", 4)),
-            2 ** (len(vae["block_out_channels"]) - 1),
-        ),
-        latent_statistics=lambda vae: ([0.0], [1 / vae["scaling_factor"]]),
-        patch_size=lambda transformer: (
-            transformer.get("patch_size_t") or 1,
-            transformer["patch_size"],
-            transformer["patch_size"],
-        ),
-    ),
-}
+FAMILIES = Registry(
+    "prophy.backbones",
+    {"wan": "prophy.backbones.wan:FAMILY", "cogvideox": "prophy.backbones.cogvideox:FAMILY"},
+)
+"""A `Family` by name, as `backbone.family` names it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from prophy.backbones.families import ModelConfig
+from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.errors import ProPhyError
 from prophy.models.description import trained_on
 from prophy.tiny import pipeline as tiny
@@ -106,18 +106,24 @@ def check_unchanged(folder: Path, trained: Mapping[str, str | None], pretrained:
         )
 
 
-def load_configs(pretrained: str, revision: str | None) -> tuple[ModelConfig, ModelConfig]:
+def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[ModelConfig, ModelConfig]:
     """Configurations of VAE and transformer, as their files have them; reads no weights.
 
+    Args:
+        family: key of `FAMILIES`.
+        pretrained: see `resolve_pretrained`.
+        revision: of a hub id.
+
     Raises:
-        ProPhyError: there is no such model.
+        ProPhyError: there is no such model, or this family cannot run it.
     """
-    files = [f"{part}/config.json" for part in ("vae", "transformer")]
+    files = ["model_index.json", "vae/config.json", "transformer/config.json"]
     folder = download(pretrained, revision, files)
     try:
-        vae, transformer = (json.loads((folder / file).read_text()) for file in files)
+        pipeline, vae, transformer = (json.loads((folder / file).read_text()) for file in files)
     except (OSError, ValueError):
         raise unloadable(pretrained) from None
+    FAMILIES[family].check(pretrained, pipeline, transformer)
     return vae, transformer
 
 

@@ -1,67 +1,15 @@
-"""Which classes belong together, per family of video diffusion transformers."""
+"""Loads a backbone's pipeline, with or without a trained Physical Branch."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    AutoencoderKLWan,
-    CogVideoXTransformer3DModel,
-    DiffusionPipeline,
-    ModelMixin,
-    WanTransformer3DModel,
-)
+from diffusers import DiffusionPipeline
 
-from prophy.backbones.families import FAMILIES, Family
-from prophy.backbones.pretrained import check_checkpoint, resolve_pretrained, unloadable
-from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
-from prophy.generation.pipeline_wan import ProPhyWanPipeline
+from prophy.backbones.families import FAMILIES
+from prophy.backbones.pretrained import check_checkpoint, load_configs, resolve_pretrained, unloadable
 from prophy.models.checkpoint import load_branch
-from prophy.models.physics_transformer import BRANCH, PhysicsTransformer
-from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
-from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.training.objectives import FlowMatching, Objective, VPrediction
-
-
-@dataclass(frozen=True)
-class Backbone(Family):
-    """A family and its classes.
-
-    Attributes:
-        transformer: diffusers' class.
-        prophy_transformer: ours, with a Physical Branch.
-        pipeline: ours; it takes either transformer.
-        vae: diffusers' class.
-        objective: what the transformer is trained to predict.
-    """
-
-    transformer: type[ModelMixin]
-    prophy_transformer: type[PhysicsTransformer]
-    pipeline: type[DiffusionPipeline]
-    vae: type[ModelMixin]
-    objective: type[Objective]
-
-
-BACKBONES: dict[str, Backbone] = {
-    "wan": Backbone(
-        **vars(FAMILIES["wan"]),
-        transformer=WanTransformer3DModel,
-        prophy_transformer=ProPhyWanTransformer3DModel,
-        pipeline=ProPhyWanPipeline,
-        vae=AutoencoderKLWan,
-        objective=FlowMatching,
-    ),
-    "cogvideox": Backbone(
-        **vars(FAMILIES["cogvideox"]),
-        transformer=CogVideoXTransformer3DModel,
-        prophy_transformer=ProPhyCogVideoXTransformer3DModel,
-        pipeline=ProPhyCogVideoXPipeline,
-        vae=AutoencoderKLCogVideoX,
-        objective=VPrediction,
-    ),
-}
+from prophy.models.physics_transformer import BRANCH
 
 
 def load_pipeline(
@@ -78,7 +26,7 @@ def load_pipeline(
     stays in float32, as upstream recommends for Wan.
 
     Args:
-        family: key of `BACKBONES`.
+        family: key of `FAMILIES`.
         pretrained: see `resolve_pretrained`.
         revision: of a hub id.
         dtype: of transformer and text encoder.
@@ -86,14 +34,16 @@ def load_pipeline(
         components: components to use instead of the pretrained ones; None leaves one out.
 
     Raises:
-        ProPhyError: there is no such model or checkpoint, or the checkpoint belongs to another backbone.
+        ProPhyError: there is no such model or checkpoint, the family cannot run this model, or the checkpoint
+            belongs to another backbone.
     """
-    backbone = BACKBONES[family]
+    load_configs(family, pretrained, revision)
+    classes = FAMILIES[family].classes()
     if checkpoint is not None:
         check_checkpoint(checkpoint, pretrained, revision)
     branch = None if checkpoint is None else load_branch(checkpoint)
     try:
-        pipeline = backbone.pipeline.from_pretrained(
+        pipeline = classes.pipeline.from_pretrained(
             resolve_pretrained(pretrained),
             revision=revision,
             dtype={"default": dtype, "vae": torch.float32},
@@ -102,7 +52,7 @@ def load_pipeline(
     except OSError:
         raise unloadable(pretrained) from None
     if branch is not None:
-        transformer = backbone.prophy_transformer.from_transformer(pipeline.transformer, **branch.physics)
+        transformer = classes.prophy_transformer.from_transformer(pipeline.transformer, **branch.physics)
         if branch.lora is not None:
             transformer.add_lora(**branch.lora)
         missing, unexpected = transformer.load_state_dict(branch.state_dict, strict=False)

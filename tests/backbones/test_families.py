@@ -1,10 +1,20 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from pipelines.config import load_config
+from pipelines.generation.limits import check_model
+from pipelines.training.model import clip_shape
 from prophy.backbones.families import FAMILIES
+from prophy.backbones.pretrained import load_configs
+from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
-from prophy.tiny.pipeline import TRANSFORMER, VAE
+from prophy.tiny.pipeline import TRANSFORMER, VAE, pipeline_folder
 
 TRANSFORMER_CONFIG = {"patch_size": [1, 2, 2]}
 
@@ -31,3 +41,48 @@ def test_clips_that_do_not_fit_the_vae(frames: int, height: int) -> None:
 def test_latents_that_do_not_fit_the_patches() -> None:
     with pytest.raises(ProPhyError, match=r"patches of \(1, 2, 2\)"):
         FAMILIES["wan"].token_grid((5, 15, 16), TRANSFORMER_CONFIG)
+
+
+def _copy(folder: Path, pipeline: dict[str, Any], transformer: dict[str, Any]) -> str:
+    """The configurations of the embedded pipeline with other values, and no weights."""
+    for file, changed in (("model_index.json", pipeline), ("transformer/config.json", transformer)):
+        content = json.loads((pipeline_folder() / file).read_text()) | changed
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(content))
+    shutil.copytree(pipeline_folder() / "vae", folder / "vae", ignore=shutil.ignore_patterns("*.safetensors"))
+    return str(folder)
+
+
+A14B = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+# By what is wrong: what Wan2.2 and image-to-video pipelines say otherwise than Wan2.1's text-to-video.
+UNSUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "has two transformers": (A14B, {}),
+    "gives each token a timestep of its own": ({"expand_timesteps": True}, {}),
+    "makes videos from images": ({}, {"image_dim": 1280}),
+    "makes videos from images, and": ({}, {"in_channels": 36}),
+    "is a WanImageToVideoPipeline, and": ({"_class_name": "WanImageToVideoPipeline"}, {}),
+    "is a CogVideoXPipeline, and": ({"_class_name": "CogVideoXPipeline"}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_what_a_family_cannot_do_is_refused_before_anything_loads(reason: str, tmp_path: Path) -> None:
+    folder = _copy(tmp_path, *UNSUPPORTED[reason])
+    config = load_config("tiny", [f"backbone.pretrained={folder}", "checkpoint=null"])
+    # What caching, training and planning, generating and serving, and loading look at first.
+    for look in (
+        lambda: load_configs("wan", folder, None),
+        lambda: clip_shape(config.backbone),
+        lambda: check_model(config),
+        lambda: load_pipeline("wan", folder, None, torch.float32, None),
+    ):
+        with pytest.raises(ProPhyError, match=reason) as error:
+            look()
+        assert str(error.value).startswith(folder) and "choose another backbone.pretrained" in str(
+            error.value
+        )
+
+
+def test_a_place_for_a_second_transformer_is_no_second_transformer(tmp_path: Path) -> None:
+    vae, _ = load_configs("wan", _copy(tmp_path, {"transformer_2": [None, None]}, {}), None)
+    assert vae["z_dim"] == 16

@@ -1,4 +1,5 @@
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,8 @@ def test_fingerprint_of_encoders_leaves_the_transformer_out(tmp_path: Path) -> N
 def test_a_name_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="no folder ./nowhere"):
         resolve_pretrained("./nowhere")
-    for load in (
-        fingerprint,
-        encoders_fingerprint,
-        load_configs,
-    ):
+    for load in (fingerprint, encoders_fingerprint, partial(load_configs, "wan")):
         with pytest.raises(ProPhyError, match="cannot load nobody/nothing"):
             load("nobody/nothing", None)
     with pytest.raises(ProPhyError, match="cannot load"):
-        load_configs(str(tmp_path), None)
+        load_configs("wan", str(tmp_path), None)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from pipelines.config import load_config
-from prophy.backbones.published import TRANSFORMERS, VAES
-from prophy.backbones.registry import BACKBONES
+from prophy.backbones.families import FAMILIES
 
 # By preset: parameters of the published model; latents and tokens of a clip.
 PUBLISHED: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
@@ -21,14 +20,14 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 def test_published_configuration(preset: str) -> None:
     num_parameters, latents, tokens = PUBLISHED[preset]
     config = load_config(preset)
-    published = TRANSFORMERS[config.backbone.pretrained]
-    clip, family = config.backbone, BACKBONES[config.backbone.family]
+    clip, family = config.backbone, FAMILIES[config.backbone.family]
+    published, classes = family.published[clip.pretrained], family.classes()
     with torch.device("meta"):
-        upstream = family.transformer(**published)
+        upstream = classes.transformer(**published)
         shape = family.latent_shape(
-            clip.num_frames, clip.height, clip.width, VAES[clip.family], upstream.config
+            clip.num_frames, clip.height, clip.width, family.published_vae, upstream.config
         )
-        model = family.prophy_transformer(**published, **config.physics.model_dump(), latent_shape=shape)
+        model = classes.prophy_transformer(**published, **config.physics.model_dump(), latent_shape=shape)
     assert shape == latents and family.token_grid(shape, upstream.config) == tokens
 
     assert sum(parameter.numel() for parameter in upstream.parameters()) == num_parameters

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from prophy.backbones.encoding import VideoEncoder
+from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import fingerprint, load_configs
-from prophy.backbones.registry import BACKBONES, load_pipeline
+from prophy.backbones.registry import load_pipeline
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace
@@ -99,7 +100,7 @@ def test_latents_and_text_are_what_the_pipeline_takes(folder: Path, bare: ProPhy
     encoder = VideoEncoder(str(folder), None, "float32", None, MAX_SEQUENCE_LENGTH, "cogvideox")
     frames = np.random.default_rng(0).integers(0, 256, (1, 17, 32, 32, 3), dtype=np.uint8)
     latents = encoder.encode_video(frames)
-    family, configs = BACKBONES["cogvideox"], load_configs(str(folder), None)
+    family, configs = FAMILIES["cogvideox"], load_configs("cogvideox", str(folder), None)
     shape = family.latent_shape(17, 32, 32, *configs)
     assert latents.shape == (1, 4, *shape)
 

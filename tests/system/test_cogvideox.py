@@ -21,8 +21,9 @@ from pipelines.generation.sampler import VideoSampler
 from pipelines.serving.serve import VideoGenerator
 from pipelines.training import export, train
 from pipelines.training.metrics import METRICS_FILE
+from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import load_configs
-from prophy.backbones.registry import BACKBONES, load_pipeline
+from prophy.backbones.registry import load_pipeline
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.schema import EMPTY_PROMPT, tensor_from_columns
 from prophy.video import read_frames, write_video
@@ -37,9 +38,9 @@ SHAPES = [(64, 64), (48, 80), (80, 48)]
 def assert_encoded(row: dict, backbone: Path, pipeline: ProPhyCogVideoXPipeline) -> None:
     """The row's latents and text are those that the pipeline of diffusers itself would hand on."""
     shape = SHAPES[int(Path(row["source"]["uri"]).stem)]
-    configs = load_configs(str(backbone), None)
+    configs = load_configs("cogvideox", str(backbone), None)
     latents = tensor_from_columns("latents", row)
-    assert latents.shape == (4, *BACKBONES["cogvideox"].latent_shape(17, *shape, *configs))
+    assert latents.shape == (4, *FAMILIES["cogvideox"].latent_shape(17, *shape, *configs))
     frames = read_frames(row["source"]["uri"], 0.0, 2.0, 17, *shape)
     pixels = pipeline.video_processor.preprocess_video([[Image.fromarray(frame) for frame in frames]])
     padding = (pipeline.transformer.config.patch_size_t or 1) - 1
