@@ -8,6 +8,7 @@ Mistakes of the user end with one sentence and exit code 2; anything else is a b
 import logging
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from pipelines.config import Config, Part, load_config, preset_names
+from pipelines.config import Config, Part, json_schema, load_config, preset_names, section_to_yaml, to_yaml
 from prophy.errors import ProPhyError
 
 app = typer.Typer(
@@ -24,8 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train and run physics-aware video generation. Start with `prophy demo`; every command but request "
-    "and key takes --config (a preset or a YAML file) and any number of --set section.key=value.",
+    rich_markup_mode="markdown",
 )
 
 ConfigOption = Annotated[
@@ -35,18 +35,73 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Such as train.learning_rate=1e-4. Repeatable."),
 ]
-PrintOption = Annotated[bool, typer.Option("--print-config", help="Print what would run, and stop.")]
+PrintOption = Annotated[
+    bool, typer.Option("--print-config", help="Print what would run, every key explained, and stop.")
+]
+
+_START, _DATA = "Start here", "Training data"
+_TRAINING, _VIDEOS, _DEFAULT = "Training", "Videos", "The embedded default"
 
 
-def _configure(name: str, overrides: list[str] | None, print_config: bool) -> Config:
-    config = load_config(name, overrides)
+def _configure(command: str, name: str, overrides: list[str] | None, print_config: bool) -> Config:
+    config = load_config(name, overrides, None if print_config else command)
     if print_config:
-        typer.echo(config.to_yaml(), nl=False)
+        typer.echo(to_yaml(config), nl=False)
         raise typer.Exit
     return config
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prophy-ray {version('prophy-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def prophy(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version, and stop."
+        ),
+    ] = False,
+) -> None:
+    """Train and run physics-aware video generation: a Physical Branch beside a video diffusion model.
+
+    `prophy demo` does all of it on small models that come with the product, in some minutes on a laptop. The
+    steps, each a command:
+
+    1. `prophy simulate` makes clips to learn from; or take your own videos.
+    2. `prophy cache` asks a vision-language model what physics they show and where, and encodes them.
+    3. `prophy train` trains the branch on the cache.
+    4. `prophy generate` makes videos, `prophy serve` offers them over HTTP, `prophy request` asks it for one.
+
+    A run is one YAML file: `--config` takes a preset or your own, `--set section.key=value` changes single
+    values, and `prophy config` prints all keys with their meaning. What was interrupted goes on when the same
+    command is given again.
+    """
+
+
+@app.command(rich_help_panel=_START)
+def config(
+    section: Annotated[
+        str | None, typer.Argument(help="A part of it, such as train or cache.limits; by default all.")
+    ] = None,
+    config: ConfigOption = "tiny",
+    set_: SetOption = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of configurations, for editors.")
+    ] = False,
+) -> None:
+    """Print a configuration, every key explained: a file that --config takes."""
+    if schema:
+        typer.echo(json_schema(), nl=False)
+        return
+    resolved = load_config(config, set_)
+    typer.echo(to_yaml(resolved) if section is None else section_to_yaml(resolved, section), nl=False)
+
+
+@app.command(rich_help_panel=_DATA)
 def simulate(
     config: ConfigOption = "tiny",
     set_: SetOption = None,
@@ -56,7 +111,7 @@ def simulate(
     ] = None,
 ) -> None:
     """Write simulated physics clips: mp4 files and a manifest with captions, phenomena, masks and tracks."""
-    resolved = _configure(config, set_, print_config)
+    resolved = _configure("simulate", config, set_, print_config)
     from pipelines.sandbox import simulate
 
     simulate.run(resolved, contact_sheet)
@@ -66,7 +121,7 @@ cache_app = typer.Typer(
     help="Cache physics priors (VLM) and encodings (VAE, text) of all videos to Parquet. Resumes by itself. "
     "Without a command, it caches.",
 )
-app.add_typer(cache_app, name="cache")
+app.add_typer(cache_app, name="cache", rich_help_panel=_DATA)
 
 
 @cache_app.callback(invoke_without_command=True)
@@ -81,7 +136,7 @@ def cache(
         if set_ or print_config or config != "tiny":
             raise ProPhyError(f"options of `prophy cache {command}` come after its name")
         return
-    resolved = _configure(config, set_, print_config)
+    resolved = _configure("cache", config, set_, print_config)
     from pipelines.caching import cache
 
     cache.run(resolved)
@@ -90,7 +145,7 @@ def cache(
 @cache_app.command()
 def verify(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
     """Check every file of the cache, set damaged ones aside, rebuild the indices."""
-    resolved = load_config(config, set_)
+    resolved = load_config(config, set_, "cache verify")
     from pipelines.caching import verify
 
     verify.run(resolved)
@@ -106,7 +161,7 @@ def inspect(
     ),
 ) -> None:
     """Print what the cache holds, and draw some of its clips with their maps."""
-    resolved = load_config(config, set_)
+    resolved = load_config(config, set_, "cache inspect")
     from pipelines.caching import inspect
 
     inspect.inspect(resolved, clips, output)
@@ -124,33 +179,33 @@ def explain(
         "explain.png"
     ),
 ) -> None:
-    """Draw where the VLM looks, layer by layer, the mean of vlm.heads: for choosing vlm.layers."""
-    resolved = load_config(config, set_)
+    """Draw where each layer of the VLM looks, on average over vlm.heads: for choosing vlm.layers."""
+    resolved = load_config(config, set_, "cache explain")
     from pipelines.caching import inspect
 
     inspect.explain(resolved, clip, phenomenon or [], output)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAINING)
 def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
     """Train the Physical Branch on the cache with Ray Train and DeepSpeed. Resumes by itself."""
-    resolved = _configure(config, set_, print_config)
+    resolved = _configure("train", config, set_, print_config)
     from pipelines.training import train
 
     train.run(resolved)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAINING)
 def plan(
     config: ConfigOption = "tiny",
     set_: SetOption = None,
     print_config: PrintOption = False,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Of the same kind; by default train.num_workers.")
+        int | None, typer.Option(min=1, help="How many, all of one kind; by default train.num_workers.")
     ] = None,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="Of one GPU, in GB.")] = 80.0,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU, in GB.")] = 80.0,
 ) -> None:
-    """Say what `prophy train` would take of each GPU, what fits, and which settings are the fastest.
+    """Predict how much memory `prophy train` takes on each GPU, what fits, and the fastest settings.
 
     Needs no GPU and no weights. The published backbones of the presets are known; of another one the
     configuration is read, from its folder or from the hub.
@@ -161,31 +216,31 @@ def plan(
     Gradient checkpointing keeps few activations and computes the rest again.
     """
     workers = [] if gpus is None else [f"train.num_workers={gpus}"]
-    resolved = _configure(config, [*(set_ or []), *workers], print_config)
+    resolved = _configure("plan", config, [*(set_ or []), *workers], print_config)
     from pipelines.training import plan
 
     plan.run(resolved, gpu_memory)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAINING)
 def export(
     output: Annotated[Path, typer.Argument(help="New folder to write.")],
     complete: Annotated[
         bool, typer.Option(help="A whole diffusers pipeline with a model card, not the branch alone.")
     ] = False,
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the latest by default.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; the latest by default.")] = None,
     config: ConfigOption = "tiny",
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
     """Turn a training checkpoint, of any ZeRO stage, into safetensors. Needs no GPU and little memory."""
-    resolved = _configure(config, set_, print_config)
+    resolved = _configure("export", config, set_, print_config)
     from pipelines.training import export
 
     export.run(resolved, output.resolve(), step, complete)
 
 
-@app.command()
+@app.command(rich_help_panel=_VIDEOS)
 def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt. Repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
@@ -195,7 +250,7 @@ def generate(
     print_config: PrintOption = False,
 ) -> None:
     """Make videos from prompts, offline, with Ray Data."""
-    resolved = _configure(config, set_, print_config)
+    resolved = _configure("generate", config, set_, print_config)
     texts = list(prompt or [])
     if prompts is not None:
         if not prompts.is_file():
@@ -208,20 +263,20 @@ def generate(
         generate.write_contact_sheet(resolved, dict(zip(texts, videos, strict=True)), contact_sheet)
 
 
-@app.command()
+@app.command(rich_help_panel=_VIDEOS)
 def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
     """Serve the OpenAI Videos API over HTTP with replicas that scale by themselves, until Ctrl-C."""
-    resolved = _configure(config, set_, print_config)
+    resolved = _configure("serve", config, set_, print_config)
     from pipelines.serving import serve
 
     serve.run(resolved)
 
 
-@app.command()
+@app.command(rich_help_panel=_VIDEOS)
 def request(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")],
-    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="The server's.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str | None, typer.Option(envvar="PROPHY_API_KEY", help="If the server asks for one.")
     ] = None,
@@ -238,7 +293,7 @@ def request(
     client.run(url, prompt, out, fields or [], api_key)
 
 
-@app.command()
+@app.command(rich_help_panel=_VIDEOS)
 def key() -> None:
     """Make an API key for a server: the key goes to a client, its hash into serve.api_keys."""
     from pipelines.serving.middleware import hash_key, new_key
@@ -247,7 +302,7 @@ def key() -> None:
     typer.echo(f"key:  {made}\nhash: {hash_key(made)}")
 
 
-@app.command()
+@app.command(rich_help_panel=_DEFAULT)
 def pretrain(
     part: Annotated[
         Part, typer.Argument(help="vlm, vae, backbone (after the vae), branch (after all), or bundle.")
@@ -256,21 +311,21 @@ def pretrain(
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
-    """Train a part of the small default from nothing, on simulated clips; `bundle` makes it the default."""
-    resolved = _configure(config, set_, print_config)
+    """Train a part of the embedded default from nothing, on simulated clips; `bundle` puts it in place."""
+    resolved = _configure("pretrain branch" if part == "branch" else "pretrain", config, set_, print_config)
     from pipelines.sandbox import pretrain
 
     pretrain.run(resolved, part)
 
 
-@app.command()
+@app.command(rich_help_panel=_START)
 def demo(
     config: ConfigOption = "tiny",
-    set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE")] = None,
+    set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
-    """Do all of it on the small default, in order, and write a report with pictures."""
-    resolved = _configure(config, ["run_dir=runs/demo", *(set_ or [])], print_config)
+    """Run every step on the embedded default, in order, and write a report with pictures."""
+    resolved = _configure("demo", config, ["run_dir=runs/demo", *(set_ or [])], print_config)
     from pipelines import demo
 
     demo.run(resolved)
@@ -284,9 +339,8 @@ def main() -> None:
     for name in ("pipelines", "prophy"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # workers inherit it: no bar for each file that a library loads
+    # Workers inherit it: no bar for each file that a library loads.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except ProPhyError as error:

@@ -14,7 +14,7 @@ from ray.data import DataContext
 from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
-from pipelines.config import Config
+from pipelines.config import Config, how_keys, to_yaml
 from prophy.errors import ProPhyError
 
 LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow", "prophy-ray")
@@ -30,31 +30,12 @@ WORKER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 
-# What a command makes depends on these sections; its results in one run folder must agree in them.
+# What a command makes depends on these sections, except for the keys that are marked `How`; its results in
+# one run folder must agree in them.
 _SECTIONS = {
     "simulate": ("simulate",),
     "pretrain": ("pretrain",),
     "train": ("backbone", "vlm", "physics", "train"),
-}
-# Keys of them that say how to run, not what is made.
-_FREE_KEYS = {
-    "pretrain": {"vlm_steps", "vae_steps", "backbone_steps"},
-    "train": {
-        "num_steps",
-        "num_workers",
-        "zero_stage",
-        "offload",
-        "gradient_checkpointing",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "log_every",
-        "save_every",
-        "num_to_keep",
-        "max_failures",
-        "sample_prompts",
-        "evaluation_cpus",
-        "evaluation_gpus",
-    },
 }
 
 
@@ -73,7 +54,7 @@ def open_run(config: Config, command: str) -> Path:
         _check_same_run(yaml.safe_load(saved.read_text()), config, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(config.to_yaml())
+        partial.write_text(to_yaml(config))
         partial.replace(saved)
         versions = {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
         (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False))
@@ -87,9 +68,10 @@ def open_run(config: Config, command: str) -> Path:
 def _check_same_run(saved: dict[str, Any], config: Config, command: str) -> None:
     current = config.model_dump(mode="json")
     for section in _SECTIONS.get(command, ()):
+        free = how_keys(type(getattr(config, section)))
         for key, value in current[section].items():
             before = saved.get(section, {}).get(key)
-            if key not in _FREE_KEYS.get(section, ()) and before != value:
+            if key not in free and before != value:
                 raise ProPhyError(
                     f"{config.run_dir} belongs to another run: {section}.{key} is {before!r} there "
                     f"and {value!r} here; choose another run_dir, or set it back"

@@ -35,6 +35,7 @@ LAYERS = {
         ("sandbox",),
         ("runtime",),
         ("config",),
+        ("layout",),
     ),
 }
 """Beginnings of module names, topmost first; the longest that fits counts."""

@@ -1,14 +1,16 @@
 """The configuration of a run: one strict YAML file, one frozen model per part of the product.
 
-`load_config("tiny", ["train.learning_rate=1e-4"])` reads a preset of `presets/` or any YAML file, applies the
-overrides, resolves `${...}` references and checks every key and value.
+`load_config("tiny", ["train.learning_rate=1e-4"])` reads a preset of `presets/` or any YAML file and what
+that extends, applies the overrides, resolves `${...}` references and checks every key and value. `to_yaml`
+prints it with an explanation of every key: the docstring below the key's field.
 """
 
-from pipelines.config.base import PoolConfig
+from pipelines.config.base import PoolConfig, how_keys
 from pipelines.config.caching import CacheConfig, VideoLimits
 from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
 from pipelines.config.loading import load_config, nearest_key, preset_names
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
+from pipelines.config.printing import json_schema, section_to_yaml, to_yaml
 from pipelines.config.run import Config, RayConfig
 from pipelines.config.sandbox import Part, PretrainConfig, SimulateConfig
 from pipelines.config.serving import ServeConfig
@@ -32,7 +34,11 @@ __all__ = [
     "TrainConfig",
     "VideoLimits",
     "VlmConfig",
+    "how_keys",
+    "json_schema",
     "load_config",
     "nearest_key",
     "preset_names",
+    "section_to_yaml",
+    "to_yaml",
 ]

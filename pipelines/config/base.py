@@ -3,20 +3,17 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from prophy.tiny import bundled
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class How:
+    """Marks a key that says how to run, not what is made: its value may change within one run folder."""
 
 
 def _absolute_path(path: Path) -> Path:
@@ -32,11 +29,11 @@ def _absolute_folder(name: str) -> str:
     return _absolute(name) if name != "tiny" and Path(name).is_dir() else name
 
 
-# Workers run in folders of their own: what is relative on the command line must not stay so.
 def _checkpoint(name: object) -> object:
     return bundled("branch") if name == "tiny" else name
 
 
+# Workers run in folders of their own: what is relative on the command line must not stay so.
 LocalPath = Annotated[Path, AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
@@ -44,14 +41,25 @@ Checkpoint = Annotated[Path, BeforeValidator(_checkpoint), AfterValidator(_absol
 
 
 class Section(BaseModel):
-    """Base of every part: frozen, and a key that it does not know is an error."""
+    """Base of every part: frozen, a key that it does not know is an error, and every key is described."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def how_keys(section: type[Section]) -> set[str]:
+    """The keys of a section that are marked `How`."""
+    fields = section.model_fields.items()
+    return {name for name, field in fields if any(isinstance(mark, How) for mark in field.metadata)}
 
 
 class PoolConfig(Section):
-    """One pool of Ray actors: how many, and what each reserves."""
+    """A pool of Ray actors."""
 
     size: PositiveInt = 1
+    """Number of actors, at least one. Each actor that uses a model loads its own copy."""
+
     num_cpus: NonNegativeFloat = 1.0
+    """CPUs that Ray reserves for each actor. An actor computes with as many threads as it has CPUs."""
+
     num_gpus: NonNegativeFloat = 0.0
+    """GPUs that Ray reserves for each actor; 0.5 lets two actors share one, 0 (the default) is the CPU."""

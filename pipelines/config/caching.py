@@ -6,32 +6,72 @@ from pipelines.config.base import Location, PoolConfig, Section
 
 
 class VideoLimits(Section):
-    """What a video may be, and what reading it may take, before it goes to quarantine."""
+    """What a video may be, and what reading it may take; a video beyond these goes to quarantine.
+
+    The defaults admit an hour of 4K video, and stop files that are made to exhaust a decoder.
+    """
 
     max_bytes: PositiveInt = 2_000_000_000
-    max_pixels: PositiveInt = Field(3840 * 2160, description="per frame")
+    """Size of the file in bytes. 2 GB holds an hour at 4 Mbit/s."""
+
+    max_pixels: PositiveInt = 3840 * 2160
+    """Pixels of a frame, height times width. The default is 4K."""
+
     max_frames: PositiveInt = 500_000
+    """Frames of the whole video. The default is more than two hours at 60 frames per second."""
+
     max_duration_s: PositiveFloat = 3600.0
-    max_streams: PositiveInt = Field(16, description="video, sound, subtitles and others together")
-    max_seconds: PositiveFloat = Field(120.0, description="to measure a video, or to decode one clip")
-    max_memory_bytes: PositiveInt = Field(4_000_000_000, description="address space of a decoding process")
+    """Duration of the whole video in seconds. The default is an hour."""
+
+    max_streams: PositiveInt = 16
+    """Streams of the file: video, sound, subtitles and others together. Films have fewer."""
+
+    max_seconds: PositiveFloat = 120.0
+    """Wall-clock seconds that measuring a video, or decoding one clip, may take.
+
+    The default lets a slow disk or bucket pass, and stops a decoder that hangs.
+    """
+
+    max_memory_bytes: PositiveInt = 4_000_000_000
+    """Address space of a decoding process in bytes. Its libraries take about 1 GB of it."""
 
 
 class CacheConfig(Section):
-    """Offline prior caching: which videos, into which folder, with which pools."""
+    """Offline prior caching: which videos, into which folder, with which pools of actors."""
 
-    input: Location = Field(
-        description="folder or URL of videos, or a list of them: Parquet, CSV or JSON Lines with `path` and "
-        "optional `caption` and `phenomena`, or WISA-80K's JSON"
-    )
+    input: Location
+    """The videos: a folder, a URL such as s3://bucket/videos, or a list of videos.
+
+    A list is a Parquet, CSV or JSON Lines file with `path` and optional `caption` and `phenomena`, or
+    WISA-80K's JSON.
+    """
+
     output: Location
-    clip_duration_s: PositiveFloat = Field(description="videos are cut into clips of this length")
-    shorter_clips_s: list[PositiveFloat] = Field(
-        [], description="lengths of clips for what is left at the end, or of a video shorter than a clip"
-    )
+    """Folder that the cache is written to. By default `cache` in run_dir."""
+
+    clip_duration_s: PositiveFloat
+    """Length in seconds of the clips that videos are cut into: (backbone.num_frames - 1) / backbone.fps."""
+
+    shorter_clips_s: list[PositiveFloat] = Field([])
+    """Lengths in seconds of clips for what is left at the end, or for a video shorter than a clip.
+
+    By default there are none, and what is left is not used.
+    """
+
     limits: VideoLimits = VideoLimits()
+    """What a video may be; a video beyond it goes to quarantine."""
+
     rows_per_file: PositiveInt = 32
+    """Clips in one Parquet file. A crash loses at most the clips of a file that is not full."""
+
     read: PoolConfig = PoolConfig()
+    """Actors that measure and decode videos. They need no GPU."""
+
     extract: PoolConfig = PoolConfig()
+    """Actors that hold the VLM."""
+
     encode: PoolConfig = PoolConfig()
-    encode_batch_size: PositiveInt = Field(1, description="clips that the VAE encodes at once")
+    """Actors that hold the VAE and the text encoder."""
+
+    encode_batch_size: PositiveInt = 1
+    """Clips that the VAE encodes at once. 1 by default, since memory grows with it."""

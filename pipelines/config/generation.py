@@ -1,6 +1,6 @@
 """How videos are sampled, and offline generation."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -14,19 +14,20 @@ class StepCache(Section):
     Pyramid Attention Broadcast and FasterCache do not keep the two passes of Wan's guidance apart.
     """
 
-    first_block: float | None = Field(
-        None,
-        ge=0,
-        description="First Block Cache: relative change of the first block's work that is let pass",
-    )
-    sea: float | None = Field(
-        None,
-        ge=0,
-        description="SeaCache, for Wan: accumulated relative change of the latents that is let pass",
-    )
-    taylorseer: int | None = Field(
-        None, ge=1, description="TaylorSeer: one step in so many is computed, the others are extrapolated"
-    )
+    first_block: NonNegativeFloat | None = None
+    """First Block Cache: relative change of the first block's output, up to which a step reuses the last one.
+
+    0.1 is a usual value; null turns it off.
+    """
+
+    sea: NonNegativeFloat | None = None
+    """SeaCache, for Wan: accumulated relative change of the latents, up to which a step reuses the last one.
+
+    0.2 is a usual value; null turns it off.
+    """
+
+    taylorseer: Annotated[int, Field(ge=1)] | None = None
+    """TaylorSeer: one step in this many is computed, the others are extrapolated. Null turns it off."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -39,17 +40,29 @@ class SamplingConfig(Section):
     """How a video is sampled where a request does not say."""
 
     num_inference_steps: PositiveInt = 50
+    """Denoising steps of a video. 50 is what the published pipelines take; time grows in proportion."""
+
     guidance_scale: NonNegativeFloat = 5.0
+    """Weight of classifier-free guidance. Wan's is 5, CogVideoX's is 6; 1 or less is no guidance."""
+
     negative_prompt: str = ""
-    step_cache: StepCache = Field(StepCache(), description="not for a request to choose; off by default")
+    """What guidance leads away from. Empty by default, as in training, where captions are dropped."""
+
+    step_cache: StepCache = StepCache()
+    """Whether denoising steps reuse earlier ones; not for a request to choose. Off by default."""
 
 
 class GenerateConfig(Section):
     """Offline generation."""
 
     output: LocalPath
+    """Folder of the mp4 files and their manifest. By default `videos` in run_dir."""
+
     seed: int = 0
-    batch_size: PositiveInt = Field(
-        1, description="videos made at once; more than 1 is quicker, but changes a video by rounding"
-    )
+    """Seed of the initial noise. A prompt that occurs again gets the next seed."""
+
+    batch_size: PositiveInt = 1
+    """Videos made at once. More than 1 is quicker, but changes a video by rounding; so 1 is the default."""
+
     pool: PoolConfig = PoolConfig()
+    """Actors that hold the model."""

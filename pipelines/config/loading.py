@@ -1,4 +1,4 @@
-"""Reads a configuration: a preset or any YAML file, with overrides, every key and value checked."""
+"""Reads a configuration: a preset or any YAML file, with what it extends, and overrides; checks all of it."""
 
 import difflib
 import types
@@ -7,53 +7,96 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from pipelines.config.run import Config
 from prophy.errors import ProPhyError
 
-_NULLS = ("", "~", "null")  # as YAML writes it
+PRESETS = Path(str(resources.files("pipelines.config"))) / "presets"
+
+_COMMAND_LINE = "the command line"
+# What presets have in common; no run of its own.
+_PARTS = ("base",)
+# As YAML writes it.
+_NULLS = ("", "~", "null")
 
 
 def preset_names() -> list[str]:
     """Names of the configurations that come with the product."""
-    folder = resources.files("pipelines.config") / "presets"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(file.stem for file in PRESETS.glob("*.yaml") if file.stem not in _PARTS)
 
 
-def load_config(name_or_path: str, overrides: list[str] | None = None) -> Config:
+def load_config(name_or_path: str, overrides: list[str] | None = None, command: str | None = None) -> Config:
     """Reads, overrides, resolves and checks a configuration.
+
+    A file that says `extends: NAME` starts from a preset, or from another file (relative to its own folder),
+    and says only what differs.
 
     Args:
         name_or_path: a preset's name, or the path of a YAML file.
         overrides: `section.key=value` each. The value of a key that takes a text or a path is that text, to
             the character; any other is read as YAML.
+        command: the command that wants it, whose sections must be there.
 
     Raises:
-        ProPhyError: no such file, not YAML, an unknown key (names the nearest one), or a bad value.
+        ProPhyError: no such file, not YAML, it extends itself, an unknown key (names the nearest one and the
+            file it stands in), a bad value, or a section that the command needs is missing.
     """
-    path = _find(name_or_path)
-    given, where = OmegaConf.create(), str(path)
+    layers = _read(_find(name_or_path))
+    path = next(iter(layers))
+    if overrides:
+        layers = {_COMMAND_LINE: _parse(overrides)} | layers
+    try:
+        values = OmegaConf.to_container(OmegaConf.merge(*reversed(layers.values())), resolve=True)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise _invalid(_name(layers), error) from None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ProPhyError(_explain(error, layers)) from None
+    if command is not None and (missing := config.lacking(command)):
+        sections = "the section" if len(missing) == 1 else "the sections"
+        raise ProPhyError(
+            f"`prophy {command}` needs {sections} {', '.join(missing)}, which {path} does not have; add what "
+            "is missing, or let the file extend a preset, such as with `extends: tiny`"
+        )
+    return config
+
+
+def _parse(overrides: list[str]) -> DictConfig:
+    given = OmegaConf.create()
+    try:
+        for override in overrides:
+            key, _, text = override.partition("=")
+            is_text, may_be_null = _takes_text(key)
+            if is_text and not (may_be_null and text in _NULLS):
+                OmegaConf.update(given, key, text)
+            else:
+                given.merge_with_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise _invalid(f"what {_COMMAND_LINE} sets", error) from None
+    return given
+
+
+def _read(path: Path, after: tuple[Path, ...] = ()) -> dict[str, DictConfig]:
+    """What `path` holds, then what the file holds that it extends, and so on; by the files' paths."""
+    if path in after:
+        circle = ", which extends ".join(map(str, [*after[after.index(path) :], path]))
+        raise ProPhyError(f"{circle}; no file may extend itself")
     try:
         tree = OmegaConf.load(path)
-        if overrides:
-            where += " with what the command line adds"
-            for override in overrides:
-                key, _, text = override.partition("=")
-                is_text, may_be_null = _takes_text(key)
-                if is_text and not (may_be_null and text in _NULLS):
-                    OmegaConf.update(given, key, text)
-                else:
-                    given.merge_with_dotlist([override])
-        values = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True)
+        if not isinstance(tree, DictConfig):
+            raise TypeError("it holds no keys at the top")
+        base = tree.pop("extends", None)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
-        raise ProPhyError(f"{where} is not a valid configuration: {' '.join(str(error).split())}") from None
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ProPhyError(_explain(error, path, OmegaConf.to_container(given))) from None
+        raise _invalid(str(path), error) from None
+    if base is None:
+        return {str(path): tree}
+    if not isinstance(base, str):
+        raise ProPhyError(f"{path} extends {base!r}; give the name of a preset, or the path of a YAML file")
+    return {str(path): tree} | _read(_find(base, path), (*after, path))
 
 
 def _takes_text(key: str) -> tuple[bool, bool]:
@@ -67,31 +110,43 @@ def _takes_text(key: str) -> tuple[bool, bool]:
     return bool(kinds & {str, Path}), types.NoneType in kinds
 
 
-def _find(name_or_path: str) -> Path:
-    if name_or_path in preset_names():
-        return Path(str(resources.files("pipelines.config") / "presets" / f"{name_or_path}.yaml"))
-    path = Path(name_or_path)
+def _find(name_or_path: str, extended_by: Path | None = None) -> Path:
+    if name_or_path in [*preset_names(), *(_PARTS if extended_by else ())]:
+        return PRESETS / f"{name_or_path}.yaml"
+    path = (extended_by.parent if extended_by else Path()) / name_or_path
     if not path.is_file():
-        raise ProPhyError(
-            f"no configuration {name_or_path!r}; give a YAML file or one of: {', '.join(preset_names())}"
-        )
-    return path
+        wanted = f"no configuration {name_or_path!r}"
+        if extended_by:
+            wanted = f"{extended_by} extends {name_or_path!r}, which does not exist"
+        raise ProPhyError(f"{wanted}; give a YAML file or one of: {', '.join(preset_names())}")
+    return path.resolve() if extended_by else path
 
 
-def _explain(error: ValidationError, path: Path, given: Any) -> str:
-    """One sentence about the first thing that is wrong in `path` and what is `given` on the command line."""
+def _invalid(name: str, error: Exception) -> ProPhyError:
+    return ProPhyError(f"{name} is not a valid configuration: {' '.join(str(error).split())}")
+
+
+def _name(layers: dict[str, DictConfig]) -> str:
+    """All files that a configuration was made of, in words."""
+    files = " extending ".join(name for name in layers if name != _COMMAND_LINE)
+    return f"{files} with what {_COMMAND_LINE} adds" if _COMMAND_LINE in layers else files
+
+
+def _explain(error: ValidationError, layers: dict[str, DictConfig]) -> str:
+    """One sentence about the first thing that is wrong, and where it stands."""
     first = error.errors()[0]
-    key, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-    where = "on the command line" if _holds(given, first["loc"]) else f"in {path}"
+    location = first["loc"]
+    key, message = ".".join(str(part) for part in location), first["msg"].removeprefix("Value error, ")
+    holders = (name for name, tree in layers.items() if _holds(OmegaConf.to_container(tree), location))
+    place = next(holders, next(name for name in layers if name != _COMMAND_LINE))
+    where = f"on {place}" if place == _COMMAND_LINE else f"in {place}"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} {where}; did you mean {nearest_key(Config, first['loc'])!r}?"
+        return f"unknown key {key!r} {where}; did you mean {nearest_key(Config, location)!r}?"
     if first["type"] == "missing":
         return f"missing key {key!r} {where}; add it"
     if isinstance(first["input"], dict):  # values that do not go together; the message says which
         section = f" for {key!r}" if key else ""
-        return (
-            f"bad values{section} in {path}{' with what the command line adds' if given else ''}: {message}"
-        )
+        return f"bad values{section} in {_name(layers)}: {message}"
     return f"bad value for {key!r} {where}: {message} (got {first['input']!r})"
 
 

@@ -25,21 +25,41 @@ class BackboneConfig(Section):
     """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
 
     family: FamilyName
-    pretrained: Pretrained = Field(
-        description="hub id or folder of a diffusers pipeline; 'tiny' is the embedded one"
-    )
+    """Which classes the backbone is made of: an entry of prophy/backbones, or of another package."""
+
+    pretrained: Pretrained
+    """Hub id or folder of a diffusers pipeline; 'tiny' is the embedded one."""
+
     revision: str | None = None
+    """Commit, branch or tag on the hub. Null is the newest when a run begins; the run then keeps it."""
+
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the weights in memory. bfloat16 is what the published weights were trained in."""
+
     autocast: Literal["bfloat16"] | None = None
+    """Precision that forward passes compute in, if not that of the weights.
+
+    For float32 weights on a CPU: small 3-D convolutions are about ten times faster in bfloat16, where the CPU
+    has the instructions; elsewhere it is ignored.
+    """
+
     num_frames: PositiveInt
+    """Frames of a clip: 4 n + 1, since the VAEs compress time by 4 after the first frame."""
+
     height: PositiveInt
+    """Height of a clip in pixels; a multiple of what VAE and patches take together, mostly 16."""
+
     width: PositiveInt
+    """Width of a clip in pixels; a multiple of what VAE and patches take together, mostly 16."""
+
     fps: PositiveFloat
-    max_sequence_length: PositiveInt = Field(description="text tokens; the same in training as at inference")
-    aspect_buckets: list[tuple[PositiveInt, PositiveInt]] | None = Field(
-        None,
-        description="(height, width) each; a cached clip takes the nearest. Null: height and width",
-    )
+    """Frames per second of a clip. Videos of another rate are resampled to it."""
+
+    max_sequence_length: PositiveInt
+    """Tokens of a text, which is padded or cut to this length; the same in training as at inference."""
+
+    aspect_buckets: list[tuple[PositiveInt, PositiveInt]] | None = None
+    """Shapes (height, width) in pixels; a cached clip takes the nearest. Null: `height` and `width` alone."""
 
     @property
     def frame_shapes(self) -> list[tuple[int, int]]:
@@ -50,33 +70,66 @@ class BackboneConfig(Section):
 class VlmConfig(Section):
     """The Qwen2.5-VL that teaches: what it sees, and which of its attention is kept."""
 
-    pretrained: Pretrained = Field(description="hub id or folder; 'tiny' is the embedded one")
+    pretrained: Pretrained
+    """Hub id or folder of the vision-language model; 'tiny' is the embedded one."""
+
     revision: str | None = None
+    """Commit, branch or tag on the hub. Null is the newest when a run begins."""
+
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the weights in memory. bfloat16 is what the published weights were trained in."""
+
     device_map: str | None = None
+    """How transformers spreads the model over devices: `auto` uses all GPUs of the actor.
+
+    Null puts it on the actor's one device, which is quicker where it fits.
+    """
+
     num_frames: PositiveInt
+    """Frames of a clip that the VLM sees, evenly spaced. An even number: it takes them in pairs."""
+
     height: PositiveInt
+    """Height in pixels of what the VLM sees; for Qwen2.5-VL a multiple of 28 (patch 14, merged 2 x 2)."""
+
     width: PositiveInt
-    layers: list[NonNegativeInt] | None = Field(
-        None, description="layers whose attention is kept; all if null"
-    )
-    heads: list[NonNegativeInt] | None = Field(
-        None, description="heads of these layers that are kept; all if null"
-    )
+    """Width in pixels of what the VLM sees; for Qwen2.5-VL a multiple of 28 (patch 14, merged 2 x 2)."""
+
+    layers: list[NonNegativeInt] | None = None
+    """Layers whose attention makes the maps; all if null. `prophy cache explain` shows where each looks."""
+
+    heads: list[NonNegativeInt] | None = None
+    """Heads of these layers whose attention makes the maps; all if null."""
+
     max_new_tokens: PositiveInt = 64
+    """Tokens after which an answer is cut. 64 hold two sentences; each token costs a forward pass."""
 
 
 class PhysicsConfig(Section):
     """The Physical Branch: where it acts and how many experts it has."""
 
-    physics_layers: list[NonNegativeInt] = Field(min_length=1)
-    physical_blocks: bool = Field(
-        True,
-        description="false: the listed layers get none, and the experts act on the backbone's own stream",
-    )
-    num_semantic_experts: NonNegativeInt = Field(8, description="0: no Semantic Expert Block")
-    num_refinement_experts: NonNegativeInt = Field(8, description="0: no Refinement Expert Block")
+    physics_layers: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    """Layers of the backbone, from 0, that get a Physical Block each; ascending.
+
+    The presets take every third layer of the first two thirds: the paper says as many as memory allows.
+    """
+
+    physical_blocks: bool = True
+    """Whether the listed layers get Physical Blocks. False: the experts act on the backbone's own stream."""
+
+    num_semantic_experts: NonNegativeInt = 8
+    """Experts that the text chooses, for the whole video; 0: no Semantic Expert Block.
+
+    The paper gives no number; 8 is fewer than the 17 phenomena, so that related ones share an expert.
+    """
+
+    num_refinement_experts: NonNegativeInt = 8
+    """Experts that each token chooses; 0: no Refinement Expert Block.
+
+    The paper gives no number, but widens it to the 17 phenomena, so it has fewer.
+    """
+
     top_k: PositiveInt = 2
+    """Refinement experts that act on each token, at most num_refinement_experts. 2 is usual for mixtures."""
 
     @property
     def any(self) -> bool:

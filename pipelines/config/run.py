@@ -1,57 +1,146 @@
 """Everything a run needs, section by section."""
 
+import os
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
-import yaml
-from pydantic import (
-    Field,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, model_validator
 
-from pipelines.config.base import (
-    Checkpoint,
-    LocalPath,
-    Section,
-)
+from pipelines.config.base import Checkpoint, LocalPath, Section
 from pipelines.config.caching import CacheConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
 from pipelines.config.sandbox import PretrainConfig, SimulateConfig
 from pipelines.config.serving import ServeConfig
 from pipelines.config.training import TrainConfig
+from pipelines.layout import RunFolder
+from prophy.errors import ProPhyError
+
+NEEDS = {
+    "simulate": ("simulate",),
+    "cache": ("backbone", "vlm", "cache"),
+    "cache verify": ("cache",),
+    "cache inspect": ("cache",),
+    "cache explain": ("vlm", "cache"),
+    "train": ("backbone", "vlm", "physics", "cache", "train"),
+    "plan": ("backbone", "physics", "train"),
+    "export": ("backbone",),
+    "generate": ("backbone",),
+    "serve": ("backbone",),
+    "pretrain": (),
+    "pretrain branch": ("backbone", "vlm", "physics", "simulate", "cache", "train"),
+    "demo": ("backbone", "vlm", "physics", "simulate", "cache", "train"),
+}
+"""The sections that each command needs, of those that a configuration may lack."""
+
+# Values of sections that a configuration may lack; reading one that it lacks is an error, see `Config`.
+_LEFT_OUT: Any = None
 
 
 class RayConfig(Section):
-    """What a local Ray instance is started with; a cluster that is already there keeps its own."""
+    """A local Ray."""
 
-    num_cpus: PositiveInt = Field(description="logical CPUs; more than the cores, or small machines deadlock")
+    num_cpus: PositiveInt = Field(default_factory=lambda: max(8, os.cpu_count() or 1))
+    """Logical CPUs of a local Ray.
+
+    Those of the machine, but 8 at least: on a small machine, actors that reserve one each would wait for each
+    other for ever.
+    """
 
 
 class Config(Section):
-    """Everything a run needs."""
+    """Everything a run needs.
 
-    run_dir: LocalPath = Field(description="folder of this run; other folders default to places inside it")
-    checkpoint: Checkpoint | None = Field(
-        None,
-        description="folder of a trained branch, for serve and generate; 'tiny' is the embedded one, null is "
-        "the bare backbone",
-    )
-    ray: RayConfig
-    backbone: BackboneConfig
-    vlm: VlmConfig
-    physics: PhysicsConfig
-    simulate: SimulateConfig
-    cache: CacheConfig
-    train: TrainConfig
-    sampling: SamplingConfig
+    A section without defaults may be left out. Reading it then raises `ProPhyError`; `NEEDS` says which
+    commands do.
+    """
+
+    run_dir: LocalPath
+    """Folder of this run; other folders default to places inside it."""
+
+    checkpoint: Checkpoint | None = None
+    """Folder of a trained branch, for serve and generate: what `prophy train` or `prophy export` wrote.
+
+    'tiny' is the embedded one, null the bare backbone.
+    """
+
+    ray: RayConfig = Field(default_factory=RayConfig)
+    """What a local Ray instance is started with; a cluster that is already there keeps its own."""
+
+    backbone: BackboneConfig = _LEFT_OUT
+    """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
+
+    vlm: VlmConfig = _LEFT_OUT
+    """The Qwen2.5-VL that teaches: what it sees, and which of its attention is kept."""
+
+    physics: PhysicsConfig = _LEFT_OUT
+    """The Physical Branch: where it acts and how many experts it has."""
+
+    simulate: SimulateConfig = _LEFT_OUT
+    """`prophy simulate`: simulated physics clips."""
+
+    cache: CacheConfig = _LEFT_OUT
+    """`prophy cache`: which videos, into which folder, with which pools of actors."""
+
+    train: TrainConfig = _LEFT_OUT
+    """`prophy train`, `plan` and `export`: what is trained, how, and on how many workers."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """How `prophy generate` and `serve` sample a video, where a request does not say."""
+
     serve: ServeConfig
+    """`prophy serve`: the HTTP endpoint and its replicas."""
+
     generate: GenerateConfig
+    """`prophy generate`: videos made offline."""
+
     pretrain: PretrainConfig = PretrainConfig()
+    """`prophy pretrain`: how long each part of the embedded default is trained from nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place(cls, values: Any) -> Any:
+        """Puts the folders that no key names into the run folder."""
+        if not isinstance(values, dict) or not isinstance(values.get("run_dir"), str | Path):
+            return values
+        folder = RunFolder(Path(values["run_dir"]))
+        places = {"simulate": folder.clips, "cache": folder.cache}
+        places = {name: place for name, place in places.items() if name in values}
+        places |= {"serve": folder.serve, "generate": folder.videos}
+        sections = {name: values.get(name, {}) for name in places}
+        return values | {
+            name: {"output": str(places[name]), **section}
+            for name, section in sections.items()
+            if isinstance(section, dict)
+        }
+
+    @model_validator(mode="after")
+    def _drop_what_is_left_out(self) -> Self:
+        for name in set().union(*NEEDS.values()):
+            if self.__dict__[name] is _LEFT_OUT:
+                del self.__dict__[name]
+        return self
+
+    # Not for mypy, which would take any attribute to be there.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                raise ProPhyError(
+                    f"this needs the section {name!r}, which the configuration does not have; add it to the "
+                    "file, or let the file extend a preset, such as with `extends: tiny`"
+                )
+            return super().__getattr__(name)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if {"physics", "train", "backbone"} <= self.__dict__.keys():
+            self._check_training()
+        if "backbone" in self.__dict__:
+            self._check_serving()
+        return self
+
+    def _check_training(self) -> None:
         if not self.physics.any and self.train.backbone == "frozen":
             raise ValueError(
                 "nothing to train: physics has neither blocks nor experts, and train.backbone is 'frozen'; "
@@ -63,6 +152,8 @@ class Config(Section):
                 f"train.precision 'fp32' cannot compute with backbone.dtype {self.backbone.dtype!r}; set "
                 f"that to 'float32', or train.precision to 'bf16'"
             )
+
+    def _check_serving(self) -> None:
         allowed = self.serve.max_num_frames
         if allowed is not None and allowed < self.backbone.num_frames:
             raise ValueError(
@@ -75,7 +166,6 @@ class Config(Section):
                 f"serve.max_pixels ({pixels}) is less than backbone.height times backbone.width ({default}), "
                 f"which a request gets that names no size"
             )
-        return self
 
     @property
     def checkpoints(self) -> Path:
@@ -88,6 +178,6 @@ class Config(Section):
         durations_s = sorted([self.cache.clip_duration_s, *self.cache.shorter_clips_s], reverse=True)
         return [(duration_s, round(duration_s * self.backbone.fps) + 1) for duration_s in durations_s]
 
-    def to_yaml(self) -> str:
-        """The resolved configuration, as a file that `load_config` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+    def lacking(self, command: str) -> list[str]:
+        """The sections that `command` needs and this configuration lacks."""
+        return [section for section in NEEDS[command] if section not in self.__dict__]

@@ -1,21 +1,32 @@
-"""Simulated clips, and how the embedded default is made from nothing."""
+"""Simulated clips, and how the embedded default is trained on them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
-from pipelines.config.base import LocalPath, Section
+from pipelines.config.base import How, LocalPath, Section
 
 
 class SimulateConfig(Section):
     """The simulated physics clips."""
 
     output: LocalPath
+    """Folder of the clips and their manifest. By default `clips` in run_dir."""
+
     num_clips: PositiveInt
+    """Number of clips."""
+
     seed: int = 0
+    """Seed of what the clips show; the same seed gives the same clips."""
+
     num_frames: PositiveInt
+    """Frames of a clip; those of the backbone, so that nothing is resampled."""
+
     fps: PositiveFloat
-    size: PositiveInt = Field(description="height and width in pixels")
+    """Frames per second of a clip; those of the backbone, so that nothing is resampled."""
+
+    size: PositiveInt
+    """Height and width of a clip in pixels."""
 
 
 Part = Literal["vlm", "vae", "backbone", "branch", "bundle"]
@@ -23,10 +34,22 @@ Part = Literal["vlm", "vae", "backbone", "branch", "bundle"]
 
 
 class PretrainConfig(Section):
-    """How long each part of the embedded default is trained, where it is made from nothing."""
+    """How long each part of the embedded default is trained, where it is made from nothing.
 
-    num_clips: PositiveInt = Field(3000, description="simulated clips that VAE and backbone learn from")
-    vlm_steps: PositiveInt = 2000
-    vae_steps: PositiveInt = 2400
-    backbone_steps: PositiveInt = 1900
+    The defaults made the weights that come with the product.
+    """
+
+    num_clips: PositiveInt = 3000
+    """Simulated clips that VAE and backbone learn from."""
+
+    vlm_steps: Annotated[PositiveInt, How()] = 2000
+    """Optimizer steps of the VLM."""
+
+    vae_steps: Annotated[PositiveInt, How()] = 2400
+    """Optimizer steps of the VAE."""
+
+    backbone_steps: Annotated[PositiveInt, How()] = 1900
+    """Optimizer steps of the transformer."""
+
     seed: int = 0
+    """Seed of the clips, of new weights and of the order of batches."""

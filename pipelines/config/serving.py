@@ -3,62 +3,74 @@
 import re
 from typing import Annotated, Self
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.config.base import (
-    LocalPath,
-    Location,
-    NonNegativeFloat,
-    NonNegativeInt,
-    Section,
-)
+from pipelines.config.base import LocalPath, Location, NonNegativeFloat, NonNegativeInt, Section
 
 
 class ServeConfig(Section):
     """The HTTP endpoint and its replicas."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    api_keys: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(
-        [],
-        description="SHA-256 of each key that is let in, as `prophy key` prints it; none: only on loopback",
-    )
-    output: LocalPath = Field(description="folder of the job database and the videos")
-    database: str | None = Field(
-        None,
-        description="SQLAlchemy URL; null: SQLite in `output`. Several nodes need PostgreSQL; its "
-        "password belongs in PGPASSWORD or ~/.pgpass",
-    )
-    videos: Location | None = Field(
-        None, description="folder or fsspec URL of the finished videos; null: in `output`"
-    )
-    expire_after_s: PositiveFloat | None = Field(
-        7 * 86400.0, description="how long the files of a video are kept; null: until it is deleted"
-    )
+    """Address to listen on. The default lets in this machine alone; 0.0.0.0 lets in all, with api_keys."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one."""
+
+    api_keys: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field([])
+    """SHA-256 of each key that is let in, as `prophy key` prints it. Without keys, only this machine is."""
+
+    output: LocalPath
+    """Folder of the job database and the videos. By default `serve` in run_dir."""
+
+    database: str | None = None
+    """SQLAlchemy URL of the job database. Null is a SQLite file in `output`.
+
+    Replicas on several nodes need PostgreSQL; its password belongs into PGPASSWORD or ~/.pgpass.
+    """
+
+    videos: Location | None = None
+    """Folder or fsspec URL of the finished videos. Null is a folder in `output`."""
+
+    expire_after_s: PositiveFloat | None = 7 * 86400.0
+    """Seconds that the files of a video are kept, a week by default; null keeps them until it is deleted."""
+
     max_body_bytes: PositiveInt = 1 << 20
+    """Bytes that a request may have. A prompt with all knobs has a few thousand; the default is 1 MiB."""
+
     max_queued: PositiveInt = 100
+    """Videos that may wait; one more request is answered with 429, so that no client waits for days."""
+
     min_replicas: NonNegativeInt = 0
+    """Replicas that stay when there is nothing to do. 0 frees the GPUs, and the next video waits longer."""
+
     max_replicas: PositiveInt = 1
+    """Replicas at most, each with the whole model."""
+
     num_cpus: NonNegativeFloat = 1.0
+    """CPUs that Ray reserves for each replica."""
+
     num_gpus: NonNegativeFloat = 0.0
-    max_pixels: PositiveInt | None = Field(
-        None, description="per frame; null: as many as the backbone's clips"
-    )
-    max_num_frames: PositiveInt | None = Field(None, description="null: as many as the backbone's clips")
-    drain_timeout_s: PositiveFloat = Field(
-        3600.0, description="how long a replica that is scaled away may go on with its video"
-    )
+    """GPUs that Ray reserves for each replica; 0 by default: it runs on the CPU."""
+
+    max_pixels: PositiveInt | None = None
+    """Pixels of a frame (height times width) that a request may ask for. Null: the backbone's."""
+
+    max_num_frames: PositiveInt | None = None
+    """Frames that a request may ask for. Null: the backbone's."""
+
+    drain_timeout_s: PositiveFloat = 3600.0
+    """Seconds that a replica which is scaled away may go on with its video. An hour ends any video."""
+
     upscale_delay_s: NonNegativeFloat = 30.0
+    """Seconds that videos must have waited before a replica is added; 30, since a short peak needs none."""
+
     downscale_delay_s: NonNegativeFloat = 600.0
+    """Seconds without work before a replica goes. Loading it again takes minutes, so it stays for ten."""
 
     @property
     def database_url(self) -> str:
-        """Of the job database, as SQLAlchemy writes it."""
+        """The job database's URL, as SQLAlchemy writes it."""
         return self.database or f"sqlite:///{self.output / 'jobs.sqlite'}"
 
     @property

@@ -2,86 +2,172 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.config.base import Checkpoint, Fraction, NonNegativeFloat, NonNegativeInt, Section
+from pipelines.config.base import Checkpoint, Fraction, How, NonNegativeFloat, NonNegativeInt, Section
+from prophy.priors.recipes import RECIPE_NAMES
+
+
+def _recipe(name: str) -> str:
+    if name not in RECIPE_NAMES:
+        raise ValueError(f"there is no such recipe; set it to one of: {', '.join(RECIPE_NAMES)}")
+    return name
 
 
 class LossWeights(Section):
-    """The weights of Eq. 6."""
+    """The weights of the total loss (Eq. 6).
+
+    The diffusion loss has weight 1. The defaults are the paper's.
+    """
 
     semantic_alignment: NonNegativeFloat = 0.1
+    """Weight of L_coarse (Eq. 4): which physics a video holds."""
+
     token_alignment: NonNegativeFloat = 0.02
+    """Weight of L_fine_align (Eq. 5): where each phenomenon is."""
+
     load_balancing: NonNegativeFloat = 0.01
+    """Weight of L_fine_balance, which keeps all refinement experts in use."""
 
 
 class TrainConfig(Section):
     """Training of the branch with Ray Train and DeepSpeed."""
 
-    start_from: Checkpoint | None = Field(
-        None,
-        description="folder of a trained branch to go on from; 'tiny' is the embedded one, null is a new one",
-    )
-    backbone: Literal["frozen", "lora", "full"] = Field(
-        "frozen", description="what of the backbone is trained beside the branch"
-    )
+    start_from: Checkpoint | None = None
+    """Folder of a trained branch to go on from; 'tiny' is the embedded one, null starts a new branch."""
+
+    backbone: Literal["frozen", "lora", "full"] = "frozen"
+    """What of the backbone is trained beside the branch: nothing, an adapter, or all of it.
+
+    Frozen by default: it costs the least memory, and without the branch the model is the published one.
+    """
+
     lora_rank: PositiveInt = 128
+    """Rank of the adapter, with `backbone: lora`. The default is WISA's."""
+
     lora_alpha: PositiveInt = 16
-    num_steps: PositiveInt
+    """Scale of the adapter, which is multiplied by lora_alpha / lora_rank. The default is WISA's."""
+
+    num_steps: Annotated[PositiveInt, How()]
+    """Optimizer steps after which training ends, those of earlier starts included."""
+
     micro_batch_size: PositiveInt
-    global_batch_size: PositiveInt = Field(
-        description="samples in a step, whatever the number of workers; the rest is accumulated"
-    )
-    num_workers: PositiveInt
-    cpus_per_worker: NonNegativeFloat = 1.0
-    gpus_per_worker: NonNegativeFloat = 0.0
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="what workers share out: 1 the optimizer, 2 gradients too, 3 parameters too"
-    )
-    offload: Literal["none", "optimizer", "all"] = Field(
-        "none", description="to the CPU: the optimizer (ZeRO 1 to 3), or parameters too (ZeRO 3)"
-    )
-    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
+    """Clips that one worker holds at once. GPU memory grows with it."""
+
+    global_batch_size: PositiveInt
+    """Clips of an optimizer step, over all workers.
+
+    A multiple of micro_batch_size times num_workers: what does not fit at once is accumulated.
+    """
+
+    num_workers: Annotated[PositiveInt, How()]
+    """Training processes, one per GPU. It may change when a run resumes."""
+
+    cpus_per_worker: Annotated[NonNegativeFloat, How()] = 1.0
+    """CPUs that Ray reserves for each worker, which also reads its own batches."""
+
+    gpus_per_worker: Annotated[NonNegativeFloat, How()] = 0.0
+    """GPUs that Ray reserves for each worker: 1, or 0 to train on the CPU."""
+
+    zero_stage: Annotated[Literal[0, 1, 2, 3], How()] = 1
+    """What workers share out: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too.
+
+    A higher stage takes less memory and communicates more. 1 sends gradients once in a step, 2 with every
+    micro-batch; `prophy plan` says which stage fits.
+    """
+
+    offload: Annotated[Literal["none", "optimizer", "all"], How()] = "none"
+    """What moves to the CPU's memory: the optimizer (ZeRO 1 to 3), or the parameters too (ZeRO 3).
+
+    Slower than any ZeRO stage, so it is off by default.
+    """
+
+    gradient_checkpointing: Annotated[bool, How()] = False
+    """Recompute activations in the backward pass: much less memory for about a third more time."""
+
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of forward and backward passes. Trained parameters and their gradients are always float32."""
+
     learning_rate: PositiveFloat = 1e-4
-    backbone_learning_rate: PositiveFloat = Field(
-        2e-5, description="of the adapter, or of the whole backbone"
-    )
+    """Learning rate of the branch. The paper gives none; 1e-4 is usual for new layers on a frozen model."""
+
+    backbone_learning_rate: PositiveFloat = 2e-5
+    """Learning rate of the adapter, or of the whole backbone. The default is WISA's."""
+
     warmup_steps: NonNegativeInt = 200
-    lr_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="after the warm-up; cosine ends at 0 with the last step"
-    )
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
-        None, description="of a moving average of the trained parameters, which is then what is exported"
-    )
+    """Optimizer steps over which the learning rate rises from 0; by default 1 % of the presets' 20,000."""
+
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; cosine ends at 0 with the last step.
+
+    Constant by default: num_steps may then grow without changing the steps before.
+    """
+
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay per step of a moving average of what is trained, which is then what is exported. Null: none.
+
+    0.999 averages over about a thousand steps; it takes as much memory as the trained parameters.
+    """
+
     weight_decay: NonNegativeFloat = 0.01
+    """AdamW's weight decay. The default is PyTorch's."""
+
     gradient_clipping: PositiveFloat = 1.0
+    """Norm that the gradients of a step are scaled down to, if they are longer."""
+
     caption_dropout: Fraction = 0.1
-    recipe: str = Field(
-        "minus_others_blur_motion", description="how raw maps become targets: prophy/priors/grounding.py"
+    """Share of captions replaced by the empty prompt, which classifier-free guidance needs. 10 % is usual."""
+
+    recipe: Annotated[str, AfterValidator(_recipe), Field(json_schema_extra={"enum": list(RECIPE_NAMES)})] = (
+        "minus_others_blur_motion"
     )
+    """How raw maps become targets: a subtraction, then `_blur` and `_motion` where they apply.
+
+    The paper's is minus_background. The default is the best of them for the embedded VLM, measured against
+    the sandbox's exact masks; `_motion` needs a camera that stands still.
+    """
+
     negatives: Literal["ignore", "zero"] = "ignore"
+    """What tokens outside a phenomenon's map say: nothing (the paper), or that it is not there."""
+
     reduction: Literal["mean", "sum"] = "mean"
+    """How the alignment losses add up: sum is the paper's formula.
+
+    With mean their weights do not depend on batch size and resolution, so it is the default.
+    """
+
     loss_weights: LossWeights = LossWeights()
-    num_held_out: NonNegativeInt = Field(
-        0,
-        description="videos of the cache that are not trained on: the newest checkpoint is measured there, "
-        "as soon as the one before is done, and the last",
-    )
-    sample_prompts: list[str] = Field(
-        [], description="of videos that the same checkpoints make, with pictures of their routing maps"
-    )
-    evaluation_cpus: NonNegativeFloat = Field(
-        1.0, description="of the task that does both, beside the workers; they do not wait for it"
-    )
-    evaluation_gpus: NonNegativeFloat = 0.0
+    """The weights of the total loss (Eq. 6)."""
+
+    num_held_out: NonNegativeInt = 0
+    """Videos of the cache that are not trained on, but measured.
+
+    The newest checkpoint is measured as soon as the one before is done, and so is the last one.
+    """
+
+    sample_prompts: Annotated[list[str], How()] = Field([])
+    """Prompts of videos that these checkpoints make, with pictures of their routing maps. By default none."""
+
+    evaluation_cpus: Annotated[NonNegativeFloat, How()] = 1.0
+    """CPUs of the task that measures and samples beside the workers; they do not wait for it."""
+
+    evaluation_gpus: Annotated[NonNegativeFloat, How()] = 0.0
+    """GPUs of the task that measures and samples beside the workers; 0 runs it on the CPU."""
+
     seed: int = 0
-    log_every: PositiveInt = 10
-    save_every: PositiveInt = 500
-    num_to_keep: PositiveInt = 2
-    max_failures: NonNegativeInt = Field(
-        2, description="restarts from the last checkpoint when a worker dies"
-    )
+    """Seed of new parameters, of the order of clips, of noise and of timesteps."""
+
+    log_every: Annotated[PositiveInt, How()] = 10
+    """Optimizer steps between two lines of metrics."""
+
+    save_every: Annotated[PositiveInt, How()] = 500
+    """Optimizer steps between two checkpoints: at most this much work is lost."""
+
+    num_to_keep: Annotated[PositiveInt, How()] = 2
+    """Checkpoints that are kept, the newest. Two, so that a damaged one has a predecessor."""
+
+    max_failures: Annotated[NonNegativeInt, How()] = 2
+    """Restarts from the last checkpoint when a worker dies, after which the run ends with the error."""
 
     @property
     def gradient_accumulation_steps(self) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from prophy.errors import ProPhyError
+from prophy.priors.recipes import SUBTRACTIONS
 from prophy.taxonomy import NUM_PHENOMENA
 
 _SATURATED = 0.2
@@ -75,16 +76,17 @@ def _blur(maps: torch.Tensor) -> torch.Tensor:
 
 _SUBTRACTIONS = {
     "none": _none,
-    "minus_background": _minus_background,  # the paper's
-    "minus_mean": _minus_mean,  # of all maps of the clip, the background's included
+    "minus_background": _minus_background,
+    # The mean is that of all maps of the clip, the background's included.
+    "minus_mean": _minus_mean,
     "minus_others": _minus_others,
 }
 
 RECIPES: dict[str, Recipe] = {
-    name + "_blur" * blur + "_motion" * by_motion: Recipe(subtract, blur, by_motion)
-    for by_motion, blur, (name, subtract) in product((False, True), (False, True), _SUBTRACTIONS.items())
+    name + "_blur" * blur + "_motion" * by_motion: Recipe(_SUBTRACTIONS[name], blur, by_motion)
+    for by_motion, blur, name in product((False, True), (False, True), SUBTRACTIONS)
 }
-"""By name: a subtraction, then `_blur` and `_motion` where they are applied."""
+"""By name, see `recipes`."""
 
 
 def motion(latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:

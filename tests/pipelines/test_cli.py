@@ -1,9 +1,11 @@
 """The command line: what it teaches, and mistakes that end with one sentence and exit code 2."""
 
+import json
 import re
 import shutil
 import socket
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,35 @@ def test_every_command_explains_itself_and_prints_its_configuration(
     code, shown, _ = prophy(command, "--print-config", "--set", "train.learning_rate=1e-4")
     assert code == 0
     assert Config.model_validate(yaml.safe_load(shown)).train.learning_rate == 1e-4
+
+
+def test_the_front_page_teaches(prophy: CommandLine) -> None:
+    code, shown, _ = prophy("--help")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert code == 0
+    for name in ("demo", "config", "simulate", "cache", "train", "generate", "serve", "request"):
+        assert f"prophy {name}" in " ".join(shown.split()), name
+    code, shown, _ = prophy("--version")
+    assert code == 0 and shown.strip() == f"prophy-ray {version('prophy-ray')}"
+
+
+def test_a_configuration_explains_itself(prophy: CommandLine, tmp_path: Path) -> None:
+    arguments = in_folder(tmp_path, "train.num_steps=7")
+    code, shown, _ = prophy("config", *arguments)
+    assert code == 0 and "# Optimizer steps after which training ends" in shown
+    assert shown == prophy("train", "--print-config", *arguments)[1]
+    code, shown, _ = prophy("config", "train.num_steps", *arguments)
+    assert code == 0 and yaml.safe_load(shown) == {"train": {"num_steps": 7}}
+    assert "did you mean 'train.num_steps'" in prophy.mistake("config", "train.num_step")
+    assert json.loads(prophy("config", "--schema")[1])["title"]
+
+
+def test_a_command_names_the_section_that_its_file_lacks(prophy: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"run_dir: {tmp_path}")
+    sentence = prophy.mistake("cache", "explain", "clip.mp4", "--config", str(tmp_path / "mine.yaml"))
+    assert "`prophy cache explain` needs the sections vlm, cache, which" in sentence
+    sentence = prophy.mistake("pretrain", "branch", "--config", str(tmp_path / "mine.yaml"))
+    assert "`prophy pretrain branch` needs the sections backbone, vlm, physics, simulate, cache" in sentence
 
 
 def test_misspelt_key(prophy: CommandLine) -> None:

@@ -6,7 +6,7 @@ import pytest
 import ray
 import yaml
 
-from pipelines.config import Config
+from pipelines.config import Config, PretrainConfig, TrainConfig, how_keys
 from pipelines.runtime import find_user_error, open_run, ray_session
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
@@ -26,6 +26,14 @@ def test_same_run_may_change_how_but_not_what(tmp_path: Path) -> None:
     open_run(tiny_config(tmp_path, "train.num_steps=99", "ray.num_cpus=4", "serve.port=9000"), "train")
     with pytest.raises(ProPhyError, match=r"belongs to another run: physics.top_k is 2 there and 3 here"):
         open_run(tiny_config(tmp_path, "physics.top_k=3"), "train")
+    with pytest.raises(ProPhyError, match=r"another run: train.loss_weights is .*0.1.* there and .*0.3"):
+        open_run(tiny_config(tmp_path, "train.loss_weights.semantic_alignment=0.3"), "train")
+
+
+def test_every_key_that_is_free_in_a_run_folder_is_marked() -> None:
+    assert {"num_steps", "num_workers", "zero_stage", "sample_prompts"} <= how_keys(TrainConfig)
+    assert not {"learning_rate", "recipe", "seed", "num_held_out"} & how_keys(TrainConfig)
+    assert how_keys(PretrainConfig) == {"vlm_steps", "vae_steps", "backbone_steps"}
 
 
 def test_unwritable_run_folder(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
-"""The configuration: strict keys, overrides, presets."""
+"""Reading a configuration: strict keys, overrides, presets, files that extend others or lack sections."""
 
 from pathlib import Path
 
 import pytest
 
-from pipelines.config import Config, load_config, preset_names
+from pipelines.config import Config, load_config, preset_names, to_yaml
 from prophy.errors import ProPhyError
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid_and_round_trip(name: str, tmp_path: Path) -> None:
     config = load_config(name)
-    (tmp_path / "copy.yaml").write_text(config.to_yaml())
+    (tmp_path / "copy.yaml").write_text(to_yaml(config))
     assert load_config(str(tmp_path / "copy.yaml")) == config
 
 
@@ -111,6 +111,12 @@ def test_local_paths_become_absolute_and_the_rest_stays(
             "at most one of first_block, sea, taylorseer",
         ),
         ("sampling.step_cache.taylorseer=0", "bad value for 'sampling.step_cache.taylorseer'"),
+        (
+            "train.recipe=minus_all",
+            "bad value for 'train.recipe' on the command line: .* set it to one of: none, minus_background, ",
+        ),
+        ("cache.read=null", "bad value for 'cache.read' on the command line"),
+        ("train.num_steps", "missing|bad value for 'train.num_steps' on the command line"),
     ],
 )
 def test_mistakes_name_the_key_and_the_cure(override: str, message: str) -> None:
@@ -153,3 +159,97 @@ def test_broken_yaml_is_one_sentence(tmp_path: Path) -> None:
 def test_configuration_is_frozen(config: Config) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.train.num_steps = 1  # type: ignore[misc]
+
+
+def write(folder: Path, **files: str) -> str:
+    """Writes YAML files and returns the path of the first."""
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{next(iter(files))}.yaml")
+
+
+def test_a_file_says_only_what_differs(tmp_path: Path) -> None:
+    mine = write(
+        tmp_path, mine="extends: shared/team.yaml\nrun_dir: runs/mine\ntrain: {num_steps: 7}\n", other=""
+    )
+    write(tmp_path / "shared", team="extends: tiny\ntrain: {num_steps: 5, seed: 3}\n")
+    config = load_config(mine, ["train.log_every=2"])
+    preset = load_config("tiny")
+    assert (config.train.num_steps, config.train.seed, config.train.log_every) == (7, 3, 2)
+    assert config.cache.input == str(Path("runs/mine/clips").absolute())
+    assert config.physics == preset.physics and config.vlm == preset.vlm
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"a": "extends: b.yaml", "b": "extends: a.yaml"},
+            "a.yaml, which extends .*b.yaml, which extends .*a.yaml",
+        ),
+        ({"a": "extends: a.yaml"}, "no file may extend itself"),
+        ({"a": "extends: ../{tmp}/a.yaml"}, "no file may extend itself"),
+        ({"a": "extends: tinny"}, "a.yaml extends 'tinny', which does not exist; .*tiny"),
+        ({"a": "extends: [tiny]"}, r"a.yaml extends \['tiny'\]; give the name of a preset"),
+        ({"a": "extends: b.yaml", "b": "train: ["}, "b.yaml is not a valid configuration"),
+        (
+            {"a": "extends: b.yaml", "b": "extends: tiny\ntrain: {num_stepps: 5}"},
+            "unknown key 'train.num_stepps' in .*b.yaml; did you mean 'train.num_steps'",
+        ),
+        (
+            {"a": "extends: b.yaml\ntrain: {seed: x}", "b": "extends: tiny\ntrain: {seed: 5}"},
+            "bad value for 'train.seed' in .*a.yaml: .*got 'x'",
+        ),
+        (
+            {"a": "extends: tiny\nphysics: {top_k: 9}"},
+            "bad values for 'physics' in .*a.yaml extending .*tiny.yaml: top_k",
+        ),
+        (
+            {"a": "extends: base\nrun_dir: x\nbackbone: {fps: 8, num_frames: 9}"},
+            "missing key 'backbone.family' in .*a.yaml",
+        ),
+    ],
+)
+def test_mistakes_in_what_is_extended_name_the_file(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    files = {name: text.replace("{tmp}", tmp_path.name) for name, text in files.items()}
+    with pytest.raises(ProPhyError, match=message) as caught:
+        load_config(write(tmp_path, **files))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_presets_have_in_common_is_no_preset() -> None:
+    assert "base" not in preset_names()
+    with pytest.raises(ProPhyError, match="no configuration 'base'"):
+        load_config("base")
+
+
+SERVE_ALONE = """
+run_dir: runs/served
+backbone:
+  {family: wan, pretrained: tiny, num_frames: 17, height: 64, width: 64, fps: 8, max_sequence_length: 32}
+"""
+
+
+def test_a_file_for_serve_alone_needs_no_other_section(tmp_path: Path) -> None:
+    path = write(tmp_path, serve=SERVE_ALONE)
+    config = load_config(path, command="serve")
+    assert config.serve.output == Path("runs/served/serve").absolute()
+    assert config.sampling.num_inference_steps == 50
+    (tmp_path / "copy.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "copy.yaml")) == config
+    assert "train" not in config.model_dump()
+
+
+def test_a_missing_section_is_named_with_the_command_that_needs_it(tmp_path: Path) -> None:
+    path = write(tmp_path, serve=SERVE_ALONE)
+    with pytest.raises(
+        ProPhyError, match="`prophy train` needs the sections vlm, physics, cache, train, which .*serve.yaml"
+    ):
+        load_config(path, command="train")
+    with pytest.raises(ProPhyError, match="`prophy simulate` needs the section simulate, which"):
+        load_config(path, command="simulate")
+    with pytest.raises(ProPhyError, match="this needs the section 'train', which the configuration does not"):
+        _ = load_config(path).train
