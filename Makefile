@@ -4,13 +4,21 @@ BIN := .venv/bin
 # torch comes first and alone: as a dependency of another package pip may take a build with CUDA libraries.
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 
-.PHONY: demo test check bench chaos
+# One process per core, each with a Ray of its own where it needs one; files with a Ray come first, as ordered.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-unit check bench chaos
 
 demo: .venv/installed
 	$(BIN)/prophy demo
 
+# Everything but the long series of `make chaos`.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations=40
+
+# What starts no Ray and no ranks: two thirds of the tests.
+test-unit: .venv/installed
+	$(PYTEST) -m 'not processes and not gpu and not slow' --durations=10
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """The one exception that means: the user can mend this."""
 
 
-class ProPhyError(ValueError):
+class ProPhyError(Exception):
     """A mistake in what the user gave: input, configuration, folder.
 
     Its message is one sentence that says what is wrong, with which value, and what to do. The command line

@@ -1,4 +1,7 @@
-"""What tests share: a tmp home, one Ray instance per session, and small configurations of the real thing."""
+"""What tests share: a tmp home, one Ray per process, one cache, and small configurations of the real thing.
+
+With `pytest -n`, each process has its home and its Ray, on ports of its own; the cache is made once for all.
+"""
 
 import os
 import shutil
@@ -7,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Set before torch, ray and transformers are imported. Ray's sockets need a short path, hence this folder.
 _SCRATCH = Path(tempfile.mkdtemp(prefix="prophy-"))
@@ -32,6 +36,21 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what starts a Ray, so that it can be left out, and puts the files that do in front.
+
+    They take longest: two processes that share the files end together when these begin first.
+    """
+    slow_files = set()
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("processes"):
+            slow_files.add(item.path)
+    items.sort(key=lambda item: item.path not in slow_files)  # a stable sort
+
+
 def tiny_config(run_dir: Path, *overrides: str) -> Config:
     """The embedded default with everything inside `run_dir`."""
     return load_config("tiny", [f"run_dir={run_dir}", *overrides])
@@ -45,7 +64,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for the whole session, with the dashboard that Ray Train's state API wants."""
+    """One local Ray for all tests of this process, with the dashboard that Ray Train's state API wants."""
     import ray
 
     from pipelines.serving import haproxy
@@ -62,14 +81,21 @@ def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> C
     from pipelines.caching import cache
     from pipelines.sandbox import simulate
 
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all processes of this session share
     config = tiny_config(
-        tmp_path_factory.mktemp("tiny") / "run",
+        folder / "tiny-cache",
         f"simulate.num_clips={NUM_CLIPS}",
         f"cache.rows_per_file={ROWS_PER_FILE}",
         "cache.encode_batch_size=1",  # a batch rounds as a whole: another run must give the same bits
     )
-    simulate.run(config)
-    cache.run(config)
+    made = folder / "tiny-cache-is-made"
+    with FileLock(folder / "tiny-cache.lock"):
+        if not made.exists():
+            simulate.run(config)
+            cache.run(config)
+            made.touch()
     return config
 
 

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from pathlib import Path
 import psycopg
 import psycopg.sql
 import pytest
+
+PATIENCE_S = 60
 
 
 @contextmanager
@@ -38,16 +42,23 @@ def postgres_server() -> Iterator[Path]:
             **quiet,
         )
         try:
+            deadline = time.monotonic() + PATIENCE_S
             while True:
                 try:
                     psycopg.connect(host=str(folder), user="postgres").close()
                     break
-                except psycopg.OperationalError:
+                except psycopg.OperationalError as error:
                     assert server.poll() is None, "PostgreSQL did not start"
+                    assert time.monotonic() < deadline, f"PostgreSQL lets nobody in: {error}"
+                    time.sleep(0.05)
             yield folder
         finally:
-            server.terminate()
-            server.wait()
+            server.send_signal(signal.SIGINT)  # at once, whoever is still connected
+            try:
+                server.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                raise
     finally:
         shutil.rmtree(folder)
 

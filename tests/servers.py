@@ -110,14 +110,21 @@ def http_server(config: Config, generate: Generate, *, is_ready: bool = True) ->
     server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
     try:
+        until(lambda: server.started or not thread.is_alive(), "the server has started")
+        assert server.started, "the server has ended"
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
+
+
+def until(happened: Callable[[], bool], what: str) -> None:
+    """Waits until something has happened, within `PATIENCE_S`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, f"it is not true after {PATIENCE_S} s that {what}"
+        time.sleep(0.02)
 
 
 def poll(client: httpx.Client, video_id: str) -> Iterator[dict[str, Any]]:

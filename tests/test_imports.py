@@ -1,9 +1,12 @@
-"""The one direction in which imports run."""
+"""The one direction in which imports run, and that the project asks for what it imports."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from diffusers import pipelines as diffusers_pipelines
@@ -23,7 +26,18 @@ LAYERS = {
         ("generation", "priors", "tiny"),
         ("models", "training.losses", "training.objectives"),
         ("sandbox",),
-        ("backbones", "schema", "video", "decoder", "taxonomy", "registry", "device", "errors"),
+        (
+            "backbones",
+            "schema",
+            "video",
+            "decoder",
+            "taxonomy",
+            "registry",
+            "device",
+            "errors",
+            "hashing",
+            "sheets",
+        ),
     ),
     "pipelines": (
         ("cli",),
@@ -47,7 +61,7 @@ def imported(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
@@ -101,3 +115,22 @@ def test_no_folder_is_named_like_a_diffusers_pipeline() -> None:
     taken = {path.name for path in Path(diffusers_pipelines.__file__).parent.iterdir() if path.is_dir()}
     ours = {path.name for path in (ROOT / "prophy").rglob("*") if path.is_dir()}
     assert not (taken & ours) - {"__pycache__"}
+
+
+def normalised(requirements: Iterable[str]) -> set[str]:
+    """The names of requirements, without extras and versions, as package indices compare them."""
+    names = [re.findall(r"^[\w.-]+", requirement)[0] for requirement in requirements]
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for_users = normalised(project["dependencies"])
+    for_tests = for_users | normalised(project["optional-dependencies"]["dev"])
+    here = {"prophy", "pipelines", "tests", *sys.stdlib_module_names}
+    packages = packages_distributions()
+    for file in (*FILES, *(ROOT / "tests").rglob("*.py")):
+        asked_for = for_tests if file.is_relative_to(ROOT / "tests") else for_users
+        beside = {path.stem for path in file.parent.glob("*.py")}
+        for root in {module.split(".")[0] for module in imported(file)} - here - beside:
+            assert normalised(packages.get(root, [])) & asked_for, f"{file} imports {root}"

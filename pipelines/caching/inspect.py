@@ -20,6 +20,7 @@ from pipelines.config import Config
 from prophy.errors import ProPhyError
 from prophy.evaluation.pictures import heat_overlay
 from prophy.schema import INDEX, open_file
+from prophy.sheets import evenly, stacked
 from prophy.taxonomy import PHENOMENA, from_multi_hot, parse_phenomena
 from prophy.video import VideoError
 
@@ -139,11 +140,10 @@ def _read_frames(config: Config, uri: str, start_s: float, end_s: float) -> np.n
 def _strip(frames: np.ndarray, label: str, heat: np.ndarray | None = None) -> Image.Image:
     """Some frames side by side, under a map if there is one, with a label before them."""
     pictures = frames if heat is None else heat_overlay(frames, heat)
-    chosen = pictures[np.linspace(0, len(frames) - 1, _COLUMNS).round().astype(int)]
     width = round(_HEIGHT * frames.shape[2] / frames.shape[1])
     strip = Image.new("RGB", (_LABEL_WIDTH + _COLUMNS * width, _HEIGHT))
     ImageDraw.Draw(strip).text((4, _HEIGHT // 2 - 6), label, fill="white")
-    for place, picture in enumerate(chosen):
+    for place, picture in enumerate(evenly(pictures, _COLUMNS)):
         strip.paste(Image.fromarray(picture).resize((width, _HEIGHT)), (_LABEL_WIDTH + place * width, 0))
     return strip
 
@@ -157,14 +157,9 @@ def _text(text: str) -> Image.Image:
 
 def _save(strips: list[Image.Image], path: Path) -> None:
     """Stacks the strips into one picture."""
-    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)))
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        stacked(strips).save(path)
     except (OSError, ValueError) as error:
         raise ProPhyError(f"cannot write the picture {path}: {error}") from None
     logger.info("the picture is %s", path.resolve())

@@ -16,7 +16,7 @@ from pipelines.generation.limits import check_model, model_fingerprint
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.runtime import open_run, ray_session
 from prophy.errors import ProPhyError
-from prophy.sandbox import film_sheet
+from prophy.sheets import film_sheet
 from prophy.video import read_frames, write_video
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,6 @@ from pipelines.training.plan import reduce_bucket_size
 from prophy.device import default_device, has_bfloat16
 from prophy.models.physics_transformer import BRANCH
 
-# Otherwise DeepSpeed asks the compiler which ops it could build, and on a CPU builds one (40 s): shared
-# memory for tensor-parallel inference, which training never calls.
-deepspeed.ops.__compatible_ops__ = {}
-
 _STATE = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
@@ -74,6 +70,7 @@ def placement(train: TrainConfig) -> Callable[[torch.nn.Parameter, torch.dtype],
             parameter.data = parameter.data.to(device, dtype, copy=parameter.requires_grad)
 
         return move
+    _build_no_ops()
     # As `deepspeed.initialize` shards a module that is whole; there all parameters at once. One buffer holds
     # the whole parameters in turn: memory of each its own would leave holes between the shares.
     sharding = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(train), dtype=torch.float32)
@@ -96,6 +93,7 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
 
     The branch has the learning rate of its own, what is trained of the backbone has the other.
     """
+    _build_no_ops()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # calls that DeepSpeed makes
     groups, settings = _parameter_groups(module, train), deepspeed_config(train)
@@ -105,6 +103,15 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=settings)
     _make_optimizer_state(engine)
     return engine
+
+
+def _build_no_ops() -> None:
+    """Spares a CPU 40 s, for which DeepSpeed has no setting.
+
+    Else it asks the compiler which ops it could build, and builds one that training never calls: shared
+    memory for tensor-parallel inference.
+    """
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def move_buffers(module: torch.nn.Module, device: torch.device) -> None:
@@ -163,6 +170,7 @@ def fragments(engine: DeepSpeedEngine, ema: "Ema | None" = None) -> list[Fragmen
             tensors = {"parameter": mapping.hp_fragment}
             tensors |= {kind: mapping.get_optim_state_fragment(kind) for kind in _STATE}
         else:
+            # The public `safe_get_local_*` copies what is offloaded to the device: nothing to load into.
             shards = {
                 kind: engine.optimizer._get_fp32_opt_state_partition(parameter, False, key)[0]
                 for kind, key in {"parameter": None, **{kind: kind for kind in _STATE}}.items()
@@ -182,10 +190,15 @@ def fragments(engine: DeepSpeedEngine, ema: "Ema | None" = None) -> list[Fragmen
 def shapes(engine: DeepSpeedEngine) -> dict[str, torch.Size]:
     """Shapes of the trained parameters, whole."""
     return {
-        name: getattr(parameter, "ds_shape", parameter.shape)
+        name: whole_shape(parameter)
         for name, parameter in engine.module.named_parameters()
         if parameter.requires_grad
     }
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter whose share alone may lie here, as with ZeRO 3."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class Ema:

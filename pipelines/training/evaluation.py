@@ -30,7 +30,7 @@ from prophy.backbones.registry import load_pipeline
 from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
 from prophy.models.control import PhysicsTrace
-from prophy.sandbox import film_sheet
+from prophy.sheets import film_sheet
 from prophy.taxonomy import PHENOMENA
 from prophy.training.data import PriorCache, SemanticBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule

@@ -26,6 +26,7 @@ from pipelines.training.engine import (
     placement,
     save_checkpoint,
     set_learning_rate,
+    whole_shape,
 )
 from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.training.model import build_module
@@ -179,7 +180,7 @@ def _flops_of_micro_batches(
     """Operations of a micro-batch of each shape of latents in the cache."""
     text_length = len(module.null_text_embeds)
     return {
-        shape: count_flops(module.transformer, train.micro_batch_size, shape, text_length)
+        shape: count_flops(module.transformer, train.micro_batch_size, shape, text_length, whole_shape)
         for shape in set(cache.shapes.values())
     }
 

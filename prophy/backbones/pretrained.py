@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 
 from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.errors import ProPhyError
+from prophy.hashing import file_sha256
 from prophy.models.description import trained_on
 from prophy.tiny import pipeline as tiny
 
@@ -151,10 +152,7 @@ def _hash_of(folder: Path, files: Iterable[Path]) -> str:
     """Hash of the names and the content of files in a folder."""
     digest = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file()):
-        with file.open("rb") as content:
-            digest.update(
-                f"{file.relative_to(folder)} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
-            )
+        digest.update(f"{file.relative_to(folder)} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -34,13 +34,6 @@ def heat_overlay(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (frames * (1 - opacity) + colours * opacity).astype(np.uint8)
 
 
-def film_strip(frames: np.ndarray, columns: int = 8, scale: int = 2) -> np.ndarray:
-    """Evenly spaced frames side by side, enlarged: uint8 `[H * scale, columns * W * scale, 3]`."""
-    chosen = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
-    strip = np.concatenate(list(chosen), axis=1)
-    return strip.repeat(scale, axis=0).repeat(scale, axis=1)
-
-
 def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
     """One small plot per series over the same steps, side by side in rows."""
     num_rows = -(-len(series) // PLOTS_PER_ROW)

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from prophy.evaluation.localization import localization_auroc
-from prophy.evaluation.pictures import curves, film_strip, heat_overlay, mp4_uri, png_uri
+from prophy.evaluation.pictures import curves, heat_overlay, mp4_uri, png_uri
 from prophy.evaluation.report import Picture, Section, Table
 from prophy.models.control import PhysicsTrace
 from prophy.sandbox import StoredClip, contact_sheet
+from prophy.sheets import evenly, side_by_side
 from prophy.taxonomy import PHENOMENA, Phenomenon
 
 SHOWN_CLIPS = 4
 SHOWN_MAPS = 3
+SHOWN_FRAMES = 8
 SHOWN_CHARACTERS = 80
 
 
@@ -56,7 +58,7 @@ def priors_section(clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]
     for clip, row in list(zip(clips, rows, strict=True))[:SHOWN_CLIPS]:
         answers = {answer["question"]: answer["answer"] for answer in row["answers"]}
         for phenomenon, map_ in raw_maps(row).items():
-            strip = film_strip(heat_overlay(clip.frames, map_))
+            strip = _strip(clip.frames, map_)
             said = f"{phenomenon}; the VLM said: {textwrap.shorten(answers[phenomenon], SHOWN_CHARACTERS)!r}"
             pictures.append(Picture(uri=png_uri(strip), caption=said))
     return Section(
@@ -108,7 +110,7 @@ def routing_section(prompt: str, frames: np.ndarray, trace: PhysicsTrace) -> Sec
         ),
         pictures=[
             Picture(
-                uri=png_uri(film_strip(heat_overlay(frames, maps[..., index]))),
+                uri=png_uri(_strip(frames, maps[..., index])),
                 caption=f"{PHENOMENA[index]}: mean {maps[..., index].mean():.2f}, "
                 f"from {maps[..., index].min():.2f} to {maps[..., index].max():.2f}",
             )
@@ -124,3 +126,8 @@ def videos_section(title: str, text: str, videos: Mapping[str, Path]) -> Section
         text=text,
         pictures=[Picture(uri=mp4_uri(path), caption=prompt) for prompt, path in videos.items()],
     )
+
+
+def _strip(frames: np.ndarray, map_: np.ndarray) -> np.ndarray:
+    """Some frames in a row, under a map."""
+    return side_by_side(evenly(heat_overlay(frames, map_), SHOWN_FRAMES, scale=2))

@@ -1,7 +1,7 @@
 """Simulated physics: clips with exact captions, masks, tracks and constants. Training data, and a ruler."""
 
 from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, play_parts, simulate_clip, vocabulary
-from prophy.sandbox.contact_sheet import contact_sheet, film_sheet
+from prophy.sandbox.contact_sheet import contact_sheet
 from prophy.sandbox.dataset import StoredClip, read_truth, write_dataset
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, FLOOR_M, WORLD_M
 from prophy.sandbox.scene import SIDES, Part, Scene, describe
@@ -25,7 +25,6 @@ __all__ = [
     "Track",
     "contact_sheet",
     "describe",
-    "film_sheet",
     "play_parts",
     "read_truth",
     "simulate_clip",

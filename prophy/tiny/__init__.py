@@ -6,13 +6,13 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prophy.errors import ProPhyError
+from prophy.hashing import file_sha256, home
 
 WEIGHTS = Path(__file__).parent / "weights"
 _SHA256 = "sha256.json"
@@ -27,7 +27,7 @@ def bundled(part: str) -> Path:
     """
     for name, expected in part_sha256(part).items():
         path = WEIGHTS / name
-        if not path.is_file() or _sha256(path) != expected:
+        if not path.is_file() or file_sha256(path) != expected:
             raise _damaged(path)
     return WEIGHTS / part
 
@@ -60,7 +60,7 @@ def ship(parts: Mapping[str, Path]) -> None:
             (WEIGHTS / part).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, WEIGHTS / part / file.name)
     files = sorted(path for path in WEIGHTS.glob("*/*") if path.suffix in _LOADED)
-    sums = {path.relative_to(WEIGHTS).as_posix(): _sha256(path) for path in files}
+    sums = {path.relative_to(WEIGHTS).as_posix(): file_sha256(path) for path in files}
     (WEIGHTS / _SHA256).write_text(json.dumps(sums, indent=2) + "\n")
 
 
@@ -72,12 +72,11 @@ def build_once(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
         recipe: everything that the result depends on; another recipe is another folder.
         build: fills the empty folder that it is given. Processes may build at once: the first to finish wins.
     """
-    home = Path(os.environ.get("PROPHY_HOME") or Path.home() / ".cache" / "prophy")
-    folder = home / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    folder = home() / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
-    home.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
         build(scratch)
         scratch.chmod(0o755)
@@ -94,8 +93,3 @@ def _damaged(path: Path) -> ProPhyError:
     return ProPhyError(
         f"{path} is missing or damaged; check out prophy/tiny/weights again, or reinstall prophy-ray"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """What a training step costs: operations and activations, counted on tensors that take no memory."""
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -10,6 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prophy.models.physics_transformer import PhysicsTransformer, ProPhyTransformerOutput
+
+ShapeOf = Callable[[torch.Tensor], torch.Size]
+
+
+def own_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter that lies here as a whole."""
+    return parameter.shape
 
 
 class _Predict(nn.Module):
@@ -24,7 +32,11 @@ class _Predict(nn.Module):
 
 
 def count_flops(
-    transformer: PhysicsTransformer, batch_size: int, latents: tuple[int, ...], text_length: int
+    transformer: PhysicsTransformer,
+    batch_size: int,
+    latents: tuple[int, ...],
+    text_length: int,
+    shape_of: ShapeOf = own_shape,
 ) -> int:
     """Floating-point operations of one forward and backward pass: products and convolutions, 2 per element.
 
@@ -36,11 +48,12 @@ def count_flops(
         batch_size: B.
         latents: `(C, T, H, W)`.
         text_length: L, tokens of the text encoder.
+        shape_of: gives the whole shape of a parameter, of which an engine may have left a share.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     # As two plain products: a fused kernel's formula counts the scores again in the backward pass.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        output = _predict(transformer, batch_size, latents, text_length, "meta")
+        output = _predict(transformer, batch_size, latents, text_length, "meta", shape_of)
         assert output.routing is not None
         outputs = (output.sample, output.routing.refinement_logits, output.routing.phenomenon_maps)
         torch.autograd.backward([value.float().sum() for value in outputs if value is not None])
@@ -74,13 +87,15 @@ def _predict(
     latents: tuple[int, ...],
     text_length: int,
     device: str,
+    shape_of: ShapeOf = own_shape,
 ) -> ProPhyTransformerOutput:
     """The forward pass, with tensors in the place of the parameters that hold nothing."""
 
     def empty(value: torch.Tensor) -> torch.Tensor:
-        shape = getattr(value, "ds_shape", value.shape)  # whole, where ZeRO 3 has sharded it
         # `grouped_mm` without memory wants bfloat16.
-        return torch.empty(shape, device=device, dtype=torch.bfloat16, requires_grad=value.requires_grad)
+        return torch.empty(
+            shape_of(value), device=device, dtype=torch.bfloat16, requires_grad=value.requires_grad
+        )
 
     module, checkpointing = _Predict(transformer), transformer.is_gradient_checkpointing
     tensors = [*module.named_parameters(), *module.named_buffers()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prophy.evaluation.pictures import curves, film_strip, heat_overlay, png_uri
+from prophy.evaluation.pictures import curves, heat_overlay, png_uri
 from prophy.evaluation.report import Picture, Section, Table, write_report
 
 
@@ -23,13 +23,6 @@ def test_overlay_lights_up_the_hot_cell_only() -> None:
     assert overlaid.shape == frames.shape
     assert (overlaid[:, 2, 2] != 60).any()
     np.testing.assert_array_equal(overlaid[:, 24:, 24:], 60)
-
-
-def test_film_strip_begins_and_ends_with_the_video() -> None:
-    frames = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8)
-    strip = film_strip(frames, columns=3, scale=2)
-    assert strip.shape == (8, 36, 3)
-    assert [strip[0, x, 0] for x in (0, 12, 24)] == [0, 4, 8]
 
 
 def test_report_is_self_contained_and_escapes(tmp_path: Path) -> None:

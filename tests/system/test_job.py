@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,9 @@ from tests.conftest import tiny_config
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 TOKEN = "f" * 64
+PATIENCE_S = 60
+
+pytestmark = pytest.mark.processes
 
 
 def free_port() -> int:
@@ -29,40 +33,53 @@ def free_port() -> int:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
-    """A head node with token authentication; yields the address of its job server."""
-    port = free_port()
-    ports = [  # another Ray may run here, on the default ones
-        f"--dashboard-port={port}",
-        *(
-            f"--{name}={free_port()}"
-            for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port")
-        ),
-    ]
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-    }
-    head = subprocess.Popen(
-        [BIN / "ray", "start", "--head", "--block", "--num-cpus=8", *ports],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    """A head node with token authentication; yields the address of its job server.
+
+    Another process may take a port before the head does: then it ends, and is started anew on others.
+    """
+    log = tmp_path / "head.log"
+    for _ in range(3):
+        head, address = start_head(log)
         try:
+            if answers(head, address):
+                yield address
+                return
+        finally:
+            started = [*head.children(recursive=True), head] if head.is_running() else []
+            for process in started:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(started, timeout=30)
+    pytest.fail(f"no head node: {log.read_text()[-3000:]}")
+
+
+def start_head(log: Path) -> tuple[psutil.Popen, str]:
+    """Its process, and the address that it is to have."""
+    port = free_port()
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    # Another Ray may run here, on the default ports; 0 is any that is free.
+    ports = ["--port=0", "--dashboard-agent-listen-port=0", f"--dashboard-port={port}"]
+    ports.append(f"--ray-client-server-port={free_port()}")
+    with log.open("w") as output:
+        head = psutil.Popen(
+            [BIN / "ray", "start", "--head", "--block", "--num-cpus=8", *ports],
+            env=os.environ | environment,
+            start_new_session=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    return head, f"http://127.0.0.1:{port}"
+
+
+def answers(head: psutil.Popen, address: str) -> bool:
+    """Whether its job server can be reached, once that is known."""
+    deadline = time.monotonic() + PATIENCE_S
+    while head.poll() is None and time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
             if httpx.get(f"{address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"}).is_success:
-                break
-        except httpx.TransportError:
-            time.sleep(0.2)
-    yield address
-    started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-    for process in started:
-        process.kill()
-    psutil.wait_procs(started, timeout=30)
+                return True
+        time.sleep(0.2)
+    return False
 
 
 def submit(address: str, token: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -85,8 +102,9 @@ def test_submitted_cache_job_runs_and_wants_the_token(cluster: str, tmp_path: Pa
     assert refused.returncode != 0
     assert not Path(config.cache.output).exists()
 
+    deadline = time.monotonic() + PATIENCE_S
     done = submit(cluster, TOKEN, *cache)
-    while "No available agent" in done.stderr:  # the cluster is still starting
+    while "No available agent" in done.stderr and time.monotonic() < deadline:  # it is still starting
         done = submit(cluster, TOKEN, *cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert pq.read_table(Path(config.cache.output) / "priors" / "index.parquet").num_rows == 3

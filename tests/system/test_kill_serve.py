@@ -8,9 +8,8 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,7 +17,9 @@ import psutil
 import pytest
 
 from pipelines.serving.middleware import hash_key, new_key
-from tests.servers import PATIENCE_S, PROMPT, check_error, submit
+from tests.servers import PATIENCE_S, PROMPT, check_error, submit, until
+
+pytestmark = pytest.mark.processes
 
 KEY = new_key()
 SETTINGS = (
@@ -52,7 +53,10 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": os.getcwd()},
             )
-        until(lambda: self.process.poll() is not None or "serving on" in self.log.read_text())
+        until(
+            lambda: self.process.poll() is not None or "serving on" in self.log.read_text(),
+            "the server has started or ended",
+        )
         match = re.search(r"serving on (http://\S+)", self.log.read_text())
         assert match is not None, self.log.read_text()[-3000:]
         self.client = httpx.Client(base_url=match[1], headers={"authorization": f"Bearer {KEY}"}, timeout=60)
@@ -65,7 +69,7 @@ class Server:
 
     def kill(self, actor: str, count: int) -> None:
         """SIGKILL to as many processes of an actor, once they are there."""
-        until(lambda: len(self.processes(actor)) >= count)
+        until(lambda: len(self.processes(actor)) >= count, f"{count} of {actor} are there")
         for process in self.processes(actor)[:count]:
             process.kill()
 
@@ -102,7 +106,7 @@ class Server:
 
     def check_all_made_once(self, ids: list[str], num_interrupted: int) -> None:
         """Every job is completed, once; begun twice are only those that were interrupted."""
-        until(lambda: self.count(ids, "completed") == len(ids))
+        until(lambda: self.count(ids, "completed") == len(ids), "all videos are completed")
         for video_id in ids:
             video = self.client.get(f"/v1/videos/{video_id}/content").raise_for_status()
             assert video.text == str(self.seeds[video_id])
@@ -114,13 +118,6 @@ class Server:
         seeds = {str(self.seeds[video_id]) for video_id in ids}
         begun = Counter(seed for event, seed, _ in renders if event == "begin" and seed in seeds)
         assert begun.keys() == seeds and begun.total() <= len(ids) + num_interrupted, begun
-
-
-def until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +143,19 @@ few_or_many = pytest.mark.parametrize("num_jobs", [8, pytest.param(50, marks=pyt
 
 @few_or_many
 def test_replicas_come_and_go_with_the_queue(server: Server, num_jobs: int) -> None:
-    until(lambda: server.num_replicas() == 0)
+    until(lambda: server.num_replicas() == 0, "no replica is left")
     ids = server.burst(num_jobs)
     seen = [0]
-    while seen[-1] < 2:
+
+    def are_two() -> bool:
         seen.append(server.num_replicas())
-        time.sleep(0.1)
+        return seen[-1] == 2
+
+    until(are_two, "there are two replicas")
     assert seen == sorted(seen)
     server.go()
     server.check_all_made_once(ids, num_interrupted=0)
-    until(lambda: server.num_replicas() == 0)
+    until(lambda: server.num_replicas() == 0, "no replica is left")
 
 
 @few_or_many
@@ -173,7 +173,7 @@ def test_replicas_come_and_go_with_the_queue(server: Server, num_jobs: int) -> N
 )
 def test_killed_in_mid_video(server: Server, actor: str, count: int, num_jobs: int) -> None:
     ids = server.burst(num_jobs)
-    until(lambda: server.count(ids, "in_progress") == 2)
+    until(lambda: server.count(ids, "in_progress") == 2, "two videos are in progress")
     server.kill(actor, count)
     server.go()
     server.check_all_made_once(ids, num_interrupted=2)
@@ -182,7 +182,7 @@ def test_killed_in_mid_video(server: Server, actor: str, count: int, num_jobs: i
 @few_or_many
 def test_stopped_in_mid_video_and_started_again(server: Server, num_jobs: int) -> None:
     ids = server.burst(num_jobs)
-    until(lambda: server.count(ids, "in_progress") == 2)
+    until(lambda: server.count(ids, "in_progress") == 2, "two videos are in progress")
     server.stop()
     server.start()
     server.go()

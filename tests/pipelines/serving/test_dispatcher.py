@@ -77,7 +77,7 @@ async def until(store: JobStore, job_id: str, status: str) -> None:
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 20))
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_files_then_the_row_and_both_go(
@@ -199,6 +199,8 @@ def test_delete_stops_the_making(store: JobStore, new: Callable[..., Dispatcher]
 def test_expired_files_go(
     store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    outdated, seen = store.outdated, threading.Event()
+    monkeypatch.setattr(store, "outdated", lambda: outdated() if seen.is_set() else [])
     monkeypatch.setattr(dispatcher_module, "SWEEP_EVERY_S", 0.05)
 
     async def scenario() -> None:
@@ -207,6 +209,7 @@ def test_expired_files_go(
         job = await dispatcher.create(SPEC, None)
         await dispatcher.wait(job.id)
         assert (videos / job.id).exists()
+        seen.set()
         while (videos / job.id).exists():
             await asyncio.sleep(0.01)
         assert status_of(store, job.id) == "completed"

@@ -33,6 +33,7 @@ from tests.servers import (
     save_checkpoint,
     serve_config,
     submit,
+    until,
     wait,
 )
 
@@ -49,24 +50,28 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def interrupted(ray_cluster: None, config: Config) -> dict[str, Any]:
     """The jobs of a server that got SIGTERM in mid-video, and what that server had printed."""
-    printed, found = io.StringIO(), {}
+    printed, found, ended = io.StringIO(), dict[str, Any](), threading.Event()
 
     def interrupt() -> None:
         try:
-            while not (match := re.search(r"http://\S+:\d+", printed.getvalue())):
-                time.sleep(0.05)
-            with httpx.Client(base_url=match[0], timeout=60) as client:
+            until(lambda: ended.is_set() or "serving on" in printed.getvalue(), "the server accepts requests")
+            [url] = re.findall(r"serving on (http://\S+:\d+)", printed.getvalue())
+            with httpx.Client(base_url=url, timeout=60) as client:
                 found["ids"] = [submit(client, **SHORT | {"seed": seed}) for seed in range(NUM_JOBS - 1)]
                 found["ids"].append(submit(client, **LONG | {"num_inference_steps": 20}))
                 found["last"] = wait(client, found["ids"][-1], progress=1)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
-    with contextlib.redirect_stdout(printed):
-        serve.run(config)
+    try:
+        with contextlib.redirect_stdout(printed):
+            serve.run(config)
+    finally:
+        ended.set()
     watcher.join()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -139,10 +144,8 @@ def test_sync_client_that_goes_away_stops_its_video(client: httpx.Client) -> Non
     headers = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         connection.sendall(f"POST /v1/videos/sync HTTP/1.1\r\n{headers}".encode() + body)
-        while (video := newest())["seed"] != 4711 or video["status"] != "in_progress":
-            time.sleep(0.05)
-    while newest()["seed"] == 4711:
-        time.sleep(0.05)
+        until(lambda: (newest()["seed"], newest()["status"]) == (4711, "in_progress"), "the video is begun")
+    until(lambda: newest()["seed"] != 4711, "the video is gone")
     assert client.post("/v1/videos/sync", json=SHORT).content == make(client)
 
 

@@ -5,7 +5,6 @@ And the gradient of the relative alignment is that of one process with the joint
 
 import os
 import shutil
-import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,8 @@ from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.module import ProPhyTrainModule
 from prophy.training.objectives import FlowMatching
 
+pytestmark = pytest.mark.processes
+
 WORLD_SIZE = 2
 STAGES = (0, 1, 2, 3)
 ENGINES = {f"zero{stage}": (stage, "none") for stage in STAGES} | {
@@ -35,25 +36,18 @@ EMA_DECAY = 0.4
 Result = dict[str, Any]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def on_ranks(world_size: int, function: Callable[[int, Path], Result], folder: Path) -> Result:
     """Runs `function(rank, folder)` on the processes of one group; what rank 0 returns."""
-    multiprocessing.spawn(rank_main, (world_size, free_port(), function, folder), nprocs=world_size)
+    multiprocessing.spawn(rank_main, (world_size, function, folder), nprocs=world_size)
     return torch.load(folder / "result.pt")
 
 
-def rank_main(
-    rank: int, world_size: int, port: int, function: Callable[[int, Path], Result], folder: Path
-) -> None:
+def rank_main(rank: int, world_size: int, function: Callable[[int, Path], Result], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    # The ranks meet in a file: a port that was free may be taken by the time they listen.
+    meeting = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     result = function(rank, folder)
     if rank == 0:
         torch.save(result, folder / "result.pt")

@@ -1,0 +1,45 @@
+"""Hashes that are computed once, and again where a file has changed."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from prophy import hashing
+from prophy.hashing import file_sha256, home
+
+LARGE = bytes(2 << 20)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROPHY_HOME", str(tmp_path / "home"))
+
+
+def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("large", LARGE), ("small", b"123")):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert file_sha256(path) == hashlib.sha256(content).hexdigest()
+    [note] = (home() / "sha256").iterdir()
+    monkeypatch.setattr(hashing, "_compute", None)
+    assert file_sha256(tmp_path / "large") == note.read_text()
+
+
+def test_a_change_is_seen_though_size_and_modification_time_stay(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(LARGE)
+    before, status = file_sha256(path), path.stat()
+    changed = LARGE[:-1] + b"1"
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # clocks of file systems tick every few milliseconds
+        path.write_bytes(changed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file_sha256(path) == hashlib.sha256(changed).hexdigest() != before
+
+
+def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    path = tmp_path / "large"
+    path.write_bytes(LARGE)
+    assert file_sha256(path) == hashlib.sha256(LARGE).hexdigest()
