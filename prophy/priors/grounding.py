@@ -1,7 +1,7 @@
 """From raw attention maps to the targets of the token alignment loss: recipes, resampling, scaling, mask.
 
 Knows no model: it works on one row of the priors table, at load, so that another recipe never reruns the VLM.
-Equations: METHOD.md section 4, steps 3 and 4.
+Equations: prophy/METHOD.md, section 4, steps 3 and 4.
 """
 
 from collections.abc import Callable, Sequence

@@ -29,7 +29,7 @@ PRESENCE = Question(
 
 
 def describe(phenomenon: Phenomenon) -> Question:
-    """The question whose answer's attention is the map of `phenomenon` (METHOD.md, section 4)."""
+    """The question whose answer's attention is the map of `phenomenon` (prophy/METHOD.md, section 4)."""
     return Question(str(phenomenon), f"Describe the {phenomenon} in this video in one sentence.")
 
 

@@ -1,4 +1,4 @@
-"""Targets against plain loops written from METHOD.md section 4."""
+"""Targets against plain loops written from prophy/METHOD.md, section 4."""
 
 import numpy as np
 import pytest
