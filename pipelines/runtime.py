@@ -1,6 +1,7 @@
 """What every command shares: the run folder, a connection to Ray, and errors that reach the user."""
 
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,11 @@ WORKER_ENVIRONMENT = {
     "RAY_task_events_max_num_task_in_gcs": "1000",
     # By default workers yield to all else that runs, which slows them on a machine of few cores.
     "RAY_worker_niceness": "0",
+    # By default a node that is not there after 30 s, as on a busy machine, is given up.
+    "RAY_raylet_start_wait_time_s": "180",
 }
+
+_ANSWERS_WITHIN_S = 10.0
 
 # What a command makes depends on these sections, except for the keys that are marked `How`; its results in
 # one run folder must agree in them.
@@ -37,6 +42,11 @@ _SECTIONS = {
     "pretrain": ("pretrain",),
     "train": ("backbone", "vlm", "physics", "train"),
 }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that decide what a run makes."""
+    return {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
 
 
 def open_run(config: Config, command: str) -> Path:
@@ -56,8 +66,7 @@ def open_run(config: Config, command: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(to_yaml(config))
         partial.replace(saved)
-        versions = {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
-        (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False))
+        (folder / "versions.yaml").write_text(yaml.safe_dump(versions(), sort_keys=False))
     except OSError as error:
         raise ProPhyError(
             f"cannot write to run_dir {folder}: {error.strerror}; choose another run_dir"
@@ -87,14 +96,17 @@ def ray_session(config: Config, environment: Mapping[str, str] | None = None) ->
     Args:
         config: the run.
         environment: variables that a local instance gives to its workers.
+
+    Raises:
+        ProPhyError: the cluster cannot be reached or is of another version, or Ray does not start.
     """
     started = not ray.is_initialized()
     if started:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init()
+        if address := os.environ.get("RAY_ADDRESS"):
+            _connect(address)
         else:
             os.environ.update({**WORKER_ENVIRONMENT, **os.environ, **(environment or {})})
-            ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)
+            _start(config)
     # Else Ray Data wraps an exception in one that loses its cause on the way here.
     DataContext.get_current().raise_original_map_exception = True
     try:
@@ -107,6 +119,36 @@ def ray_session(config: Config, environment: Mapping[str, str] | None = None) ->
     finally:
         if started:
             ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:  # Ray would ask for minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
+        except OSError as error:
+            raise ProPhyError(
+                f"nothing answers at RAY_ADDRESS {address} ({error.strerror or error}); set it to the "
+                "cluster's HOST:PORT, or unset it to run here"
+            ) from None
+    try:
+        ray.init()
+    except Exception as error:
+        raise ProPhyError(f"cannot use the cluster at RAY_ADDRESS {address}: {_in_one_line(error)}") from None
+
+
+def _start(config: Config) -> None:
+    try:
+        ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)
+    except Exception as error:  # of no other class when Ray has waited in vain for its own node
+        raise ProPhyError(
+            f"Ray does not start here: {_in_one_line(error)} Where the machine is busy with other work, run "
+            "the same command again later"
+        ) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def find_user_error(error: BaseException | None) -> ProPhyError | None:

@@ -18,6 +18,7 @@ os.environ |= {
     "PROPHY_HOME": str(_SCRATCH / "home"),
     "RAY_TMPDIR": str(_SCRATCH),
     "RAY_AUTH_MODE": "disabled",
+    "RAY_raylet_start_wait_time_s": "180",  # as pipelines/runtime.py, which says why
     "RAY_TRAIN_V2_ENABLED": "1",
     "HF_HUB_OFFLINE": "1",
     "AWS_CONFIG_FILE": str(_SCRATCH / "aws"),  # of the tests' own object store

@@ -18,12 +18,13 @@ from tempfile import TemporaryDirectory
 
 import ray
 from fastapi import FastAPI
+from pydantic import BaseModel
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig, ReplicaState
 
-from pipelines.config import Config
+from pipelines.config import Config, ServeConfig, load_config
 from pipelines.generation.limits import check_model, shape_limits
 from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
 from pipelines.runtime import open_run, ray_session
@@ -166,19 +167,43 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to route request after")
 
 
+class AppArguments(BaseModel, extra="forbid"):
+    """What a Serve configuration file says of a run, as the command line does.
+
+    Attributes:
+        config: a preset, or the path of a YAML file that all nodes see.
+        set: `section.key=value` each.
+    """
+
+    config: str
+    set: list[str] = []
+
+
+def app(arguments: AppArguments) -> serve.Application:
+    """Builds the application for `serve deploy` and KubeRay, by `import_path: pipelines.serving.serve:app`.
+
+    Raises:
+        ProPhyError: as `load_config` and `build_app` do.
+    """
+    return build_app(load_config(arguments.config, arguments.set))
+
+
 def build_app(config: Config) -> serve.Application:
     """The Serve application of a run.
 
     Raises:
-        ProPhyError: no such model; or the job database is a file, and this cluster has several nodes.
+        ProPhyError: open to other machines without keys; no such model; or the job database is a file, and
+            this cluster has several nodes.
     """
     settings = config.serve
+    _check_keys(settings)
     if settings.database_url.startswith("sqlite") and sum(node["Alive"] for node in ray.nodes()) > 1:
         raise ProPhyError(
             "this cluster has several nodes, and a job database in a file stays on one of them; set "
             "serve.database to PostgreSQL, as postgresql://USER@HOST/DATABASE"
         )
     limits = shape_limits(config)
+    settings.output.mkdir(parents=True, exist_ok=True)
     generator = serve.deployment(
         max_ongoing_requests=1,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
@@ -218,11 +243,7 @@ def serving(config: Config) -> Iterator[str]:
             model cannot run.
     """
     settings = config.serve
-    if not settings.api_keys and not _is_loopback(settings.host):
-        raise ProPhyError(
-            f"serve.host {settings.host} lets other machines in, and there are no keys; make one with "
-            "`prophy key` and put its hash into serve.api_keys, or serve on 127.0.0.1"
-        )
+    _check_keys(settings)
     try:
         port = haproxy.free_port(settings.host, settings.port)
     except OSError as error:
@@ -238,7 +259,6 @@ def serving(config: Config) -> Iterator[str]:
         running = ", ".join(serve.status().applications)
         if running:
             raise ProPhyError(f"Ray Serve already runs here, with {running}; stop it, or use another cluster")
-        settings.output.mkdir(parents=True, exist_ok=True)
         JobStore(settings.database_url).close()  # what is wrong with it, the user hears here
         serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port})
         try:
@@ -285,6 +305,14 @@ def run(config: Config) -> None:
         stop.wait()
         faulthandler.dump_traceback_later(STOP_WITHIN_S, exit=True)
     faulthandler.cancel_dump_traceback_later()
+
+
+def _check_keys(settings: ServeConfig) -> None:
+    if not settings.api_keys and not _is_loopback(settings.host):
+        raise ProPhyError(
+            f"serve.host {settings.host} lets other machines in, and there are no keys; make one with "
+            "`prophy key` and put its hash into serve.api_keys, or serve on 127.0.0.1"
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -50,3 +50,30 @@ def test_user_error_comes_out_of_a_worker(ray_cluster: None, config: Config) -> 
     with pytest.raises(ProPhyError, match="^the grid is 3 wide; give an even one$"), ray_session(config):
         ray.get(fail.remote())
     assert find_user_error(RuntimeError("a bug")) is None
+
+
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("127.0.0.1:1", r"^nothing answers at RAY_ADDRESS 127.0.0.1:1 \(Connection refused\); set it to"),
+        ("[::1]:1", r"^nothing answers at RAY_ADDRESS \[::1\]:1"),
+        ("no.such.host.invalid:6379", r"^nothing answers at RAY_ADDRESS no.such.host.invalid:6379"),
+        (
+            "http://127.0.0.1:8265",
+            r"^cannot use the cluster at RAY_ADDRESS http://127.0.0.1:8265: a line or two$",
+        ),
+        (None, r"^Ray does not start here: a line or two Where the machine is busy"),
+    ],
+)
+def test_a_ray_that_cannot_be_had_is_one_sentence(
+    config: Config, monkeypatch: pytest.MonkeyPatch, address: str | None, message: str
+) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise RuntimeError("a line\n or two")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # that of the session may be
+    monkeypatch.setattr(ray, "init", init)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ProPhyError, match=message), ray_session(config):
+        pass
