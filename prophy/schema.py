@@ -34,14 +34,15 @@ ROW_FILES = "*[0-9a-f].parquet"  # glob of the files that hold a table's rows: t
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
 EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
 
-_TENSOR_SUFFIXES = ("", "_shape", "_dtype")
+# Metadata of a column that is left out of the index.
+LARGE = {b"prophy.large": b"true"}
 
 
 def _tensor_fields(name: str) -> list[pa.Field]:
-    types = (pa.binary(), pa.list_(pa.int32()), pa.string())
     return [
-        pa.field(name + suffix, kind, nullable=False)
-        for suffix, kind in zip(_TENSOR_SUFFIXES, types, strict=True)
+        pa.field(name, pa.binary(), nullable=False, metadata=LARGE),
+        pa.field(f"{name}_shape", pa.list_(pa.int32()), nullable=False),
+        pa.field(f"{name}_dtype", pa.string(), nullable=False),
     ]
 
 
@@ -64,11 +65,12 @@ PRIORS = pa.schema(
         pa.field("caption", pa.string()),  # given; null when the source has none
         pa.field("labels", pa.list_(pa.string())),  # phenomena as given; null when the source has none
         pa.field("vlm_caption", pa.string(), nullable=False),
-        pa.field("answers", pa.list_(ANSWER), nullable=False),  # as said
+        pa.field("answers", pa.list_(ANSWER), nullable=False, metadata=LARGE),  # as said
         pa.field("unparsed", pa.list_(pa.string()), nullable=False),  # said of phenomena, but no name of one
         pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; as in labels, else as answered
         pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K taxonomy indices
-        pa.field("maps", pa.list_(pa.float32()), nullable=False),  # raw, K phenomena then 1 background
+        # Raw, of K phenomena, then of the background.
+        pa.field("maps", pa.list_(pa.float32()), nullable=False, metadata=LARGE),
         pa.field("maps_shape", pa.list_(pa.int32()), nullable=False),  # [K + 1, T, H, W] on the VLM's grid
     ]
 )

@@ -284,9 +284,9 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
             clips_left(videos, index, update_index(encodings), refused(encodings)),
         )
 
-    sizes = config.cache.read.size, config.cache.extract.size, config.cache.encode.size
-    workers = dict(zip(("CutVideo", "ReadClip", "WriteRows"), 3 * sizes[:1], strict=True))
-    workers |= {"ExtractPriors": sizes[1], "EncodeClip": sizes[2]}
+    cache = config.cache
+    workers = {stage.__name__: cache.read.size for stage in (CutVideo, ReadClip, WriteRows)}
+    workers |= {ExtractPriors.__name__: cache.extract.size, EncodeClip.__name__: cache.encode.size}
     added_priors = added_encodings = GraphReport()
     if any(map(len, left())):
         with ray_session(config):

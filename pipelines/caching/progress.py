@@ -1,7 +1,6 @@
 """Runs a Ray Data graph that ends in `WriteRows`: progress with an end in sight, then a table per stage."""
 
 import logging
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -122,13 +121,15 @@ def _stages(graph: Dataset, workers: Mapping[str, int]) -> tuple[int, list[Stage
     """Bytes spilled, and the stages from first to last; Ray Data keeps them as a chain of parents."""
     summary = graph.get_stats_summary()
     spilled_bytes, stages = summary.global_bytes_spilled, list[StageReport]()
+    names = {f"MapBatches({name})": name for name in workers}
     while True:
         for operator in summary.operators_stats:
-            name = re.fullmatch(r"MapBatches\((\w+)\)", operator.operator_name)
+            name = names.get(operator.operator_name)
             if name and operator.function_body_time:
                 rows, busy_s = operator.total_input_num_rows or 0, operator.function_body_time.sum
                 first_s, last_s = operator.earliest_start_time or 0.0, operator.latest_end_time or 0.0
-                stages.append(StageReport(name[1], rows, busy_s, workers[name[1]], first_s, last_s))
+                stages.append(StageReport(name, rows, busy_s, workers[name], first_s, last_s))
         if not summary.parents:
+            assert stages, f"Ray Data calls its operators otherwise than {', '.join(names)}"
             return spilled_bytes, stages[::-1]
         [summary] = summary.parents

@@ -24,13 +24,11 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from prophy.errors import ProPhyError
-from prophy.schema import INDEX, QUARANTINE, SCHEMA_VERSION, open_file
+from prophy.schema import INDEX, LARGE, QUARANTINE, SCHEMA_VERSION, open_file
 
 ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
-_LARGE_COLUMNS = {"maps", "answers", "latents", "text_embeds"}  # left out of the index
-
 _VERSION_FOOTER = {b"prophy.schema_version": str(SCHEMA_VERSION).encode()}
 
 
@@ -275,7 +273,7 @@ def _keep(table: Table, name: str, row_groups: pa.Array) -> None:
 
 
 def _index_schema(table: Table) -> pa.Schema:
-    small = [field for field in table.schema if field.name not in _LARGE_COLUMNS]
+    small = [field for field in table.schema if not LARGE.items() <= (field.metadata or {}).items()]
     return pa.schema([*small, pa.field("file", pa.string()), pa.field("row_group", pa.int32())])
 
 

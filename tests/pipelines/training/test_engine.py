@@ -33,6 +33,7 @@ ENGINES = {f"zero{stage}": (stage, "none") for stage in STAGES} | {
     "zero3-offload": (3, "all"),
 }
 EMA_DECAY = 0.4
+SHORT = 6  # steps of a loss curve
 Result = dict[str, Any]
 
 
@@ -104,7 +105,8 @@ def everything_on_two_ranks(rank: int, folder: Path) -> Result:
     }
     stages = (1, 3) if has_bfloat16(torch.device("cpu")) else ()
     curves = {stage: loss_curve(stage, "bfloat16", num_steps=6)["losses"] for stage in stages}
-    return {"trained": trained, "gradients": gradients, "bfloat16": curves}
+    short = {(stage, "lora"): loss_curve(stage, "lora", SHORT) for stage in STAGES}
+    return {"trained": trained, "gradients": gradients, "bfloat16": curves, "loss_curves": short}
 
 
 def on_to_step_5_on_one_rank(rank: int, folder: Path) -> Result:
@@ -331,14 +333,8 @@ def loss_curves(rank: int, folder: Path) -> Result:
     return {(stage, mode): loss_curve(stage, mode, num_steps) for stage in STAGES for mode in modes}
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "modes"),
-    [(6, ("lora",)), pytest.param(50, ("frozen", "lora", "full"), marks=pytest.mark.slow)],
-)
-def test_loss_curves_are_those_of_one_process(num_steps: int, modes: tuple[str, ...], tmp_path: Path) -> None:
+def assert_curves_of_one_process(curves: Result, num_steps: int, modes: tuple[str, ...]) -> None:
     """Two ranks with every ZeRO stage: losses, cosine schedule and moving average as in bare torch."""
-    torch.save((num_steps, modes), tmp_path / "task.pt")
-    curves = on_ranks(2, loss_curves, tmp_path)
     for mode in modes:
         expected = loss_curve_of_bare_torch(mode, num_steps)
         assert expected["losses"][-5:, 0].mean() < expected["losses"][:5, 0].mean()
@@ -351,6 +347,17 @@ def test_loss_curves_are_those_of_one_process(num_steps: int, modes: tuple[str, 
             assert curve["ema"].keys() == expected["ema"].keys()
             for name, value in expected["ema"].items():
                 torch.testing.assert_close(curve["ema"][name], value, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_loss_curves_are_those_of_one_process(two_ranks: Result) -> None:
+    assert_curves_of_one_process(two_ranks["loss_curves"], SHORT, ("lora",))
+
+
+@pytest.mark.slow
+def test_long_loss_curves_are_those_of_one_process(tmp_path: Path) -> None:
+    num_steps, modes = 50, ("frozen", "lora", "full")
+    torch.save((num_steps, modes), tmp_path / "task.pt")
+    assert_curves_of_one_process(on_ranks(2, loss_curves, tmp_path), num_steps, modes)
 
 
 def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
