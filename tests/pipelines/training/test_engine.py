@@ -46,7 +46,9 @@ def on_ranks(world_size: int, function: Callable[[int, Path], Result], folder: P
 def rank_main(rank: int, world_size: int, function: Callable[[int, Path], Result], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
-    # The ranks meet in a file: a port that was free may be taken by the time they listen.
+    # The ranks meet in a file: a port that was free may be taken by the time they listen. DeepSpeed looks for
+    # MPI where these are not set, although the group is there.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     meeting = f"file://{folder / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     result = function(rank, folder)
