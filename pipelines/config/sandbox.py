@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipelines.config.base import How, LocalPath, Section
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class SimulateConfig(Section):
@@ -13,10 +15,10 @@ class SimulateConfig(Section):
     output: LocalPath
     """Folder of the clips and their manifest. By default `clips` in run_dir."""
 
-    num_clips: PositiveInt
-    """Number of clips."""
+    num_clips: Annotated[PositiveInt, Field(le=1_000_000)]
+    """Number of clips, at most a million: no two data sets share one."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of what the clips show; the same seed gives the same clips."""
 
     num_frames: PositiveInt
@@ -51,5 +53,5 @@ class PretrainConfig(Section):
     backbone_steps: Annotated[PositiveInt, How()] = 1900
     """Optimizer steps of the transformer."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the clips, of new weights and of the order of batches."""

@@ -14,6 +14,7 @@ import ray.data
 from pipelines.config import Config
 from pipelines.generation.limits import check_model, model_fingerprint
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
+from pipelines.pictures import save_picture
 from pipelines.runtime import open_run, ray_session
 from prophy.errors import ProPhyError
 from prophy.sheets import film_sheet
@@ -101,7 +102,8 @@ def write_contact_sheet(config: Config, videos: dict[str, Path], path: Path) -> 
     backbone = config.backbone
     end_s = (backbone.num_frames - 1) / backbone.fps
     size = (backbone.num_frames, backbone.height, backbone.width)
-    film_sheet({prompt: read_frames(video, 0.0, end_s, *size) for prompt, video in videos.items()}).save(path)
+    films = {prompt: read_frames(video, 0.0, end_s, *size) for prompt, video in videos.items()}
+    save_picture(film_sheet(films), path)
     logger.info("wrote %s", path)
 
 

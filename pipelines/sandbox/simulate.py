@@ -4,8 +4,10 @@ import logging
 from pathlib import Path
 
 from pipelines.config import Config
+from pipelines.pictures import check_picture, save_picture
 from pipelines.runtime import open_run
 from prophy import sandbox
+from prophy.errors import ProPhyError
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +15,7 @@ CONTACT_SHEET_CLIPS = 16
 
 
 def run(config: Config, contact_sheet: Path | None = None) -> Path:
-    """Writes `config.simulate.num_clips` mp4 files and `manifest.parquet`, unless they are there already.
+    """Writes `config.simulate.num_clips` mp4 files and `manifest.parquet`, or those that are not there yet.
 
     Args:
         config: the run; its `simulate` section says how many clips, how long and how large.
@@ -21,23 +23,26 @@ def run(config: Config, contact_sheet: Path | None = None) -> Path:
 
     Returns:
         The path of the manifest.
+
+    Raises:
+        ProPhyError: the output holds other clips, or it or the picture cannot be written.
     """
-    open_run(config, "simulate")
-    settings = config.simulate
-    manifest = settings.output / "manifest.parquet"
-    if manifest.exists():
-        logger.info("%s is already there", manifest)
-    else:
-        sandbox.write_dataset(
-            settings.output,
-            num_clips=settings.num_clips,
-            seed=settings.seed,
-            num_frames=settings.num_frames,
-            fps=settings.fps,
-            size=settings.size,
-        )
-        logger.info("wrote %d clips and %s", settings.num_clips, manifest)
     if contact_sheet is not None:
-        sandbox.contact_sheet(sandbox.read_truth(manifest)[:CONTACT_SHEET_CLIPS]).save(contact_sheet)
+        check_picture(contact_sheet)
+    settings = config.simulate
+    wanted = settings.model_dump(exclude={"output"})
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        num_held = len(sandbox.held_clips(settings.output, **wanted))
+        open_run(config, "simulate")
+        manifest = sandbox.write_dataset(settings.output, **wanted)
+    except OSError as error:
+        raise ProPhyError(
+            f"cannot write to simulate.output {settings.output} ({error.strerror}); choose another"
+        ) from None
+    logger.info("%s: %d clips were there, %d are new", manifest, num_held, settings.num_clips - num_held)
+    if contact_sheet is not None:
+        clips = sandbox.read_truth(manifest)[:CONTACT_SHEET_CLIPS]
+        save_picture(sandbox.contact_sheet(clips), contact_sheet)
         logger.info("wrote %s", contact_sheet)
     return manifest

@@ -2,7 +2,7 @@
 
 from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, play_parts, simulate_clip, vocabulary
 from prophy.sandbox.contact_sheet import contact_sheet
-from prophy.sandbox.dataset import StoredClip, read_truth, write_dataset
+from prophy.sandbox.dataset import StoredClip, held_clips, read_truth, write_dataset
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, FLOOR_M, WORLD_M
 from prophy.sandbox.scene import SIDES, Part, Scene, describe
 from prophy.sandbox.splits import HELD_OUT_PAIRS, HELD_OUT_TRIPLES, Split
@@ -25,6 +25,7 @@ __all__ = [
     "Track",
     "contact_sheet",
     "describe",
+    "held_clips",
     "play_parts",
     "read_truth",
     "simulate_clip",

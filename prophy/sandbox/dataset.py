@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prophy.errors import ProPhyError
 from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, simulate_clip
 from prophy.sandbox.scene import Part, describe
 from prophy.sandbox.splits import Split
@@ -36,6 +37,7 @@ MANIFEST = pa.schema(
     ]
 )
 
+_MANIFEST = "manifest.parquet"
 _SEEDS_PER_DATASET = 1_000_000
 
 
@@ -61,9 +63,11 @@ def write_dataset(
 ) -> Path:
     """Simulates clips and writes them as `clips/*.mp4` and `manifest.parquet`, the manifest last.
 
+    Clips that the folder's manifest holds already stay as they are, and the rest are added.
+
     Args:
         folder: where; made if it is not there.
-        num_clips: how many, at most a million.
+        num_clips: how many in all, at most a million.
         seed: of the data set; no two data sets share a clip's seed.
         num_frames: frames of each clip.
         fps: frame rate.
@@ -72,18 +76,65 @@ def write_dataset(
 
     Returns:
         The path of the manifest.
+
+    Raises:
+        ProPhyError: the manifest holds other clips than these, or more of them.
+        OSError: the folder cannot be written to.
     """
+    held = held_clips(
+        folder, num_clips=num_clips, seed=seed, num_frames=num_frames, fps=fps, size=size, split=split
+    )
+    manifest = folder / _MANIFEST
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
-    for index in range(num_clips):
-        clip_seed = seed * _SEEDS_PER_DATASET + index
+    for index, clip_seed in list(enumerate(_seeds(seed, num_clips)))[len(held) :]:
         clip = simulate_clip(clip_seed, num_frames=num_frames, fps=fps, size=size, split=split)
         path = f"clips/{index:06d}.mp4"
         write_video(folder / path, clip.frames, fps)
         rows.append(_row(clip) | {"path": path, "seed": clip_seed, "split": split})
-    manifest = folder / "manifest.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, MANIFEST), manifest, row_group_size=256)
+    if rows:
+        partial = manifest.with_name(f"{_MANIFEST}.partial")
+        table = pa.concat_tables([held, pa.Table.from_pylist(rows, MANIFEST)])
+        pq.write_table(table, partial, row_group_size=256)
+        partial.replace(manifest)
     return manifest
+
+
+def held_clips(
+    folder: Path, *, num_clips: int, seed: int, num_frames: int, fps: float, size: int, split: Split = "train"
+) -> pa.Table:
+    """The rows of the folder's manifest, none if there is none: the first clips of those that are asked for.
+
+    The arguments and the errors are those of `write_dataset`.
+    """
+    manifest, seeds = folder / _MANIFEST, _seeds(seed, num_clips)
+    if not manifest.exists():
+        return MANIFEST.empty_table()
+    try:
+        held = pq.read_table(manifest)
+    except pa.ArrowException:
+        held = None
+    if held is None or held.schema != MANIFEST:
+        raise ProPhyError(f"{manifest} is no list of simulated clips; choose another folder")
+    for name, value in {"num_frames": num_frames, "fps": fps, "size": size, "split": split}.items():
+        if others := set(held[name].to_pylist()) - {value}:
+            raise ProPhyError(
+                f"{manifest} holds clips with {name} {others.pop()}, not {value}; set it back, or choose "
+                f"another folder"
+            )
+    before = held["seed"].to_pylist()
+    if before[:num_clips] != seeds[: len(before)]:
+        raise ProPhyError(f"{manifest} holds clips of another seed; set it back, or choose another folder")
+    if len(before) > num_clips:
+        raise ProPhyError(
+            f"{manifest} holds {len(before)} clips, more than the {num_clips} that are asked for; choose "
+            f"another folder"
+        )
+    return held
+
+
+def _seeds(seed: int, num_clips: int) -> list[int]:
+    return [seed * _SEEDS_PER_DATASET + index for index in range(num_clips)]
 
 
 def read_truth(manifest: Path) -> list[StoredClip]:
