@@ -152,6 +152,18 @@ def verify(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
 
 
 @cache_app.command()
+def prune(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
+    """Remove from the disk what is cached of videos that are in the input no more, unless it is in use.
+
+    The input is that of the last `prophy cache`. A training that reads the cache must have ended.
+    """
+    resolved = load_config(config, set_)
+    from pipelines.caching import prune
+
+    prune.run(resolved)
+
+
+@cache_app.command()
 def inspect(
     config: ConfigOption = "tiny",
     set_: SetOption = None,
@@ -257,7 +269,10 @@ def generate(
             raise ProPhyError(f"no prompt file {prompts}; give a text file with one prompt per line")
         texts += [line for line in prompts.read_text().splitlines() if line.strip()]
     from pipelines.generation import generate
+    from pipelines.pictures import check_picture
 
+    if contact_sheet is not None:
+        check_picture(contact_sheet)
     videos = generate.run(resolved, texts)
     if contact_sheet is not None:
         generate.write_contact_sheet(resolved, dict(zip(texts, videos, strict=True)), contact_sheet)

@@ -16,8 +16,9 @@ that reads Parquet reads this cache without this project; `ROW_FILES` matches th
 numpy lacks bfloat16: its values are `(numpy.frombuffer(x, "uint16").astype("uint32") << 16).view("float32")`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ SCHEMA_VERSION = 3
 ROW_FILES = "*[0-9a-f].parquet"  # glob of the files that hold a table's rows: they are named by their sha256
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
 EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
+INPUT = "input.parquet"  # beside the encodings: `source` of each video of the last run's input, in its order
 
 # Metadata of a column that is left out of the index.
 LARGE = {b"prophy.large": b"true"}
@@ -96,6 +98,67 @@ QUARANTINE = pa.schema(
         pa.field("attempts", pa.int32(), nullable=False),
     ]
 )
+
+_INPUT_FOOTER = b"prophy.input"  # the location that the videos were found at
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """The videos that `prophy cache` was last run on.
+
+    Attributes:
+        location: its `cache.input`.
+        sources: a `SOURCE` of each video, in its order; a file that could not be had has `modified` 0.
+    """
+
+    location: str
+    sources: list[dict[str, Any]]
+
+    @property
+    def uris(self) -> set[str]:
+        """Names of the videos."""
+        return {source["uri"] for source in self.sources}
+
+    def to_table(self) -> pa.Table:
+        """What `INPUT` holds; the footer too."""
+        rows = pa.table({"source": pa.array(self.sources, SOURCE)})
+        return rows.replace_schema_metadata({_INPUT_FOOTER: self.location.encode()})
+
+    @classmethod
+    def read(cls, encodings: Path) -> "CacheInput":
+        """The input that these encodings were last made for.
+
+        Raises:
+            ProPhyError: they do not say it.
+        """
+        if not (encodings / INPUT).is_file():
+            raise ProPhyError(
+                f"{encodings} does not say which videos it is for; run `prophy cache` with its configuration"
+            )
+        with open_file(encodings / INPUT) as file:
+            rows = file.read()
+        return cls(rows.schema.metadata[_INPUT_FOOTER].decode(), rows["source"].to_pylist())
+
+    def samples(self, rows: Iterable[dict[str, Any]]) -> list[str]:
+        """The samples of these videos as their files are now, each clip once.
+
+        Of clips with the same content and span, whatever paths lead to them, the first counts.
+
+        Args:
+            rows: of the priors, or of their index.
+        """
+        place = {source_version(source): number for number, source in enumerate(self.sources)}
+        current = [row for row in rows if source_version(row["source"]) in place]
+        current.sort(key=lambda row: place[source_version(row["source"])])
+        first: dict[tuple[str, float, float], str] = {}
+        for row in current:
+            first.setdefault((row["content_hash"], row["start_s"], row["end_s"]), row["sample_id"])
+        return sorted(first.values())
+
+
+def source_version(source: dict[str, Any]) -> tuple[str, int, float]:
+    """A `SOURCE` as a key."""
+    return source["uri"], source["size"], source["modified"]
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """The 17 physical phenomena of WISA-80K, in three branches of physics, and their multi-hot vectors."""
 
 import difflib
+import functools
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -48,17 +50,23 @@ BRANCHES: dict[str, tuple[Phenomenon, ...]] = {
 def parse_phenomena(names: Iterable[str]) -> tuple[Phenomenon, ...]:
     """Turns names into phenomena, in taxonomy order and without repeats.
 
+    Case, blanks and periods around a name do not matter, nor `_` or `-` for the blanks in it.
+
     Raises:
         ProPhyError: a name is not in the taxonomy; the message names the nearest one.
     """
     found = set()
     for name in names:
         try:
-            found.add(Phenomenon(name.strip().lower()))
+            found.add(Phenomenon(" ".join(re.split(r"[\s_-]+", name.strip(" \t\r\n.").lower()))))
         except ValueError:
-            nearest = difflib.get_close_matches(name.lower(), PHENOMENA, n=1, cutoff=0.0)[0]
-            raise ProPhyError(f"unknown phenomenon {name!r}; did you mean {str(nearest)!r}?") from None
+            raise ProPhyError(f"unknown phenomenon {name!r}; did you mean {_nearest(name)!r}?") from None
     return tuple(phenomenon for phenomenon in PHENOMENA if phenomenon in found)
+
+
+@functools.lru_cache(1000)  # a list of videos may have the same mistake in every row
+def _nearest(name: str) -> str:
+    return str(difflib.get_close_matches(name.lower(), PHENOMENA, n=1, cutoff=0.0)[0])
 
 
 def multi_hot(phenomena: Iterable[Phenomenon]) -> np.ndarray:

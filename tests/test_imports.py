@@ -49,7 +49,7 @@ LAYERS = {
         ("sandbox",),
         ("runtime",),
         ("config",),
-        ("layout",),
+        ("layout", "pictures"),
     ),
 }
 """Beginnings of module names, topmost first; the longest that fits counts."""

@@ -10,21 +10,19 @@ import itertools
 import math
 import operator
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, Dataset, ExecutionResources, TaskPoolStrategy
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as Grid
 
-from pipelines.caching.manifests import Video
-from pipelines.caching.progress import GraphReport, execute, print_stages
+from pipelines.caching.manifests import Input
+from pipelines.caching.progress import GraphReport, execute
 from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.caching.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
+from pipelines.caching.summary import CacheSummary, print_summary
 from pipelines.caching.tables import (
     ATTEMPTS_FOLDER,
     Table,
@@ -34,6 +32,7 @@ from pipelines.caching.tables import (
     fingerprint_of,
     read_quarantine,
     update_index,
+    write_file,
 )
 from pipelines.config import Config, PoolConfig
 from pipelines.runtime import open_run, ray_session
@@ -41,7 +40,7 @@ from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import encoders_fingerprint, fingerprint, load_configs, pinned_revision
 from prophy.errors import ProPhyError
 from prophy.priors.fingerprint import priors_fingerprint
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, CacheInput
 from prophy.taxonomy import from_multi_hot
 from prophy.tiny import part_fingerprint
 
@@ -52,31 +51,6 @@ _MAX_WAITING = 4  # tasks at each actor: with Ray Data's 2 it waits for the driv
 _MAX_DECODED = 64  # clips between the decoders and each actor that holds models
 
 
-@dataclass(frozen=True)
-class CacheSummary:
-    """What the cache holds of the input after a run.
-
-    Attributes:
-        num_videos: of the input.
-        num_priors: clips of these videos in the priors.
-        num_encodings: clips of these videos in the encodings of this backbone.
-        quarantined: why a video or clip of the input cannot be used, each.
-        phenomena: number of clips by phenomenon.
-        unparsed: clips whose VLM said something of phenomena that is no name of one; that part was not used.
-        added_priors: what this run did to the priors.
-        added_encodings: what this run did to the encodings.
-    """
-
-    num_videos: int
-    num_priors: int
-    num_encodings: int
-    quarantined: list[str]
-    phenomena: dict[str, int]
-    unparsed: int
-    added_priors: GraphReport
-    added_encodings: GraphReport
-
-
 def run(config: Config) -> CacheSummary:
     """Adds to the cache what it lacks of the input, and prints what it then holds.
 
@@ -84,16 +58,16 @@ def run(config: Config) -> CacheSummary:
         ProPhyError: no video that can be used, another run at work, or a cache made with other settings.
     """
     _check_clips(config)
-    videos = find_videos(config.cache.input)
+    found = find_videos(config.cache.input)
     open_run(config, "cache")
     with exclusive(_output(config)):
-        summary = _fill(_pinned(config), videos)
+        summary = _fill(_pinned(config), found)
     if not summary.num_priors:
         raise ProPhyError(
-            f"none of the {len(videos)} videos in {config.cache.input} can be used; the first: "
+            f"none of the {len(found.videos)} videos in {config.cache.input} can be used; the first: "
             f"{summary.quarantined[0]}"
         )
-    _print(summary, config)
+    print_summary(summary, config.cache.input, _quarantine(config))
     return summary
 
 
@@ -266,13 +240,20 @@ def _check_clips(config: Config) -> None:
             )
 
 
-def _fill(config: Config, videos: list[Video]) -> CacheSummary:
+def _fill(config: Config, found: Input) -> CacheSummary:
     """Runs both graphs on what is left to do; where that is nothing, Ray is not even started."""
+    videos = found.videos
+    current = CacheInput(config.cache.input, [video["source"] for video in videos])
     priors, encodings = priors_table(config), encodings_table(config)
     drop_samples(priors, changed(update_index(priors), videos, ("source", "caption", "labels")))
     drop_samples(encodings, changed(update_index(encodings), videos))
+    # Before any work: training knows these videos by it, also where this run is killed.
+    input_rows = current.to_table()
+    write_file(encodings.folder, input_rows, {**encodings.footer, **input_rows.schema.metadata}, name=INPUT)
     if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
-        drop_samples(encodings, of_videos(update_index(encodings), videos)["sample_id"].to_pylist()[:1])
+        encoded = set(update_index(encodings)["sample_id"].to_pylist())
+        samples = current.samples(update_index(priors).to_pylist())
+        drop_samples(encodings, [sample_id for sample_id in samples if sample_id in encoded][:1])
 
     def refused(table: Table) -> pa.Table:
         return read_quarantine(_quarantine(config), quarantine_table(config, table).settings)
@@ -297,13 +278,20 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
                 drop_samples(encodings, new_clips["sample_id"].to_pylist())  # those of another caption
                 graph = build_encodings_graph(config, encodings, new_clips)
                 added_encodings = execute(graph, "encodings", len(new_clips), workers)
-    clips = of_videos(update_index(priors), videos)
+    index = update_index(priors)
+    clips = index.filter(
+        pc.is_in(index["sample_id"], pa.array(current.samples(index.to_pylist()), pa.string()))
+    )
     labels = Counter(label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row))
+    cached, counted = _uris(index), _uris(clips)
     return CacheSummary(
         num_videos=len(videos),
         num_priors=len(clips),
-        num_encodings=len(of_videos(update_index(encodings), videos)),
-        quarantined=refusals(pa.concat_tables(map(refused, (priors, encodings))), videos, left()),
+        num_encodings=pc.sum(pc.is_in(clips["sample_id"], update_index(encodings)["sample_id"])).as_py() or 0,
+        num_copies=len(_uris(of_videos(index, videos)) - counted),
+        num_left_out=len(cached - current.uris),
+        quarantined=found.refused
+        + refusals(pa.concat_tables(map(refused, (priors, encodings))), videos, left()),
         phenomena={str(label): count for label, count in labels.most_common()},
         unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
         added_priors=added_priors,
@@ -311,31 +299,5 @@ def _fill(config: Config, videos: list[Video]) -> CacheSummary:
     )
 
 
-def _print(summary: CacheSummary, config: Config) -> None:
-    console = Console(emoji=False)  # names may have what Rich would take for one, or for a style
-    title = f"cache of {escape(config.cache.input)}"
-    grid = Grid("table", "clips", "added", "quarantined", "seconds", "clips/s", title=title)
-    rows = [
-        ("priors", summary.num_priors, summary.added_priors),
-        ("encodings", summary.num_encodings, summary.added_encodings),
-    ]
-    for name, clips, added in rows:
-        speed = f"{added.written / added.seconds:.2f}" if added.written else "-"
-        grid.add_row(name, str(clips), str(added.written), str(added.failed), f"{added.seconds:.1f}", speed)
-    console.print(grid)
-    for name, _, added in rows:
-        if added.stages:
-            print_stages(console, name, added)
-    widest = max(summary.phenomena.values(), default=0)
-    for phenomenon, count in summary.phenomena.items():
-        console.print(f"{phenomenon:>26} {count:5d} " + "█" * math.ceil(30 * count / widest), highlight=False)
-    if summary.unparsed:
-        text = "clips of which the VLM said what is no phenomenon; kept in `unparsed`, not used"
-        console.print(f"{summary.unparsed} {text}", highlight=False)
-    if not (summary.added_priors.written or summary.added_encodings.written):
-        console.print("nothing new: all clips were cached before")
-    for message in summary.quarantined:
-        console.print(f"[yellow]quarantined:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    if summary.quarantined:
-        text = f"delete {_quarantine(config)} to try these again"
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+def _uris(rows: pa.Table) -> set[str]:
+    return {source["uri"] for source in rows["source"].to_pylist()}

@@ -17,9 +17,10 @@ from pipelines.caching.stages import decoder
 from pipelines.caching.tables import file_names, read_quarantine
 from pipelines.caching.video_files import LocalFiles
 from pipelines.config import Config
+from pipelines.pictures import check_picture, save_picture
 from prophy.errors import ProPhyError
 from prophy.evaluation.pictures import heat_overlay
-from prophy.schema import INDEX, open_file
+from prophy.schema import INDEX, CacheInput, open_file
 from prophy.sheets import evenly, stacked
 from prophy.taxonomy import PHENOMENA, from_multi_hot, parse_phenomena
 from prophy.video import VideoError
@@ -38,11 +39,17 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     Raises:
         ProPhyError: there is no cache, it is damaged, or the picture cannot be written.
     """
+    check_picture(sheet)
     priors, encodings = Path(priors_folder(config)), Path(encodings_folder(config))
     if not (priors / INDEX).is_file():
         raise ProPhyError(f"no cache in {config.cache.output}; set cache.output, or run `prophy cache`")
     with open_file(priors / INDEX) as file:
-        index = file.read().to_pylist()
+        stored = file.read().to_pylist()
+    current = CacheInput.read(encodings)
+    counted = set(current.samples(stored))
+    index = [row for row in stored if row["sample_id"] in counted]
+    if not index:
+        raise ProPhyError(f"no video of {current.location} is in {priors}; run `prophy cache`")
     console = Console()
     grid = Grid("table", "samples", "files", "MB", title=escape(config.cache.output))
     for name, folder in (("priors", priors), ("encodings of this backbone", encodings)):
@@ -54,8 +61,11 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
         grid.add_row(name, str(samples), str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
     console.print(grid)
     lines = [
-        f"{len({row['source']['uri'] for row in index})} videos, "
-        f"{sum(row['end_s'] - row['start_s'] for row in index):.0f} s of clips",
+        f"of {current.location}, the input of the last run: "
+        f"{len({row['source']['uri'] for row in index})} videos, {len(index)} clips of "
+        f"{sum(row['end_s'] - row['start_s'] for row in index):.0f} s",
+        f"{len({row['source']['uri'] for row in stored} - current.uris)} videos that are not in it; training "
+        f"leaves them out, `prophy cache prune` removes them",
         f"{sum(row['caption'] is None for row in index)} clips without a given caption have the VLM's",
         f"{sum(bool(row['unparsed']) for row in index)} clips with an answer that was not understood in full",
     ]
@@ -64,7 +74,7 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     refused = read_quarantine(Path(config.cache.output) / "quarantine").to_pylist()
     kinds = Counter(f"{row['error_type']} in {row['stage']}" for row in refused)
     lines += [f"quarantined: {count} by {kind}" for kind, count in kinds.items()]
-    console.print("\n".join(lines), highlight=False)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     places = np.linspace(0, len(index) - 1, min(num_clips, len(index))).round().astype(int)
     _save([strip for place in places for strip in _cached_clip(config, priors, index[place])], sheet)
 
@@ -81,6 +91,7 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
     Raises:
         ProPhyError: no such video or VLM, a name that is no phenomenon, or the picture cannot be written.
     """
+    check_picture(picture)
     vlm, duration_s = config.vlm, config.cache.clip_duration_s
     given = parse_phenomena(phenomena) or None
     frames = _read_frames(config, clip, 0.0, duration_s)
@@ -157,9 +168,5 @@ def _text(text: str) -> Image.Image:
 
 def _save(strips: list[Image.Image], path: Path) -> None:
     """Stacks the strips into one picture."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stacked(strips).save(path)
-    except (OSError, ValueError) as error:
-        raise ProPhyError(f"cannot write the picture {path}: {error}") from None
+    save_picture(stacked(strips), path)
     logger.info("the picture is %s", path.resolve())

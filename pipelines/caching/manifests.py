@@ -1,164 +1,255 @@
-"""Lists of videos: Parquet, CSV and JSON Lines with `path`, `caption`, `phenomena`; and WISA-80K's JSON.
+"""Lists of videos, with `path`, `caption` and `phenomena`; and WISA-80K's JSON in both of its layouts.
 
-A path is absolute, a URL, or relative to the list. `phenomena` are names of the taxonomy, as a list or as a
-text separated by ';'; nothing says that they are unknown, an empty list or 'none' that there are none.
+A path is absolute, a URL, or relative to the list; `~` is the home folder. `phenomena` are names of the
+taxonomy, as a list or as a text that separates them by ';' or ','; nothing says that they are unknown, an
+empty list or 'none' that there are none. Null, NaN and blank texts say nothing. A row that cannot be used is
+left out, and why is told once for all rows of which it is true.
 """
 
-import csv
-import io
-import json
+import difflib
+import itertools
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipelines.caching.video_files import find_files, source_of
+from pipelines.caching.list_files import SUFFIXES, Row, Rows, read_rows
+from pipelines.caching.video_files import find_files, open_store, source_of
 from prophy.errors import ProPhyError
-from prophy.taxonomy import PHENOMENA, parse_phenomena
+from prophy.taxonomy import parse_phenomena
 
 logger = logging.getLogger(__name__)
 
 Video = dict[str, Any]  # a row of `stages.SOURCES` without `done`
 
-_NONE = "none"
+_OURS = ("path", "caption", "phenomena")
+_WISA = ("file", "video_name", "captions", "en_caption", "physical_annotation", "q0", "q1", "q2")
 # WISA-80K names what is seen in three answers, one per branch of physics, which may also be nothing.
 _WISA_ANSWERS = ("q0", "q1", "q2")
-_WISA_NOTHING = {f"no obvious {branch} phenomenon" for branch in ("dynamic", "thermodynamic", "optical")}
+_NONE = {"none", *(f"no obvious {branch} phenomenon" for branch in ("dynamic", "thermodynamic", "optical"))}
+_SHOWN = 10  # rows that are named, and names that are no phenomenon
 
 
-def read_manifest(location: str) -> list[Video]:
-    """The videos of a list, in its order.
+@dataclass(frozen=True)
+class Input:
+    """The videos of a run, and what of its input cannot be used.
+
+    Attributes:
+        videos: in the order of the list, or by name.
+        refused: why rows of the list or places of the folder cannot be used, a sentence each.
+    """
+
+    videos: list[Video]
+    refused: list[str]
+
+
+class _RowError(ValueError):
+    """Why a row cannot be used, in words that go for every such row; `detail` is what this one has."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+def read_manifest(location: str) -> Input:
+    """The videos of a list, and why rows of it cannot be used.
 
     Raises:
-        ProPhyError: a kind of file that is no list, a damaged one, a missing column, an unknown phenomenon.
+        ProPhyError: a kind of file that is no list, a damaged one, or one without a column of paths.
     """
     suffix = PurePosixPath(location).suffix.lower()
-    if suffix not in _READERS:
+    if suffix not in SUFFIXES:
         raise ProPhyError(
-            f"{location} is no list of videos; give a folder, or a file that ends in {', '.join(_READERS)}"
+            f"{location} is no list of videos; set cache.input to a folder, or to a file that ends in "
+            f"{', '.join(SUFFIXES)}"
         )
-    with fsspec.open(location, "rb") as file:
+    store, path = open_store(location)
+    with store.open(path, "rb") as file:
         content = file.read()
     try:
-        rows = _READERS[suffix](content)
-    except (pa.ArrowInvalid, ValueError) as error:
+        rows = read_rows(content, suffix, {*_OURS, *_WISA})
+    except ValueError as error:
         raise ProPhyError(f"{location} cannot be read as {suffix}: {str(error).splitlines()[0]}") from None
-    if suffix == ".json":
-        return _wisa(rows, location)
-    if any(not row.get("path") for row in rows):
-        raise ProPhyError(f"{location} has no 'path' in each row; name each row's video there")
-    return [
-        {
-            "source": source_of(_resolve(row["path"], location)),
-            "caption": row.get("caption") or None,
-            "labels": _labels(row.get("phenomena")),
-        }
-        for row in rows
-    ]
+    if not rows.rows:
+        raise ProPhyError(f"{location} lists no video; give each a row with 'path'")
+    is_wisa = suffix.startswith(".json") and "path" not in rows.columns
+    if not rows.columns.keys() & ({"file", "video_name"} if is_wisa else {"path"}):
+        found = ", ".join(map(repr, rows.columns.values())) or "none"
+        raise ProPhyError(
+            f"{location} has no column 'path', which names each row's video; its columns are {found}"
+        )
+    _tell_unused(location, rows, _WISA if is_wisa else _OURS)
+    return _Reader(location, is_wisa).read(rows.rows)
 
 
-def _read_parquet(content: bytes) -> list[dict[str, Any]]:
-    file = pq.ParquetFile(pa.BufferReader(content))
-    wanted = [name for name in ("path", "caption", "phenomena") if name in file.schema_arrow.names]
-    return file.read(wanted).to_pylist()
+def _tell_unused(location: str, rows: Rows, used: tuple[str, ...]) -> None:
+    """Names the columns that are not used, and that column which one of them may be meant to be."""
+    if rows.remark:
+        logger.info("%s: %s", location, rows.remark)
+    unused = []
+    for name, written in rows.columns.items():
+        if name not in used:
+            missing = [column for column in used if column not in rows.columns]
+            meant = difflib.get_close_matches(name, missing, n=1, cutoff=0.75)
+            unused.append(repr(written) + (f" (did you mean {meant[0]!r}?)" if meant else ""))
+    if unused:
+        logger.warning("columns of %s that are not used: %s", location, ", ".join(unused))
 
 
-def _read_csv(content: bytes) -> list[dict[str, Any]]:
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-    # An empty cell is an unknown one.
-    return [{name: value or None for name, value in row.items()} for row in rows]
+class _Reader:
+    """Makes videos of rows.
 
-
-def _read_json_lines(content: bytes) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in content.decode().splitlines() if line.strip()]
-    if strange := [row for row in rows if not isinstance(row, dict)]:
-        raise ValueError(f"{strange[0]!r} is no object with 'path'; each line must be one")
-    return rows
-
-
-def _read_json(content: bytes) -> list[dict[str, Any]]:
-    records = json.loads(content)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError("WISA-80K's JSON is a list of records")
-    return records
-
-
-_READERS: dict[str, Callable[[bytes], list[dict[str, Any]]]] = {
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-}
-
-
-def _labels(phenomena: list[str] | str | None) -> list[str] | None:
-    if phenomena is None:
-        return None
-    names = phenomena.split(";") if isinstance(phenomena, str) else phenomena
-    return list(parse_phenomena(name for name in names if name.strip().lower() != _NONE))
-
-
-def _resolve(path: str, manifest: str) -> str:
-    if "://" in path or path.startswith("/"):
-        return path
-    return f"{manifest.rpartition('/')[0]}/{path}"
-
-
-def _wisa(records: list[dict[str, Any]], location: str) -> list[Video]:
-    """Both layouts: answers in `physical_annotation` (training) or beside the caption (inference).
-
-    A bare file name is looked for below the folder of the JSON: the archives of the data set unpack into
-    folders of their own. What an answer names besides the taxonomy's phenomena is counted, said, and left
-    out. The physical law is left out too: a user's prompt has none.
+    Args:
+        location: of the list.
+        is_wisa: whether it is WISA-80K's JSON. A bare file name is looked for below its folder: the archives
+            of the data set unpack into folders of their own. What an answer names besides the taxonomy's
+            phenomena is counted, said, and left out. The physical law is left out: a user's prompt has none.
     """
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    if any("/" not in (record.get("file") or record.get("video_name") or "/") for record in records):
-        for file in find_files(location.rpartition("/")[0]):
-            by_name.setdefault(file["uri"].rpartition("/")[2], []).append(file)
-    strange: Counter[str] = Counter()
-    videos = []
-    for number, record in enumerate(records):
-        name = record.get("file") or record.get("video_name")
-        if not name:
-            raise ProPhyError(
-                f"record {number} of {location} names no video; it needs 'file' or 'video_name'"
+
+    def __init__(self, location: str, is_wisa: bool) -> None:
+        self.location, self.is_wisa = location, is_wisa
+        self.folder = location.rpartition("/")[0]
+        self.strange: Counter[str] = Counter()
+        self._by_name: dict[str, list[str]] | None = None
+
+    def read(self, rows: list[Row]) -> Input:
+        videos = []
+        refused: dict[str, list[tuple[Row, str]]] = {}
+        for row in rows:
+            try:
+                if row.error:
+                    raise _RowError(row.error, row.detail)
+                videos.append(self._wisa(row.values) if self.is_wisa else self._ours(row.values))
+            except _RowError as error:
+                refused.setdefault(str(error), []).append((row, error.detail))
+        if self.strange:
+            logger.warning(
+                "%s names what is no phenomenon of the taxonomy; left out, each so many times: %s",
+                self.location,
+                _some([f"{name!r} {count}" for name, count in self.strange.most_common()]),
             )
-        if "/" in name:
-            source = source_of(_resolve(name, location))
-        else:
-            found = by_name.get(name) or [source_of(_resolve(name, location))]
-            if len(found) > 1:
-                raise ProPhyError(
-                    f"{name!r} in {location} may be {found[0]['uri']} or {found[1]['uri']}; add its folder"
-                )
-            source = found[0]
-        annotation = record.get("physical_annotation") or record
-        said = [
-            piece.strip().lower()
-            for answer in _WISA_ANSWERS
-            for piece in (annotation.get(answer) or "").split(",")
-            if piece.strip()
-        ]
-        strange.update(piece for piece in said if piece not in PHENOMENA and piece not in _WISA_NOTHING)
-        videos.append(
-            {
-                "source": source,
-                "caption": record.get("captions") or record.get("en_caption") or None,
-                "labels": list(parse_phenomena(piece for piece in said if piece in PHENOMENA))
-                if said
-                else None,
-            }
-        )
-    if strange:
-        logger.warning(
-            "%s names %d times what is no phenomenon of the taxonomy, such as %r; left out",
-            location,
-            strange.total(),
-            strange.most_common(1)[0][0],
-        )
-    return videos
+        sentences = [_sentence(self.location, reason, found) for reason, found in refused.items()]
+        return Input(videos, sentences)
+
+    def _ours(self, values: dict[str, Any]) -> Video:
+        path = _text(values, "path")
+        if path is None:
+            raise _RowError("'path' is missing; name the row's video there")
+        said = _names(values, "phenomena")
+        try:
+            labels = None if said is None else [str(label) for label in parse_phenomena(said)]
+        except ProPhyError as error:
+            raise _RowError(f"'phenomena' has an {error}") from None
+        return {"source": self._source("path", path), "caption": _text(values, "caption"), "labels": labels}
+
+    def _wisa(self, values: dict[str, Any]) -> Video:
+        column = "file" if _text(values, "file") else "video_name"
+        name = _text(values, column)
+        if name is None:
+            raise _RowError("it names no video, and needs 'file' or 'video_name'")
+        annotation = values if values.get("physical_annotation") is None else values["physical_annotation"]
+        if not isinstance(annotation, dict):
+            raise _RowError("'physical_annotation' is no JSON object")
+        said = [names for answer in _WISA_ANSWERS if (names := _names(annotation, answer)) is not None]
+        labels = None
+        if said:
+            labels = [str(label) for label in parse_phenomena(self._known(itertools.chain(*said)))]
+        caption = _text(values, "captions") or _text(values, "en_caption")
+        return {
+            "source": self._source(column, name, search="/" not in name),
+            "caption": caption,
+            "labels": labels,
+        }
+
+    def _known(self, names: Iterable[str]) -> Iterator[str]:
+        """The names of phenomena; others are counted."""
+        for name in names:
+            try:
+                parse_phenomena([name])
+                yield name
+            except ProPhyError:
+                self.strange[name] += 1
+
+    def _source(self, column: str, path: str, search: bool = False) -> dict[str, Any]:
+        if "\0" in path:
+            raise _RowError(f"{column!r} holds a NUL", _short(path))
+        if "://" not in self.location and (path == "~" or path.startswith("~/")):
+            path = str(Path.home()) + path[1:]
+        found = self._files().get(path, []) if search else []
+        if len(found) > 1:
+            raise _RowError(
+                f"{column!r} is the name of more than one file; add its folder", " or ".join(found)
+            )
+        if found:
+            path = found[0]
+        elif "://" not in path and not path.startswith("/"):
+            path = f"{self.folder}/{path}"
+        try:
+            return source_of(path if "://" in path else str(PurePosixPath(path)))
+        except ProPhyError as error:  # a URL of no store that we know
+            raise _RowError(f"{column!r} names no place that can be opened", str(error)) from None
+
+    def _files(self) -> dict[str, list[str]]:
+        """The videos below the list's folder, by name."""
+        if self._by_name is None:
+            self._by_name = {}
+            for source in find_files(self.folder).sources:
+                self._by_name.setdefault(source["uri"].rpartition("/")[2], []).append(source["uri"])
+        return self._by_name
+
+
+def _text(values: dict[str, Any], column: str) -> str | None:
+    """A text of a row, to the character; None where it says nothing."""
+    value = values.get(column)
+    if value is None or value != value:  # NaN, which is how pandas writes what is missing
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if not isinstance(value, str):
+        raise _RowError(f"{column!r} is no text", _short(value))
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _RowError(f"{column!r} holds what is not Unicode, or not UTF-8", _short(value)) from None
+    return value if value.strip() else None
+
+
+def _names(values: dict[str, Any], column: str) -> list[str] | None:
+    """The names in a row without those that mean nothing; None where it says nothing."""
+    value = values.get(column)
+    if isinstance(value, list):
+        pieces = [_text({column: piece}, column) for piece in value]
+    else:
+        text = _text(values, column) or ""
+        if text.strip() == "[]":
+            return []
+        pieces = list(re.split("[;,]", text))
+    # pandas writes a list into a CSV as Python does.
+    names = [name for piece in pieces if piece and (name := piece.strip("[]'\". \t\r\n").lower())]
+    if not names and value != []:
+        return None
+    return [name for name in names if name not in _NONE]
+
+
+def _sentence(location: str, reason: str, found: list[tuple[Row, str]]) -> str:
+    """Why some rows cannot be used; the first says what it has."""
+    names = [
+        f"{row.number}" + (f" (line {row.line})" if row.line not in (None, row.number) else "")
+        for row, _ in found
+    ]
+    detail = found[0][1]
+    such = f" ({'first: ' if len(found) > 1 else ''}{detail})" if detail else ""
+    return f"row{'s' * (len(found) > 1)} {_some(names)} of {location}: {reason}{such}"
+
+
+def _some(items: list[str]) -> str:
+    """The first items, and how many there are besides."""
+    return ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

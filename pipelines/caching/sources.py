@@ -1,22 +1,28 @@
 """Which videos there are, and what of them is left to do. Knows the tables, but neither Ray nor models."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.caching.manifests import Video, read_manifest
+from pipelines.caching.manifests import Input, Video, read_manifest
 from pipelines.caching.stages import CLIPS, SOURCES, clip_ids
-from pipelines.caching.video_files import UNREADABLE, asking, find_files, open_store
+from pipelines.caching.video_files import UNREADABLE, asking, find_files, once_each, open_store
 from prophy.errors import ProPhyError
+from prophy.schema import CacheInput, source_version
 from prophy.video import SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.parquet"
 
 
-def find_videos(location: str) -> list[Video]:
+def find_videos(location: str) -> Input:
     """The videos of a folder, an object-store prefix or a list, with captions and labels where there are any.
+
+    What is left out of them, and why, is logged.
 
     Args:
         location: a list of videos (`pipelines.caching.manifests`); a folder or prefix that holds
@@ -27,26 +33,49 @@ def find_videos(location: str) -> list[Video]:
     """
     try:
         with asking(location):
-            videos = _listed(location)
+            found = _listed(location)
     except OSError as error:
         raise ProPhyError(f"cannot read cache.input: {error}") from None
+    videos = [video for video in found.videos if not _is_resource_fork(video)]
+    if number := len(found.videos) - len(videos):
+        logger.warning("left out %d file(s) named ._*, in which macOS keeps what is no video", number)
+    places = once_each([video["source"] for video in videos])
+    if number := len(videos) - len(places):
+        logger.warning(
+            "left out %d video(s) that are named twice, or linked to others: the first counts", number
+        )
     if not videos:
-        raise ProPhyError(f"no videos in {location}; files that end in {', '.join(SUFFIXES)} count")
-    first: dict[str, Video] = {}  # of a video that is listed twice
-    for video in videos:
-        first.setdefault(video["source"]["uri"], video)
-    return list(first.values())
+        raise ProPhyError(
+            f"none of what {location} holds can be used; the first: {found.refused[0]}"
+            if found.refused
+            else f"no videos in {location}; files that end in {', '.join(SUFFIXES)} count"
+        )
+    if found.refused:
+        logger.warning("%s; what else cannot be used is told at the end", found.refused[0])
+    return Input([videos[place] for place in places], found.refused)
 
 
-def _listed(location: str) -> list[Video]:
+def _listed(location: str) -> Input:
     store, path = open_store(location)
     if not store.exists(path):
         raise ProPhyError(f"cache.input {location} does not exist; give a folder of videos or a list of them")
     if store.isfile(path):
         return read_manifest(location)
     if store.isfile(f"{path}/{MANIFEST}"):
-        return read_manifest(f"{location.rstrip('/')}/{MANIFEST}")
-    return [{"source": source, "caption": None, "labels": None} for source in find_files(location)]
+        manifest = f"{location.rstrip('/')}/{MANIFEST}"
+        logger.info("the videos are those of %s, which the folder holds", manifest)
+        return read_manifest(manifest)
+    found = find_files(location)
+    if found.left_out:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(found.left_out.items()))
+        logger.warning("left out files of %s that are no videos by their ending: %s", location, kinds)
+    return Input(
+        [{"source": source, "caption": None, "labels": None} for source in found.sources], found.refused
+    )
+
+
+def _is_resource_fork(video: Video) -> bool:
+    return video["source"]["uri"].rpartition("/")[2].startswith("._")
 
 
 def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:
@@ -93,7 +122,7 @@ def videos_left(
     known, unusable = _by_video(priors), _by_video(quarantine)
     left = []
     for video in videos:
-        rows, refused = known[_key(video["source"])], unusable[_key(video["source"])]
+        rows, refused = known[source_version(video["source"])], unusable[source_version(video["source"])]
         done = {row["sample_id"] for row in (*rows, *refused)}
         if rows:
             first = rows[0]
@@ -119,29 +148,26 @@ def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quara
     """
     done = dict(zip(*encodings.select(["sample_id", "caption"]).to_pydict().values(), strict=True))
     refused = set(quarantine["sample_id"].to_pylist())
-    current = {_key(video["source"]) for video in videos}
+    usable = [row for row in priors.to_pylist() if row["sample_id"] not in refused]
+    current = set(CacheInput("", [video["source"] for video in videos]).samples(usable))
     clips = [
         {**row, "caption": row["caption"] or row["vlm_caption"], "share": 1.0}
-        for row in priors.to_pylist()
-        if row["sample_id"] not in refused and _key(row["source"]) in current
+        for row in usable
+        if row["sample_id"] in current
     ]
     left = [clip for clip in clips if done.get(clip["sample_id"]) != clip["caption"]]
     return pa.Table.from_pylist(left, CLIPS)
 
 
 def _of_sources(rows: pa.Table, sources: Iterable[dict[str, Any]]) -> pa.Table:
-    current = set(map(_key, sources))
+    current = set(map(source_version, sources))
     return rows.filter(
-        pa.array([_key(source) in current for source in rows["source"].to_pylist()], pa.bool_())
+        pa.array([source_version(source) in current for source in rows["source"].to_pylist()], pa.bool_())
     )
-
-
-def _key(source: dict[str, Any]) -> tuple[str, int, float]:
-    return source["uri"], source["size"], source["modified"]
 
 
 def _by_video(rows: pa.Table) -> defaultdict[tuple[str, int, float], list[dict[str, Any]]]:
     found = defaultdict(list)
     for row in rows.to_pylist():
-        found[_key(row["source"])].append(row)
+        found[source_version(row["source"])].append(row)
     return found

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,6 +193,23 @@ def read_quarantine(folder: Path, settings: dict[str, Any] | None = None) -> pa.
     return pa.concat_tables(parts)
 
 
+def drop_refusals(folder: Path, uris: set[str]) -> int:
+    """Leaves in the quarantine only what is of these videos; returns how many rows went."""
+    dropped = 0
+    for name in file_names(folder):
+        with open_file(folder / name) as file:
+            rows = file.read()
+        kept = rows.filter(
+            pa.array([source["uri"] in uris for source in rows["source"].to_pylist()], pa.bool_())
+        )
+        if len(kept) < len(rows):
+            if len(kept):
+                write_file(folder, kept, rows.schema.metadata)
+            (folder / name).unlink()
+            dropped += len(rows) - len(kept)
+    return dropped
+
+
 def update_index(table: Table, *, anew: bool = False) -> pa.Table:
     """Brings a table's `index.parquet` up to date; reads only the files that it does not know yet.
 
@@ -218,12 +236,8 @@ def update_index(table: Table, *, anew: bool = False) -> pa.Table:
     rows = pa.concat_tables(parts)
     index = _first_of_each(rows, "sample_id").sort_by("sample_id")
     if len(index) < len(rows):
-        for name in rows["file"].unique().to_pylist():
-            kept = index.filter(pc.equal(index["file"], name))["row_group"].sort()
-            if len(kept) < pc.sum(pc.equal(rows["file"], name)).as_py():
-                _keep(table, name, kept)
-        return update_index(table, anew=anew)
-    if names:
+        return _keep(table, rows, index)
+    if names or (table.folder / INDEX).exists():
         write_file(table.folder, index, table.footer, name=INDEX)
     return index
 
@@ -232,9 +246,8 @@ def drop_samples(table: Table, sample_ids: list[str]) -> None:
     """Takes samples out of a table, by writing the files that hold them anew."""
     index = update_index(table)
     dropped = pc.is_in(index["sample_id"], pa.array(sample_ids, pa.string()))
-    for name in index.filter(dropped)["file"].unique().to_pylist():
-        kept = index.filter(pc.and_not(pc.equal(index["file"], name), dropped))["row_group"].sort()
-        _keep(table, name, kept)
+    if pc.any(dropped).as_py():
+        _keep(table, index, index.filter(pc.invert(dropped)))
 
 
 def file_names(folder: Path) -> list[str]:
@@ -263,13 +276,28 @@ def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
     return Table(folder, schema, settings, provenance)
 
 
-def _keep(table: Table, name: str, row_groups: pa.Array) -> None:
-    """Writes a file anew with some of its rows, or removes it where those are none."""
-    if len(row_groups):
-        with _open(table, name) as file:
-            kept = file.read_row_groups(row_groups.to_pylist())
-        write_file(table.folder, kept, table.footer, row_group_size=1)
-    (table.folder / name).unlink()
+def _keep(table: Table, rows: pa.Table, kept: pa.Table) -> pa.Table:
+    """Leaves, of the rows that the files hold, those in `kept`; returns the new index.
+
+    Killed at any moment it leaves an index that names no file which is gone: what is kept is written first,
+    then the index, and only then old files go.
+    """
+    before, after = (Counter(index["file"].to_pylist()) for index in (rows, kept))
+    changed = [name for name in before if after[name] < before[name]]
+    parts = [kept.filter(pc.invert(pc.is_in(kept["file"], pa.array(changed, pa.string()))))]
+    for name in changed:
+        if after[name]:
+            row_groups = kept.filter(pc.equal(kept["file"], name))["row_group"].sort().to_pylist()
+            with _open(table, name) as file:
+                part = file.read_row_groups(row_groups)
+            parts.append(
+                _index_file(table, write_file(table.folder, part, table.footer, row_group_size=1).name)
+            )
+    index = pa.concat_tables(parts).sort_by("sample_id")
+    write_file(table.folder, index, table.footer, name=INDEX)
+    for name in set(changed) - set(index["file"].to_pylist()):
+        (table.folder / name).unlink()
+    return index
 
 
 def _index_schema(table: Table) -> pa.Schema:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from pipelines.caching.tables import exclusive, file_names, stored_table, update_index
 from pipelines.config import Config
 from prophy.errors import ProPhyError
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, INDEX, PRIORS, QUARANTINE
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, INDEX, INPUT, PRIORS, QUARANTINE
 
 
 def run(config: Config) -> dict[str, int]:
@@ -47,10 +47,11 @@ def verify(folder: Path) -> list[str]:
     `prophy cache` makes its rows anew.
     """
     damaged = []
-    for place, schema in _tables(folder):
+    for place, schema in tables_of(folder):
         damaged += _set_damaged_aside(place, schema)
-        if (place / EMPTY_PROMPT).exists() and not _is_readable(place / EMPTY_PROMPT):
-            damaged.append(_set_aside(place / EMPTY_PROMPT, "holds other bytes than were written"))
+        for path in (place / EMPTY_PROMPT, place / INPUT):
+            if path.exists() and not _is_readable(path):
+                damaged.append(_set_aside(path, "holds other bytes than were written"))
     return damaged + _set_damaged_aside(folder / "quarantine", QUARANTINE)
 
 
@@ -61,7 +62,7 @@ def rebuild_indices(folder: Path) -> dict[str, int]:
         ProPhyError: no room is left for an index; the one that was there stays.
     """
     samples: dict[str, int] = {}
-    for place, schema in _tables(folder):
+    for place, schema in tables_of(folder):
         if names := file_names(place):
             table = stored_table(place, names[0], schema)
             samples[str(place.relative_to(folder))] = len(update_index(table, anew=True))
@@ -70,7 +71,8 @@ def rebuild_indices(folder: Path) -> dict[str, int]:
     return samples
 
 
-def _tables(folder: Path) -> list[tuple[Path, pa.Schema]]:
+def tables_of(folder: Path) -> list[tuple[Path, pa.Schema]]:
+    """The folder and the schema of each table of a cache: the priors, then all encodings."""
     encodings = [place for place in sorted((folder / "encodings").glob("*")) if place.is_dir()]
     return [(folder / "priors", PRIORS), *((place, ENCODINGS) for place in encodings)]
 

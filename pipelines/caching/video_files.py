@@ -3,8 +3,11 @@
 A location is a path or a URL such as `s3://bucket/videos`. Knows neither tables nor Ray.
 """
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -20,12 +23,29 @@ _MODIFIED_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created"
 UNREADABLE = {"size": 0, "modified": 0.0}  # the version of a file that cannot be had
 
 
+@dataclass
+class Found:
+    """What a folder or prefix holds.
+
+    Attributes:
+        sources: of videos, by name; what is reached through symbolic links comes last.
+        left_out: number of files that are no videos, by kind.
+        refused: why a file or folder cannot be used, a sentence each.
+    """
+
+    sources: list[dict[str, Any]]
+    left_out: Counter[str]
+    refused: list[str]
+
+
 def open_store(location: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a location, and the path in it.
 
     Raises:
         ProPhyError: an unknown scheme, or one whose package is not installed.
     """
+    if "://" not in location:  # a path as it is: fsspec would read `::` as a chain of stores
+        return fsspec.filesystem("file"), location
     try:
         return fsspec.url_to_fs(location)
     except (ImportError, ValueError) as error:
@@ -47,35 +67,104 @@ def asking(location: str) -> Iterator[None]:
         raise OSError(f"{location} cannot be had: {type(error).__name__}: {error}") from error
 
 
-def find_files(location: str) -> list[dict[str, Any]]:
-    """The sources of all videos below a folder or prefix, by name."""
+def find_files(location: str) -> Found:
+    """All videos below a folder or prefix. Links to folders are followed; each folder is searched once."""
     store, path = open_store(location)
-    found = store.find(path, detail=True)
-    return [
-        _source(store, info)
-        for name, info in sorted(found.items())
-        if PurePosixPath(name).suffix.lower() in SUFFIXES
-    ]
+    refused: list[str] = []
+    if _is_local(store):
+        infos: dict[str, dict[str, Any]] = {name: {} for name in _walk(path, refused)}
+    else:
+        infos = dict(sorted(store.find(path, detail=True).items()))
+    sources, left_out = list[dict[str, Any]](), Counter[str]()
+    for name, info in infos.items():
+        ending = PurePosixPath(name).suffix.lower()
+        if ending not in SUFFIXES:
+            left_out[ending if is_unicode(ending) and ending else "without an ending"] += 1
+        elif not is_unicode(name):
+            refused.append(f"{os.fsencode(name)!r} has a name that is not UTF-8; rename it")
+        else:
+            sources.append(_source(store, name, info))
+    return Found(sources, left_out, refused)
+
+
+def _walk(top: str, refused: list[str]) -> list[str]:
+    """The files below a local folder, by name; those behind links to files or folders come last."""
+    plain, linked = list[str](), list[str]()
+    folders, links, seen = [top], list[str](), set[tuple[int, int]]()
+    while folders or links:
+        behind_link = not folders
+        folder = links.pop(0) if behind_link else folders.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            refused.append(f"{folder!a} cannot be searched for videos ({error.strerror})")
+            continue
+        for entry in entries:
+            is_linked = behind_link or entry.is_symlink()
+            if os.path.isdir(entry.path):
+                (links if is_linked else folders).append(entry.path)
+            else:
+                (linked if is_linked else plain).append(entry.path)
+    return sorted(plain) + sorted(linked)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: names of files, and texts of JSON, may hold half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def source_of(location: str) -> dict[str, Any]:
     """This version of a file. One that cannot be had goes to quarantine when a stage opens it."""
     store, path = open_store(location)
+    if _is_local(store):
+        return _source(store, path, {})
     try:
         with asking(location):
-            return _source(store, store.info(path))
+            return _source(store, path, store.info(path))
     except OSError:
         return {"uri": location, **UNREADABLE}
 
 
-def _source(store: AbstractFileSystem, info: dict[str, Any]) -> dict[str, Any]:
-    uri = info["name"] if "file" in store.protocol else store.unstrip_protocol(info["name"])
+def _is_local(store: AbstractFileSystem) -> bool:
+    return "file" in store.protocol
+
+
+def _source(store: AbstractFileSystem, name: str, info: dict[str, Any]) -> dict[str, Any]:
+    if _is_local(store):
+        try:
+            status = os.stat(name)
+        except OSError:
+            return {"uri": name, **UNREADABLE}
+        return {"uri": name, "size": status.st_size, "modified": status.st_mtime}
     modified = next((info[key] for key in _MODIFIED_KEYS if info.get(key)), 0.0)
     if isinstance(modified, str):
         modified = datetime.fromisoformat(modified)
     if isinstance(modified, datetime):
         modified = modified.timestamp()
-    return {"uri": uri, "size": info["size"], "modified": modified}
+    return {"uri": store.unstrip_protocol(info["name"]), "size": info["size"], "modified": modified}
+
+
+def once_each(sources: list[dict[str, Any]]) -> list[int]:
+    """Places of the sources that are the first with their file: of one URI, or one that links share."""
+    first: dict[object, int] = {}
+    alike = Counter((source["size"], source["modified"]) for source in sources)
+    for place, source in enumerate(sources):
+        key: object = source["uri"]
+        version = source["size"], source["modified"]
+        # Links share these; only then is it worth to ask for the file behind a name.
+        if "://" not in source["uri"] and alike[version] > 1 and os.path.exists(source["uri"]):
+            status = os.stat(source["uri"])
+            key = (*version, status.st_dev, status.st_ino)
+        first.setdefault(key, place)
+    return sorted(first.values())
 
 
 class LocalFiles:
@@ -99,6 +188,8 @@ class LocalFiles:
             VideoError: it is too large; or what the block raises, under the file's own name.
         """
         if "://" not in uri:
+            if os.path.exists(uri) and not (os.path.isfile(uri) or os.path.isdir(uri)):
+                raise OSError("it is no regular file")  # such as a pipe, which one would wait for
             with open(uri, "rb"):
                 yield uri
             return

@@ -168,8 +168,8 @@ def _check_finite(
         advice += ", where train.start_from may be what `prophy export` makes of that checkpoint"
     if guilty:
         advice += (
-            "; or cache without the videos of these samples, which priors/index.parquet names, into another "
-            "cache.output and run the same command with it"
+            "; or take the videos of these samples, which priors/index.parquet names, out of cache.input, "
+            "run `prophy cache`, and then this command again"
         )
     raise EveryRankError(f"{what} is not finite at step {step}; {kept}: {advice}")
 

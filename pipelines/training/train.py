@@ -50,6 +50,7 @@ def run(config: Config) -> Path:
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
     cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
+    tell_samples(cache)
     compare_samples(pinned, cache)
     trainer = build_trainer(pinned, cache, backbone)
     root = open_run(config, "train") / RUN_NAME
@@ -151,6 +152,21 @@ def pin_backbone(config: Config) -> dict[str, str | None]:
         return saved["backbone"]
     revision = pinned_revision(pretrained, config.backbone.revision)
     return {"name": pretrained, "revision": revision, "fingerprint": fingerprint(pretrained, revision)}
+
+
+def tell_samples(cache: PriorCache) -> None:
+    """Says what a run is trained on, and what of the cache it leaves out."""
+    logger.info(
+        "the samples: %d clips of %d videos in %s, the input of the last `prophy cache`",
+        len(cache.shapes),
+        cache.num_videos,
+        cache.location,
+    )
+    if cache.num_left_out:
+        logger.warning(
+            "%d cached video(s) are not in that input and are left out; `prophy cache prune` removes them",
+            cache.num_left_out,
+        )
 
 
 def compare_samples(config: Config, cache: PriorCache) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import EMPTY_PROMPT, INDEX, open_file, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, INDEX, CacheInput, open_file, tensor_from_columns
 
 Shape = tuple[int, ...]
 
@@ -156,14 +156,21 @@ class PriorSample:
 
 
 class PriorCache:
-    """The samples that both tables of a cache have, read one at a time.
+    """The samples of the current input, the last that `prophy cache` was run on, read one at a time.
+
+    They are in both tables of the cache; a clip that several paths lead to is one sample.
+
+    Attributes:
+        location: `cache.input` of the last `prophy cache` with these encodings.
+        num_videos: videos that the samples are of.
+        num_left_out: videos that are cached, but not in the current input.
 
     Args:
         priors: folder of that table.
         encodings: folder of the encodings that belong to the backbone.
 
     Raises:
-        ProPhyError: a table is missing, or the two have no sample in common.
+        ProPhyError: a table is missing, or none of the current input is in both.
     """
 
     def __init__(self, priors: Path, encodings: Path) -> None:
@@ -173,15 +180,20 @@ class PriorCache:
                 f"the encodings in {encodings.parent} were made for another backbone or other clips; "
                 f"run `prophy cache` with this configuration"
             )
-        prior_rows = _read_index(priors, [])
+        prior_rows = _read_index(priors, ["source", "content_hash", "start_s", "end_s"])
         encoding_rows = _read_index(encodings, ["latents_shape"])
-        common = prior_rows.keys() & encoding_rows.keys()
-        if not common:
+        current = CacheInput.read(encodings)
+        common = [row for key, row in prior_rows.items() if key in encoding_rows]
+        samples = current.samples(common)
+        if not samples:
             raise ProPhyError(
-                f"{priors} and {encodings} have no sample in common; "
+                f"no video of {current.location} is in both {priors} and {encodings}; "
                 f"run `prophy cache` with this configuration"
             )
-        self._rows = {key: (prior_rows[key], encoding_rows[key]) for key in sorted(common)}
+        self.location = current.location
+        self.num_videos = len({prior_rows[key]["source"]["uri"] for key in samples})
+        self.num_left_out = len({row["source"]["uri"] for row in common} - current.uris)
+        self._rows = {key: (_place(prior_rows[key]), encoding_rows[key]) for key in samples}
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -316,6 +328,10 @@ def _read_index(table: Path, columns: list[str]) -> dict[str, dict[str, Any]]:
     with open_file(table / INDEX) as file:
         rows = file.read(["sample_id", "file", "row_group", *columns]).to_pylist()
     return {row["sample_id"]: row for row in rows}
+
+
+def _place(row: dict[str, Any]) -> dict[str, Any]:
+    return {"file": row["file"], "row_group": row["row_group"]}
 
 
 def _read_row(table: Path, row: dict[str, Any], columns: list[str]) -> pa.Table:

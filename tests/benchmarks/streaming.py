@@ -85,7 +85,7 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
     limits, vlm, backbone = config.cache.limits, config.vlm, config.backbone
     durations_s = [config.cache.clip_duration_s]
     nothing = PRIORS.empty_table(), QUARANTINE.empty_table()
-    videos = videos_left(find_videos(config.cache.input)[:SAMPLE_CLIPS], *nothing, durations_s)
+    videos = videos_left(find_videos(config.cache.input).videos[:SAMPLE_CLIPS], *nothing, durations_s)
     clips = pa.concat_tables(CutVideo(durations_s, limits)(videos))
     table = cache.encodings_table(config)
     table = type(table)(folder / "encodings", table.schema, table.settings, table.provenance)

@@ -102,7 +102,7 @@ def test_folder_of_another_run(prophy: CommandLine, tmp_path: Path) -> None:
 def test_the_commands_of_the_cache_take_their_options_after_their_names(
     prophy: CommandLine, tmp_path: Path
 ) -> None:
-    for command in ("verify", "inspect", "explain"):
+    for command in ("verify", "prune", "inspect", "explain"):
         assert "--set" in re.sub(r"\x1b\[[0-9;]*m", "", prophy("cache", command, "--help")[1])
     sentence = prophy.mistake("cache", *in_folder(tmp_path), "verify")
     assert "options of `prophy cache verify` come after its name" in sentence

@@ -86,7 +86,7 @@ def video(tmp_path: Path) -> Path:
 
 
 def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: Path) -> None:
-    [source] = [video["source"] for video in find_videos(str(video.parent))]
+    [source] = [video["source"] for video in find_videos(str(video.parent)).videos]
     [row] = cut(source, max_seconds=1e-4)
     assert (row["error"]["error_type"], row["error"]["attempts"]) == ("DecoderError", 2)
     clips = pa.Table.from_pylist(cut(source), CLIPS)
@@ -98,7 +98,7 @@ def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: P
 def test_limits_of_the_configuration_reach_the_decoder(tmp_path: Path) -> None:
     write, message = REFUSED["forty streams"]
     write(tmp_path / "a.mkv")
-    [source] = [video["source"] for video in find_videos(str(tmp_path))]
+    [source] = [video["source"] for video in find_videos(str(tmp_path)).videos]
     [row] = cut(source)
     assert message in row["error"]["message"]
     [row] = cut(source, max_streams=40)
@@ -106,7 +106,7 @@ def test_limits_of_the_configuration_reach_the_decoder(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> None:
-    [source] = [video["source"] for video in find_videos(str(video.parent))]
+    [source] = [video["source"] for video in find_videos(str(video.parent)).videos]
     clips = cut(source)
     content, status = video.read_bytes(), video.stat()
     video.unlink()
@@ -118,7 +118,7 @@ def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> Non
         assert (row["error"]["source"], row["error"]["sample_id"]) == (missing, None)
     video.write_bytes(content)
     os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert [video["source"] for video in find_videos(str(video.parent))] == [source]
+    assert [video["source"] for video in find_videos(str(video.parent)).videos] == [source]
 
 
 FILL = """
@@ -249,7 +249,7 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     clips.mkdir(parents=True)
     for number in range(4):
         write_video(clips / f"{number}.mp4", moving_square(17 + number), FPS)
-    deadly = find_videos(str(clips))[1]["source"]
+    deadly = find_videos(str(clips)).videos[1]["source"]
     [row] = cut(deadly)
     marker = Path(config.cache.output, ATTEMPTS_FOLDER, f"ExtractPriors-{row['sample_id']}")
     priors, stop = Path(cache.priors_folder(config)), threading.Event()
@@ -280,7 +280,7 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     assert verify(Path(config.cache.output)) == []
 
     (tmp_path / "hidden").rename(clips / "3.mp4")
-    videos, refused = find_videos(str(clips)), read_quarantine(Path(config.cache.output, "quarantine"))
+    videos, refused = find_videos(str(clips)).videos, read_quarantine(Path(config.cache.output, "quarantine"))
     index, encodings = map(update_index, (cache.priors_table(config), cache.encodings_table(config)))
     work = videos_left(videos, index, refused, [2.0]), clips_left(videos, index, encodings, refused)
     left = {row["source"]["uri"] for table in work for row in table.to_pylist()}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pipelines.caching.tables import Table, update_index, write_file
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import ENCODINGS, PRIORS, ROW_FILES, tensor_columns
+from prophy.schema import ENCODINGS, INPUT, PRIORS, ROW_FILES, CacheInput, tensor_columns
 from prophy.training.data import (
     EMPTY_PROMPT,
     BatchPlan,
@@ -37,7 +37,7 @@ def rows(name: str, shape: tuple[int, ...]) -> tuple[dict, dict]:
     prior = {
         "sample_id": name,
         "source": SOURCE,
-        "content_hash": "0" * 64,
+        "content_hash": name,
         "start_s": 0.0,
         "end_s": 1.0,
         "fps": 8.0,
@@ -73,6 +73,12 @@ def write_cache(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         update_index(table)
     empty = pa.Table.from_pylist([tensor_columns("text_embeds", torch.full((5, 6), 0.5))])
     write_file(tables[1].folder, empty, {}, name=EMPTY_PROMPT)
+    write_input(tables[1].folder, SOURCE)
+
+
+def write_input(encodings: Path, *sources: dict) -> None:
+    rows = CacheInput("/videos", list(sources)).to_table()
+    write_file(encodings, rows, rows.schema.metadata, name=INPUT)
 
 
 def open_cache(folder: Path, encodings: str = "a") -> PriorCache:
@@ -242,7 +248,7 @@ def test_tables_without_a_common_sample(tmp_path: Path) -> None:
     write_cache(tmp_path / "two", dict.fromkeys("efgh", SMALL))
     (tmp_path / "one" / "encodings").rename(tmp_path / "old")
     (tmp_path / "two" / "encodings").rename(tmp_path / "one" / "encodings")
-    with pytest.raises(ProPhyError, match="have no sample in common"):
+    with pytest.raises(ProPhyError, match="no video of /videos is in both"):
         open_cache(tmp_path / "one")
 
 

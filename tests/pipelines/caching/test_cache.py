@@ -1,5 +1,7 @@
 """`prophy cache` as users run it: real videos, real Ray Data, real tiny models."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
 from prophy.taxonomy import Phenomenon, from_multi_hot
+from prophy.training.data import PriorCache
 from prophy.video import read_frames, write_video
 from tests.cogvideox import write_pipeline
 from tests.conftest import tiny_config
@@ -224,7 +227,7 @@ def test_another_vlm_in_the_same_folder_is_refused(cached: tuple[Config, cache.C
 
 
 def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
-    truth = {video["source"]["uri"]: video for video in find_videos(tiny_cache.cache.input)}
+    truth = {video["source"]["uri"]: video for video in find_videos(tiny_cache.cache.input).videos}
     priors, encodings = rows(cache.priors_folder(tiny_cache)), rows(cache.encodings_folder(tiny_cache))
     assert len(priors) == len(encodings) == len(truth) == 12
     for sample_id, prior in priors.items():
@@ -272,6 +275,39 @@ def test_what_changes_in_a_list_or_in_the_limits_is_done_anew_and_nothing_else(
     assert [row["caption"] for row in priors] == [row["caption"] for row in encodings] == captions
     assert [row["labels"] for row in priors] == [None, ["melting"], None, None]
     assert from_multi_hot(priors[1]["phenomena"]) == (Phenomenon.MELTING,)
+
+
+def test_the_current_input_alone_counts_and_each_content_once(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for seed, name in enumerate(("a", "c")):
+        write_video(clips / f"{name}.mp4", simulate_clip(seed, num_frames=17, fps=8, size=64).frames, 8)
+    shutil.copy(clips / "a.mp4", clips / "b copy.mp4")
+    Path(os.fsdecode(bytes(clips) + b"/caf\xe9.mp4")).write_bytes(b"")
+
+    def cached(place: Path) -> tuple[cache.CacheSummary, PriorCache, str]:
+        config = tiny_config(tmp_path / "run", f"cache.input={place}")
+        summary = cache.run(config)
+        priors, encodings = cache.priors_folder(config), cache.encodings_folder(config)
+        return summary, PriorCache(Path(priors), Path(encodings)), capsys.readouterr().out
+
+    summary, samples, printed = cached(clips)
+    assert (summary.num_videos, summary.num_priors, summary.num_encodings) == (3, 2, 2)
+    assert (summary.added_priors.written, summary.added_encodings.written) == (3, 2)
+    assert (summary.num_copies, summary.num_left_out, len(samples.shapes)) == (1, 0, 2)
+    assert "1 video(s) have the content of others" in printed and r"caf\xe9.mp4' has a name that" in printed
+
+    listed = [{"path": "c.mp4"}, {"path": str(clips / "c.mp4")}, {"path": 5}]
+    (clips / "list.jsonl").write_text("\n".join(map(json.dumps, listed)))
+    summary, samples, printed = cached(clips / "list.jsonl")
+    assert summary.added_priors == summary.added_encodings == GraphReport()
+    assert (summary.num_videos, summary.num_priors, summary.num_encodings) == (1, 1, 1)
+    assert (summary.num_copies, summary.num_left_out) == (0, 2)
+    assert (samples.num_videos, samples.num_left_out, len(samples.shapes)) == (1, 1, 1)
+    assert "2 cached video(s) are not in the input" in printed
+    assert summary.quarantined == [f"row 3 of {clips / 'list.jsonl'}: 'path' is no text (5)"]
 
 
 def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def colourful_rows(sheet: Path) -> int:
 def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect.inspect(tiny_cache, 3, tmp_path / "deep" / "sheet.png")
     printed = capsys.readouterr().out
-    assert "12 videos, 24 s of clips" in printed
+    assert f"of {tiny_cache.cache.input}, the input of the last run: 12 videos, 12 clips of 24 s" in printed
+    assert "0 videos that are not in it" in printed
     assert "0 clips without a given caption" in printed
     with Image.open(tmp_path / "deep" / "sheet.png") as sheet:
         assert sheet.width == inspect._LABEL_WIDTH + inspect._COLUMNS * 96
@@ -34,7 +35,7 @@ def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_explain(tiny_cache: Config, tmp_path: Path) -> None:
-    video = find_videos(tiny_cache.cache.input)[0]["source"]["uri"]
+    video = find_videos(tiny_cache.cache.input).videos[0]["source"]["uri"]
     inspect.explain(tiny_cache, video, ["collision", "combustion"], tmp_path / "explain.png")
     assert colourful_rows(tmp_path / "explain.png") >= 1 + 3 * (1 + 4)  # three questions, four layers
 

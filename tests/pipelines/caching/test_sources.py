@@ -22,15 +22,18 @@ def video(name: str, modified: float = 1.0) -> dict:
 
 def priors_of(source: dict, num_frames: int = 16 * 3, **columns: object) -> list[dict]:
     """Index rows of a video at 8 frames per second."""
-    ids = clip_ids(source, "hash", num_frames / 8, CLIP_DURATIONS_S)
+    ids = clip_ids(source, source["uri"], num_frames / 8, CLIP_DURATIONS_S)
     row = {
         "source": source,
-        "content_hash": "hash",
+        "content_hash": source["uri"],
         "fps": 8.0,
         "num_frames": num_frames,
         "vlm_caption": "seen",
     }
-    return [{"sample_id": sample_id, **row, **columns} for sample_id in ids]
+    return [
+        {"sample_id": key, "start_s": start, "end_s": end, **row, **columns}
+        for key, (start, end) in ids.items()
+    ]
 
 
 def table(rows: list[dict], schema: pa.Schema = PRIORS) -> pa.Table:
@@ -42,14 +45,64 @@ def left(videos: list[dict], priors: list[dict], quarantine: list[dict]) -> dict
     return {row["source"]["uri"]: row["done"] for row in found.to_pylist()}
 
 
-def test_a_folder_is_searched_for_videos(tmp_path: Path) -> None:
+def names(videos: list[dict]) -> list[str]:
+    return [Path(video["source"]["uri"]).name for video in videos]
+
+
+def test_a_folder_is_searched_for_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name in ("b.mp4", "deep/a.MOV", "deep/er/c.webm", "notes.txt", "deep/d.jpg"):
+    for name in (
+        "b.mp4",
+        "deep/a.MOV",
+        "deep/er/c.webm",
+        "notes.txt",
+        "deep/d.jpg",
+        "e.jpg",
+        "deep/f",
+        "._b.mp4",
+    ):
         (tmp_path / name).write_bytes(b"123")
-    videos = find_videos(str(tmp_path))
-    assert [Path(video["source"]["uri"]).name for video in videos] == ["b.mp4", "a.MOV", "c.webm"]
-    assert {video["source"]["size"] for video in videos} == {3}
-    assert {video["caption"] for video in videos} == {None}
+    found = find_videos(str(tmp_path))
+    assert (names(found.videos), found.refused) == (["b.mp4", "a.MOV", "c.webm"], [])
+    assert {video["source"]["size"] for video in found.videos} == {3}
+    assert {video["caption"] for video in found.videos} == {None}
+    assert "no videos by their ending: 2 .jpg, 1 .txt, 1 without an ending" in caplog.text
+    assert "left out 1 file(s) named ._*" in caplog.text
+
+
+def test_links_are_followed_and_lead_to_each_file_once(tmp_path: Path) -> None:
+    top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
+    for folder in (top / "real", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+    for path in (
+        top / "real" / "r.mp4",
+        elsewhere / "e.mp4",
+        elsewhere / "deep" / "d.mp4",
+        tmp_path / "far.mp4",
+    ):
+        path.write_bytes(path.name.encode())
+    (top / "a").symlink_to("real")  # a second way
+    (top / "b").symlink_to("../elsewhere")
+    (elsewhere / "loop").symlink_to("../top")
+    (top / "self").symlink_to("self")
+    (top / "0.mp4").symlink_to("real/r.mp4")
+    (top / "1.mp4").symlink_to("../far.mp4")
+    (top / "gone.mp4").symlink_to("nowhere.mp4")
+    (top / "hard.mp4").hardlink_to(top / "real" / "r.mp4")
+    found = find_videos(str(top))
+    assert names(found.videos) == ["hard.mp4", "1.mp4", "d.mp4", "e.mp4", "gone.mp4"]
+    assert [video["source"]["modified"] > 0 for video in found.videos] == [True] * 4 + [False]
+
+
+def test_names_that_are_not_utf_8_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"123")
+    for name in (b"caf\xe9.mp4", b"caf\xe9.txt"):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"123")
+    found = find_videos(str(tmp_path))
+    assert names(found.videos) == ["a.mp4"]
+    assert found.refused == [
+        f"{bytes(tmp_path) + b'/caf' + bytes([233]) + b'.mp4'} has a name that is not UTF-8; rename it"
+    ]
 
 
 def test_a_manifest_gives_captions_and_labels(tmp_path: Path) -> None:
@@ -61,7 +114,7 @@ def test_a_manifest_gives_captions_and_labels(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet")
     (tmp_path / "not_listed.mp4").write_bytes(b"")
     for location in (tmp_path, tmp_path / "manifest.parquet"):
-        a, b, c = find_videos(str(location))
+        a, b, c = find_videos(str(location)).videos
         assert a["source"]["uri"] == str(tmp_path / "clips/a.mp4")
         assert (a["caption"], a["labels"]) == ("a ball", ["collision", "liquid motion"])
         assert (b["source"]["uri"], b["caption"], b["labels"]) == ("/elsewhere/b.mp4", None, None)
@@ -77,7 +130,7 @@ def test_input_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="cannot be read as .parquet"):
         find_videos(str(tmp_path / "text.parquet"))
     pq.write_table(pa.table({"file": ["a.mp4"]}), tmp_path / "other.parquet")
-    with pytest.raises(ProPhyError, match="no 'path'"):
+    with pytest.raises(ProPhyError, match="no column 'path'"):
         find_videos(str(tmp_path / "other.parquet"))
     pq.write_table(pa.table({"path": ["a.mp4"], "phenomena": [["colision"]]}), tmp_path / "typo.parquet")
     with pytest.raises(ProPhyError, match="did you mean 'collision'"):
@@ -86,9 +139,9 @@ def test_input_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 def test_a_rewritten_file_is_another_source(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"123")
-    [before] = find_videos(str(tmp_path))
+    [before] = find_videos(str(tmp_path)).videos
     os.utime(tmp_path / "a.mp4", (5, 5))
-    [after] = find_videos(str(tmp_path))
+    [after] = find_videos(str(tmp_path)).videos
     assert before["source"] != after["source"]
     rows = table(priors_of(before["source"]))
     assert changed(rows, [before]) == []
@@ -166,3 +219,16 @@ def test_clips_with_priors_but_no_encodings_are_left_with_a_caption() -> None:
     assert len(clips_left([a], table(priors), table([]), empty)) == 3
     corrected = table(priors_of(a["source"], caption="corrected"))
     assert clips_left([a], corrected, table(priors[:3]), empty)["caption"].to_pylist() == 3 * ["corrected"]
+
+
+def test_a_clip_that_several_paths_lead_to_is_encoded_once() -> None:
+    a, b, c = video("a"), video("b"), video("c")
+    rows = [row for one in (a, b, c) for row in priors_of(one["source"], content_hash="the same")]
+    empty = table([], QUARANTINE)
+    for order, first in (([a, b, c], "a"), ([c, b, a], "c"), ([b], "b")):
+        found = clips_left(order, table(rows), table([]), empty)
+        assert {source["uri"] for source in found["source"].to_pylist()} == {f"/videos/{first}.mp4"}
+        assert len(found) == 3
+    refused = table([{"source": a["source"], "sample_id": rows[0]["sample_id"]}], QUARANTINE)
+    found = clips_left([a, b], table(rows), table([]), refused)
+    assert [source["uri"][8] for source in found["source"].to_pylist()] == ["a", "a", "b"]
