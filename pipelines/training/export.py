@@ -1,7 +1,8 @@
 """`prophy export`: from a checkpoint of training to safetensors that need neither this run nor DeepSpeed.
 
 What was trained alone (branch, adapter), as `serve` and `generate` take it, or a complete pipeline in
-diffusers' layout, with the adapter fused into the backbone: it loads like any other, and costs nothing more.
+diffusers' layout, which loads like any other. What was trained is written as it was trained, in float32, and
+an adapter stays beside the backbone's weights: in bfloat16 most of what it adds to them would round away.
 Tensors are read one by one and written file by file, and what was not trained is copied: nothing is ever in
 memory as a whole, and no GPU is needed.
 """
@@ -57,7 +58,12 @@ def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
             _export_pipeline(config, checkpoint, folder)
         else:
             export_branch(checkpoint, folder)
-    logger.info("exported step %d: %s", checkpoint.step, output)
+    logger.info(
+        "exported step %d; the backbone's weights %s: %s",
+        checkpoint.step,
+        _backbone_says(checkpoint),
+        output,
+    )
     return output
 
 
@@ -114,21 +120,24 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     # 1. What is not the transformer's is taken as it is; its files too, unless they hold what was trained
     shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "README.md"))
     folder = output / "transformer"
-    weights = WeightFiles(source / "transformer")
+    weights, weight_map = WeightFiles(source / "transformer"), {}
+    trained = {name.removeprefix(_TRANSFORMER): shape for name, shape in checkpoint.shapes.items()}
     for file in sorted(set(weights.files.values())):
         own = [name for name, place in weights.files.items() if place == file]
-        if any(_is_trained(checkpoint, name) for name in own):
+        names = {name: _name_beside_an_adapter(checkpoint, name) for name in own}
+        if any(name in trained or name != names[name] for name in own):
             (folder / file).unlink()  # it may be a link
-            save_file({name: _fused(checkpoint, weights, name) for name in own}, folder / file, _FORMAT)
+            tensors = {
+                names[name]: _trained(checkpoint, name) if name in trained else weights.read(name)
+                for name in own
+            }
+            save_file(tensors, folder / file, _FORMAT)
+        weight_map |= dict.fromkeys(names.values(), file)
 
-    # 2. The branch, as more files of the transformer
-    shapes = {
-        name.removeprefix(_TRANSFORMER): shape
-        for name, shape in checkpoint.shapes.items()
-        if name.startswith(_TRANSFORMER + BRANCH)
-    }
-    weight_map = weights.files | write_files(
-        folder, "physics_branch{suffix}.safetensors", shapes, lambda name: _trained(checkpoint, name)
+    # 2. Branch and adapter, as more files of the transformer
+    new = {name: shape for name, shape in trained.items() if name not in weights.files}
+    weight_map |= write_files(
+        folder, "physics_branch{suffix}.safetensors", new, lambda name: _trained(checkpoint, name)
     )
     total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -137,9 +146,9 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     # 3. Configurations that name our classes
     _, transformer = load_configs(backbone.family, backbone.pretrained, revision)
     ours = classes.prophy_transformer
-    _write_json(
-        folder / "config.json", {**transformer, **checkpoint.run["physics"], "_class_name": ours.__name__}
-    )
+    lora = checkpoint.run["lora"] or {}
+    own = checkpoint.run["physics"] | {f"lora_{key}": value for key, value in lora.items()}
+    _write_json(folder / "config.json", {**transformer, **own, "_class_name": ours.__name__})
     model_index = json.loads((source / "model_index.json").read_text())
     model_index |= {
         "_class_name": classes.pipeline.__name__,
@@ -155,27 +164,11 @@ def _trained(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return checkpoint.tensor("ema" if "ema" in checkpoint.kinds else "parameter", _TRANSFORMER + name)
 
 
-def _lora_names(name: str) -> tuple[str, str]:
-    """The two matrices of an adapter on the layer whose weight `name` is."""
-    layer = name.removesuffix(".weight")
-    return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
-
-
-def _is_trained(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor of the backbone, or an adapter on it, was trained."""
-    return any(_TRANSFORMER + own in checkpoint.shapes for own in (name, *_lora_names(name)))
-
-
-def _fused(checkpoint: Checkpoint, weights: WeightFiles, name: str) -> torch.Tensor:
-    """A tensor of the backbone as it is after training, in the precision that it had."""
-    value = weights.read(name)
-    if not _is_trained(checkpoint, name):
-        return value
-    if _TRANSFORMER + name in checkpoint.shapes:
-        return _trained(checkpoint, name).to(value.dtype)
-    lora_a, lora_b = (_trained(checkpoint, own) for own in _lora_names(name))
-    lora = checkpoint.run["lora"]
-    return value + (lora_b @ lora_a * (lora["alpha"] / lora["rank"])).to(value.dtype)
+def _name_beside_an_adapter(checkpoint: Checkpoint, name: str) -> str:
+    """What peft calls a tensor of the backbone: another name where the layer has an adapter."""
+    layer, _, attribute = name.rpartition(".")
+    has_adapter = f"{_TRANSFORMER}{layer}.lora_A.default.weight" in checkpoint.shapes
+    return f"{layer}.base_layer.{attribute}" if has_adapter else name
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -185,10 +178,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _backbone_says(checkpoint: Checkpoint) -> str:
     """What became of the backbone's weights."""
     if lora := checkpoint.run["lora"]:
-        return f"hold an adapter (LoRA) of rank {lora['rank']} and alpha {lora['alpha']}, fused"
+        rank, alpha = lora["rank"], lora["alpha"]
+        return f"are unchanged, beside an adapter (LoRA) of rank {rank} and alpha {alpha}, which is not fused"
     if all(name.startswith(_TRANSFORMER + BRANCH) for name in checkpoint.shapes):
         return "are unchanged"
-    return "were trained too"
+    return "were trained too, and are float32"
 
 
 def _model_card(config: Config, checkpoint: Checkpoint) -> str:

@@ -22,8 +22,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """Loads a backbone's pipeline, with the branch of `checkpoint` if one is given.
 
-    What the checkpoint holds of the backbone takes the place of what it was: an adapter is fused. The VAE
-    stays in float32, as upstream recommends for Wan.
+    What the checkpoint holds of the backbone takes the place of what it was; an adapter stays beside it, as
+    in training. The VAE stays in float32, as upstream recommends for Wan.
 
     Args:
         family: key of `FAMILIES`.
@@ -54,11 +54,8 @@ def load_pipeline(
     if branch is not None:
         transformer = classes.prophy_transformer.from_transformer(pipeline.transformer, **branch.physics)
         if branch.lora is not None:
-            transformer.add_lora(**branch.lora)
+            transformer.add_lora(**branch.lora, dtype=dtype)
         missing, unexpected = transformer.load_state_dict(branch.state_dict, strict=False)
         assert not unexpected and not any(name.startswith(BRANCH) or "lora_" in name for name in missing)
-        if branch.lora is not None:
-            transformer.fuse_lora()
-            transformer.unload_lora()
         pipeline.register_modules(transformer=transformer.eval())
     return pipeline

@@ -1,16 +1,29 @@
 """Semantic and refinement experts with their routers (ProPhy, Eq. 1 and 2).
 
 Shape suffixes: B batch, L text tokens, D text or hidden width, N transformer tokens, T tokens of the whole
-batch, E experts of the block at hand, P phenomena, K chosen experts. Routing weights are computed in float32
-whatever the precision around them.
+batch, E experts of the block at hand, P phenomena, K chosen experts. Routers compute in float32 whatever the
+precision around them, as in Switch Transformers (Fedus et al., 2021): rounded logits choose other experts.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
+
+
+class FP32Linear(nn.Linear):
+    """A linear layer that computes in float32, under autocast too."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` in any precision -> `[..., E]`, float32."""
+        device = input.device.type
+        # Autocast knows no meta device.
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
 
 
 class SemanticRouter(nn.Module):
@@ -26,18 +39,18 @@ class SemanticRouter(nn.Module):
         self.query = nn.Parameter(torch.zeros(text_dim))
         self.mlp = nn.Sequential(
             FP32LayerNorm(text_dim),
-            nn.Linear(text_dim, text_dim // 4),
+            FP32Linear(text_dim, text_dim // 4),
             nn.SiLU(),
-            nn.Linear(text_dim // 4, num_experts),
+            FP32Linear(text_dim // 4, num_experts),
         )
 
     def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """Text encoder output `[B, L, D]` -> rho_s `[B, E]`, float32, rows sum to 1."""
-        text_BLD = self.norm(encoder_hidden_states)
-        scores_BL = (text_BLD @ self.query.to(text_BLD.dtype)).float() / math.sqrt(text_BLD.shape[-1])
-        attention_BL = scores_BL.softmax(dim=-1).to(text_BLD.dtype)
-        pooled_BD = torch.einsum("bl,bld->bd", attention_BL, text_BLD)
-        return self.mlp(pooled_BD).float().softmax(dim=-1)
+        text_BLD = self.norm(encoder_hidden_states.float())
+        # Sums of products: autocast would round matrix products.
+        scores_BL = (text_BLD * self.query.float()).sum(dim=-1) / math.sqrt(text_BLD.shape[-1])
+        pooled_BD = (scores_BL.softmax(dim=-1)[..., None] * text_BLD).sum(dim=1)
+        return self.mlp(pooled_BD).softmax(dim=-1)
 
 
 class SemanticExpertBlock(nn.Module):
@@ -85,16 +98,15 @@ class RefinementRouter(nn.Module):
     def __init__(self, hidden_dim: int, num_experts: int, num_phenomena: int) -> None:
         super().__init__()
         self.norm = FP32LayerNorm(hidden_dim)
-        self.gate = nn.Linear(hidden_dim, num_experts)
+        self.gate = FP32Linear(hidden_dim, num_experts)
         self.mlp = nn.Sequential(
-            nn.Linear(num_experts, 4 * num_experts), nn.SiLU(), nn.Linear(4 * num_experts, num_phenomena)
+            FP32Linear(num_experts, 4 * num_experts), nn.SiLU(), FP32Linear(4 * num_experts, num_phenomena)
         )
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens `[B, N, D]` -> logits `[B, N, E]` and phenomenon maps `[B, N, P]` in (0, 1), float32."""
-        logits_BNE = self.gate(self.norm(hidden_states)).float()
-        log_weights_BNE = logits_BNE.log_softmax(dim=-1).to(self.mlp[0].weight.dtype)
-        return logits_BNE, self.mlp(log_weights_BNE).float().sigmoid()
+        logits_BNE = self.gate(self.norm(hidden_states.float()))
+        return logits_BNE, self.mlp(logits_BNE.log_softmax(dim=-1)).sigmoid()
 
 
 class RefinementExpertBlock(nn.Module):

@@ -50,6 +50,9 @@ class PhysicsBranch(nn.Module):
     semantic ones before its first block, where an injection equal to the identity would hand the backbone X~
     in the place of X; the refinement ones by `refine`, on what the last listed layer gives.
 
+    X~ = X + mixture (Eq. 1) is never formed, nor a difference of embeddings: in bfloat16 either would round
+    away much of a mixture that is small beside X. Patches are embedded linearly: the mixture is, alone.
+
     Args:
         blocks: copies of the backbone's blocks, one per listed layer; or none.
         hidden_dim: width of a token.
@@ -97,18 +100,22 @@ class PhysicsBranch(nn.Module):
 
     def forward(
         self,
-        latents: torch.Tensor,
+        tokens: torch.Tensor,
+        text: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        latent_shape: torch.Size,
+        embed_mixture: Callable[[torch.Tensor], torch.Tensor],
         conditions: tuple[object, ...],
         control: PhysicsControl,
     ) -> tuple[torch.Tensor | None, Iterator[torch.Tensor], RoutingOutput]:
         """Computes what does not need the backbone's hidden states; a residual only when it is asked for.
 
         Args:
-            latents: noisy latents X `[B, C, T, H, W]`.
+            tokens: the backbone's embedding of the noisy latents X `[B, N, D]`.
+            text: the backbone's embedding of the text `[B, L, D]`.
             encoder_hidden_states: text encoder output `[B, L, text_dim]`, before the backbone embeds it.
-            embed: the backbone's own: latents -> tokens `[B, N, D]` and embedded text `[B, L, D]`.
+            latent_shape: (T, H, W) of X.
+            embed_mixture: linear part of the backbone's embedding of patches, `[B, C, T, H, W]` -> tokens.
             conditions: what a block takes after tokens and text.
             control: the request's knobs.
 
@@ -118,15 +125,14 @@ class PhysicsBranch(nn.Module):
             complete with the last.
         """
         routing, start = RoutingOutput(), None
-        mixed = latents
         if self.semantic is not None:
             mixture, routing["semantic_weights"] = self._mix(
-                encoder_hidden_states, latents.shape[2:], control
+                encoder_hidden_states, latent_shape, embed_mixture, control
             )
-            mixed = latents + mixture.to(latents.dtype)
-        if self.semantic_injection is not None:
-            start = self.semantic_injection(embed(mixed)[0] - embed(latents)[0]) * control.scale
-        return start, self._residuals(mixed, embed, conditions, control, routing), routing
+            if self.semantic_injection is not None:
+                start = self.semantic_injection(mixture) * control.scale
+            tokens = tokens + mixture.to(tokens.dtype)
+        return start, self._residuals(tokens, text, conditions, control, routing), routing
 
     def refine(
         self, hidden_states: torch.Tensor, control: PhysicsControl, routing: RoutingOutput
@@ -141,28 +147,34 @@ class PhysicsBranch(nn.Module):
         return refinement * control.scale
 
     def _mix(
-        self, encoder_hidden_states: torch.Tensor, latent_shape: torch.Size, control: PhysicsControl
+        self,
+        encoder_hidden_states: torch.Tensor,
+        latent_shape: torch.Size,
+        embed_mixture: Callable[[torch.Tensor], torch.Tensor],
+        control: PhysicsControl,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the semantic experts make of a text: once in a request that keeps it."""
+        """The embedded mixture `[B, N, D]` of a text, and rho_s: once in a request that keeps the text."""
         assert self.semantic is not None
+
+        def mix() -> tuple[torch.Tensor, torch.Tensor]:
+            mixture, weights = self.semantic(encoder_hidden_states, latent_shape)
+            return embed_mixture(mixture), weights
+
         if control.mixtures is None or torch.compiler.is_compiling():  # a graph keeps nothing between runs
-            return self.semantic(encoder_hidden_states, latent_shape)
+            return mix()
         known = control.mixtures.setdefault(encoder_hidden_states, {})
         if (self, latent_shape) not in known:
-            known[self, latent_shape] = self.semantic(encoder_hidden_states, latent_shape)
+            known[self, latent_shape] = mix()
         return known[self, latent_shape]
 
     def _residuals(
         self,
-        latents: torch.Tensor,
-        embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        hidden_states: torch.Tensor,
+        text: torch.Tensor,
         conditions: tuple[object, ...],
         control: PhysicsControl,
         routing: RoutingOutput,
     ) -> Iterator[torch.Tensor]:
-        if not self.blocks:
-            return
-        hidden_states, text = embed(latents)
         for index, block in enumerate(self.blocks, start=1):
             hidden_states, text, residual = self._run_block(block, hidden_states, text, *conditions)
             residual = residual * control.scale

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 from peft import LoraConfig
@@ -39,8 +40,8 @@ class PhysicsTransformer(ModelMixin):
     """Base of the transformers with a branch, before diffusers' own class in the order of bases.
 
     A family names its `_block_list` (attribute), its `_block` and `_injected_block` (classes) and `_text_dim`
-    (key of the configuration), makes a `_new_block`, and gives `predict`. Its `__init__` ends with
-    `self._add_branch()`.
+    (key of the configuration), makes a `_new_block`, and gives `predict`, `_embed_inputs`, `_patch_weight`.
+    Its `__init__` ends with `self._add_branch()`. Routers are float32, whatever the precision of the rest.
     """
 
     physics_branch: PhysicsBranch
@@ -78,10 +79,10 @@ class PhysicsTransformer(ModelMixin):
         model.physics_branch = model._new_branch([copy.deepcopy(blocks[layer]) for layer in layers])
         device = torch.device("cpu") if backbone.device.type == "meta" else backbone.device
         for name, parameter in model.physics_branch.named_parameters():
-            if (
-                ".block." not in name
-            ):  # the copies are what the backbone's blocks are, here float32, there not
-                parameter.data = parameter.data.to(device, backbone.dtype)
+            # The copies are what the backbone's blocks are, here float32, there not.
+            if ".block." not in name:
+                dtype = torch.float32 if ".router." in name else backbone.dtype
+                parameter.data = parameter.data.to(device, dtype)
         return model
 
     def train_backbone(self, how: Literal["frozen", "lora", "full"]) -> None:
@@ -90,18 +91,25 @@ class PhysicsTransformer(ModelMixin):
             own = "lora_" in name if how == "lora" else how == "full"
             parameter.requires_grad_(name.startswith(BRANCH) or own)
 
-    def add_lora(self, rank: int, alpha: int) -> None:
-        """Puts a new adapter, float32, on the attention of the backbone's blocks, not on the branch's.
+    def add_lora(self, rank: int, alpha: int, dtype: torch.dtype = torch.float32) -> None:
+        """Puts a new adapter on the attention of the backbone's blocks, not on the branch's.
 
-        It starts as the identity: the second of its two matrices is zero.
+        It starts as the identity: the second of its two matrices is zero. It is never fused: what a short
+        training adds to a weight is below the precision of bfloat16, and would round back to that weight.
+
+        Args:
+            rank: of the two matrices.
+            alpha: the adapter's output is scaled by alpha / rank.
+            dtype: of the adapter: float32 to train, else that of the layers beneath.
         """
         layers = rf"{self._block_list}\.\d+\..*(to_q|to_k|to_v|to_out\.0)"
         self.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))
+        self.register_to_config(lora_rank=rank, lora_alpha=alpha)
         device = torch.device("cpu") if self.device.type == "meta" else self.device
         for module in self.modules():
             if isinstance(module, LoraLayer):  # made like the layer beneath: in its precision, or on meta
                 for matrices in (module.lora_A, module.lora_B):
-                    matrices.to_empty(device=device).float()
+                    matrices.to_empty(device=device).to(dtype)
                 module.reset_lora_parameters("default", True)
 
     def backbone_name(self, name: str) -> str | None:
@@ -118,6 +126,44 @@ class PhysicsTransformer(ModelMixin):
         """The forward pass in one form for all families: latents and prediction are `[B, C, T, H, W]`."""
         raise NotImplementedError
 
+    def route(
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> RoutingOutput:
+        """The routing of `predict` alone: where there are Physical Blocks, no block of the backbone runs."""
+        if not self.physics_branch.blocks:
+            routing = self.predict(latents, timestep, encoder_hidden_states).routing
+            assert routing is not None
+            return routing
+        tokens, text, conditions = self._embed_inputs(latents, timestep, encoder_hidden_states)
+        _, steps, routing = self.physics_branch(
+            tokens,
+            text,
+            encoder_hidden_states,
+            latents.shape[2:],
+            self._embed_mixture,
+            conditions,
+            PhysicsControl(),
+        )
+        for _ in steps:
+            pass
+        return routing
+
+    def _embed_inputs(
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
+        """Inputs of `predict` -> tokens `[B, N, D]`, text `[B, L, D]` and what a block takes after these."""
+        raise NotImplementedError
+
+    def _embed_mixture(self, mixture: torch.Tensor) -> torch.Tensor:
+        """The linear part of the embedding of patches: `[B, C, T, H, W]` -> tokens `[B, N, D]`."""
+        weight = self._patch_weight()
+        embedded = F.conv3d(mixture.to(weight.dtype), weight, stride=weight.shape[2:])
+        return embedded.flatten(2).transpose(1, 2)
+
+    def _patch_weight(self) -> torch.Tensor:
+        """What embeds a patch, without its bias: `[D, C, p_t, p_h, p_w]`."""
+        raise NotImplementedError
+
     def _new_block(self, block: type[nn.Module]) -> nn.Module:
         raise NotImplementedError
 
@@ -129,6 +175,8 @@ class PhysicsTransformer(ModelMixin):
             self._new_block(self._block) for _ in self.config.physics_layers if self.config.physical_blocks
         ]
         self.physics_branch = self._new_branch(new)
+        if self.config.lora_rank is not None:
+            self.add_lora(self.config.lora_rank, self.config.lora_alpha)
 
     def _new_branch(self, blocks: Sequence[nn.Module]) -> PhysicsBranch:
         config = self.config
@@ -146,9 +194,10 @@ class PhysicsTransformer(ModelMixin):
 
     def _run_branch(
         self,
-        latents: torch.Tensor,
+        tokens: torch.Tensor,
+        text: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        embed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        latent_shape: torch.Size,
         conditions: tuple[object, ...],
         attention_kwargs: dict[str, Any] | None,
         timestep: torch.Tensor,
@@ -161,9 +210,10 @@ class PhysicsTransformer(ModelMixin):
         branch runs.
 
         Args:
-            latents: `[B, C, T, H, W]`.
+            tokens: embedded latents `[B, N, D]`.
+            text: embedded text `[B, L, D]`.
             encoder_hidden_states: text encoder output `[B, L, text_dim]`.
-            embed: the backbone's own: latents -> tokens and embedded text.
+            latent_shape: (T, H, W).
             conditions: what a block takes after tokens and text.
             attention_kwargs: may hold `physics`, a `PhysicsControl`.
             timestep: `[B]`.
@@ -189,7 +239,9 @@ class PhysicsTransformer(ModelMixin):
                 "switch the step cache off, or ask for no maps"
             )
 
-        start, steps, routing = branch(latents, encoder_hidden_states, embed, conditions, control)
+        start, steps, routing = branch(
+            tokens, text, encoder_hidden_states, latent_shape, self._embed_mixture, conditions, control
+        )
         residuals: dict[int, Residual] = {} if start is None else {-1: start}
 
         def record() -> None:

@@ -63,6 +63,8 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         top_k: refinement experts per token.
         latent_shape: native (T, H, W) of the basis maps.
         num_phenomena: E_phys.
+        lora_rank: of an adapter on the backbone's attention; None for none.
+        lora_alpha: its output is scaled by alpha / rank.
     """
 
     _no_split_modules: ClassVar = [
@@ -71,6 +73,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         "CogVideoXPatchEmbed",
         "PhysicalBlock",
     ]
+    _keep_in_fp32_modules: ClassVar = ["router"]
     _repeated_blocks: ClassVar = ["CogVideoXBlock", "InjectedCogVideoXBlock"]
     _block_list = "transformer_blocks"
     _block = CogVideoXBlock
@@ -116,6 +119,8 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         top_k: int = 2,
         latent_shape: tuple[int, int, int] = (13, 60, 90),
         num_phenomena: int = NUM_PHENOMENA,
+        lora_rank: int | None = None,
+        lora_alpha: int | None = None,
     ) -> None:
         if in_channels != out_channels or ofs_embed_dim is not None:
             raise ProPhyError(
@@ -179,15 +184,17 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         p_t, p = self.config.patch_size_t or 1, self.config.patch_size
         token_grid = (num_frames // p_t, height // p, width // p)
 
-        # 1. Conditions, shared by backbone and branch
-        temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
+        # 1. Embeddings and conditions, shared by backbone and branch
+        latent_shape = torch.Size((num_frames, height, width))
+        hidden_states, text, temb = self._embed(hidden_states, timestep, encoder_hidden_states)
         conditions = (temb, image_rotary_emb)
 
         # 2. Physical Branch
         residuals, routing = self._run_branch(
-            hidden_states.transpose(1, 2),
+            hidden_states,
+            text,
             encoder_hidden_states,
-            lambda latents: self._embed(latents.transpose(1, 2), encoder_hidden_states),
+            latent_shape,
             conditions,
             attention_kwargs,
             timestep,
@@ -195,7 +202,6 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         )
 
         # 3. Transformer blocks
-        hidden_states, text = self._embed(hidden_states, encoder_hidden_states)
         hidden_states = inject(hidden_states, residuals.get(-1))
         for layer, block in enumerate(self.transformer_blocks):
             injected = (residuals[layer],) if layer in residuals else ()
@@ -220,7 +226,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> ProPhyTransformerOutput:
         """See the base class."""
-        rotary = self.rotary_embeddings(latents) if self.config.use_rotary_positional_embeddings else None
+        rotary = self._rotary(latents)
         output = self(latents.transpose(1, 2), encoder_hidden_states, timestep, rotary)
         return ProPhyTransformerOutput(sample=output.sample.transpose(1, 2), routing=output.routing)
 
@@ -264,9 +270,26 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         )
 
     def _embed(
-        self, latents: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[B, T, C, H, W]` and text -> tokens `[B, N, D]` and embedded text `[B, L, D]`."""
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents `[B, T, C, H, W]`, time, text -> tokens `[B, N, D]`, text `[B, L, D]`, time `[B, D_t]`."""
+        temb = self.time_embedding(self.time_proj(timestep).to(latents.dtype))
         embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, latents))
         text_length = encoder_hidden_states.shape[1]
-        return embedded[:, text_length:], embedded[:, :text_length]
+        return embedded[:, text_length:], embedded[:, :text_length], temb
+
+    def _embed_inputs(
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
+        """See the base class."""
+        tokens, text, temb = self._embed(latents.transpose(1, 2), timestep, encoder_hidden_states)
+        return tokens, text, (temb, self._rotary(latents))
+
+    def _rotary(self, latents: torch.Tensor) -> Rotary | None:
+        """`rotary_embeddings`, where the backbone has them."""
+        return self.rotary_embeddings(latents) if self.config.use_rotary_positional_embeddings else None
+
+    def _patch_weight(self) -> torch.Tensor:
+        """See the base class."""
+        weight, p = self.patch_embed.proj.weight, self.config.patch_size
+        return weight.view(len(weight), self.config.in_channels, self.config.patch_size_t or 1, p, p)

@@ -56,9 +56,12 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         top_k: refinement experts per token.
         latent_shape: native (T, H, W) of the basis maps.
         num_phenomena: E_phys.
+        lora_rank: of an adapter on the backbone's attention; None for none.
+        lora_alpha: its output is scaled by alpha / rank.
     """
 
     _no_split_modules: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", "PhysicalBlock"]
+    _keep_in_fp32_modules: ClassVar = [*WanTransformer3DModel._keep_in_fp32_modules, "router"]
     _repeated_blocks: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock"]
     _block_list = "blocks"
     _block = WanTransformerBlock
@@ -92,6 +95,8 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         top_k: int = 2,
         latent_shape: tuple[int, int, int] = (21, 60, 104),
         num_phenomena: int = NUM_PHENOMENA,
+        lora_rank: int | None = None,
+        lora_alpha: int | None = None,
     ) -> None:
         if image_dim is not None:
             raise ProPhyError("the backbone is image-to-video (image_dim is set); choose a text-to-video one")
@@ -138,16 +143,17 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         p_t, p_h, p_w = self.config.patch_size
         token_grid = (num_frames // p_t, height // p_h, width // p_w)
 
-        # 1. Conditions, shared by backbone and branch
-        rotary_emb = self.rope(hidden_states)
-        temb, timestep_proj, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        conditions = (timestep_proj.unflatten(1, (6, -1)), rotary_emb)
+        # 1. Embeddings and conditions, shared by backbone and branch
+        latent_shape = hidden_states.shape[2:]
+        temb, *embedded = self._embed(hidden_states, timestep, encoder_hidden_states)
+        hidden_states, text, conditions = embedded
 
         # 2. Physical Branch
         residuals, routing = self._run_branch(
             hidden_states,
+            text,
             encoder_hidden_states,
-            lambda latents: (self._embed_patches(latents), text),
+            latent_shape,
             conditions,
             attention_kwargs,
             timestep,
@@ -155,7 +161,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         )
 
         # 3. Transformer blocks
-        hidden_states = inject(self._embed_patches(hidden_states), residuals.get(-1))
+        hidden_states = inject(hidden_states, residuals.get(-1))
         for layer, block in enumerate(self.blocks):
             injected = (residuals[layer],) if layer in residuals else ()
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -193,5 +199,20 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
             config.eps,
         )
 
-    def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+    def _embed(
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[object, ...]]:
+        """Embedded time `[B, D]`, tokens `[B, N, D]`, text `[B, L, D]`; what a block takes after these."""
+        temb, timestep_proj, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
+        tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        return temb, tokens, text, (timestep_proj.unflatten(1, (6, -1)), self.rope(latents))
+
+    def _embed_inputs(
+        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
+        """See the base class."""
+        return self._embed(latents, timestep, encoder_hidden_states)[1:]
+
+    def _patch_weight(self) -> torch.Tensor:
+        """See the base class."""
+        return self.patch_embedding.weight

@@ -21,6 +21,13 @@ Inputs = dict[str, torch.Tensor]
 TAYLORSEER = partial(TaylorSeerCacheConfig, use_lite_mode=True, taylor_factors_dtype=torch.float32)
 
 
+def cast(value: object, dtype: torch.dtype) -> object:
+    """Tensors of floating point, alone or in a tuple, in another precision."""
+    if isinstance(value, tuple):
+        return tuple(cast(part, dtype) for part in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def controlled(model: PhysicsTransformer, inputs: Inputs, **control: object) -> torch.Tensor:
     kwargs = {"physics": PhysicsControl(**control)}
     with torch.no_grad():
@@ -128,6 +135,51 @@ def test_semantic_experts_without_blocks_hand_over_the_mixture(
     torch.testing.assert_close(
         model(**inputs).sample, backbone(**inputs | {"hidden_states": expected}).sample
     )
+
+
+def test_a_small_mixture_survives_bfloat16(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
+    """It is what X~ adds to the embedding of X, though either is rounded by more than that."""
+    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb"])
+    injected = []
+    model.physics_branch.semantic_injection.register_forward_pre_hook(lambda _, args: injected.append(*args))
+    latents = inputs["hidden_states"].double()
+    video_first = model._block_list == "blocks"
+    shape = latents.shape[2:] if video_first else latents.transpose(1, 2).shape[2:]
+    mixture, _ = model.physics_branch.semantic(inputs["encoder_hidden_states"], shape)
+    mixture = mixture if video_first else mixture.transpose(1, 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**inputs)
+        model.bfloat16()(**{name: cast(value, torch.bfloat16) for name, value in inputs.items()})
+    exact = copy.deepcopy(backbone).double()
+    text = inputs["encoder_hidden_states"].double()
+
+    def embed(latents: torch.Tensor) -> torch.Tensor:
+        if video_first:
+            return exact.patch_embedding(latents).flatten(2).transpose(1, 2)
+        return exact.patch_embed(text, latents)[:, text.shape[1] :]
+
+    expected = embed(latents + mixture) - embed(latents)
+    assert expected.norm() < 0.05 * embed(latents).norm()
+    for value in injected:
+        assert (value - expected).norm() < 0.01 * expected.norm()
+
+
+def test_routing_alone_runs_no_block_of_the_backbone(awakened: PhysicsTransformer, inputs: Inputs) -> None:
+    latents = torch.randn(2, 4, 2, 4, 6)
+    arguments = (latents, inputs["timestep"], inputs["encoder_hidden_states"])
+    expected = awakened.predict(*arguments).routing
+    for block in getattr(awakened, awakened._block_list):
+        block.register_forward_pre_hook(lambda *_: pytest.fail("not needed"))
+    routing = awakened.route(*arguments)
+    assert routing.keys() == expected.keys()
+    assert all(torch.equal(routing[name], value) for name, value in expected.items())
+
+
+def test_routing_alone_of_experts_without_blocks(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
+    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb+reb"])
+    arguments = (torch.randn(2, 4, 2, 4, 6), inputs["timestep"], inputs["encoder_hidden_states"])
+    expected = model.predict(*arguments).routing
+    assert torch.equal(model.route(*arguments).refinement_logits, expected.refinement_logits)
 
 
 def test_backbone_keys_are_upstreams_and_the_rest_is_the_branch(

@@ -1,24 +1,35 @@
 """What export writes from fragments is what was trained: as a branch, and as a complete pipeline."""
 
 import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from pipelines.config import Config
 from pipelines.training import export
 from pipelines.training.checkpoint import Fragment, save
-from prophy.backbones.pretrained import fingerprint
+from prophy.backbones.pretrained import fingerprint, resolve_pretrained
 from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
-from prophy.models.checkpoint import load_branch, physics_config
+from prophy.models.checkpoint import load_branch, lora_config, physics_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from tests.conftest import tiny_config
 
 PARTS = {"vae": None, "text_encoder": None, "tokenizer": None}
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,6 @@ def transformer() -> ProPhyWanTransformer3DModel:
 def trained(transformer: ProPhyWanTransformer3DModel, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Step 7 is the transformer, every parameter in two fragments; the average of step 8 is twice that."""
     config = tiny_config(tmp_path_factory.mktemp("export") / "run")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parameters = {
         f"transformer.physics_branch.{k}": v for k, v in transformer.physics_branch.named_parameters()
     }
@@ -53,8 +63,8 @@ def trained(transformer: ProPhyWanTransformer3DModel, tmp_path_factory: pytest.T
                 Fragment(name, middle, {kind: value[middle:] for kind, value in flat.items()}),
             ]
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        save(config.checkpoints, step, parts, shapes, run, num_to_keep=2)
-    dist.destroy_process_group()
+        with one_rank():
+            save(config.checkpoints, step, parts, shapes, run, num_to_keep=2)
     return config
 
 
@@ -81,6 +91,49 @@ def test_a_complete_pipeline(
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     card = (folder / "README.md").read_text()
     assert "Trained for 7 steps" in card and "ProPhyWanPipeline.from_pretrained" in card
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_a_complete_pipeline_holds_what_was_trained_of_a_bfloat16_backbone(how: str, tmp_path: Path) -> None:
+    """An adapter stays beside the weights, which are those of before; trained weights are float32."""
+    backbone = shutil.copytree(resolve_pretrained("tiny"), tmp_path / "backbone")
+    [file] = (backbone / "transformer").glob("*.safetensors")
+    original = {name: value.bfloat16() for name, value in load_file(file).items()}
+    save_file(original, file, {"format": "pt"})
+    config = tiny_config(tmp_path / "run", f"backbone.pretrained={backbone}")
+    dtype = torch.bfloat16 if how == "lora" else torch.float32
+    model = ProPhyWanTransformer3DModel.from_transformer(
+        load_pipeline("wan", str(backbone), None, dtype, None, **PARTS).transformer,
+        physics_layers=(0,),
+        latent_shape=(5, 16, 16),
+    )
+    model.physics_branch.float()
+    if how == "lora":
+        model.add_lora(rank=8, alpha=4)
+    model.train_backbone(how)
+    torch.manual_seed(0)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for value in trained.values():
+        value.data += 1e-4 * torch.randn_like(value)  # less than bfloat16 tells apart
+    parts = [
+        Fragment(f"transformer.{name}", 0, {"parameter": value.detach().flatten()})
+        for name, value in trained.items()
+    ]
+    shapes = {f"transformer.{name}": value.shape for name, value in trained.items()}
+    pin = {"name": str(backbone), "revision": None, "fingerprint": fingerprint(str(backbone), None)}
+    run = {"backbone": pin, "physics": physics_config(model), "lora": lora_config(model)}
+    with one_rank():
+        save(config.checkpoints, 1, parts, shapes, run, num_to_keep=1)
+
+    folder = export.run(config, tmp_path / "pipeline", None, complete=True)
+    card = (folder / "README.md").read_text()
+    assert ("rank 8 and alpha 4, which is not fused" if how == "lora" else "are float32") in card
+    for dtype in (torch.float32, torch.bfloat16):
+        pipeline = ProPhyWanPipeline.from_pretrained(folder, torch_dtype=dtype)
+        loaded = pipeline.transformer.state_dict()
+        assert loaded.keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded[name], value.to(loaded[name].dtype)), name
 
 
 def test_mistakes(trained: Config, tmp_path: Path) -> None:
