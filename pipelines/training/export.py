@@ -120,7 +120,8 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     # 1. What is not the transformer's is taken as it is; its files too, unless they hold what was trained
     shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "README.md"))
     folder = output / "transformer"
-    weights, weight_map = WeightFiles(source / "transformer"), {}
+    weights = WeightFiles(source / "transformer")
+    weight_map: dict[str, str] = {}
     trained = {name.removeprefix(_TRANSFORMER): shape for name, shape in checkpoint.shapes.items()}
     for file in sorted(set(weights.files.values())):
         own = [name for name, place in weights.files.items() if place == file]

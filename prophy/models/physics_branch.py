@@ -154,10 +154,11 @@ class PhysicsBranch(nn.Module):
         control: PhysicsControl,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The embedded mixture `[B, N, D]` of a text, and rho_s: once in a request that keeps the text."""
-        assert self.semantic is not None
+        semantic = self.semantic
+        assert semantic is not None
 
         def mix() -> tuple[torch.Tensor, torch.Tensor]:
-            mixture, weights = self.semantic(encoder_hidden_states, latent_shape)
+            mixture, weights = semantic(encoder_hidden_states, latent_shape)
             return embed_mixture(mixture), weights
 
         if control.mixtures is None or torch.compiler.is_compiling():  # a graph keeps nothing between runs

@@ -145,8 +145,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
 
         # 1. Embeddings and conditions, shared by backbone and branch
         latent_shape = hidden_states.shape[2:]
-        temb, *embedded = self._embed(hidden_states, timestep, encoder_hidden_states)
-        hidden_states, text, conditions = embedded
+        temb, hidden_states, text, conditions = self._embed(hidden_states, timestep, encoder_hidden_states)
 
         # 2. Physical Branch
         residuals, routing = self._run_branch(

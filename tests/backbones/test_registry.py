@@ -47,8 +47,12 @@ def test_an_adapter_is_served_in_bfloat16_as_it_was_trained(family: str, tmp_pat
     """After a few steps its part of a weight is below the precision of that weight."""
     pretrained = "tiny" if family == "wan" else str(write_pipeline(tmp_path / "backbone"))
     pipeline = load_pipeline(family, pretrained, None, torch.bfloat16, None, **PARTS)
-    trained = FAMILIES[family].classes().prophy_transformer.from_transformer(
-        pipeline.transformer, physics_layers=(0,), latent_shape=(2, 4, 4), **NO_BRANCH
+    trained = (
+        FAMILIES[family]
+        .classes()
+        .prophy_transformer.from_transformer(
+            pipeline.transformer, physics_layers=(0,), latent_shape=(2, 4, 4), **NO_BRANCH
+        )
     )
     trained.add_lora(rank=8, alpha=4)
     torch.manual_seed(0)
