@@ -14,12 +14,12 @@ import uvicorn
 
 from pipelines.config import Config
 from pipelines.generation.spec import ShapeLimits, VideoSpec
+from pipelines.serving import drawing
 from pipelines.serving.api import GeneratorStatus, VideoService, create_app
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import Dispatcher, GenerationStep
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
-from prophy.taxonomy import Phenomenon
 from tests.conftest import tiny_config
 
 PROMPT = "a red ball falls and bounces"
@@ -92,10 +92,8 @@ def http_server(config: Config, generate: Generate, *, is_ready: bool = True) ->
     async def generator_status() -> GeneratorStatus:
         return GeneratorStatus(is_ready, num_replicas=1)
 
-    def draw(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenomenon) -> bytes:
-        from pipelines.serving.overlay import draw_overlay
-
-        return draw_overlay(video, maps, spec, phenomenon)
+    def draw(kind: str, *of: Any) -> bytes:
+        return getattr(drawing, kind)(*of)
 
     service = VideoService(
         config,

@@ -38,6 +38,9 @@ class ServeConfig(Section):
     max_body_bytes: PositiveInt = 1 << 20
     """Bytes that a request may have. A prompt with all knobs has a few thousand; the default is 1 MiB."""
 
+    examples: list[str] = Field([])
+    """Prompts to click on the page at `/`, of the kind that the model was trained on. None by default."""
+
     max_queued: PositiveInt = 100
     """Videos that may wait; one more request is answered with 429, so that no client waits for days."""
 

@@ -10,6 +10,7 @@ from prophy.errors import ProPhyError
 from prophy.taxonomy import Phenomenon, parse_phenomena
 
 VIDEO_FILE, THUMBNAIL_FILE, MAPS_FILE = "video.mp4", "thumbnail.webp", "physics.json"
+SPRITESHEET_FILE = "spritesheet.webp"
 
 
 def _refuse_bool(value: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 
 from pipelines.config import Config
-from pipelines.generation.spec import MAPS_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits, VideoSpec
+from pipelines.generation.spec import MAPS_FILE, SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits
+from pipelines.serving import pages
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.byte_ranges import partial_content
 from pipelines.serving.dispatcher import Dispatcher, QueueFullError
@@ -28,6 +29,7 @@ from pipelines.serving.protocol import (
     Model,
     ModelList,
     PhysicsMaps,
+    Settings,
     Video,
     VideoList,
     VideoRequest,
@@ -65,7 +67,7 @@ class VideoService:
         dispatcher: makes queued jobs into videos.
         metrics: what is counted.
         generator_status: of the model.
-        draw_overlay: (mp4, maps as JSON, specification, phenomenon) -> mp4 with that map over it.
+        draw: name and arguments of a function of `pipelines.serving.drawing` -> what that draws.
         drawing: held while it is at work: it takes a processor.
     """
 
@@ -76,7 +78,7 @@ class VideoService:
     dispatcher: Dispatcher
     metrics: Metrics
     generator_status: Callable[[], Awaitable[GeneratorStatus]]
-    draw_overlay: Callable[[bytes, bytes, VideoSpec, Phenomenon], Awaitable[bytes]]
+    draw: Callable[..., Awaitable[bytes]]
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -96,7 +98,10 @@ def create_app(service: VideoService) -> FastAPI:
     keyed = [Depends(KeyCheck(settings.api_keys))] if settings.api_keys else []
     app.include_router(router, dependencies=keyed)
     app.include_router(probes)
-    guard(app, [*router.routes, *probes.routes], settings.max_body_bytes, service.metrics)
+    app.include_router(pages.router)
+    guard(
+        app, [*router.routes, *probes.routes, *pages.router.routes], settings.max_body_bytes, service.metrics
+    )
     return app
 
 
@@ -128,6 +133,11 @@ _NO_FILE = _errors(
     _410="Expired",
     _416="No such bytes",
 )
+_VARIANTS = {
+    "video": (VIDEO_FILE, "video/mp4"),
+    "thumbnail": (THUMBNAIL_FILE, "image/webp"),
+    "spritesheet": (SPRITESHEET_FILE, "image/webp"),
+}
 _NOT_ACCEPTED = _errors(
     _400="The body cannot be read",
     _404="No such model",
@@ -210,14 +220,21 @@ def retrieve_video(video_id: str, service: Service, response: Response) -> Video
         **_NO_FILE,
     },
 )
-def download_content(
-    video_id: str, request: Request, service: Service, variant: Literal["video", "thumbnail"] = "video"
+async def download_content(
+    video_id: str,
+    request: Request,
+    service: Service,
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video",
 ) -> Response:
-    """The mp4 of a completed video, or one frame of it as WebP. Understands requests for one range."""
-    job = _completed(video_id, service)
-    if variant == "thumbnail":
-        return _file(request, service, job, THUMBNAIL_FILE, "image/webp")
-    return _file(request, service, job, VIDEO_FILE, "video/mp4")
+    """The mp4 of a completed video, or one frame of it, or all frames in one picture, as WebP.
+
+    The picture has `ceil(sqrt(num_frames))` columns. Understands requests for one range.
+    """
+    job = await asyncio.to_thread(_completed, video_id, service)
+    name, media_type = _VARIANTS[variant]
+    if variant == "spritesheet":
+        await _draw_once(job, name, service, "draw_spritesheet", [VIDEO_FILE], job.spec)
+    return await asyncio.to_thread(_file, request, service, job, name, media_type)
 
 
 @router.get(
@@ -249,17 +266,8 @@ async def download_overlay(
     """The mp4 with the map of one phenomenon laid over it; drawn when it is asked for, and then kept."""
     job = await asyncio.to_thread(_with_maps, video_id, service)
     name = f"overlay {phenomenon}.mp4".replace(" ", "-")
-    artefacts = service.artefacts
-    async with service.drawing:
-        if await asyncio.to_thread(artefacts.size, job.id, name) is None:
-            try:
-                video, maps = await asyncio.to_thread(
-                    lambda: [artefacts.read(job.id, file) for file in (VIDEO_FILE, MAPS_FILE)]
-                )
-            except FileNotFoundError:
-                raise _expired(job) from None
-            drawn = await service.draw_overlay(video, maps, job.spec, phenomenon)
-            await asyncio.to_thread(_keep, job, name, drawn, service)
+    files = [VIDEO_FILE, MAPS_FILE]
+    await _draw_once(job, name, service, "draw_overlay", files, job.spec, phenomenon)
     return await asyncio.to_thread(_file, request, service, job, name, "video/mp4")
 
 
@@ -287,6 +295,12 @@ async def delete_video(video_id: str, service: Service) -> DeletedVideo:
 def list_models(service: Service) -> ModelList:
     """The model that this server runs."""
     return ModelList(data=[Model(id=model_name(service.config), created=STARTED_AT)])
+
+
+@router.get("/v1/settings")
+def retrieve_settings(service: Service) -> Settings:
+    """What is made where a request does not say, and what is allowed."""
+    return Settings.of_run(service.config, service.limits)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -359,6 +373,22 @@ def _with_maps(video_id: str, service: VideoService) -> Job:
         message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
         raise ApiError(409, message, "no_maps")
     return job
+
+
+async def _draw_once(
+    job: Job, name: str, service: VideoService, kind: str, files: list[str], *further: Any
+) -> None:
+    """Has `name` drawn from `files` of a video, unless it was before."""
+    artefacts = service.artefacts
+    async with service.drawing:
+        if await asyncio.to_thread(artefacts.size, job.id, name) is not None:
+            return
+        try:
+            contents = await asyncio.to_thread(lambda: [artefacts.read(job.id, file) for file in files])
+        except FileNotFoundError:
+            raise _expired(job) from None
+        drawn = await service.draw(kind, *contents, *further)
+        await asyncio.to_thread(_keep, job, name, drawn, service)
 
 
 def _keep(job: Job, name: str, content: bytes, service: VideoService) -> None:

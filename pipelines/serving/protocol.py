@@ -14,7 +14,7 @@ from pipelines.config import Config, nearest_key
 from pipelines.generation.spec import Integer, Number, PhysicsSpec, ShapeLimits, VideoSpec
 from pipelines.serving.jobs import Job, JobStatus
 from prophy.errors import ProPhyError
-from prophy.taxonomy import Phenomenon
+from prophy.taxonomy import PHENOMENA, Phenomenon
 
 
 class ErrorDetail(BaseModel):
@@ -243,6 +243,50 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Settings(BaseModel):
+    """What this server makes where a request does not say, and what it allows."""
+
+    object: Literal["settings"] = "settings"
+    model: str
+    has_physics: bool = Field(description="whether requests may hold `physics`")
+    defaults: dict[str, str | int | float] = Field(description="values of fields that a request leaves out")
+    ranges: dict[str, tuple[float, float]] = Field(description="smallest and largest value of a field")
+    max_seconds: str = Field(description="length of the longest video at the default rate")
+    width_multiple: int
+    height_multiple: int
+    max_pixels: int = Field(description="per frame")
+    phenomena: list[Phenomenon] = Field(description="what `physics.strength` may name")
+    examples: list[str] = Field(description="prompts of what the model was trained on")
+
+    @classmethod
+    def of_run(cls, config: Config, limits: ShapeLimits) -> Self:
+        """What holds for the server of a run."""
+        backbone, sampling = config.backbone, config.sampling
+        schema = VideoRequest.model_json_schema()["properties"]
+        bounds = {name: field.get("anyOf", [{}])[0] for name, field in schema.items()}
+        return cls(
+            model=model_name(config),
+            has_physics=limits.has_branch,
+            defaults=sampling.model_dump(exclude={"step_cache"})
+            | {
+                "seconds": f"{backbone.num_frames / backbone.fps:.3f}".rstrip("0").rstrip("."),
+                "size": f"{backbone.width}x{backbone.height}",
+                "fps": backbone.fps,
+            },
+            ranges={
+                name: (bound["minimum"], bound["maximum"])
+                for name, bound in bounds.items()
+                if "maximum" in bound
+            },
+            max_seconds=f"{limits.max_num_frames / backbone.fps:.3f}".rstrip("0").rstrip("."),
+            width_multiple=limits.width_multiple,
+            height_multiple=limits.height_multiple,
+            max_pixels=limits.max_pixels,
+            phenomena=list(PHENOMENA) if limits.has_branch else [],
+            examples=config.serve.examples,
+        )
 
 
 class Health(BaseModel):

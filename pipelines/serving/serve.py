@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -36,7 +37,6 @@ from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ApiError
 from prophy.errors import ProPhyError
-from prophy.taxonomy import Phenomenon
 
 APP_NAME = "prophy"
 MAX_CONNECTIONS = 1000
@@ -96,11 +96,11 @@ class VideoGenerator:
 
 
 @ray.remote(num_cpus=0)
-def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenomenon) -> bytes:
-    """`pipelines.serving.overlay.draw_overlay` in a process of its own: it takes torch and seconds."""
-    from pipelines.serving import overlay
+def draw(kind: str, *of: Any) -> bytes:
+    """A function of `pipelines.serving.drawing` in a process of its own: it takes seconds, and some torch."""
+    from pipelines.serving import drawing
 
-    return overlay.draw_overlay(video, maps, spec, phenomenon)
+    return getattr(drawing, kind)(*of)
 
 
 @serve.ingress()
@@ -130,7 +130,7 @@ class VideoAPI:
             Dispatcher(store, artefacts, self._generate, metrics, settings),
             metrics,
             _generator_status,
-            draw_overlay.remote,
+            draw.remote,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -295,7 +295,7 @@ def run(config: Config) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         print(
-            f"serving on {url} (API: {url}/docs); Ctrl-C stops\n"
+            f"serving on {url} (a page for people; the API: {url}/docs); Ctrl-C stops\n"
             f"  prophy request 'a red ball falls and bounces' --out ball.mp4 --url {url}\n"
             f"  curl {url}/v1/videos -F prompt='a red ball falls and bounces'\n"
             f"  curl {url}/v1/videos/VIDEO_ID\n"

@@ -1,0 +1,50 @@
+// The public API, asked with the user's key. The key lives in this tab's session storage and in no URL.
+
+const KEY = "prophy-key";
+
+export class ApiError extends Error {
+  constructor(status, { message, param, code }) {
+    super(message);
+    Object.assign(this, { status, param, code });
+  }
+}
+
+export const setKey = (key) => sessionStorage.setItem(KEY, key);
+
+async function ask(path, options = {}) {
+  const headers = new Headers(options.headers);
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers.set("authorization", `Bearer ${key}`);
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch {
+    throw new ApiError(0, { message: "The server does not answer.", code: "unreachable" });
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => null);
+  throw new ApiError(response.status, body?.error ?? { message: `The server answers ${response.status}.` });
+}
+
+const json = async (path, options) => (await ask(path, options)).json();
+const video = (id) => `v1/videos/${encodeURIComponent(id)}`;
+
+export const settings = () => json("v1/settings");
+export const metrics = async () => (await ask("metrics")).text();
+export const list = (after) => json(`v1/videos?limit=20${after ? `&after=${encodeURIComponent(after)}` : ""}`);
+export const remove = (id) => json(video(id), { method: "DELETE" });
+export const physics = (id) => json(`${video(id)}/physics`);
+export const content = async (id, variant) => (await ask(`${video(id)}/content?variant=${variant}`)).blob();
+
+export const create = (fields) =>
+  json("v1/videos", {
+    method: "POST",
+    headers: { "content-type": "application/json", "idempotency-key": crypto.randomUUID?.() ?? String(Math.random()) },
+    body: JSON.stringify(fields),
+  });
+
+// A video, and the milliseconds after which the server wants to be asked again.
+export async function retrieve(id) {
+  const response = await ask(video(id));
+  return [await response.json(), Number(response.headers.get("openai-poll-after-ms")) || 1000];
+}

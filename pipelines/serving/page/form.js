@@ -1,0 +1,104 @@
+// The form "Make": what the server allows and takes by default, the user's fields, errors at their field.
+
+import { element } from "./dom.js";
+
+const form = document.getElementById("make");
+const general = document.getElementById("make-error");
+const NUMBERS = new Set(["seed", "num_inference_steps", "guidance_scale", "fps"]);
+let defaults = {};
+
+export function build(settings) {
+  defaults = settings.defaults;
+  const hints = {
+    seconds: `at most ${settings.max_seconds}`,
+    size: `WIDTHxHEIGHT; multiples of ${settings.width_multiple} and ${settings.height_multiple}, `
+      + `at most ${settings.max_pixels} pixels in all`,
+  };
+  for (const [name, [low, high]] of Object.entries(settings.ranges)) hints[name] = `${low} to ${high}`;
+  for (const [name, text] of Object.entries(hints)) hint(name, text);
+  const examples = document.getElementById("examples");
+  examples.hidden = settings.examples.length === 0;
+  examples.replaceChildren(...settings.examples.map((prompt) => {
+    const button = element("button", { type: "button" }, prompt);
+    button.addEventListener("click", () => { form.elements.prompt.value = prompt; });
+    return button;
+  }));
+  document.getElementById("physics").hidden = !settings.has_physics;
+  document.getElementById("strengths").replaceChildren(...settings.phenomena.map((phenomenon) => {
+    const name = `physics.strength.${phenomenon}`;
+    return element("div", {}, element("label", { for: name }, phenomenon),
+      element("input", { id: name, name, inputmode: "decimal", value: "1" }));
+  }));
+  fill({});
+}
+
+function hint(name, text) {
+  const field = form.elements[name];
+  const id = `${name}-hint`;
+  field.after(element("small", { id }, text));
+  field.setAttribute("aria-describedby", id);
+}
+
+// Fills the form with a request; what it does not say is the server's default.
+export function fill(request) {
+  for (const field of form.elements) {
+    if (!field.name) continue;
+    const given = value(request, field.name);
+    if (field.type === "checkbox") field.checked = Boolean(given);
+    else field.value = given ?? defaults[field.name] ?? (field.name.startsWith("physics.") ? 1 : "");
+  }
+  clearErrors();
+}
+
+function value(request, name) {
+  if (!name.startsWith("physics.")) return request[name];
+  const [, key, ...phenomenon] = name.split(".");
+  return key === "strength" ? request.physics?.strength?.[phenomenon.join(".")] : request.physics?.[key];
+}
+
+// The request that the form describes. Numbers that are none go as they are: the server says what is wrong.
+export function read(hasPhysics) {
+  const request = {};
+  for (const field of form.elements) {
+    const text = field.value?.trim();
+    if (!field.name || field.name.startsWith("physics.") || text === "") continue;
+    request[field.name] = NUMBERS.has(field.name) ? number(text) : text;
+  }
+  if (!hasPhysics) return request;
+  const physics = { strength: {} };
+  for (const field of form.elements) {
+    const [section, key, ...phenomenon] = field.name?.split(".") ?? [];
+    if (section !== "physics") continue;
+    if (field.type === "checkbox") physics[key] = field.checked;
+    else if (key !== "strength") physics[key] = number(field.value);
+    else if (number(field.value) !== 1) physics.strength[phenomenon.join(".")] = number(field.value);
+  }
+  physics.return_maps = physics.scale !== 0;
+  return { ...request, physics };
+}
+
+const number = (text) => (text.trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
+
+export function showError(error) {
+  clearErrors();
+  const field = error.param && (form.elements[error.param] ?? null);
+  if (!field) {
+    general.textContent = error.message;
+    return;
+  }
+  const id = `${error.param}-error`;
+  field.setAttribute("aria-invalid", "true");
+  field.setAttribute("aria-errormessage", id);
+  field.after(element("p", { id, class: "error", role: "alert" }, error.message));
+  field.closest("details")?.setAttribute("open", "");
+  field.focus();
+}
+
+export function clearErrors() {
+  general.textContent = "";
+  for (const field of form.querySelectorAll("[aria-invalid]")) {
+    field.removeAttribute("aria-invalid");
+    field.removeAttribute("aria-errormessage");
+  }
+  for (const message of form.querySelectorAll(".error:not(#make-error)")) message.remove();
+}

@@ -1,0 +1,142 @@
+// The list "Watch": videos, newest first; those that are not finished are asked after until they are.
+
+import { list, remove, retrieve } from "./api.js";
+import { byId, element } from "./dom.js";
+
+const known = new Map();    // id -> video, newest first by created_at
+const begun = new Map();    // id -> [time, progress] when its progress was first seen
+const polled = new Set();   // ids that are being asked after
+let last = null;            // the last id of the last page
+let report = () => {};
+
+export const videos = () => [...known.values()];
+
+// `onChange(video)` is called with each video whose state is new; `onLook(video)` when a user wants to see one.
+export function watch({ onChange, onLook, onError }) {
+  report = onChange;
+  byId("videos").addEventListener("click", async (event) => {
+    const button = event.target.closest("button");
+    const video = known.get(button?.closest("li")?.dataset.id);
+    if (!video) return;
+    try {
+      if (button.name === "look") await onLook(video);
+      else await forget(video);
+    } catch (error) {
+      onError(error);
+    }
+  });
+  byId("more").addEventListener("click", () => older().catch(onError));
+}
+
+// The newest page. Another tab may have made or removed videos, so it replaces what was known of them.
+export async function refresh() {
+  const page = await list();
+  const oldest = page.data.at(-1)?.created_at ?? Infinity;
+  for (const [id, video] of known) {
+    if (!page.has_more || video.created_at > oldest) known.delete(id);
+  }
+  if (last === null || !known.size) remember(page);
+  page.data.forEach(add);
+  render();
+}
+
+async function older() {
+  const page = await list(last);
+  remember(page);
+  page.data.forEach(add);
+  render();
+}
+
+function remember(page) {
+  last = page.last_id;
+  byId("more").hidden = !page.has_more;
+}
+
+export function add(video) {
+  const before = known.get(video.id)?.status;
+  known.set(video.id, video);
+  if (video.status === "in_progress" && video.progress > 0 && !begun.has(video.id))
+    begun.set(video.id, [Date.now(), video.progress]);
+  if (before !== video.status) report(video, before);
+  if (unfinished(video) && !polled.has(video.id)) poll(video.id);
+}
+
+const unfinished = (video) => video.status === "queued" || video.status === "in_progress";
+
+async function poll(id) {
+  polled.add(id);
+  let wait = 500;
+  while (known.has(id) && unfinished(known.get(id))) {
+    await new Promise((resolve) => setTimeout(resolve, document.hidden ? 5 * wait : wait));
+    try {
+      const [video, next] = await retrieve(id);
+      if (!known.has(id)) break;
+      wait = next;
+      add(video);
+    } catch (error) {
+      if (error.status === 404) known.delete(id);
+      else wait = 5000;
+    }
+    render();
+  }
+  polled.delete(id);
+}
+
+async function forget(video) {
+  await remove(video.id).catch((error) => { if (error.status !== 404) throw error; });
+  known.delete(video.id);
+  render();
+}
+
+export function render() {
+  const sorted = videos().sort((a, b) => b.created_at - a.created_at);
+  const rows = byId("videos"), old = new Map([...rows.children].map((row) => [row.dataset.id, row]));
+  const wanted = sorted.map((video) => update(old.get(video.id) ?? row(video), video));
+  // Rows that stay keep the keyboard's focus.
+  for (const [id, gone] of old) if (!known.has(id)) gone.remove();
+  wanted.forEach((item, place) => { if (rows.children[place] !== item) rows.insertBefore(item, rows.children[place] ?? null); });
+  byId("no-videos").hidden = sorted.length > 0;
+}
+
+function row(video) {
+  const item = element("li", {},
+    element("p", { class: "prompt" }, video.prompt),
+    element("p", { class: "state" }),
+    element("progress", { max: 100, "aria-label": `Progress of: ${video.prompt}` }),
+    element("div", { class: "buttons" },
+      element("button", { type: "button", name: "look" }, "Look"),
+      element("button", { type: "button", name: "forget" })));
+  item.dataset.id = video.id;
+  return item;
+}
+
+function update(item, video) {
+  item.querySelector(".state").textContent = state(video);
+  const progress = item.querySelector("progress");
+  progress.hidden = !unfinished(video);
+  progress.value = video.progress;
+  item.querySelector("[name=look]").hidden = video.status !== "completed";
+  item.querySelector("[name=forget]").textContent = unfinished(video) ? "Cancel" : "Delete";
+  return item;
+}
+
+function state(video) {
+  const shape = `${video.seconds} s, ${video.size}, seed ${video.seed}`;
+  if (video.status === "queued") return `Queued, ${place(video)}; ${shape}`;
+  if (video.status === "failed") return `Failed: ${video.error?.message}`;
+  if (video.status === "completed") return `Completed in ${video.inference_time_s?.toFixed(1)} s; ${shape}`;
+  const step = Math.round(video.progress / 100 * video.num_inference_steps);
+  return `Step ${step} of ${video.num_inference_steps}${left(video)}; ${shape}`;
+}
+
+function place(video) {
+  const before = videos().filter((other) => unfinished(other) && other.created_at < video.created_at).length;
+  return before === 0 ? "next" : `${before} before it`;
+}
+
+function left(video) {
+  const [time, progress] = begun.get(video.id) ?? [];
+  if (time === undefined || video.progress <= progress) return "";
+  const seconds = (Date.now() - time) / 1000 * (100 - video.progress) / (video.progress - progress);
+  return `, about ${Math.ceil(seconds)} s left`;
+}
