@@ -90,7 +90,13 @@ def _field(section: Section, name: str, depth: int) -> Iterator[str]:
         return
     schema = type(section).model_json_schema()["properties"][name]
     yield from _comment([*said, *_facts(about, schema, value)], indent)
-    yield f"{indent}{name}: {_inline(section.model_dump(mode='json', include={name})[name])}"
+    plain = section.model_dump(mode="json", include={name})[name]
+    line = f"{indent}{name}: {_inline(plain)}"
+    if isinstance(plain, list) and len(line) > _WIDTH:
+        yield f"{indent}{name}:"
+        yield from (f"{indent}  - {_inline(item)}" for item in plain)
+    else:
+        yield line
 
 
 def _inline(value: Any) -> str:
