@@ -20,6 +20,7 @@ from pipelines.config import Config
 from pipelines.generation import generate
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
+from pipelines.layout import RunFolder
 from pipelines.runtime import ray_session
 from pipelines.sandbox import simulate
 from pipelines.serving import serve
@@ -28,6 +29,7 @@ from prophy import sandbox
 from prophy.evaluation import sections
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.models.control import PhysicsTrace
+from prophy.schema import ROW_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def run(config: Config) -> Path:
         The path of the report.
     """
     watch = Stopwatch()
-    trained = config.model_copy(update={"checkpoint": config.run_dir / "model"})
+    trained = config.model_copy(update={"checkpoint": RunFolder(config.run_dir).model})
     with ray_session(config):
         with watch.step("simulate: physics clips with exact masks"):
             manifest = simulate.run(config)
@@ -94,9 +96,7 @@ def _request(url: str, prompt: str, path: Path) -> Path:
 def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Path, watch: Stopwatch) -> Path:
     clips = sandbox.read_truth(manifest)
     priors = _priors_by_source(config)
-    metrics = [
-        json.loads(line) for line in (config.run_dir / "train" / "metrics.jsonl").read_text().splitlines()
-    ]
+    metrics = [json.loads(line) for line in RunFolder(config.run_dir).metrics.read_text().splitlines()]
     trace = PhysicsTrace()
     frames = VideoSampler(config).sample(generate.spec(config, PROMPTS[0], PhysicsSpec()), trace=trace)
     report = config.run_dir / "report.html"
@@ -117,7 +117,7 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
 
 
 def _summary_section(config: Config, watch: Stopwatch) -> Section:
-    versions = yaml.safe_load((config.run_dir / "versions.yaml").read_text())
+    versions = yaml.safe_load(RunFolder(config.run_dir).versions.read_text())
     return Section(
         title="What ran",
         text="Every step of the product on the embedded default: real classes in small configurations, "
@@ -133,5 +133,5 @@ def _summary_section(config: Config, watch: Stopwatch) -> Section:
 def _priors_by_source(config: Config) -> dict[str, dict[str, Any]]:
     """The rows of the priors table, by the uri of their video."""
     folder = Path(cache.priors_folder(config))
-    files = [str(file) for file in folder.glob("*.parquet") if file.name != "index.parquet"]
+    files = [str(file) for file in folder.glob(ROW_FILES)]
     return {row["source"]["uri"]: row for row in dataset(files).to_table().to_pylist()}

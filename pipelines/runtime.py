@@ -16,6 +16,7 @@ from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
 from pipelines.config import Config, how_keys, to_yaml
+from pipelines.layout import RunFolder
 from prophy.errors import ProPhyError
 
 LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow", "prophy-ray")
@@ -58,7 +59,8 @@ def open_run(config: Config, command: str) -> Path:
         ProPhyError: the folder holds a run that does not fit this configuration, or cannot be written.
     """
     folder = config.run_dir
-    saved = folder / f"{command}.yaml"
+    places = RunFolder(folder)
+    saved = places.config(command)
     partial = saved.with_name(f"{saved.name}.{os.getpid()}")
     if saved.exists():
         _check_same_run(yaml.safe_load(saved.read_text()), config, command)
@@ -66,7 +68,7 @@ def open_run(config: Config, command: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(to_yaml(config))
         partial.replace(saved)
-        (folder / "versions.yaml").write_text(yaml.safe_dump(versions(), sort_keys=False))
+        places.versions.write_text(yaml.safe_dump(versions(), sort_keys=False))
     except OSError as error:
         raise ProPhyError(
             f"cannot write to run_dir {folder}: {error.strerror}; choose another run_dir"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # processes that only move rows need no torch, which takes se
 
 SCHEMA_VERSION = 3
 ROW_FILES = "*[0-9a-f].parquet"  # glob of the files that hold a table's rows: they are named by their sha256
+MANIFEST = "manifest.parquet"  # in a folder of videos: a list of them, with what is known of each
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
 EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
 INPUT = "input.parquet"  # beside the encodings: `source` of each video of the last run's input, in its order

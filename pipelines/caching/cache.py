@@ -35,6 +35,7 @@ from pipelines.caching.tables import (
     write_file,
 )
 from pipelines.config import Config, PoolConfig
+from pipelines.layout import CacheFolder
 from pipelines.runtime import open_run, ray_session
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import encoders_fingerprint, fingerprint, load_configs, pinned_revision
@@ -67,7 +68,7 @@ def run(config: Config) -> CacheSummary:
             f"none of the {len(found.videos)} videos in {config.cache.input} can be used; the first: "
             f"{summary.quarantined[0]}"
         )
-    print_summary(summary, config.cache.input, _quarantine(config))
+    print_summary(summary, config.cache.input, _folder(config).quarantine)
     return summary
 
 
@@ -85,7 +86,7 @@ def priors_table(config: Config) -> Table:
         "clip_durations_s": _clip_durations(config),
         "extraction": priors_fingerprint(**parts),
     }
-    return Table(_output(config) / "priors", PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
+    return Table(_folder(config).priors, PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
 
 
 def encodings_table(config: Config) -> Table:
@@ -100,7 +101,7 @@ def encodings_table(config: Config) -> Table:
         "clip_durations_s": _clip_durations(config),
         "version": _ENCODING_VERSION,
     }
-    folder = _output(config) / "encodings" / fingerprint_of(settings)
+    folder = _folder(config).encodings / fingerprint_of(settings)
     return Table(folder, ENCODINGS, settings, {"backbone": backbone.model_dump(mode="json")})
 
 
@@ -110,12 +111,12 @@ def quarantine_table(config: Config, table: Table) -> Table:
         "table": fingerprint_of(table.settings),
         "limits": config.cache.limits.model_dump(mode="json"),
     }
-    return Table(_quarantine(config), QUARANTINE, settings, {})
+    return Table(_folder(config).quarantine, QUARANTINE, settings, {})
 
 
 def priors_folder(config: Config) -> str:
     """Where the priors lie."""
-    return str(_output(config) / "priors")
+    return str(_folder(config).priors)
 
 
 def encodings_folder(config: Config) -> str:
@@ -200,8 +201,8 @@ def _output(config: Config) -> Path:
     return Path(output)
 
 
-def _quarantine(config: Config) -> Path:
-    return _output(config) / "quarantine"
+def _folder(config: Config) -> CacheFolder:
+    return CacheFolder(_output(config))
 
 
 def _attempts(config: Config) -> Path:
@@ -256,7 +257,7 @@ def _fill(config: Config, found: Input) -> CacheSummary:
         drop_samples(encodings, [sample_id for sample_id in samples if sample_id in encoded][:1])
 
     def refused(table: Table) -> pa.Table:
-        return read_quarantine(_quarantine(config), quarantine_table(config, table).settings)
+        return read_quarantine(_folder(config).quarantine, quarantine_table(config, table).settings)
 
     def left() -> tuple[pa.Table, pa.Table]:
         index = update_index(priors)

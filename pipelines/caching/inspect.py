@@ -17,6 +17,7 @@ from pipelines.caching.stages import decoder
 from pipelines.caching.tables import file_names, read_quarantine
 from pipelines.caching.video_files import LocalFiles
 from pipelines.config import Config
+from pipelines.layout import CacheFolder
 from pipelines.pictures import check_picture, save_picture
 from prophy.errors import ProPhyError
 from prophy.evaluation.pictures import heat_overlay
@@ -71,7 +72,7 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     ]
     labels = Counter(label for row in index for label in from_multi_hot(row["phenomena"]))
     lines += [f"{phenomenon:>28} {count:6d}" for phenomenon, count in labels.most_common()]
-    refused = read_quarantine(Path(config.cache.output) / "quarantine").to_pylist()
+    refused = read_quarantine(CacheFolder(Path(config.cache.output)).quarantine).to_pylist()
     kinds = Counter(f"{row['error_type']} in {row['stage']}" for row in refused)
     lines += [f"quarantined: {count} by {kind}" for kind, count in kinds.items()]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from pipelines.caching.tables import (
 )
 from pipelines.caching.verify import tables_of
 from pipelines.config import Config
+from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
 from prophy.schema import CacheInput
 
@@ -50,7 +51,7 @@ def prune(folder: Path) -> dict[str, int]:
     inputs = {place: CacheInput.read(place).uris for place, _ in encodings}
     listed = set().union(*inputs.values())
     removed = {}
-    for place, schema in [*encodings, (folder / "priors", priors_schema)]:
+    for place, schema in [*encodings, (CacheFolder(folder).priors, priors_schema)]:
         names = file_names(place)
         if not names:
             continue
@@ -60,7 +61,7 @@ def prune(folder: Path) -> dict[str, int]:
         dropped = [row["sample_id"] for row in rows if row["source"]["uri"] not in uris]
         drop_samples(table, dropped)
         removed[str(place.relative_to(folder))] = len(dropped)
-    removed["quarantine"] = drop_refusals(folder / "quarantine", listed)
+    removed["quarantine"] = drop_refusals(CacheFolder(folder).quarantine, listed)
     return removed
 
 

@@ -11,12 +11,10 @@ from pipelines.caching.manifests import Input, Video, read_manifest
 from pipelines.caching.stages import CLIPS, SOURCES, clip_ids
 from pipelines.caching.video_files import UNREADABLE, asking, find_files, once_each, open_store
 from prophy.errors import ProPhyError
-from prophy.schema import CacheInput, source_version
+from prophy.schema import MANIFEST, CacheInput, source_version
 from prophy.video import SUFFIXES
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.parquet"
 
 
 def find_videos(location: str) -> Input:

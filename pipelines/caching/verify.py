@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from pipelines.caching.tables import exclusive, file_names, stored_table, update_index
 from pipelines.config import Config
+from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INDEX, INPUT, PRIORS, QUARANTINE
 
@@ -52,7 +53,7 @@ def verify(folder: Path) -> list[str]:
         for path in (place / EMPTY_PROMPT, place / INPUT):
             if path.exists() and not _is_readable(path):
                 damaged.append(_set_aside(path, "holds other bytes than were written"))
-    return damaged + _set_damaged_aside(folder / "quarantine", QUARANTINE)
+    return damaged + _set_damaged_aside(CacheFolder(folder).quarantine, QUARANTINE)
 
 
 def rebuild_indices(folder: Path) -> dict[str, int]:
@@ -73,8 +74,9 @@ def rebuild_indices(folder: Path) -> dict[str, int]:
 
 def tables_of(folder: Path) -> list[tuple[Path, pa.Schema]]:
     """The folder and the schema of each table of a cache: the priors, then all encodings."""
-    encodings = [place for place in sorted((folder / "encodings").glob("*")) if place.is_dir()]
-    return [(folder / "priors", PRIORS), *((place, ENCODINGS) for place in encodings)]
+    cache = CacheFolder(folder)
+    encodings = [place for place in sorted(cache.encodings.glob("*")) if place.is_dir()]
+    return [(cache.priors, PRIORS), *((place, ENCODINGS) for place in encodings)]
 
 
 def _set_damaged_aside(folder: Path, schema: pa.Schema) -> list[str]:

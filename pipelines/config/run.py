@@ -170,7 +170,7 @@ class Config(Section):
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints of training."""
-        return self.run_dir / "train" / "checkpoints"
+        return RunFolder(self.run_dir).checkpoints
 
     @property
     def clip_lengths(self) -> list[tuple[float, int]]:

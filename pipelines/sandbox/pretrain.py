@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.caching import cache
 from pipelines.config import Config, Part
+from pipelines.layout import RunFolder
 from pipelines.runtime import open_run
 from pipelines.sandbox import simulate
 from pipelines.training import train
@@ -43,7 +44,7 @@ def run(config: Config, part: Part) -> Path:
         simulate.run(new)
         cache.run(new)
         return train.run(new)
-    folder = open_run(config, "pretrain") / "pretrain"
+    folder = RunFolder(open_run(config, "pretrain")).pretrained
     folder.mkdir(exist_ok=True)
     settings = config.pretrain
     match part:
@@ -66,8 +67,9 @@ def run(config: Config, part: Part) -> Path:
 
 def _bundle(run_dir: Path) -> Path:
     """Raises `ProPhyError` where nothing was trained."""
-    trained = {part: run_dir / "pretrain" / part for part in ("vlm", "vae", "transformer")}
-    trained["branch"] = run_dir / train.MODEL_FOLDER
+    places = RunFolder(run_dir)
+    trained = {part: places.pretrained / part for part in ("vlm", "vae", "transformer")}
+    trained["branch"] = places.model
     parts = {part: folder for part, folder in trained.items() if folder.is_dir()}
     if not parts:
         raise ProPhyError(f"nothing was trained in {run_dir}; run `prophy pretrain` with this run_dir first")

@@ -25,10 +25,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipelines.layout import CHECKPOINTS, checkpoint_name
 from prophy.errors import ProPhyError
 
 MANIFEST = "manifest.json"
-_STEP = "step-" + 8 * "[0-9]"
 _VERSION = 1
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def writing(what: str) -> Iterator[None]:
 
 def committed(root: Path) -> list[Path]:
     """Folders with a manifest, the newest first; their files are not looked at."""
-    return sorted((file.parent for file in root.glob(f"{_STEP}/{MANIFEST}")), reverse=True)
+    return sorted((file.parent for file in root.glob(f"{CHECKPOINTS}/{MANIFEST}")), reverse=True)
 
 
 def newest_run(root: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -252,7 +252,7 @@ def latest_on_every_rank(root: Path) -> Checkpoint | None:
 
 
 def _folder(root: Path, step: int) -> Path:
-    return root / f"step-{step:08d}"
+    return root / checkpoint_name(step)
 
 
 def _damage(folder: Path) -> str | None:

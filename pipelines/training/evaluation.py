@@ -21,6 +21,7 @@ from pipelines.config import Config
 from pipelines.generation.generate import spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
+from pipelines.layout import step_of
 from pipelines.training.checkpoint import Checkpoint, committed
 from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
@@ -163,7 +164,7 @@ def _watch(
     while not (over or failed.is_set()):
         over = ended.wait(_LOOK_EVERY_S)  # then one last look
         for folder in committed(config.checkpoints)[:1]:
-            step = int(folder.name.removeprefix("step-"))
+            step = step_of(folder)
             if step in seen:
                 continue
             seen.add(step)

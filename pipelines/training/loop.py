@@ -15,6 +15,7 @@ from ray.train.torch import get_device
 from torch.utils.data import DataLoader
 
 from pipelines.config import TrainConfig
+from pipelines.layout import RunFolder
 from pipelines.training.checkpoint import EveryRankError, latest_on_every_rank, writing
 from pipelines.training.data import build_dataset, describe_samples
 from pipelines.training.engine import (
@@ -36,8 +37,8 @@ from prophy.training.cost import count_flops
 from prophy.training.data import PriorCache, TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
 
-RUN_NAME = "train"  # of Ray Train's run, and of its folder in the run folder
-STOP_FILE = "stop"  # in that folder: save, then leave
+# In the folder of training: save, then leave.
+STOP_FILE = "stop"
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> str | None:
 
 def _train(loop_config: dict[str, Any]) -> None:
     config, cache = loop_config["config"], loop_config["cache"]
-    train, root = config.train, config.run_dir / RUN_NAME
+    train, root = config.train, RunFolder(config.run_dir).training
     rank, device = ray.train.get_context().get_world_rank(), get_device()
 
     # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained

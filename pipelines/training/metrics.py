@@ -14,10 +14,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.config import TrainConfig
+from pipelines.layout import METRICS_FILE
 from prophy.training.data import TrainBatch
 from prophy.training.module import LossOutput
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 Phase = Literal["data", "forward", "backward", "optimizer"]

@@ -18,17 +18,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
+from pipelines.layout import RunFolder
 from pipelines.runtime import open_run, ray_session
 from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
 from pipelines.training.data import build_dataset, describe_samples
 from pipelines.training.evaluation import evaluation
 from pipelines.training.export import export_branch, writing_model
-from pipelines.training.loop import RUN_NAME, STOP_FILE, train_loop_per_worker
+from pipelines.training.loop import STOP_FILE, train_loop_per_worker
 from prophy.backbones.pretrained import check_unchanged, fingerprint, pinned_revision
 from prophy.errors import ProPhyError
 from prophy.training.data import PriorCache
-
-MODEL_FOLDER = "model"
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,8 @@ def run(config: Config) -> Path:
     tell_samples(cache)
     compare_samples(pinned, cache)
     trainer = build_trainer(pinned, cache, backbone)
-    root = open_run(config, "train") / RUN_NAME
+    places = RunFolder(open_run(config, "train"))
+    root = places.training
     with alone(root):
         last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
         with ray_session(config), evaluation(pinned, cache, root):
@@ -62,10 +62,9 @@ def run(config: Config) -> Path:
                 last = _last_checkpoint(config)
             else:
                 logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
-            model = config.run_dir / MODEL_FOLDER
-            _export(last, model)
-            logger.info("trained branch after %d steps: %s", last.step, model)
-    return model
+            _export(last, places.model)
+            logger.info("trained branch after %d steps: %s", last.step, places.model)
+    return places.model
 
 
 @contextmanager
@@ -211,7 +210,7 @@ def build_trainer(config: Config, cache: PriorCache, backbone: dict[str, str | N
             resources_per_worker={"CPU": train.cpus_per_worker, **gpus},
         ),
         run_config=RunConfig(
-            name=RUN_NAME,
+            name=RunFolder(config.run_dir).training.name,
             storage_path=str(config.run_dir),
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),

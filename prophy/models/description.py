@@ -16,8 +16,14 @@ def describe(folder: Path) -> dict[str, Any]:
         ProPhyError: the folder holds no such checkpoint.
     """
     if not (folder / DESCRIPTION).is_file() or not any(folder.glob("*.safetensors")):
+        if any(folder.glob("rank-*.safetensors")):
+            raise ProPhyError(
+                f"{folder} is a training checkpoint, with a file for each worker; `prophy export` makes "
+                "a branch of it: give the folder that it writes"
+            )
         raise ProPhyError(
-            f"no trained branch in {folder}; give the `model` folder of a finished training run"
+            f"no trained branch in {folder}; give the `model` folder of a finished training run, or what "
+            "`prophy export` wrote"
         )
     return json.loads((folder / DESCRIPTION).read_text())
 

@@ -12,10 +12,11 @@ from prophy.errors import ProPhyError
 from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, simulate_clip
 from prophy.sandbox.scene import Part, describe
 from prophy.sandbox.splits import Split
+from prophy.schema import MANIFEST
 from prophy.taxonomy import Phenomenon
 from prophy.video import read_frames, write_video
 
-MANIFEST = pa.schema(
+_COLUMNS = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),  # relative to the manifest
         pa.field("caption", pa.string(), nullable=False),
@@ -37,7 +38,6 @@ MANIFEST = pa.schema(
     ]
 )
 
-_MANIFEST = "manifest.parquet"
 _SEEDS_PER_DATASET = 1_000_000
 
 
@@ -84,7 +84,7 @@ def write_dataset(
     held = held_clips(
         folder, num_clips=num_clips, seed=seed, num_frames=num_frames, fps=fps, size=size, split=split
     )
-    manifest = folder / _MANIFEST
+    manifest = folder / MANIFEST
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
     for index, clip_seed in list(enumerate(_seeds(seed, num_clips)))[len(held) :]:
@@ -93,8 +93,8 @@ def write_dataset(
         write_video(folder / path, clip.frames, fps)
         rows.append(_row(clip) | {"path": path, "seed": clip_seed, "split": split})
     if rows:
-        partial = manifest.with_name(f"{_MANIFEST}.partial")
-        table = pa.concat_tables([held, pa.Table.from_pylist(rows, MANIFEST)])
+        partial = manifest.with_name(f"{MANIFEST}.partial")
+        table = pa.concat_tables([held, pa.Table.from_pylist(rows, _COLUMNS)])
         pq.write_table(table, partial, row_group_size=256)
         partial.replace(manifest)
     return manifest
@@ -107,14 +107,14 @@ def held_clips(
 
     The arguments and the errors are those of `write_dataset`.
     """
-    manifest, seeds = folder / _MANIFEST, _seeds(seed, num_clips)
+    manifest, seeds = folder / MANIFEST, _seeds(seed, num_clips)
     if not manifest.exists():
-        return MANIFEST.empty_table()
+        return _COLUMNS.empty_table()
     try:
         held = pq.read_table(manifest)
     except pa.ArrowException:
         held = None
-    if held is None or held.schema != MANIFEST:
+    if held is None or held.schema != _COLUMNS:
         raise ProPhyError(f"{manifest} is no list of simulated clips; choose another folder")
     for name, value in {"num_frames": num_frames, "fps": fps, "size": size, "split": split}.items():
         if others := set(held[name].to_pylist()) - {value}:

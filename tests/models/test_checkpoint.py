@@ -49,5 +49,11 @@ def test_an_adapter_is_diffusers_own(backbone: ModelMixin, inputs: dict, tmp_pat
 
 
 def test_a_folder_without_a_branch(tmp_path: Path) -> None:
-    with pytest.raises(ProPhyError, match="no trained branch"):
+    with pytest.raises(ProPhyError, match="no trained branch in .*`model` folder"):
+        load_branch(tmp_path)
+
+
+def test_a_training_checkpoint_is_no_branch(tmp_path: Path) -> None:
+    (tmp_path / "rank-00000-of-00001.safetensors").touch()
+    with pytest.raises(ProPhyError, match="is a training checkpoint, .*`prophy export` makes a branch of it"):
         load_branch(tmp_path)
