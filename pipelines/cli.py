@@ -33,7 +33,12 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Such as train.learning_rate=1e-4. Repeatable."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change a value, such as train.learning_rate=1e-4. Repeatable.",
+    ),
 ]
 PrintOption = Annotated[
     bool, typer.Option("--print-config", help="Print what would run, every key explained, and stop.")
@@ -291,9 +296,9 @@ def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
 def request(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")],
-    url: Annotated[str, typer.Option(help="The server's.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
-        str | None, typer.Option(envvar="PROPHY_API_KEY", help="If the server asks for one.")
+        str | None, typer.Option(envvar="PROPHY_API_KEY", help="The key, if the server asks for one.")
     ] = None,
     fields: Annotated[
         list[str] | None,

@@ -30,10 +30,10 @@ _COLUMNS = pa.schema(
         pa.field(
             "parts", pa.list_(pa.struct({"scene": pa.string(), "colour": pa.string(), "side": pa.string()}))
         ),
-        pa.field("masks", pa.list_(pa.binary()), nullable=False),  # per phenomenon, bits of [T, H, W]
-        pa.field(
-            "tracks", pa.map_(pa.string(), pa.list_(pa.float64())), nullable=False
-        ),  # x, y of each frame
+        # Of each phenomenon, the bits of [T, H, W].
+        pa.field("masks", pa.list_(pa.binary()), nullable=False),
+        # Of each body, x and y in every frame.
+        pa.field("tracks", pa.map_(pa.string(), pa.list_(pa.float64())), nullable=False),
         pa.field("constants", pa.map_(pa.string(), pa.float64()), nullable=False),
     ]
 )

@@ -13,7 +13,9 @@ import yaml
 
 from pipelines.cli import main
 from pipelines.config import Config
+from pipelines.config.run import NEEDS
 from pipelines.sandbox import simulate
+from prophy.schema import MANIFEST
 from tests.conftest import tiny_config
 
 COMMANDS = ("simulate", "cache", "train", "generate", "serve", "demo")
@@ -87,6 +89,29 @@ def test_a_command_names_the_section_that_its_file_lacks(prophy: CommandLine, tm
     assert "`prophy cache explain` needs the sections vlm, cache, which" in sentence
     sentence = prophy.mistake("pretrain", "branch", "--config", str(tmp_path / "mine.yaml"))
     assert "`prophy pretrain branch` needs the sections backbone, vlm, physics, simulate, cache" in sentence
+
+
+def test_commands_do_with_the_sections_that_they_say_they_need(prophy: CommandLine, tmp_path: Path) -> None:
+    whole = tiny_config(tmp_path, "simulate.num_clips=1").model_dump(mode="json")
+    outcomes = {
+        "simulate": None,
+        "plan": None,
+        "cache verify": "no cache in",
+        "cache inspect": "no cache in",
+        "export new": "no checkpoint in",
+    }
+    for line, mistake in outcomes.items():
+        sections = NEEDS[line.removesuffix(" new")]
+        (tmp_path / "only.yaml").write_text(
+            yaml.safe_dump({key: whole[key] for key in ("run_dir", "checkpoint", *sections)})
+        )
+        arguments = (*line.split(), "--config", str(tmp_path / "only.yaml"))
+        if mistake is None:
+            code, _, error = prophy(*arguments)
+            assert code == 0, error
+        else:
+            assert mistake in prophy.mistake(*arguments)
+    assert (tmp_path / "clips" / MANIFEST).exists()
 
 
 def test_misspelt_key(prophy: CommandLine) -> None:
