@@ -91,7 +91,7 @@ ENCODINGS = pa.schema(
 QUARANTINE = pa.schema(
     [
         pa.field("source", SOURCE, nullable=False),
-        pa.field("sample_id", pa.string()),  # the clip, of so many in its video; null is the whole video
+        pa.field("sample_id", pa.string()),  # the clip; null where the whole video is refused
         pa.field("num_clips", pa.int32()),
         pa.field("stage", pa.string(), nullable=False),
         pa.field("error_type", pa.string(), nullable=False),

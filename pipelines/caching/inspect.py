@@ -84,7 +84,7 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
     """Asks the VLM about the first clip of a video, and draws where it looks, layer by layer.
 
     Args:
-        config: of the VLM and the length of a clip.
+        config: says which VLM, and how long a clip is.
         clip: path or URL of a video.
         phenomena: what to ask for; nothing lets the VLM name them.
         picture: the file to write.

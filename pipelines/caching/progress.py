@@ -67,7 +67,7 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
 
     Args:
         graph: its rows are counts of `WriteRows`.
-        name: of what it makes.
+        name: what it makes.
         total: rows of the work list, of which every row that arrives is a share.
         workers: size of each stage's pool, by the name of its callable.
     """

@@ -86,7 +86,7 @@ def refusals(quarantine: pa.Table, videos: Iterable[Video], left: Iterable[pa.Ta
 
     Args:
         quarantine: what cannot be used.
-        videos: of the input.
+        videos: the input's.
         left: what a run left of its work lists: files that it could not have, though they are there.
     """
     unreadable = [
@@ -97,7 +97,7 @@ def refusals(quarantine: pa.Table, videos: Iterable[Video], left: Iterable[pa.Ta
 
 
 def changed(rows: pa.Table, videos: Iterable[Video], columns: Iterable[str] = ("source",)) -> list[str]:
-    """The samples in `rows` whose video has other `columns` now; a missing one may come back as it was."""
+    """The samples in `rows` whose video has other `columns` now; those of a missing video stay."""
     current = {video["source"]["uri"]: video for video in videos if video["source"]["modified"]}
     return [
         row["sample_id"]
@@ -112,7 +112,7 @@ def videos_left(
     """The videos that have clips without priors, as `stages.SOURCES`.
 
     Args:
-        videos: of the input.
+        videos: the input's.
         priors: index of the priors.
         quarantine: what cannot be used: such clips and videos are left out while their file is the same.
         clip_durations_s: lengths that a clip may have.
@@ -139,7 +139,7 @@ def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quara
     The caption is the VLM's where none was given.
 
     Args:
-        videos: of the input.
+        videos: the input's.
         priors: index of the priors.
         encodings: index of the encodings.
         quarantine: what cannot be used.

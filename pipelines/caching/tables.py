@@ -39,7 +39,7 @@ class Table:
 
     Attributes:
         folder: holds the files.
-        schema: of a row.
+        schema: a row's.
         settings: everything that decides the content of a row, besides the video, as JSON values.
         provenance: what else a reader wants to know: names and versions. Two runs may differ in it.
     """
@@ -122,7 +122,7 @@ def write_file(
         folder: created if missing.
         rows: its content.
         footer: key-value metadata.
-        name: of the file; without one it is the sha256 of the bytes.
+        name: the file's; None is the sha256 of the bytes.
         row_group_size: rows per row group.
 
     Raises:
@@ -178,7 +178,7 @@ def read_quarantine(folder: Path, settings: dict[str, Any] | None = None) -> pa.
     """What could not be used so far.
 
     Args:
-        folder: of the quarantine.
+        folder: the quarantine's.
         settings: those with which it could not; None is any.
 
     Raises:

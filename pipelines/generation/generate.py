@@ -97,7 +97,7 @@ def write_contact_sheet(config: Config, videos: dict[str, Path], path: Path) -> 
     Args:
         config: the run that made the videos.
         videos: by prompt.
-        path: of the PNG.
+        path: where to write the PNG.
     """
     backbone = config.backbone
     end_s = (backbone.num_frames - 1) / backbone.fps

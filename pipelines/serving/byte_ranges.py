@@ -23,9 +23,9 @@ def partial_content(
     Args:
         request: may carry `range` and `if-range`.
         read: (start, end) -> the bytes from `start` to before `end`, in pieces.
-        size: of the file in bytes.
+        size: bytes of the file.
         file_name: for the client's disk; also tells versions of files apart, since they never change.
-        media_type: of the content.
+        media_type: the content's.
 
     Raises:
         ApiError: 416, the range lies outside the file.

@@ -22,7 +22,7 @@ def run(url: str, prompt: str, out: Path, fields: list[str], api_key: str | None
     """Makes one video on a server, and writes it to `out`.
 
     Args:
-        url: of the server.
+        url: the server's.
         prompt: what the video shows.
         out: the mp4; its folder is created.
         fields: further fields of the request, `name=value` each, as `physics.strength.collision=2`.

@@ -1,4 +1,4 @@
-"""What stands before the ingress: HAProxy, as Serve runs it, and Serve's own proxy where that finds nobody.
+"""What stands before the ingress: HAProxy, as Serve runs it, and Serve's proxy where there is no ingress.
 
 HAProxy hands each request to the ingress's own port. Against Serve's proxy alone this halves the latency of a
 request, and leaves more of a small machine to the model (`tests/benchmarks/serving.py`). Whatever cannot be
@@ -30,7 +30,7 @@ _DECODED = (b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id")
 
 
 class ProxyErrors:
-    """ASGI middleware: takes the reins from clients; an error that is not of our API becomes its 503.
+    """ASGI middleware: clients cannot steer Serve by headers; an error not of our API becomes its 503.
 
     Args:
         app: Serve's proxy, or the ingress as Serve opens it to HAProxy.

@@ -63,7 +63,7 @@ class Job(_Base):
     Attributes:
         sequence: order of arrival.
         id: what clients know the job by.
-        request_id: of the HTTP request that created it, for the logs.
+        request_id: id of the HTTP request that created it, for the logs.
         spec: the video that was asked for.
         status: `queued` until a replica has begun it.
         num_deaths: replicas that died while they made it.
@@ -104,7 +104,7 @@ class JobStore:
     `requeue`. A method that moves it says whether the job was still there to be moved.
 
     Args:
-        url: of the database, as SQLAlchemy writes it.
+        url: the database's, as SQLAlchemy writes it.
 
     Raises:
         ProPhyError: no such database, or another process owns it.

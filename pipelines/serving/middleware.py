@@ -45,7 +45,7 @@ class KeyCheck:
     """A dependency of routes that lets in who has one of the keys.
 
     Args:
-        hashes: of the keys.
+        hashes: SHA-256 of each key.
     """
 
     def __init__(self, hashes: list[str]) -> None:
@@ -128,7 +128,7 @@ def guard(app: FastAPI, routes: Sequence[BaseRoute], max_body_bytes: int, metric
 
 
 def _as_api_error(request: Request, routes: Sequence[BaseRoute], error: Exception) -> ApiError:
-    """Of a bug clients learn nothing; the server's log has the traceback."""
+    """The error in the API's shape. Clients learn nothing of a bug; the server's log has the traceback."""
     match error:
         case ApiError():
             return error

@@ -43,7 +43,7 @@ class Fragment:
     """A contiguous part of one trained parameter, as a rank holds it.
 
     Attributes:
-        name: of the parameter.
+        name: the parameter's.
         start: where in the flattened parameter it begins.
         tensors: by kind ("parameter", "exp_avg", "exp_avg_sq", "ema"), flat float32 views of equal length;
             what is copied into them arrives.
@@ -60,7 +60,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         step: number of steps that were taken before it.
-        shapes: of each trained parameter.
+        shapes: each trained parameter's, by name.
         run: what `save` was given about the run.
 
     Raises:
@@ -108,7 +108,7 @@ class Checkpoint:
 
     @cached_property
     def _pieces(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
-        """Of each kind and parameter: start, length, file and key of every fragment."""
+        """Start, length, file and key of every fragment, by kind and parameter."""
         pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
         for file in self._files:
             with safe_open(self.folder / file, "pt") as tensors:
@@ -133,7 +133,7 @@ def save(
         root: folder of all checkpoints of the run.
         step: number of steps taken.
         fragments: what this rank holds; those of all ranks together make up every parameter, without overlap.
-        shapes: of all trained parameters.
+        shapes: each trained parameter's, by name.
         run: what is to be known about the run, as JSON.
         num_to_keep: committed checkpoints.
 
@@ -172,7 +172,7 @@ def writing(what: str) -> Iterator[None]:
     """A block in which a rank writes files; a collective, where it ends.
 
     Args:
-        what: the block does.
+        what: what the block does, for the message: "write the metrics".
 
     Raises:
         EveryRankError: some rank cannot.
@@ -218,7 +218,7 @@ def latest(root: Path) -> Checkpoint | None:
 def set_damaged_aside(root: Path) -> Checkpoint | None:
     """As `latest`, and gives what is damaged the ending `.damaged`: it no longer counts.
 
-    Only for who writes the checkpoints: else one that is being removed may look damaged.
+    Only for the process that writes the checkpoints: to another, one that is being removed looks damaged.
     """
     for folder in committed(root):
         damage = _damage(folder)

@@ -56,7 +56,7 @@ def evaluation(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
     goes on. After an error in the block no more is evaluated.
 
     Args:
-        config: of the run.
+        config: the run's.
         cache: its samples.
         root: folder of the results: `evaluation.jsonl`, `samples/`, and `tensorboard/evaluation/`.
     """

@@ -59,11 +59,11 @@ class MetricsLog:
     """What one worker writes of all: a file with a JSON object per line, TensorBoard, and a line of progress.
 
     Args:
-        folder: of these files.
+        folder: where these files lie.
         first_step: the step that the run resumes from; what was written of later ones is dropped.
         train: the configuration.
-        flops: of a micro-batch, by the shape of its samples' latents.
-        peak_flops: of one worker's device, per second.
+        flops: operations of a micro-batch, by the shape of its samples' latents.
+        peak_flops: operations per second that one worker's device can do.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class MetricsLog:
 
         Args:
             step: number of steps taken.
-            metrics: of this step.
-            seconds: of each phase, since the step written before.
+            metrics: what this step measured.
+            seconds: time in each phase, since the step written before.
         """
         now = time.perf_counter()
         last_step, last_time = self._last

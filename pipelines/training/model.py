@@ -36,7 +36,7 @@ def build_module(
     """The backbone with the Physical Branch, and the losses around it; what is trained is float32.
 
     Args:
-        config: of the run; its seed decides the parameters of a new branch and adapter.
+        config: the run's; its seed decides the parameters of a new branch and adapter.
         null_text_embeds: embedding of the empty prompt, `[L, D]`.
         checkpoint: what to resume from.
         place: see `fill`.

@@ -39,8 +39,8 @@ class ModelSize:
         backbone: parameters.
         branch: parameters.
         trained: parameters that are trained.
-        trained_bytes: of one trained parameter.
-        frozen_bytes: of all others.
+        trained_bytes: bytes of one trained parameter.
+        frozen_bytes: bytes of all other parameters together.
     """
 
     backbone: int
@@ -58,7 +58,7 @@ class Memory:
         weights: parameters as the forward pass uses them.
         gradients: as they are kept until the optimizer has stepped.
         optimizer: parameters in float32 and AdamW's moments.
-        buffers: of DeepSpeed's communication; with ZeRO 3 the parameters that are gathered at a time.
+        buffers: what DeepSpeed communicates with; with ZeRO 3 the parameters gathered at a time.
         host: what is offloaded.
     """
 
@@ -114,10 +114,10 @@ class Plan:
 
     Attributes:
         train: the configuration.
-        size: of the model.
-        num_tokens: of a sample, in the transformer.
+        size: the model's.
+        num_tokens: tokens of a sample in the transformer.
         text_length: tokens of the text encoder.
-        flops: of a step, over all GPUs.
+        flops: operations of a step, over all GPUs.
         activations: bytes of a micro-batch, by whether gradients are checkpointed; an estimate.
     """
 
@@ -208,7 +208,7 @@ def model_states(size: ModelSize, num_gpus: int, zero_stage: int, offload: str) 
     """Memory of weights, gradients and optimizer on each of `num_gpus`, as DeepSpeed's estimators have it.
 
     Args:
-        size: of the model.
+        size: the model's.
         num_gpus: that share the work.
         zero_stage: 0 to 3.
         offload: "none", "optimizer" or "all", as in the configuration.

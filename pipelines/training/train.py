@@ -169,14 +169,14 @@ def tell_samples(cache: PriorCache) -> None:
 
 
 def compare_samples(config: Config, cache: PriorCache) -> None:
-    """Says where the cache has changed since the last checkpoint: it may, but the batches change with it."""
+    """Warns if the cache has changed since the last checkpoint: that may be, but batches change with it."""
     newest, samples = newest_run(config.checkpoints), describe_samples(config, cache)
     # A checkpoint need not say it: the first ones did not.
     before = samples if newest is None else newest[1].get("samples", samples)
     if before != samples:
         logger.warning(
-            "the cache has other samples to train on (%d) than at the last checkpoint (%d): from here on the "
-            "batches are others than without that change",
+            "the cache holds other samples to train on (%d) than at the last checkpoint (%d): batches from "
+            "here on differ from those of a run without that change",
             samples["number"],
             before["number"],
         )

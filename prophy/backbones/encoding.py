@@ -14,7 +14,7 @@ class VideoEncoder:
 
     Args:
         pretrained: folder, hub id or "tiny".
-        revision: of a hub id.
+        revision: commit, branch or tag, where it is a hub id.
         dtype: "float32" or "bfloat16", of the text encoder; the VAE stays in float32.
         autocast: "bfloat16", or None.
         max_sequence_length: text tokens; the same in training as at inference.

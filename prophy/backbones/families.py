@@ -73,7 +73,7 @@ class Family:
         """Checks that the product can run a model of this family, from its configurations alone.
 
         Args:
-            name: of the model, for the message.
+            name: the model's, for the message.
             pipeline: configuration of the pipeline.
             transformer: configuration of the transformer.
 

@@ -91,7 +91,7 @@ def check_unchanged(folder: Path, trained: Mapping[str, str | None], pretrained:
     """Checks that `pretrained`, at the revision of then, is what a checkpoint of training was trained on.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint's.
         trained: `name`, `revision` and `fingerprint` in it.
         pretrained: see `resolve_pretrained`.
 
@@ -113,7 +113,7 @@ def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Mo
     Args:
         family: key of `FAMILIES`.
         pretrained: see `resolve_pretrained`.
-        revision: of a hub id.
+        revision: commit, branch or tag, where it is a hub id.
 
     Raises:
         ProPhyError: there is no such model, or this family cannot run it.
@@ -133,7 +133,7 @@ def download(pretrained: str, revision: str | None, parts: list[str] | None = No
 
     Args:
         pretrained: see `resolve_pretrained`.
-        revision: of a hub id.
+        revision: commit, branch or tag, where it is a hub id.
         parts: patterns of the files that are needed; all if None.
 
     Raises:

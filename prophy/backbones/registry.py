@@ -28,8 +28,8 @@ def load_pipeline(
     Args:
         family: key of `FAMILIES`.
         pretrained: see `resolve_pretrained`.
-        revision: of a hub id.
-        dtype: of transformer and text encoder.
+        revision: commit, branch or tag, where it is a hub id.
+        dtype: precision of transformer and text encoder.
         checkpoint: folder that `save_branch` wrote.
         components: components to use instead of the pretrained ones; None leaves one out.
 

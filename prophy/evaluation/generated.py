@@ -40,7 +40,7 @@ class Sampling:
         fps: frame rate, which only the scores know.
         size: height and width in pixels.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: weight of classifier-free guidance.
         physics: knobs of the Physical Branch; None where there is no branch.
     """
 

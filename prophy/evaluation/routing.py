@@ -45,9 +45,9 @@ def score_routing(
         transformer: with a Physical Branch.
         objective: what it was trained on.
         clips: the truth about each clip.
-        latents: of the clips, `[N, C, T, H, W]`.
-        text_embeds: of their captions, `[N, L, D]`.
-        token_grid: of the transformer.
+        latents: the clips', `[N, C, T, H, W]`.
+        text_embeds: embeddings of their captions, `[N, L, D]`.
+        token_grid: the transformer's, `(T', H', W')`.
     """
     where: dict[Phenomenon, list[float]] = defaultdict(list)
     which: dict[Phenomenon, list[float]] = defaultdict(list)

@@ -94,7 +94,7 @@ def routing_section(prompt: str, frames: np.ndarray, trace: PhysicsTrace) -> Sec
     Args:
         prompt: what was asked for.
         frames: the generated video, uint8 `[T, H, W, 3]`.
-        trace: of its generation.
+        trace: what its generation recorded.
     """
     assert trace.phenomenon_maps is not None and trace.semantic_weights is not None
     maps = trace.phenomenon_maps[0].numpy()

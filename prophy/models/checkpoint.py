@@ -101,7 +101,7 @@ def write_branch(
         physics: see `BranchCheckpoint`.
         backbone: see `BranchCheckpoint`.
         lora: see `BranchCheckpoint`.
-        shapes: of each tensor, by its name in the transformer.
+        shapes: each tensor's, by its name in the transformer.
         read: the tensor of a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,9 +143,9 @@ def write_files(
     Args:
         folder: where to.
         pattern: name of the files, with `{suffix}`, which is empty where one file holds all.
-        shapes: of each tensor.
+        shapes: each tensor's, by name.
         read: the tensor of a name.
-        metadata: of the files.
+        metadata: what each file says of itself.
 
     Returns:
         The file of each tensor.

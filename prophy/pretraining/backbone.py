@@ -59,14 +59,14 @@ class BackboneRecipe:
         num_held_out: clips to validate on.
         num_samples: held-out captions to make videos of.
         num_captions: wordings of each clip that are drawn from.
-        seed: of weights, clips and draws.
+        seed: decides weights, clips and draws.
         batch_size: clips in a step.
-        learning_rate: of Muon and of AdamW.
-        weight_decay: of both.
+        learning_rate: Muon's and AdamW's.
+        weight_decay: that of both optimisers.
         warmup_steps: steps until the learning rate is reached.
         decay_share: last share of the steps, in which it falls to zero.
         caption_dropout: share of captions that are replaced by the empty prompt.
-        ema_decay: of the moving average of the weights, which is what is kept.
+        ema_decay: decay of the weights' moving average, which is what is kept.
         validate_every: steps between validations.
     """
 

@@ -92,8 +92,8 @@ class Progress:
     """How far a training run is.
 
     Attributes:
-        seconds: of all its steps, on the wall clock.
-        cpu_seconds: of this process in all its steps, over all cores.
+        seconds: wall-clock time of all its steps.
+        cpu_seconds: CPU time of this process in all its steps, over all cores.
         history: what each step measured.
     """
 

@@ -45,8 +45,8 @@ class VaeRecipe:
         num_steps: optimiser steps.
         num_clips: simulated clips to train on.
         num_held_out: clips to measure on.
-        seed: of weights, clips and draws.
-        learning_rate: of Muon and of AdamW.
+        seed: decides weights, clips and draws.
+        learning_rate: Muon's and AdamW's.
         warmup_steps: steps until it is reached.
         decay_share: last share of the steps, in which it falls to zero.
         crops_share: first share of the steps, on crops; the others are on whole clips.
@@ -54,8 +54,8 @@ class VaeRecipe:
         crop_size: its height and width.
         crop_batch_size: crops in a step.
         clip_batch_size: whole clips in a step.
-        squared_weight: of the squared error, beside the absolute one.
-        kl_weight: of the KL divergence from a standard normal; a tenth of it in the first 30 % of the steps.
+        squared_weight: weight of the squared error, beside the absolute one.
+        kl_weight: weight of the KL divergence from a standard normal; a tenth of it in the first 30 %.
     """
 
     num_steps: int

@@ -53,10 +53,10 @@ class VlmRecipe:
     Attributes:
         num_steps: optimiser steps, each on clips that were never seen before.
         num_held_out: clips to measure on.
-        seed: of weights and draws.
+        seed: decides weights and draws.
         batch_size: clips in a step.
-        learning_rate: of Muon, for the matrices inside the blocks; AdamW's, for the rest, is half of it.
-        weight_decay: of matrices.
+        learning_rate: Muon's, for the matrices inside the blocks; AdamW's, for the rest, is half of it.
+        weight_decay: weight decay of matrices.
         warmup_steps: steps until the learning rate is reached.
         decay_share: last share of the steps, in which it falls to zero.
         validate_every: steps between validations.

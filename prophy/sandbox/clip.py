@@ -42,7 +42,7 @@ class ClipTruth:
         phenomena: what happens, in taxonomy order.
         masks: per phenomenon where it happens, bool `[T, H, W]`.
         tracks: the objects' true ways.
-        constants: of the laws, in SI units; the key carries the unit.
+        constants: the laws' constants, in SI units; the key carries the unit.
         pixels_per_m: scale.
     """
 

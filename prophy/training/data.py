@@ -83,7 +83,7 @@ class BatchPlan:
     Args:
         shapes: latent shape of each sample id.
         batch_size: samples in a global batch.
-        seed: of all orders.
+        seed: decides all orders.
 
     Raises:
         ProPhyError: there are fewer samples than a batch holds.
@@ -232,12 +232,12 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         plan: which samples make up a step.
         clip_shapes: every shape of clip that may occur.
         micro_batch_size: samples in a micro-batch; times `world_size` it divides the plan's batch.
-        rank: of this worker.
+        rank: this worker's.
         world_size: number of workers.
         recipe: how maps become targets (`prophy.priors.grounding.RECIPES`).
         negatives: what cells without the phenomenon say (`make_targets`).
         caption_dropout: share of captions that are replaced by the empty prompt.
-        seed: of noise, timesteps and dropout.
+        seed: decides noise, timesteps and dropout.
 
     Raises:
         ProPhyError: the cache holds latents of a shape that is not listed.

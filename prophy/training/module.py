@@ -30,15 +30,15 @@ class LossWeights(Protocol):
 
     @property
     def semantic_alignment(self) -> float:
-        """Of L_coarse."""
+        """Weight of L_coarse (Eq. 4)."""
 
     @property
     def token_alignment(self) -> float:
-        """Of L_fine_align."""
+        """Weight of L_fine_align (Eq. 5)."""
 
     @property
     def load_balancing(self) -> float:
-        """Of L_fine_balance."""
+        """Weight of L_fine_balance."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class LossOutput(BaseOutput):
         diffusion: mean squared error of the prediction.
         token_alignment: L_fine_align.
         load_balancing: L_fine_balance.
-        router_entropy: of rho_r, mean over tokens, in nats; log E_r is uniform.
+        router_entropy: entropy of rho_r in nats, mean over tokens; log E_r is uniform.
         expert_load: `[E_r]`, share of the tokens' choices that falls on each expert; 1 / E_r is balanced.
         semantic_alignment: L_coarse over the global batch; None where no captions were given.
     """
@@ -74,8 +74,8 @@ class ProPhyTrainModule(nn.Module):
         transformer: trains whatever of it requires gradients.
         objective: what it predicts.
         null_text_embeds: embedding of the empty prompt `[L, D]`, for dropped captions.
-        loss_weights: of Eq. 6.
-        reduction: of both alignment losses.
+        loss_weights: the weights of Eq. 6.
+        reduction: how both alignment losses add up.
         gradient_accumulation_steps: micro-steps whose gradients the engine averages.
     """
 
