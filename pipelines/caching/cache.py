@@ -2,8 +2,8 @@
 
 Two graphs, one after the other: where a video has no caption, the VLM's is what gets encoded. Priors do not
 depend on the backbone, so another backbone or resolution adds a folder of encodings and never asks the VLM
-again. What is done already is read from the files themselves; so the same command resumes, and does anew
-what belongs to a video, a caption or labels that are others now.
+again. What is done is read from the files themselves; so the same command resumes, and repeats what belongs
+to a video, a caption or labels that have changed.
 """
 
 import itertools

@@ -66,7 +66,7 @@ class VideoService:
         artefacts: the files of finished videos.
         dispatcher: makes queued jobs into videos.
         metrics: what is counted.
-        generator_status: of the model.
+        generator_status: how the model is.
         draw: name and arguments of a function of `pipelines.serving.drawing` -> what that draws.
         drawing: held while it is at work: it takes a processor.
     """

@@ -68,7 +68,7 @@ def write_dataset(
     Args:
         folder: where; made if it is not there.
         num_clips: how many in all, at most a million.
-        seed: of the data set; no two data sets share a clip's seed.
+        seed: the data set's; no two data sets share a clip's seed.
         num_frames: frames of each clip.
         fps: frame rate.
         size: height and width in pixels, even.
