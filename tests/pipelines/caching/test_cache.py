@@ -19,7 +19,7 @@ from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.pretrained import resolve_pretrained
 from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
-from prophy.schema import EMPTY_PROMPT, INDEX, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, INDEX, INPUT, tensor_from_columns
 from prophy.taxonomy import Phenomenon, from_multi_hot
 from prophy.training.data import PriorCache
 from prophy.video import read_frames, write_video
@@ -53,7 +53,7 @@ def files(folder: str | Path) -> dict[str, int]:
     return {
         file.name: file.stat().st_mtime_ns
         for file in Path(folder).glob("*.parquet")
-        if file.name not in (INDEX, EMPTY_PROMPT)
+        if file.name not in (INDEX, EMPTY_PROMPT, INPUT)
     }
 
 
