@@ -105,6 +105,7 @@ def branch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained branch of the embedded default."""
     import torch
 
+    from pipelines.training.model import branch_config
     from prophy.backbones.pretrained import fingerprint
     from prophy.backbones.registry import load_pipeline
     from prophy.models.checkpoint import save_branch
@@ -113,9 +114,7 @@ def branch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("branch") / "model"
     parts = {"vae": None, "text_encoder": None, "tokenizer": None}
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None, **parts)
-    physics = tiny_config(folder).physics.model_dump()
-    model = ProPhyWanTransformer3DModel.from_transformer(
-        pipeline.transformer, **physics, latent_shape=(5, 16, 16)
-    )
+    physics = branch_config(tiny_config(folder).physics, (5, 16, 16)).model_dump()
+    model = ProPhyWanTransformer3DModel.from_transformer(pipeline.transformer, physics)
     save_branch(model, folder, {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)})
     return folder

@@ -54,7 +54,9 @@ def save_checkpoint(folder: Path, family: str = "wan", pretrained: str = "tiny")
     transformer = (
         FAMILIES[family]
         .classes()
-        .prophy_transformer.from_transformer(backbone, physics_layers=[0, 2], latent_shape=(5, 16, 16))
+        .prophy_transformer.from_transformer(
+            backbone, {"physics_layers": [0, 2], "latent_shape": [5, 16, 16], "phenomena": [*Phenomenon]}
+        )
     )
     with torch.no_grad():
         for parameter in transformer.physics_branch.parameters():

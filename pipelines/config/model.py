@@ -1,11 +1,12 @@
 """The models of a run: the backbone, the VLM that teaches, the Physical Branch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from pipelines.config.base import NonNegativeInt, Pretrained, Section
 from prophy.backbones.families import FAMILIES
+from prophy.models import physics_config
 
 
 def _known_family(name: str) -> str:
@@ -104,44 +105,5 @@ class VlmConfig(Section):
     """Tokens after which an answer is cut. 64 hold two sentences; each token costs a forward pass."""
 
 
-class PhysicsConfig(Section):
+class PhysicsConfig(physics_config.PhysicsConfig, Section):
     """The Physical Branch: where it acts and how many experts it has."""
-
-    physics_layers: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    """Layers of the backbone, from 0, that get a Physical Block each; ascending.
-
-    The presets take every third layer of the first two thirds: the paper says as many as memory allows.
-    """
-
-    physical_blocks: bool = True
-    """Whether the listed layers get Physical Blocks. False: the experts act on the backbone's own stream."""
-
-    num_semantic_experts: NonNegativeInt = 8
-    """Experts that the text chooses, for the whole video; 0: no Semantic Expert Block.
-
-    The paper gives no number; 8 is fewer than the 17 phenomena, so that related ones share an expert.
-    """
-
-    num_refinement_experts: NonNegativeInt = 8
-    """Experts that each token chooses; 0: no Refinement Expert Block.
-
-    The paper gives no number, but widens it to the 17 phenomena, so it has fewer.
-    """
-
-    top_k: PositiveInt = 2
-    """Refinement experts that act on each token, at most num_refinement_experts. 2 is usual for mixtures."""
-
-    @property
-    def any(self) -> bool:
-        """Whether the branch has anything at all; without, a run is LoRA or full tuning alone."""
-        return bool(self.physical_blocks or self.num_semantic_experts or self.num_refinement_experts)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_refinement_experts and self.top_k > self.num_refinement_experts:
-            raise ValueError(
-                f"top_k ({self.top_k}) must not exceed num_refinement_experts ({self.num_refinement_experts})"
-            )
-        if sorted(set(self.physics_layers)) != self.physics_layers:
-            raise ValueError(f"physics_layers ({self.physics_layers}) must be ascending, each layer once")
-        return self

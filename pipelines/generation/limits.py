@@ -57,5 +57,5 @@ def shape_limits(config: Config) -> ShapeLimits:
         max_num_frames=config.serve.max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
         # A complete export brings its branch along.
-        has_branch=config.checkpoint is not None or "physics_layers" in transformer,
+        has_branch=config.checkpoint is not None or "physics" in transformer,
     )

@@ -32,7 +32,7 @@ from pipelines.training.engine import (
 from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.training.model import build_module
 from prophy.device import has_bfloat16, peak_flops
-from prophy.models.checkpoint import lora_config, physics_config
+from prophy.models.checkpoint import lora_config
 from prophy.training.cost import count_flops
 from prophy.training.data import PriorCache, TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
@@ -128,7 +128,7 @@ def _train(loop_config: dict[str, Any]) -> None:
             asked = time.monotonic()
         if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
             transformer = engine.module.transformer
-            run = {"backbone": loop_config["backbone"], "physics": physics_config(transformer)}
+            run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
             run |= {"lora": lora_config(transformer), "samples": samples}
             save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
             saved, preempted = step, preempted or leaving

@@ -4,7 +4,7 @@ A rank never holds more than its share, one whole parameter, and the new experts
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from prophy.backbones.pretrained import check_checkpoint, download, load_configs
 from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
+from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.weights import WeightFiles, empty_model, fill, keep
+from prophy.taxonomy import PHENOMENA
 from prophy.training.data import ClipShape
 from prophy.training.module import ProPhyTrainModule
 
@@ -92,6 +94,11 @@ def clip_shape(backbone: BackboneConfig) -> ClipShape:
     )
 
 
+def branch_config(physics: PhysicsConfig, latent_shape: Sequence[int]) -> BranchConfig:
+    """The branch that a run trains, for clips whose latents have this (T, H, W)."""
+    return BranchConfig(**physics.model_dump(), latent_shape=[*latent_shape], phenomena=[*PHENOMENA])
+
+
 def _scheduler_config(folder: Path) -> Mapping[str, Any]:
     """The pipeline's scheduler's, with the defaults of its class."""
     settings = json.loads((folder / "scheduler_config.json").read_text())
@@ -107,8 +114,8 @@ def _empty_transformer(config: Config) -> PhysicsTransformer:
     dtype = torch.float32 if exact else getattr(torch, backbone.dtype)
     upstream = empty_model(classes.transformer, settings, dtype)
     torch.manual_seed(train.seed)
-    physics = config.physics.model_dump() | {"latent_shape": list(clip_shape(backbone).latents[1:])}
-    transformer = classes.prophy_transformer.from_transformer(upstream, **physics)
+    physics = branch_config(config.physics, clip_shape(backbone).latents[1:])
+    transformer = classes.prophy_transformer.from_transformer(upstream, physics.model_dump())
     transformer.physics_branch.float()
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)
@@ -124,12 +131,11 @@ def _start(config: Config, folder: Path) -> BranchCheckpoint:
     Raises:
         ProPhyError: it is of another backbone or shape, or the backbone was trained in another way.
     """
-    train, physics = config.train, config.physics.model_dump()
+    train = config.train
     check_checkpoint(folder, config.backbone.pretrained, config.backbone.revision)
     start = load_branch(folder)
-    theirs = {name: start.physics.get(name, value) for name, value in physics.items()}
-    theirs["latent_shape"] = list(start.physics["latent_shape"])
-    ours = physics | {"latent_shape": list(clip_shape(config.backbone).latents[1:])}
+    theirs = BranchConfig.read(start.physics).model_dump()
+    ours = branch_config(config.physics, clip_shape(config.backbone).latents[1:]).model_dump()
     if start.lora is not None:
         theirs["lora"] = start.lora
         lora = {"rank": train.lora_rank, "alpha": train.lora_alpha}

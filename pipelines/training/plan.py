@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import Config, TrainConfig
+from pipelines.training.model import branch_config
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import load_configs
 from prophy.models.physics_transformer import PhysicsTransformer
@@ -180,7 +181,7 @@ def make_plan(config: Config) -> Plan:
     )
     with torch.device("meta"):
         transformer = family.classes().prophy_transformer.from_config(
-            {**transformer_config, **config.physics.model_dump(), "latent_shape": latents}
+            {**transformer_config, "physics": branch_config(config.physics, latents).model_dump(mode="json")}
         )
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)

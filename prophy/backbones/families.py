@@ -86,6 +86,11 @@ class Family:
                 f"{name} is a {kind}, and this backbone.family reads {' and '.join(self.pipelines)}; choose "
                 f"another backbone.pretrained, or the family that this one belongs to"
             )
+        if "physics_layers" in transformer:
+            raise ProPhyError(
+                f"{name} was exported by an earlier version, which did not write the names of its phenomena; "
+                f"run `prophy export --complete` again"
+            )
         reason = self.unsupported(pipeline, transformer)
         if reason is not None:
             raise ProPhyError(f"{name} {reason}; choose another backbone.pretrained")

@@ -52,7 +52,7 @@ def load_pipeline(
     except OSError:
         raise unloadable(pretrained) from None
     if branch is not None:
-        transformer = classes.prophy_transformer.from_transformer(pipeline.transformer, **branch.physics)
+        transformer = classes.prophy_transformer.from_transformer(pipeline.transformer, branch.physics)
         if branch.lora is not None:
             transformer.add_lora(**branch.lora, dtype=dtype)
         missing, unexpected = transformer.load_state_dict(branch.state_dict, strict=False)

@@ -22,15 +22,6 @@ _WEIGHTS = "physics_branch{suffix}.safetensors"  # the suffix is empty where one
 _ADAPTER = "pytorch_lora_weights{suffix}.safetensors"
 _BACKBONE = "backbone{suffix}.safetensors"
 _MAX_FILE = 5_000_000_000  # bytes
-_PHYSICS = (
-    "physics_layers",
-    "physical_blocks",
-    "num_semantic_experts",
-    "num_refinement_experts",
-    "top_k",
-    "latent_shape",
-    "num_phenomena",
-)
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class BranchCheckpoint:
     """What a checkpoint folder holds.
 
     Attributes:
-        physics: the branch's part of the transformer's configuration.
+        physics: the transformer's argument `physics`, a `BranchConfig` as JSON.
         backbone: `name`, `revision` and `fingerprint` of the pipeline that it was trained on.
         state_dict: what was trained, by its names in the transformer with branch and adapter.
         lora: `rank` and `alpha` of the adapter; None if there is none.
@@ -48,11 +39,6 @@ class BranchCheckpoint:
     backbone: dict[str, str | None]
     state_dict: dict[str, torch.Tensor]
     lora: dict[str, Any] | None = None
-
-
-def physics_config(transformer: ModelMixin) -> dict[str, Any]:
-    """The branch's part of the configuration of `transformer`."""
-    return {key: transformer.config[key] for key in _PHYSICS}
 
 
 def lora_config(transformer: ModelMixin) -> dict[str, Any] | None:
@@ -78,7 +64,7 @@ def save_branch(transformer: PhysicsTransformer, folder: Path, backbone: dict[st
     }
     write_branch(
         folder,
-        physics_config(transformer),
+        transformer.config["physics"],
         backbone,
         lora_config(transformer),
         {name: value.shape for name, value in state_dict.items()},

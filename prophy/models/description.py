@@ -13,7 +13,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """`physics`, `backbone` and, where there is an adapter, `lora` of the checkpoint in `folder`.
 
     Raises:
-        ProPhyError: the folder holds no such checkpoint.
+        ProPhyError: the folder holds no such checkpoint, or one that names no phenomena.
     """
     if not (folder / DESCRIPTION).is_file() or not any(folder.glob("*.safetensors")):
         if any(folder.glob("rank-*.safetensors")):
@@ -25,7 +25,14 @@ def describe(folder: Path) -> dict[str, Any]:
             f"no trained branch in {folder}; give the `model` folder of a finished training run, or what "
             "`prophy export` wrote"
         )
-    return json.loads((folder / DESCRIPTION).read_text())
+    description = json.loads((folder / DESCRIPTION).read_text())
+    if "phenomena" not in description["physics"]:
+        raise ProPhyError(
+            f"{folder / DESCRIPTION} is of an earlier version, which wrote how many phenomena the branch "
+            f"knows (num_phenomena) and not which; replace that key by the list phenomena: their names, in "
+            f"the order of its training"
+        )
+    return description
 
 
 def trained_on(folder: Path) -> dict[str, str | None]:

@@ -6,6 +6,7 @@ precision around them, as in Switch Transformers (Fedus et al., 2021): rounded l
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -62,7 +63,7 @@ class SemanticExpertBlock(nn.Module):
     """
 
     def __init__(
-        self, text_dim: int, num_experts: int, latent_channels: int, latent_shape: tuple[int, int, int]
+        self, text_dim: int, num_experts: int, latent_channels: int, latent_shape: Sequence[int]
     ) -> None:
         super().__init__()
         self.router = SemanticRouter(text_dim, num_experts)

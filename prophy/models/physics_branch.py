@@ -12,6 +12,7 @@ from torch import nn
 
 from prophy.models.control import PhysicsControl, RoutingOutput
 from prophy.models.experts import RefinementExpertBlock, SemanticExpertBlock
+from prophy.models.physics_config import BranchConfig
 
 
 class ZeroLinear(nn.Linear):
@@ -55,14 +56,10 @@ class PhysicsBranch(nn.Module):
 
     Args:
         blocks: copies of the backbone's blocks, one per listed layer; or none.
+        config: what else decides the branch.
         hidden_dim: width of a token.
         text_dim: width of the text encoder's output.
         latent_channels: C.
-        latent_shape: native (T, H, W) of the basis maps.
-        num_semantic_experts: E_s; 0 leaves the block out.
-        num_refinement_experts: E_r; 0 leaves the block out.
-        top_k: refinement experts per token.
-        num_phenomena: E_phys.
     """
 
     semantic: SemanticExpertBlock | None
@@ -74,25 +71,25 @@ class PhysicsBranch(nn.Module):
     def __init__(
         self,
         blocks: Sequence[nn.Module],
+        config: BranchConfig,
         *,
         hidden_dim: int,
         text_dim: int,
         latent_channels: int,
-        latent_shape: tuple[int, int, int],
-        num_semantic_experts: int,
-        num_refinement_experts: int,
-        top_k: int,
-        num_phenomena: int,
     ) -> None:
         super().__init__()
         self.semantic = self.semantic_injection = self.refinement = self.refinement_injection = None
-        if num_semantic_experts:
-            self.semantic = SemanticExpertBlock(text_dim, num_semantic_experts, latent_channels, latent_shape)
+        if config.num_semantic_experts:
+            self.semantic = SemanticExpertBlock(
+                text_dim, config.num_semantic_experts, latent_channels, config.latent_shape
+            )
             if not blocks:
                 self.semantic_injection = ZeroLinear(hidden_dim, hidden_dim)
         self.blocks = nn.ModuleList(PhysicalBlock(block, hidden_dim) for block in blocks)
-        if num_refinement_experts:
-            self.refinement = RefinementExpertBlock(hidden_dim, num_refinement_experts, top_k, num_phenomena)
+        if config.num_refinement_experts:
+            self.refinement = RefinementExpertBlock(
+                hidden_dim, config.num_refinement_experts, config.top_k, len(config.phenomena)
+            )
             self.refinement_injection = ZeroLinear(hidden_dim, hidden_dim)
         self.gradient_checkpointing = (
             False  # diffusers switches it on, and sets `_gradient_checkpointing_func`

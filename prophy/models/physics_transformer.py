@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,6 +17,7 @@ from torch import nn
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, RoutingOutput
 from prophy.models.physics_branch import PhysicsBranch
+from prophy.models.physics_config import BranchConfig
 
 BRANCH = "physics_branch."  # begins the names of the branch's parameters
 Residual = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
@@ -41,9 +42,15 @@ class PhysicsTransformer(ModelMixin):
 
     A family names its `_block_list` (attribute), its `_block` and `_injected_block` (classes) and `_text_dim`
     (key of the configuration), makes a `_new_block`, and gives `predict`, `_embed_inputs`, `_patch_weight`.
-    Its `__init__` ends with `self._add_branch()`. Routers are float32, whatever the precision of the rest.
+    Its `__init__` takes `physics` and ends with `self._add_branch()`. Routers are float32, whatever the
+    precision of the rest.
+
+    Attributes:
+        physics: what decides the branch.
+        physics_branch: the branch.
     """
 
+    physics: BranchConfig
     physics_branch: PhysicsBranch
     _block_list: ClassVar[str]
     _block: ClassVar[type[nn.Module]]
@@ -51,7 +58,7 @@ class PhysicsTransformer(ModelMixin):
     _text_dim: ClassVar[str]
 
     @classmethod
-    def from_transformer(cls, backbone: ModelMixin, **physics: Any) -> Self:
+    def from_transformer(cls, backbone: ModelMixin, physics: Mapping[str, Any]) -> Self:
         """Puts a new branch beside `backbone`, its blocks copied from the listed ones.
 
         The backbone's parameters are taken over, not copied: the two share memory.
@@ -59,23 +66,23 @@ class PhysicsTransformer(ModelMixin):
         Args:
             backbone: a text-to-video transformer of this family; where its parameters are on the meta device,
                 those of the copied blocks are too, and the rest of the branch is on the CPU.
-            physics: this class's own arguments, `physics_layers` and so on.
+            physics: the new branch, as `BranchConfig` has it.
 
         Raises:
             ProPhyError: the backbone is image-to-video, or has fewer blocks than `physics_layers` asks for.
         """
         config = {name: value for name, value in backbone.config.items() if not name.startswith("_")}
         with torch.device("meta"):
-            model = cls(**config, **physics)
+            model = cls(**config, physics=BranchConfig.read(physics).model_dump(mode="json"))
         own_blocks, blocks = getattr(model, cls._block_list), getattr(backbone, cls._block_list)
         _take_over(model, backbone)
         setattr(model, cls._block_list, own_blocks)
         for layer, block in enumerate(blocks):
-            if layer in model.config.physics_layers:
+            if layer in model.physics.physics_layers:
                 _take_over(own_blocks[layer], block)
             else:
                 own_blocks[layer] = block
-        layers = model.config.physics_layers if model.config.physical_blocks else []
+        layers = model.physics.physics_layers if model.physics.physical_blocks else []
         model.physics_branch = model._new_branch([copy.deepcopy(blocks[layer]) for layer in layers])
         device = torch.device("cpu") if backbone.device.type == "meta" else backbone.device
         for name, parameter in model.physics_branch.named_parameters():
@@ -115,7 +122,7 @@ class PhysicsTransformer(ModelMixin):
     def backbone_name(self, name: str) -> str | None:
         """Tensor of the pretrained backbone that a new one of this model equals; None where it is new."""
         if block := re.fullmatch(rf"{BRANCH}blocks\.(\d+)\.block\.(.+)", name):
-            return f"{self._block_list}.{self.config.physics_layers[int(block[1])]}.{block[2]}"
+            return f"{self._block_list}.{self.physics.physics_layers[int(block[1])]}.{block[2]}"
         if name.startswith(BRANCH) or "lora_" in name:
             return None
         return name.replace(".base_layer.", ".")
@@ -168,12 +175,16 @@ class PhysicsTransformer(ModelMixin):
         raise NotImplementedError
 
     def _add_branch(self) -> None:
-        blocks = getattr(self, self._block_list)
-        for layer in self.config.physics_layers:
+        self.physics = BranchConfig.read(self.config.physics)
+        layers, blocks = self.physics.physics_layers, getattr(self, self._block_list)
+        if layers[-1] >= len(blocks):
+            raise ProPhyError(
+                f"physics_layers {layers} go beyond the backbone's {len(blocks)} blocks; "
+                f"give indices from 0 to {len(blocks) - 1}"
+            )
+        for layer in layers:
             blocks[layer] = self._new_block(self._injected_block)
-        new = [
-            self._new_block(self._block) for _ in self.config.physics_layers if self.config.physical_blocks
-        ]
+        new = [self._new_block(self._block) for _ in layers if self.physics.physical_blocks]
         self.physics_branch = self._new_branch(new)
         if self.config.lora_rank is not None:
             self.add_lora(self.config.lora_rank, self.config.lora_alpha)
@@ -182,14 +193,10 @@ class PhysicsTransformer(ModelMixin):
         config = self.config
         return PhysicsBranch(
             blocks,
+            self.physics,
             hidden_dim=config.num_attention_heads * config.attention_head_dim,
             text_dim=config[self._text_dim],
             latent_channels=config.in_channels,
-            latent_shape=tuple(config.latent_shape),
-            num_semantic_experts=config.num_semantic_experts,
-            num_refinement_experts=config.num_refinement_experts,
-            top_k=config.top_k,
-            num_phenomena=config.num_phenomena,
         )
 
     def _run_branch(
@@ -226,7 +233,7 @@ class PhysicsTransformer(ModelMixin):
         control = (attention_kwargs or {}).get("physics") or PhysicsControl()
         if control.scale == 0:
             return {}, None
-        branch, layers = self.physics_branch, self.config.physics_layers
+        branch, layers = self.physics_branch, self.physics.physics_layers
         complete = branch.semantic is not None and branch.refinement is not None
         if not complete and (control.strength or control.invert_refinement or control.trace is not None):
             raise ProPhyError(
@@ -278,16 +285,3 @@ def _take_over(module: nn.Module, source: nn.Module) -> None:
         setattr(module, name, parameter)
     for name, child in source.named_children():
         setattr(module, name, child)
-
-
-def check_layers(physics_layers: Sequence[int], num_layers: int) -> None:
-    """Checks that the backbone has the listed layers.
-
-    Raises:
-        ProPhyError: it has fewer.
-    """
-    if max(physics_layers) >= num_layers:
-        raise ProPhyError(
-            f"physics_layers {list(physics_layers)} go beyond the backbone's {num_layers} blocks; "
-            f"give indices from 0 to {num_layers - 1}"
-        )

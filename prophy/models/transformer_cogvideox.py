@@ -19,10 +19,8 @@ from prophy.models.physics_transformer import (
     PhysicsTransformer,
     ProPhyTransformerOutput,
     Residual,
-    check_layers,
     inject,
 )
-from prophy.taxonomy import NUM_PHENOMENA
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,15 +54,9 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
     equals the backbone's bit for bit. The arguments are upstream's, then:
 
     Args:
-        physics_layers: blocks of the backbone that get a Physical Block, ascending.
-        physical_blocks: False: they get none, and the experts act on the backbone's own stream.
-        num_semantic_experts: E_s; 0 for none.
-        num_refinement_experts: E_r; 0 for none.
-        top_k: refinement experts per token.
-        latent_shape: native (T, H, W) of the basis maps.
-        num_phenomena: E_phys.
         lora_rank: of an adapter on the backbone's attention; None for none.
         lora_alpha: its output is scaled by alpha / rank.
+        physics: the branch, a `BranchConfig` as JSON.
     """
 
     _no_split_modules: ClassVar = [
@@ -112,22 +104,16 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         use_rotary_positional_embeddings: bool = False,
         use_learned_positional_embeddings: bool = False,
         patch_bias: bool = True,
-        physics_layers: tuple[int, ...] = (0, 3, 6, 9, 12, 15, 18),
-        physical_blocks: bool = True,
-        num_semantic_experts: int = 8,
-        num_refinement_experts: int = 8,
-        top_k: int = 2,
-        latent_shape: tuple[int, int, int] = (13, 60, 90),
-        num_phenomena: int = NUM_PHENOMENA,
         lora_rank: int | None = None,
         lora_alpha: int | None = None,
+        *,
+        physics: dict[str, Any],
     ) -> None:
         if in_channels != out_channels or ofs_embed_dim is not None:
             raise ProPhyError(
                 f"the backbone is image-to-video (in_channels {in_channels}, out_channels {out_channels}); "
                 f"choose a text-to-video one"
             )
-        check_layers(physics_layers, num_layers)
         super().__init__(
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,

@@ -17,10 +17,8 @@ from prophy.models.physics_transformer import (
     PhysicsTransformer,
     ProPhyTransformerOutput,
     Residual,
-    check_layers,
     inject,
 )
-from prophy.taxonomy import NUM_PHENOMENA
 
 
 class InjectedWanTransformerBlock(WanTransformerBlock):
@@ -49,15 +47,9 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     Before any training its output equals the backbone's bit for bit. The arguments are upstream's, then:
 
     Args:
-        physics_layers: blocks of the backbone that get a Physical Block, ascending.
-        physical_blocks: False: they get none, and the experts act on the backbone's own stream.
-        num_semantic_experts: E_s; 0 for none.
-        num_refinement_experts: E_r; 0 for none.
-        top_k: refinement experts per token.
-        latent_shape: native (T, H, W) of the basis maps.
-        num_phenomena: E_phys.
         lora_rank: of an adapter on the backbone's attention; None for none.
         lora_alpha: its output is scaled by alpha / rank.
+        physics: the branch, a `BranchConfig` as JSON.
     """
 
     _no_split_modules: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", "PhysicalBlock"]
@@ -88,19 +80,13 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         added_kv_proj_dim: int | None = None,
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
-        physics_layers: tuple[int, ...] = (0, 3, 6, 9, 12, 15, 18, 21, 24),
-        physical_blocks: bool = True,
-        num_semantic_experts: int = 8,
-        num_refinement_experts: int = 8,
-        top_k: int = 2,
-        latent_shape: tuple[int, int, int] = (21, 60, 104),
-        num_phenomena: int = NUM_PHENOMENA,
         lora_rank: int | None = None,
         lora_alpha: int | None = None,
+        *,
+        physics: dict[str, Any],
     ) -> None:
         if image_dim is not None:
             raise ProPhyError("the backbone is image-to-video (image_dim is set); choose a text-to-video one")
-        check_layers(physics_layers, num_layers)
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,

@@ -118,7 +118,7 @@ class ProPhyTrainModule(nn.Module):
         dtype = self.transformer.dtype
         output = self.transformer.predict(noisy.to(dtype), timesteps, text.to(dtype))
         assert output.routing is not None  # the branch is skipped by a knob of requests alone
-        branch, top_k = self.transformer.physics_branch, self.transformer.config.top_k
+        branch, top_k = self.transformer.physics_branch, self.transformer.physics.top_k
 
         # 3. Losses (Eq. 6), of the experts that there are
         loss = F.mse_loss(output.sample.float(), target.float())

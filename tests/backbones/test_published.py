@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipelines.config import load_config
+from pipelines.training.model import branch_config
 from prophy.backbones.families import FAMILIES
 
 # By preset: parameters of the published model; latents and tokens of a clip.
@@ -27,7 +28,9 @@ def test_published_configuration(preset: str) -> None:
         shape = family.latent_shape(
             clip.num_frames, clip.height, clip.width, family.published_vae, upstream.config
         )
-        model = classes.prophy_transformer(**published, **config.physics.model_dump(), latent_shape=shape)
+        model = classes.prophy_transformer(
+            **published, physics=branch_config(config.physics, shape).model_dump()
+        )
     assert shape == latents and family.token_grid(shape, upstream.config) == tokens
 
     assert sum(parameter.numel() for parameter in upstream.parameters()) == num_parameters

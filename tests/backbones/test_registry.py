@@ -27,7 +27,8 @@ def test_a_name_that_is_no_model(name: str, tmp_path: Path) -> None:
 
 def test_a_branch_of_another_backbone_is_refused(tmp_path: Path) -> None:
     transformer = ProPhyWanTransformer3DModel(
-        **TRANSFORMER | {"num_layers": 1}, physics_layers=(0,), latent_shape=(5, 16, 16)
+        **TRANSFORMER | {"num_layers": 1},
+        physics={"physics_layers": [0], "latent_shape": [5, 16, 16], "phenomena": ["melting"]},
     )
     save_branch(transformer, tmp_path, {"name": "another", "revision": None, "fingerprint": "0"})
     with pytest.raises(ProPhyError, match=r"another backbone \(another\) than tiny"):
@@ -51,7 +52,8 @@ def test_an_adapter_is_served_in_bfloat16_as_it_was_trained(family: str, tmp_pat
         FAMILIES[family]
         .classes()
         .prophy_transformer.from_transformer(
-            pipeline.transformer, physics_layers=(0,), latent_shape=(2, 4, 4), **NO_BRANCH
+            pipeline.transformer,
+            {"physics_layers": [0], "latent_shape": [2, 4, 4], "phenomena": ["melting"], **NO_BRANCH},
         )
     )
     trained.add_lora(rank=8, alpha=4)

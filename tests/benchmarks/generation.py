@@ -26,6 +26,7 @@ from pipelines.config import load_config
 from pipelines.generation.generate import spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec, StepCache, VideoSpec
+from pipelines.training.model import branch_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.training.cost import _grouped_mm_flop, _predict
 
@@ -116,8 +117,7 @@ def count_operations() -> Table:
             num_attention_heads=12,
             ffn_dim=8960,
             num_layers=30,
-            latent_shape=LATENTS[1:],
-            **load_config("wan2.1-1.3b").physics.model_dump(),
+            physics=branch_config(load_config("wan2.1-1.3b").physics, LATENTS[1:]).model_dump(),
         )
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

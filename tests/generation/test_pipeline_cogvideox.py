@@ -15,6 +15,7 @@ from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
+from prophy.taxonomy import PHENOMENA
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, SCALING_FACTOR, write_pipeline
 
 
@@ -33,7 +34,7 @@ def pipeline(folder: Path, bare: ProPhyCogVideoXPipeline) -> ProPhyCogVideoXPipe
     """With an untrained branch."""
     torch.manual_seed(0)
     transformer = ProPhyCogVideoXTransformer3DModel.from_transformer(
-        bare.transformer, physics_layers=(0, 2), latent_shape=(6, 8, 8)
+        bare.transformer, {"physics_layers": (0, 2), "latent_shape": (6, 8, 8), "phenomena": PHENOMENA}
     )
     components = bare.components | {"transformer": transformer.eval()}
     return ProPhyCogVideoXPipeline(**components, max_sequence_length=MAX_SEQUENCE_LENGTH)

@@ -14,6 +14,7 @@ from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.taxonomy import PHENOMENA
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def pipeline(bare: ProPhyWanPipeline) -> ProPhyWanPipeline:
     """With an untrained branch."""
     torch.manual_seed(0)
     transformer = ProPhyWanTransformer3DModel.from_transformer(
-        bare.transformer, physics_layers=(0, 3), latent_shape=(2, 8, 8)
+        bare.transformer, {"physics_layers": (0, 3), "latent_shape": (2, 8, 8), "phenomena": PHENOMENA}
     )
     return ProPhyWanPipeline(**bare.components | {"transformer": transformer.eval()}, max_sequence_length=32)
 

@@ -10,6 +10,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, ModelMixin
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.taxonomy import PHENOMENA
 
 WAN: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -36,11 +37,12 @@ COGVIDEOX: dict[str, Any] = {
     "max_text_seq_length": 5,
 }
 PHYSICS: dict[str, Any] = {
-    "physics_layers": (0, 2),
+    "physics_layers": [0, 2],
     "num_semantic_experts": 3,
     "num_refinement_experts": 4,
     "top_k": 2,
-    "latent_shape": (2, 4, 6),
+    "latent_shape": [2, 4, 6],
+    "phenomena": [*PHENOMENA],
 }
 BACKBONES: dict[str, tuple[type[ModelMixin], type[PhysicsTransformer], dict[str, Any]]] = {
     "wan": (WanTransformer3DModel, ProPhyWanTransformer3DModel, WAN),
@@ -109,7 +111,7 @@ def backbone(family: str) -> ModelMixin:
 
 @pytest.fixture
 def transformer(family: str, backbone: ModelMixin) -> PhysicsTransformer:
-    return BACKBONES[family][1].from_transformer(backbone, **PHYSICS)
+    return BACKBONES[family][1].from_transformer(backbone, PHYSICS)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from diffusers import ModelMixin
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import load_branch, save_branch
 from prophy.models.description import trained_on
+from prophy.models.physics_config import BranchConfig
+from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 
 from .conftest import BASELINES, PHYSICS
@@ -19,7 +22,7 @@ def test_save_and_load(awakened: ProPhyWanTransformer3DModel, tmp_path: Path) ->
     save_branch(awakened, tmp_path / "model", BACKBONE)
     checkpoint = load_branch(tmp_path / "model")
     assert checkpoint.backbone == trained_on(tmp_path / "model") == BACKBONE
-    assert tuple(checkpoint.physics["physics_layers"]) == PHYSICS["physics_layers"]
+    assert checkpoint.physics["physics_layers"] == PHYSICS["physics_layers"]
     expected = {f"physics_branch.{key}": value for key, value in awakened.physics_branch.state_dict().items()}
     assert checkpoint.state_dict.keys() == expected.keys()
     assert all(torch.equal(checkpoint.state_dict[key], value) for key, value in expected.items())
@@ -28,7 +31,7 @@ def test_save_and_load(awakened: ProPhyWanTransformer3DModel, tmp_path: Path) ->
 def test_an_adapter_is_diffusers_own(backbone: ModelMixin, inputs: dict, tmp_path: Path) -> None:
     """A run that trains an adapter alone writes a file that diffusers loads without this project."""
     plain = copy.deepcopy(backbone)
-    model = ProPhyWanTransformer3DModel.from_transformer(backbone, **PHYSICS | BASELINES["lora"])
+    model = ProPhyWanTransformer3DModel.from_transformer(backbone, PHYSICS | BASELINES["lora"])
     model.add_lora(rank=4, alpha=8)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -57,3 +60,22 @@ def test_a_training_checkpoint_is_no_branch(tmp_path: Path) -> None:
     (tmp_path / "rank-00000-of-00001.safetensors").touch()
     with pytest.raises(ProPhyError, match="is a training checkpoint, .*`prophy export` makes a branch of it"):
         load_branch(tmp_path)
+
+
+def test_a_branch_that_names_no_phenomena_is_refused(transformer: PhysicsTransformer, tmp_path: Path) -> None:
+    save_branch(transformer, tmp_path, {"name": "x", "revision": None, "fingerprint": "0"})
+    file = tmp_path / "physics_branch.json"
+    description = json.loads(file.read_text())
+    description["physics"]["num_phenomena"] = len(description["physics"].pop("phenomena"))
+    file.write_text(json.dumps(description))
+    with pytest.raises(ProPhyError, match="replace that key by the list phenomena"):
+        load_branch(tmp_path)
+
+
+def test_settings_that_no_branch_has(transformer: PhysicsTransformer) -> None:
+    for wrong, message in (
+        ({"top_k": 5}, r"top_k \(5\) must not exceed num_refinement_experts \(4\)"),
+        ({"dropout": 0.1}, "physics says: dropout"),
+    ):
+        with pytest.raises(ProPhyError, match=message):
+            BranchConfig.read(PHYSICS | wrong)

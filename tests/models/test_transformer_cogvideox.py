@@ -59,7 +59,7 @@ def test_positions_are_the_pipelines(
 @pytest.mark.parametrize("family", ["cogvideox-5b"], indirect=True)
 def test_untrained_equals_a_bfloat16_backbone(backbone: CogVideoXTransformer3DModel) -> None:
     backbone.to(torch.bfloat16)
-    transformer = ProPhyCogVideoXTransformer3DModel.from_transformer(backbone, **PHYSICS)
+    transformer = ProPhyCogVideoXTransformer3DModel.from_transformer(backbone, PHYSICS)
     inputs = make_inputs(backbone, torch.randn(2, 4, 2, 4, 6).bfloat16())
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].bfloat16()
     assert torch.equal(transformer(**inputs).sample, backbone(**inputs).sample)
@@ -75,4 +75,4 @@ def test_clips_without_positions_are_refused(transformer: ProPhyCogVideoXTransfo
 def test_an_image_to_video_backbone_is_refused(other: dict[str, int]) -> None:
     backbone = CogVideoXTransformer3DModel(**COGVIDEOX | other)
     with pytest.raises(ProPhyError, match="image-to-video"):
-        ProPhyCogVideoXTransformer3DModel.from_transformer(backbone, **PHYSICS)
+        ProPhyCogVideoXTransformer3DModel.from_transformer(backbone, PHYSICS)

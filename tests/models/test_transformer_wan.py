@@ -17,7 +17,7 @@ Inputs = dict[str, torch.Tensor]
 def test_untrained_equals_a_bfloat16_backbone(tmp_path: Path, inputs: Inputs) -> None:
     WanTransformer3DModel(**WAN).save_pretrained(tmp_path)
     backbone = WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    transformer = ProPhyWanTransformer3DModel.from_transformer(backbone, **PHYSICS)
+    transformer = ProPhyWanTransformer3DModel.from_transformer(backbone, PHYSICS)
     inputs = {name: value if name == "timestep" else value.bfloat16() for name, value in inputs.items()}
     assert torch.equal(transformer(**inputs).sample, backbone(**inputs).sample)
     block = transformer.physics_branch.blocks[0].block
@@ -56,4 +56,4 @@ def test_residuals_are_added_after_the_listed_blocks(
 def test_an_image_to_video_backbone_is_refused(backbone: WanTransformer3DModel) -> None:
     backbone.register_to_config(image_dim=8)
     with pytest.raises(ProPhyError, match="image-to-video"):
-        ProPhyWanTransformer3DModel.from_transformer(backbone, **PHYSICS)
+        ProPhyWanTransformer3DModel.from_transformer(backbone, PHYSICS)

@@ -80,7 +80,7 @@ def test_baselines_start_as_the_backbone_and_learn_all_that_they_have(
     family: str, backbone: ModelMixin, inputs: Inputs, baseline: str
 ) -> None:
     untrained = backbone(**inputs).sample
-    transformer = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES[baseline])
+    transformer = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES[baseline])
     transformer.add_lora(rank=4, alpha=8)
     transformer.train_backbone("lora")
     trained = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
@@ -108,14 +108,14 @@ def test_baselines_start_as_the_backbone_and_learn_all_that_they_have(
 
 
 def test_knobs_of_experts_that_are_missing(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
-    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb"])
+    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb"])
     assert torch.equal(controlled(model, inputs, scale=0.5), backbone(**inputs).sample)
     with pytest.raises(ProPhyError, match="lacks semantic or refinement experts"):
         controlled(model, inputs, trace=PhysicsTrace())
 
 
 def test_experts_without_blocks_give_maps(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
-    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb+reb"])
+    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb+reb"])
     trace = PhysicsTrace()
     controlled(model, inputs, trace=trace)
     assert torch.equal(trace.phenomenon_maps.flatten(1, 3), model(**inputs).routing.phenomenon_maps)
@@ -125,7 +125,7 @@ def test_semantic_experts_without_blocks_hand_over_the_mixture(
     family: str, backbone: ModelMixin, inputs: Inputs
 ) -> None:
     """An injection that is the identity gives the backbone X~ instead of X (Eq. 1)."""
-    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb"])
+    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb"])
     torch.nn.init.eye_(model.physics_branch.semantic_injection.weight)
     latents = inputs["hidden_states"]
     channels_first = latents if model._block_list == "blocks" else latents.transpose(1, 2)
@@ -204,7 +204,7 @@ def test_save_and_load(awakened: PhysicsTransformer, inputs: Inputs, tmp_path: P
     loaded = type(awakened).from_pretrained(tmp_path)
     assert torch.equal(loaded(**inputs).sample, awakened(**inputs).sample)
     assert loaded.config.num_layers == 3
-    assert tuple(loaded.config.physics_layers) == PHYSICS["physics_layers"]
+    assert loaded.physics == awakened.physics and loaded.physics.top_k == PHYSICS["top_k"]
 
 
 def test_scale_zero_is_the_backbone(
@@ -265,7 +265,7 @@ def test_one_form_of_prediction_for_all_families(awakened: PhysicsTransformer, i
 
 def test_too_many_layers_are_refused(family: str, backbone: ModelMixin) -> None:
     with pytest.raises(ProPhyError, match="3 blocks"):
-        BACKBONES[family][1].from_transformer(backbone, **PHYSICS | {"physics_layers": (0, 3)})
+        BACKBONES[family][1].from_transformer(backbone, PHYSICS | {"physics_layers": (0, 3)})
 
 
 def test_blocks_compile_without_a_break(awakened: PhysicsTransformer, inputs: Inputs) -> None:
@@ -352,7 +352,7 @@ def test_a_step_that_is_skipped_runs_no_physical_block_unless_a_trace_wants_it(
 def test_no_maps_of_experts_without_blocks_where_steps_are_skipped(
     family: str, backbone: ModelMixin, inputs: Inputs
 ) -> None:
-    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb+reb"])
+    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb+reb"])
     sample = Sampling(model, inputs)
     expected = sample()
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))

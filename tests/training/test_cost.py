@@ -5,6 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.taxonomy import PHENOMENA
 from prophy.training.cost import count_flops, count_saved_bytes
 
 LATENTS, TEXT_LENGTH, BATCH_SIZE = (16, 5, 16, 16), 64, 2
@@ -22,9 +23,12 @@ def transformer() -> ProPhyWanTransformer3DModel:
             num_layers=NUM_LAYERS,
             text_dim=256,
             freq_dim=64,
-            physics_layers=(1, 3),
-            top_k=TOP_K,
-            latent_shape=LATENTS[1:],
+            physics={
+                "physics_layers": [1, 3],
+                "top_k": TOP_K,
+                "latent_shape": LATENTS[1:],
+                "phenomena": PHENOMENA,
+            },
         )
 
 
@@ -70,8 +74,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
         text_dim=16,
         freq_dim=16,
         rope_max_seq_len=32,
-        physics_layers=(0, 1),
-        latent_shape=LATENTS[1:],
+        physics={"physics_layers": [0, 1], "latent_shape": LATENTS[1:], "phenomena": PHENOMENA},
     ).to(torch.bfloat16)
     transformer.train_backbone("frozen")
     kept: dict[int, torch.Tensor] = {}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.taxonomy import PHENOMENA
 from prophy.tiny.pipeline import TRANSFORMER
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.losses import load_balancing_loss, semantic_alignment_loss, token_alignment_loss
@@ -33,11 +34,13 @@ def build(accumulation: int = 1, reduction: str = "mean") -> ProPhyTrainModule:
     torch.manual_seed(0)
     transformer = ProPhyWanTransformer3DModel.from_transformer(
         WanTransformer3DModel(**TRANSFORMER | SMALL),
-        physics_layers=(0, 1),
-        num_semantic_experts=3,
-        num_refinement_experts=4,
-        top_k=2,
-        latent_shape=(2, 4, 4),
+        {
+            "physics_layers": [0, 1],
+            "num_semantic_experts": 3,
+            "num_refinement_experts": 4,
+            "latent_shape": [2, 4, 4],
+            "phenomena": PHENOMENA,
+        },
     )
     transformer.train_backbone("frozen")
     null = torch.randn(5, 16)

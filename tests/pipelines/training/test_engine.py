@@ -20,6 +20,7 @@ from pipelines.training.checkpoint import Checkpoint, latest
 from prophy.device import has_bfloat16
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.models.weights import fill
+from prophy.taxonomy import PHENOMENA
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.module import ProPhyTrainModule
 from prophy.training.objectives import FlowMatching
@@ -205,10 +206,13 @@ def train_module(accumulation_steps: int, backbone_mode: str = "frozen") -> ProP
     )
     transformer = ProPhyWanTransformer3DModel.from_transformer(
         backbone,
-        physics_layers=(0, 1),
-        num_semantic_experts=4,
-        num_refinement_experts=4,
-        latent_shape=(3, 4, 4),
+        {
+            "physics_layers": [0, 1],
+            "num_semantic_experts": 4,
+            "num_refinement_experts": 4,
+            "latent_shape": [3, 4, 4],
+            "phenomena": PHENOMENA,
+        },
     )
     for parameter in transformer.physics_branch.parameters():
         if not parameter.any():

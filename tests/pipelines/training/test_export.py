@@ -18,8 +18,9 @@ from prophy.backbones.pretrained import fingerprint, resolve_pretrained
 from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
-from prophy.models.checkpoint import load_branch, lora_config, physics_config
+from prophy.models.checkpoint import load_branch, lora_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.taxonomy import PHENOMENA
 from tests.conftest import tiny_config
 
 PARTS = {"vae": None, "text_encoder": None, "tokenizer": None}
@@ -38,7 +39,7 @@ def transformer() -> ProPhyWanTransformer3DModel:
     torch.manual_seed(0)
     backbone = load_pipeline("wan", "tiny", None, torch.float32, None, **PARTS).transformer
     transformer = ProPhyWanTransformer3DModel.from_transformer(
-        backbone, physics_layers=(0, 4), latent_shape=(5, 16, 16)
+        backbone, {"physics_layers": [0, 4], "latent_shape": [5, 16, 16], "phenomena": PHENOMENA}
     )
     torch.nn.init.normal_(transformer.physics_branch.refinement_injection.weight)
     return transformer
@@ -52,7 +53,7 @@ def trained(transformer: ProPhyWanTransformer3DModel, tmp_path_factory: pytest.T
         f"transformer.physics_branch.{k}": v for k, v in transformer.physics_branch.named_parameters()
     }
     backbone = {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)}
-    run = {"backbone": backbone, "physics": physics_config(transformer), "lora": None}
+    run = {"backbone": backbone, "physics": transformer.config["physics"], "lora": None}
     for step, kinds in ((7, {"parameter": 1}), (8, {"parameter": 1, "ema": 2})):
         parts = []
         for name, parameter in parameters.items():
@@ -104,8 +105,7 @@ def test_a_complete_pipeline_holds_what_was_trained_of_a_bfloat16_backbone(how: 
     dtype = torch.bfloat16 if how == "lora" else torch.float32
     model = ProPhyWanTransformer3DModel.from_transformer(
         load_pipeline("wan", str(backbone), None, dtype, None, **PARTS).transformer,
-        physics_layers=(0,),
-        latent_shape=(5, 16, 16),
+        {"physics_layers": [0], "latent_shape": [5, 16, 16], "phenomena": ["melting"]},
     )
     model.physics_branch.float()
     if how == "lora":
@@ -121,7 +121,7 @@ def test_a_complete_pipeline_holds_what_was_trained_of_a_bfloat16_backbone(how: 
     ]
     shapes = {f"transformer.{name}": value.shape for name, value in trained.items()}
     pin = {"name": str(backbone), "revision": None, "fingerprint": fingerprint(str(backbone), None)}
-    run = {"backbone": pin, "physics": physics_config(model), "lora": lora_config(model)}
+    run = {"backbone": pin, "physics": model.config["physics"], "lora": lora_config(model)}
     with one_rank():
         save(config.checkpoints, 1, parts, shapes, run, num_to_keep=1)
 
