@@ -30,7 +30,7 @@ from prophy.errors import ProPhyError
 if TYPE_CHECKING:  # processes that only move rows need no torch, which takes seconds to import
     import torch
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ROW_FILES = "*[0-9a-f].parquet"  # glob of the files that hold a table's rows: they are named by their sha256
 MANIFEST = "manifest.parquet"  # in a folder of videos: a list of them, with what is known of each
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
@@ -54,6 +54,9 @@ SOURCE = pa.struct([("uri", pa.string()), ("size", pa.int64()), ("modified", pa.
 # A list of these and not a map, which Hugging Face datasets cannot read.
 ANSWER = pa.struct([("question", pa.string()), ("answer", pa.string())])
 
+# The first and the last frame that a slice of the maps covers.
+SLICE = pa.struct([("start_s", pa.float64()), ("end_s", pa.float64())])
+
 PRIORS = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -75,6 +78,7 @@ PRIORS = pa.schema(
         # Raw, of K phenomena, then of the background.
         pa.field("maps", pa.list_(pa.float32()), nullable=False, metadata=LARGE),
         pa.field("maps_shape", pa.list_(pa.int32()), nullable=False),  # [K + 1, T, H, W] on the VLM's grid
+        pa.field("slice_times", pa.list_(SLICE), nullable=False),  # T; seconds after the clip's first frame
     ]
 )
 

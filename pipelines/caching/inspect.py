@@ -105,10 +105,10 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
     fps = (vlm.num_frames - 1) / duration_s
     priors = extractor(frames, fps, given)
     questions = [*map(describe, priors.phenomena), BACKGROUND]
-    prefix = extractor.vlm.watch(frames, fps)
+    video = extractor.vlm.watch(frames, fps)
     by_layer = [
         extractor.vlm.answer(
-            prefix, [question.text for question in questions], vlm.max_new_tokens, [layer], vlm.heads
+            video, [question.text for question in questions], vlm.max_new_tokens, [layer], vlm.heads
         )
         for layer in range(extractor.vlm.num_layers)
     ]

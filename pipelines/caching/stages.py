@@ -225,6 +225,7 @@ class ExtractPriors:
                 "map_phenomena": priors.map_phenomena,
                 "maps": priors.maps.ravel(),
                 "maps_shape": priors.maps.shape,
+                "slice_times": [{"start_s": start, "end_s": end} for start, end in priors.slice_times],
             }
 
 

@@ -30,7 +30,7 @@ from prophy.pretraining.recipe import (
 )
 from prophy.priors.extractor import PriorExtractor
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, Question, describe, format_presence
-from prophy.priors.vlm import VideoLanguageModel
+from prophy.priors.qwen_vl import Qwen25VL
 from prophy.sandbox import ClipTruth, Part, SimulatedClip, simulate_clip
 from prophy.sandbox import describe as wordings
 from prophy.taxonomy import PHENOMENA
@@ -81,7 +81,7 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
     """
     if not (folder / "vlm.pt").exists():
         write_vlm(folder / "vlm")
-    vlm = VideoLanguageModel(str(folder / "vlm"), None, "float32", None)
+    vlm = Qwen25VL(str(folder / "vlm"), "main", "float32", None)
     model = vlm.model
     matrices = [p for name, p in model.named_parameters() if _IN_BLOCK.search(name) and p.ndim == 2]
     in_muon = {id(matrix) for matrix in matrices}
@@ -156,9 +156,7 @@ def _without_sides(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return tuple(replace(part, side="middle") for part in parts)
 
 
-def pack(
-    vlm: VideoLanguageModel, clips: Sequence[SimulatedClip], rng: np.random.Generator
-) -> dict[str, torch.Tensor]:
+def pack(vlm: Qwen25VL, clips: Sequence[SimulatedClip], rng: np.random.Generator) -> dict[str, torch.Tensor]:
     """Arguments of the model's forward for a batch of clips, loss included.
 
     A token sees the video and what precedes it in its own question: an additive mask `[B, 1, L, L]`. Every
@@ -208,7 +206,7 @@ def pack(
 
 
 @torch.no_grad()
-def _validate(vlm: VideoLanguageModel, clips: Sequence[SimulatedClip], recipe: VlmRecipe) -> float:
+def _validate(vlm: Qwen25VL, clips: Sequence[SimulatedClip], recipe: VlmRecipe) -> float:
     """Mean loss on clips with a combination that was never trained."""
     vlm.model.eval()
     losses = []

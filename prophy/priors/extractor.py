@@ -17,7 +17,7 @@ from prophy.priors.questionnaire import (
     describe,
     parse_presence,
 )
-from prophy.priors.vlm import Answer, VideoLanguageModel
+from prophy.priors.vlm import Answer, SliceTimes, load_vlm
 from prophy.taxonomy import Phenomenon
 
 
@@ -33,6 +33,7 @@ class Priors:
         map_phenomena: taxonomy indices of the K phenomena that have a map, in the maps' order.
         maps: `[K + 1, T, H, W]` float32 on the VLM's grid: attention of each answer to the video, raw; the
             background's is the last.
+        slice_times: which times the T slices of the maps cover.
     """
 
     vlm_caption: str
@@ -41,10 +42,11 @@ class Priors:
     unparsed: tuple[str, ...]
     map_phenomena: list[int]
     maps: np.ndarray
+    slice_times: SliceTimes
 
 
 class PriorExtractor:
-    """Asks a Qwen2.5-VL the questionnaire about a clip, from one prefill of the video.
+    """Asks a VLM the questionnaire about a clip, from one prefill of the video.
 
     Args:
         pretrained: hub id or folder; "tiny" is the embedded one.
@@ -69,7 +71,7 @@ class PriorExtractor:
         max_new_tokens: int = 64,
         heads: list[int] | None = None,
     ) -> None:
-        self.vlm = VideoLanguageModel(pretrained, revision, dtype, device_map)
+        self.vlm = load_vlm(pretrained, revision, dtype, device_map)
         self.layers = frozenset(range(self.vlm.num_layers) if layers is None else layers)
         if not self.layers or max(self.layers) >= self.vlm.num_layers:
             raise ProPhyError(
@@ -94,11 +96,11 @@ class PriorExtractor:
             fps: frame rate of these frames.
             phenomena: the clip's labels; None lets the VLM name them.
         """
-        prefix = self.vlm.watch(frames, fps)
+        video = self.vlm.watch(frames, fps)
 
         def ask(*questions: Question) -> dict[str, Answer]:
             texts = [question.text for question in questions]
-            answers = self.vlm.answer(prefix, texts, self.max_new_tokens, self.layers, self.heads)
+            answers = self.vlm.answer(video, texts, self.max_new_tokens, self.layers, self.heads)
             return {question.id: answer for question, answer in zip(questions, answers, strict=True)}
 
         unparsed: tuple[str, ...] = ()
@@ -117,4 +119,5 @@ class PriorExtractor:
             unparsed=unparsed,
             map_phenomena=[phenomenon.id for phenomenon in phenomena],
             maps=torch.stack([answers[question.id].attention for question in mapped]).numpy(),
+            slice_times=video.slice_times,
         )

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from prophy.errors import ProPhyError
 from prophy.priors.recipes import SUBTRACTIONS
-from prophy.taxonomy import NUM_PHENOMENA
 
 _SATURATED = 0.2
 """Share of a map's positive cells whose target is 1.
@@ -22,8 +21,6 @@ _SATURATED = 0.2
 Attention has few cells far above the rest: divided by its maximum, a map is near 0 almost everywhere, and a
 constant 0 nearly solves Eq. 5, whose optimum is a median.
 """
-
-_FRAMES_PER_SLICE = 2  # Qwen2.5-VL's temporal patch: each slice of a map is a pair of frames
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,15 @@ class Recipe:
     by_motion: bool
 
     def __call__(
-        self, maps: torch.Tensor, latents: torch.Tensor, grid: tuple[int, int, int], num_frames: int
+        self,
+        maps: torch.Tensor,
+        latents: torch.Tensor,
+        grid: tuple[int, int, int],
+        num_frames: int,
+        slices: torch.Tensor,
     ) -> torch.Tensor:
         """Signed maps `[K, T', H', W']`; the arguments are those of `make_targets`."""
-        signed = resample(self.subtract(_blur(maps) if self.blur else maps), grid, num_frames)
+        signed = resample(self.subtract(_blur(maps) if self.blur else maps), grid, num_frames, slices)
         return signed * motion(latents, grid) if self.by_motion else signed
 
 
@@ -95,28 +97,44 @@ def motion(latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
     return F.adaptive_avg_pool3d(moved[None], grid)[0]
 
 
-def resample(maps: torch.Tensor, grid: tuple[int, int, int], num_frames: int) -> torch.Tensor:
+def resample(
+    maps: torch.Tensor, grid: tuple[int, int, int], num_frames: int, slices: torch.Tensor
+) -> torch.Tensor:
     """Maps on the transformer's token grid: bilinear in space (averaging where it shrinks), linear in time.
 
-    Both models see frames evenly spaced over the clip, its first and last included. A slice of a map is
-    centred on its pair of frames. The first token in time holds frame 0 alone, each other the next c frames.
+    The video model sees frames evenly spaced over the clip, its first and last included. The first token in
+    time holds frame 0 alone, each other the next c frames; slices and tokens are compared by their middles.
 
     Args:
         maps: `[K, T, H, W]`, K at least 1.
         grid: `(T', H', W')`.
         num_frames: frames that the video model sees, `1 + c (T' - 1)`.
+        slices: see `make_targets`.
 
     Returns:
         `[K, T', H', W']`.
     """
-    num_slices = maps.shape[1]
-    last = torch.linspace(0, num_frames - 1, grid[0])
-    frame = torch.cat([last[:1], (last[:-1] + 1 + last[1:]) / 2])
-    vlm_frame = frame / max(num_frames - 1, 1) * (num_slices * _FRAMES_PER_SLICE - 1)
-    position = ((vlm_frame + 0.5) / _FRAMES_PER_SLICE - 0.5).clamp(0, num_slices - 1)
-    weights = (1 - (position[:, None] - torch.arange(num_slices)).abs()).clamp(min=0)
+    last = torch.linspace(0, num_frames - 1, grid[0], dtype=torch.float64)
+    frames = torch.cat([last[:1], (last[:-1] + 1 + last[1:]) / 2])
+    weights = _interpolation(frames / max(num_frames - 1, 1), slices.mean(1)).to(maps.dtype)
     in_time = torch.einsum("js,kshw->kjhw", weights, maps)
     return F.interpolate(in_time, size=grid[1:], mode="bilinear", antialias=True)
+
+
+def _interpolation(times: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Weights `[T', S]` of values at `centres` `[S]`, ascending, that interpolate linearly at `times` `[T']`.
+
+    Before the first centre and after the last, the nearest value holds.
+    """
+    after = torch.searchsorted(centres, times).clamp(1, max(len(centres) - 1, 1))
+    weights = torch.zeros(len(times), len(centres), dtype=torch.float64)
+    if len(centres) == 1:
+        return weights + 1
+    before = after - 1
+    share = ((times - centres[before]) / (centres[after] - centres[before])).clamp(0, 1)
+    rows = torch.arange(len(times))
+    weights[rows, before], weights[rows, after] = 1 - share, share
+    return weights
 
 
 def make_targets(
@@ -126,6 +144,8 @@ def make_targets(
     *,
     grid: tuple[int, int, int],
     num_frames: int,
+    slices: torch.Tensor,
+    num_phenomena: int,
     recipe: str,
     negatives: Literal["ignore", "zero"] = "ignore",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,11 +162,14 @@ def make_targets(
         latents: of the clip, `[C, T, H, W]`.
         grid: tokens of the video model, `(T', H', W')`.
         num_frames: frames that the video model sees, `1 + c (T' - 1)`.
+        slices: `[T, 2]`, float64: when the first and the last frame of each slice of the maps are, as parts
+            of the clip from its first frame (0) to its last (1).
+        num_phenomena: E_phys, phenomena of the taxonomy.
         recipe: a key of `RECIPES`.
         negatives: what cells outside the positive part say: nothing, or "not here".
 
     Returns:
-        `Q_r [N, 17]` float32 in [0, 1], and `M [N, 17]` bool; `N = T' H' W'`, t slowest.
+        `Q_r [N, E_phys]` float32 in [0, 1], and `M [N, E_phys]` bool; `N = T' H' W'`, t slowest.
 
     Raises:
         ProPhyError: there is no such recipe.
@@ -156,10 +179,10 @@ def make_targets(
             f"no recipe {recipe!r} for targets; set train.recipe to one of: {', '.join(RECIPES)}"
         )
     num_tokens = grid[0] * grid[1] * grid[2]
-    targets = torch.zeros(num_tokens, NUM_PHENOMENA)
-    mask = torch.zeros(num_tokens, NUM_PHENOMENA, dtype=torch.bool)
+    targets = torch.zeros(num_tokens, num_phenomena)
+    mask = torch.zeros(num_tokens, num_phenomena, dtype=torch.bool)
     if map_phenomena:
-        signed = RECIPES[recipe](maps, latents, grid, num_frames).flatten(1).T
+        signed = RECIPES[recipe](maps, latents, grid, num_frames, slices).flatten(1).T
         positive = signed > 0
         saturated = signed.where(positive, torch.nan).nanquantile(1 - _SATURATED, dim=0)
         targets[:, map_phenomena] = (signed / saturated).clamp(0, 1).nan_to_num()

@@ -146,6 +146,7 @@ class PriorSample:
         phenomena: `[17]`, label vector.
         maps: raw, `[K + 1, T, H, W]` on the VLM's grid, the background's last.
         map_phenomena: taxonomy indices of the first K maps.
+        slices: `[T, 2]`, which part of the clip each slice of the maps covers (`make_targets`).
     """
 
     latents: torch.Tensor
@@ -153,6 +154,7 @@ class PriorSample:
     phenomena: torch.Tensor
     maps: torch.Tensor
     map_phenomena: list[int]
+    slices: torch.Tensor
 
 
 class PriorCache:
@@ -209,16 +211,20 @@ class PriorCache:
     def read(self, sample_id: str) -> PriorSample:
         """One sample."""
         prior, encoding = self._rows[sample_id]
-        labels = _read_row(self._priors, prior, ["phenomena", "map_phenomena", "maps", "maps_shape"])
+        columns = ["phenomena", "map_phenomena", "maps", "maps_shape", "slice_times", "start_s", "end_s"]
+        labels = _read_row(self._priors, prior, columns)
         names = [name + suffix for name in ("latents", "text_embeds") for suffix in ("", "_shape", "_dtype")]
         tensors = _read_row(self._encodings, encoding, names).to_pylist()[0]
         maps = labels["maps"].combine_chunks().values.to_numpy(zero_copy_only=False).copy()
+        times = [[each["start_s"], each["end_s"]] for each in labels["slice_times"][0].as_py()]
+        duration_s = labels["end_s"][0].as_py() - labels["start_s"][0].as_py()
         return PriorSample(
             latents=tensor_from_columns("latents", tensors),
             text_embeds=tensor_from_columns("text_embeds", tensors),
             phenomena=torch.tensor(labels["phenomena"][0].as_py()),
             maps=torch.from_numpy(maps).reshape(labels["maps_shape"][0].as_py()),
             map_phenomena=labels["map_phenomena"][0].as_py(),
+            slices=torch.tensor(times, dtype=torch.float64) / duration_s,
         )
 
 
@@ -302,6 +308,8 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
             sample.latents,
             grid=shape.token_grid,
             num_frames=shape.num_frames,
+            slices=sample.slices,
+            num_phenomena=len(sample.phenomena),
         )
         generator = torch.Generator().manual_seed(_seed(self._seed, step, place))
         return {

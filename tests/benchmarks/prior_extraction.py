@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
-from prophy.priors.vlm import VideoLanguageModel
+from prophy.priors.vlm import VideoLanguageModel, load_vlm
 from prophy.taxonomy import PHENOMENA
 
 QUESTIONS = [question.text for question in (CAPTION, PRESENCE, BACKGROUND, *map(describe, PHENOMENA[:3]))]
@@ -87,7 +87,7 @@ def memory_mb(key: str) -> float:
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Seconds per clip and peak memory beyond the loaded model, of `options.way`."""
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    vlm = VideoLanguageModel(options.model, None, dtype, None)
+    vlm = load_vlm(options.model, None, dtype, None)
     vlm.end_tokens = torch.tensor([-1], device=vlm.model.device)  # all answers are equally long
     if options.way == "naive":
         vlm.model.set_attn_implementation("eager")

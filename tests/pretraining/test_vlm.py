@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from prophy.pretraining.vlm import VlmRecipe, pack, pretrain_vlm, true_answers, vlm_frames
-from prophy.priors.vlm import VideoLanguageModel
+from prophy.priors.vlm import load_vlm
 from prophy.sandbox import simulate_clip
 
 
@@ -27,7 +27,7 @@ def clips():
 
 
 def test_a_packed_sequence_equals_separate_ones(clips):
-    vlm = VideoLanguageModel("tiny", None, "float32", None)
+    vlm = load_vlm("tiny", None, "float32", None)
     assert [len(clip.parts) for clip in clips] == [1, 2]  # so that one sequence is padded
     batch = pack(vlm, clips, np.random.default_rng(0))
     with torch.inference_mode():

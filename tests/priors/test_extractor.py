@@ -9,7 +9,7 @@ from prophy.errors import ProPhyError
 from prophy.priors.extractor import PriorExtractor
 from prophy.priors.fingerprint import priors_fingerprint
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
-from prophy.priors.vlm import VideoLanguageModel
+from prophy.priors.vlm import load_vlm
 from prophy.taxonomy import Phenomenon
 
 FPS = 4.0
@@ -22,7 +22,7 @@ def taught(tmp_path_factory, peaked_vlm, frames) -> Path:
 
     Its output layer is the least-squares solution of "say the answer's next token" at each of their tokens.
     """
-    vlm = VideoLanguageModel(str(peaked_vlm), None, "float32", None)
+    vlm = load_vlm(str(peaked_vlm), None, "float32", None)
     patches, grid = vlm.pixels(frames)
     states, tokens = [], []
     for question, answer in [

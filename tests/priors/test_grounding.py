@@ -6,7 +6,17 @@ import torch
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import RECIPES, make_targets, motion, resample
-from prophy.taxonomy import NUM_PHENOMENA
+
+NUM_PHENOMENA = 17
+
+
+def pairs(slices: int) -> torch.Tensor:
+    """The times of slices that are pairs of frames, evenly spaced over the clip."""
+    return torch.linspace(0, 1, 2 * slices, dtype=torch.float64).reshape(slices, 2)
+
+
+PAIRS = pairs(4)
+KNOWN = {"slices": PAIRS, "num_phenomena": NUM_PHENOMENA, "recipe": "minus_background"}
 
 
 @pytest.fixture
@@ -39,10 +49,10 @@ def test_recipes(maps, latents):
     grid, moved = (5, 8, 8), motion(latents, (5, 8, 8))
     for name, signed in expected.items():
         for blur, wanted in (("", signed), ("_blur", blurred(signed))):
-            wanted = resample(wanted, grid, 17)
-            torch.testing.assert_close(RECIPES[name + blur](maps, latents, grid, 17), wanted)
+            wanted = resample(wanted, grid, 17, PAIRS)
+            torch.testing.assert_close(RECIPES[name + blur](maps, latents, grid, 17, PAIRS), wanted)
             torch.testing.assert_close(
-                RECIPES[name + blur + "_motion"](maps, latents, grid, 17), wanted * moved
+                RECIPES[name + blur + "_motion"](maps, latents, grid, 17, PAIRS), wanted * moved
             )
     assert len(RECIPES) == 4 * len(expected)
 
@@ -62,7 +72,7 @@ def test_minus_others_takes_the_mean_of_the_others_and_leaves_a_lone_map_alone(m
 
 
 def test_resampling_to_the_same_space_keeps_every_cell(maps):
-    first = resample(maps, (5, 8, 8), 17)[:, 0]
+    first = resample(maps, (5, 8, 8), 17, PAIRS)[:, 0]
     assert torch.equal(first, maps[:, 0])  # frame 0 alone, before the centre of the first pair
 
 
@@ -77,19 +87,27 @@ def test_time_is_mapped_by_the_centres_of_frames(tokens, num_frames, slices):
     compression = (num_frames - 1) // (tokens - 1)
     expected = [times[0]] + [times[1 + compression * j :][:compression].mean() for j in range(tokens - 1)]
     maps = torch.tensor(centres, dtype=torch.float32).reshape(1, slices, 1, 1).expand(1, slices, 2, 2)
-    got = resample(maps, (tokens, 2, 2), num_frames)
+    got = resample(maps, (tokens, 2, 2), num_frames, pairs(slices))
     np.testing.assert_allclose(got[0, :, 0, 0], np.clip(expected, centres[0], centres[-1]), atol=1e-5)
 
 
+def test_slices_may_be_unevenly_spaced():
+    """What a slice covers is what it says, not its place: a value that is the time stays the time."""
+    slices = torch.tensor([[0.0, 0.0], [0.1, 0.3], [0.4, 1.0]], dtype=torch.float64)
+    maps = slices.mean(1).float().reshape(1, 3, 1, 1)
+    got = resample(maps, (9, 1, 1), 9, slices)
+    np.testing.assert_allclose(got[0, :, 0, 0], np.clip(np.linspace(0, 1, 9), 0, 0.7), atol=1e-6)
+
+
 def test_a_single_frame_takes_the_first_slice(maps):
-    assert torch.equal(resample(maps, (1, 8, 8), 1)[:, 0], maps[:, 0])
+    assert torch.equal(resample(maps, (1, 8, 8), 1, PAIRS)[:, 0], maps[:, 0])
 
 
 def test_space_keeps_means_when_it_shrinks_and_lines_when_it_grows(maps):
-    halved = resample(maps[:, :1].expand(-1, 4, -1, -1), (5, 4, 4), 17)
+    halved = resample(maps[:, :1].expand(-1, 4, -1, -1), (5, 4, 4), 17, PAIRS)
     torch.testing.assert_close(halved.mean(), maps[:, 0].mean(), rtol=1e-2, atol=0)
     ramp = torch.arange(8.0).expand(1, 4, 8, 8)
-    doubled = resample(ramp, (5, 16, 16), 17)[0, 0, 0]
+    doubled = resample(ramp, (5, 16, 16), 17, PAIRS)[0, 0, 0]
     torch.testing.assert_close(doubled[1:-1], (torch.arange(14) + 1) / 2 - 0.25)
 
 
@@ -98,7 +116,14 @@ def test_targets_from_the_formula(maps, latents, negatives):
     grid, indices = (4, 8, 8), [10, 3]
     maps = maps[:, :1].expand(-1, 4, -1, -1)  # constant in time, which has its own test
     targets, mask = make_targets(
-        maps, indices, latents, grid=grid, num_frames=13, recipe="minus_background", negatives=negatives
+        maps,
+        indices,
+        latents,
+        grid=grid,
+        num_frames=13,
+        **KNOWN,
+        recipe="minus_background",
+        negatives=negatives,
     )
     assert targets.shape == mask.shape == (4 * 8 * 8, NUM_PHENOMENA)
     assert targets.dtype == torch.float32 and mask.dtype == torch.bool
@@ -122,18 +147,25 @@ def test_targets_from_the_formula(maps, latents, negatives):
 def test_a_map_without_a_positive_cell_says_nothing(maps, latents, negatives):
     maps[-1] = maps.max() + 1
     targets, mask = make_targets(
-        maps, [0, 1], latents, grid=(5, 8, 8), num_frames=17, recipe="minus_background", negatives=negatives
+        maps,
+        [0, 1],
+        latents,
+        grid=(5, 8, 8),
+        num_frames=17,
+        **KNOWN,
+        recipe="minus_background",
+        negatives=negatives,
     )
     assert not targets.any() and not mask.any()
 
 
 def test_no_phenomenon_no_target(maps, latents):
-    targets, mask = make_targets(
-        maps[-1:], [], latents, grid=(5, 8, 8), num_frames=17, recipe="minus_background"
-    )
+    targets, mask = make_targets(maps[-1:], [], latents, grid=(5, 8, 8), num_frames=17, **KNOWN)
     assert not targets.any() and not mask.any()
 
 
 def test_unknown_recipe(maps, latents):
     with pytest.raises(ProPhyError, match="minus_backgroud.*train.recipe.*minus_background"):
-        make_targets(maps, [0, 1], latents, grid=(5, 8, 8), num_frames=17, recipe="minus_backgroud")
+        make_targets(
+            maps, [0, 1], latents, grid=(5, 8, 8), num_frames=17, **KNOWN | {"recipe": "minus_backgroud"}
+        )

@@ -10,7 +10,7 @@ from transformers import (
 
 from prophy.errors import ProPhyError
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
-from prophy.priors.vlm import VideoLanguageModel
+from prophy.priors.vlm import VideoLanguageModel, load_vlm
 from prophy.taxonomy import PHENOMENA
 
 FPS = 4.0
@@ -19,7 +19,7 @@ QUESTIONS = [question.text for question in (CAPTION, PRESENCE, BACKGROUND, *map(
 
 @pytest.fixture(scope="module")
 def vlm(peaked_vlm, frames) -> VideoLanguageModel:
-    vlm = VideoLanguageModel(str(peaked_vlm), None, "float32", None)
+    vlm = load_vlm(str(peaked_vlm), None, "float32", None)
     endless = vlm.answer(vlm.watch(frames, FPS), QUESTIONS, 12, [0])
     assert {len(answer.token_ids) for answer in endless} == {12}
     # Two tokens that the model is known to say end an answer, so that answers end at different steps.
@@ -145,13 +145,13 @@ def test_frames_that_do_not_divide(vlm, shape):
 
 def test_what_is_not_a_qwen(tmp_path):
     with pytest.raises(ProPhyError, match="cannot load vlm.pretrained"):
-        VideoLanguageModel(str(tmp_path / "nothing"), None, "float32", None)
+        load_vlm(str(tmp_path / "nothing"), None, "float32", None)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ProPhyError, match="cannot load vlm.pretrained"):
-        VideoLanguageModel(str(tmp_path), None, "float32", None)
+        load_vlm(str(tmp_path), None, "float32", None)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ProPhyError, match="bert"):
-        VideoLanguageModel(str(tmp_path), None, "float32", None)
+    with pytest.raises(ProPhyError, match="bert model; give one of: qwen2_5_vl, qwen3_vl"):
+        load_vlm(str(tmp_path), None, "float32", None)
 
 
 def test_a_tokenizer_without_chat_template(peaked_vlm, tmp_path):
@@ -159,4 +159,4 @@ def test_a_tokenizer_without_chat_template(peaked_vlm, tmp_path):
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(ProPhyError, match="chat template"):
-        VideoLanguageModel(str(tmp_path), None, "float32", None)
+        load_vlm(str(tmp_path), None, "float32", None)

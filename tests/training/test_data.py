@@ -50,6 +50,7 @@ def rows(name: str, shape: tuple[int, ...]) -> tuple[dict, dict]:
         "map_phenomena": present,
         "maps": maps.ravel(),
         "maps_shape": maps.shape,
+        "slice_times": [{"start_s": s / 4, "end_s": (s + 1) / 4} for s in range(maps.shape[1])],
     }
     latents = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
     text_embeds = torch.from_numpy(random.standard_normal((5, 6), dtype=np.float32))
@@ -175,6 +176,8 @@ def test_batch_holds_what_the_cache_holds(cache: PriorCache) -> None:
                 sample["latents"],
                 grid=grid,
                 num_frames=9,
+                slices=torch.tensor([[s / 4, (s + 1) / 4] for s in range(prior["maps_shape"][1])]).double(),
+                num_phenomena=17,
                 recipe="minus_background",
                 negatives="zero",
             )
