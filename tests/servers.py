@@ -20,6 +20,7 @@ from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import Dispatcher, GenerationStep
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
+from prophy.taxonomy import PHENOMENA
 from tests.conftest import tiny_config
 
 PROMPT = "a red ball falls and bounces"
@@ -55,7 +56,7 @@ def save_checkpoint(folder: Path, family: str = "wan", pretrained: str = "tiny")
         FAMILIES[family]
         .classes()
         .prophy_transformer.from_transformer(
-            backbone, {"physics_layers": [0, 2], "latent_shape": [5, 16, 16], "phenomena": [*Phenomenon]}
+            backbone, {"physics_layers": [0, 2], "latent_shape": [5, 16, 16], "phenomena": [*PHENOMENA]}
         )
     )
     with torch.no_grad():

@@ -148,12 +148,12 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     _, transformer = load_configs(backbone.family, backbone.pretrained, revision)
     ours = classes.prophy_transformer
     lora = checkpoint.run["lora"] or {}
-    own = {
+    said = {
         "physics": checkpoint.run["physics"],
         **{f"lora_{key}": value for key, value in lora.items()},
         "_class_name": ours.__name__,
     }
-    _write_json(folder / "config.json", {**transformer, **own})
+    _write_json(folder / "config.json", {**transformer, **said})
     model_index = json.loads((source / "model_index.json").read_text())
     model_index |= {
         "_class_name": classes.pipeline.__name__,
