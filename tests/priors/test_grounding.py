@@ -122,7 +122,6 @@ def test_targets_from_the_formula(maps, latents, negatives):
         grid=grid,
         num_frames=13,
         **KNOWN,
-        recipe="minus_background",
         negatives=negatives,
     )
     assert targets.shape == mask.shape == (4 * 8 * 8, NUM_PHENOMENA)
@@ -153,7 +152,6 @@ def test_a_map_without_a_positive_cell_says_nothing(maps, latents, negatives):
         grid=(5, 8, 8),
         num_frames=17,
         **KNOWN,
-        recipe="minus_background",
         negatives=negatives,
     )
     assert not targets.any() and not mask.any()

@@ -81,7 +81,7 @@ def test_a_file_is_named_by_its_bytes_and_says_what_made_it(table: Table) -> Non
     assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
     assert pq.read_schema(file).equals(ENCODINGS)
     footer = pq.ParquetFile(file).metadata.metadata
-    assert footer[b"prophy.schema_version"] == b"3"
+    assert footer[b"prophy.schema_version"] == b"4"
     assert b'"backbone": "tiny"' in footer[b"prophy.provenance"]
     write(table, encoding("a"))
     assert len(list(table.folder.glob("*.parquet"))) == 1
