@@ -209,8 +209,8 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
     shapes = {tuple(row["latents_shape"]) for row in rows(cache.encodings_folder(other)).values()}
     assert shapes == {(16, 5, 8, 12)}
 
-    for file in ("transformer/diffusion_pytorch_model.safetensors", "model_index.json"):
-        (folder / file).write_bytes(b"of another training")
+    (folder / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"of another training")
+    (folder / "model_index.json").write_text((folder / "model_index.json").read_text() + "\n")
     assert cache.run(other).added_encodings == GraphReport()
 
 
