@@ -139,7 +139,7 @@ def test_semantic_experts_without_blocks_hand_over_the_mixture(
 
 def test_a_small_mixture_survives_bfloat16(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
     """It is what X~ adds to the embedding of X, though either is rounded by more than that."""
-    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb"])
+    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb"])
     injected = []
     model.physics_branch.semantic_injection.register_forward_pre_hook(lambda _, args: injected.append(*args))
     latents = inputs["hidden_states"].double()
@@ -176,7 +176,7 @@ def test_routing_alone_runs_no_block_of_the_backbone(awakened: PhysicsTransforme
 
 
 def test_routing_alone_of_experts_without_blocks(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
-    model = BACKBONES[family][1].from_transformer(backbone, **PHYSICS | BASELINES["lora+seb+reb"])
+    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb+reb"])
     arguments = (torch.randn(2, 4, 2, 4, 6), inputs["timestep"], inputs["encoder_hidden_states"])
     expected = model.predict(*arguments).routing
     assert torch.equal(model.route(*arguments).refinement_logits, expected.refinement_logits)
