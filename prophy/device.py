@@ -1,5 +1,6 @@
 """Where tensors live, in which precision a forward pass computes, and how fast it could be."""
 
+import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 
@@ -46,6 +47,34 @@ def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager:
     if dtype is None or not has_bfloat16(device):
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether an error is the device's own, after which this process can compute nothing there.
+
+    A kernel that failed leaves a context in which every later call fails too. cuBLAS, cuDNN and NCCL raise a
+    `RuntimeError` whose text alone names them.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    library = r"\b(CUDA|CUDNN|CUBLAS|CUSOLVER|CUFFT|CUSPARSE|NCCL|HIP|MIOpen|RCCL)(?: \w+)? error\b"
+    is_plain = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    return is_plain and re.search(library, str(error), re.IGNORECASE) is not None
+
+
+def check_device(device: torch.device) -> None:
+    """Computes something small on `device`, beside all else that runs there, and waits for it.
+
+    Raises:
+        RuntimeError: the device fails, or gives something else.
+    """
+    if device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            total = torch.ones(8, device=device).sum().item()
+    else:
+        total = torch.ones(8, device=device).sum().item()
+    if total != 8:
+        raise RuntimeError(f"{device} adds eight ones to {total}")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ prints it with an explanation of every key: the docstring below the key's field.
 from pipelines.config.base import PoolConfig, how_keys
 from pipelines.config.caching import CacheConfig, VideoLimits
 from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
-from pipelines.config.loading import load_config, nearest_key, preset_names
+from pipelines.config.loading import key_advice, load_config, preset_names
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
 from pipelines.config.printing import json_schema, section_to_yaml, to_yaml
 from pipelines.config.run import Config, RayConfig
@@ -36,8 +36,8 @@ __all__ = [
     "VlmConfig",
     "how_keys",
     "json_schema",
+    "key_advice",
     "load_config",
-    "nearest_key",
     "preset_names",
     "section_to_yaml",
     "to_yaml",

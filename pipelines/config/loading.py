@@ -141,7 +141,7 @@ def _explain(error: ValidationError, layers: dict[str, DictConfig]) -> str:
     place = next(holders, next(name for name in layers if name != _COMMAND_LINE))
     where = f"on {place}" if place == _COMMAND_LINE else f"in {place}"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} {where}; did you mean {nearest_key(Config, location)!r}?"
+        return f"unknown key {key!r} {where}; {key_advice(Config, location)}"
     if first["type"] == "missing":
         return f"missing key {key!r} {where}; add it"
     if isinstance(first["input"], dict):  # values that do not go together; the message says which
@@ -160,12 +160,14 @@ def _holds(tree: Any, location: tuple[int | str, ...]) -> bool:
     return True
 
 
-def nearest_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """The valid key, dotted, that is nearest to the unknown one at `location` in data for `model`."""
+def key_advice(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """What to write instead of the unknown key at `location` in data for `model`: one like it, or any."""
     section: Any = model
     for part in location[:-1]:
         section = section.model_fields[part].annotation
         if get_origin(section) is types.UnionType:
             section = get_args(section)[0]
-    nearest = difflib.get_close_matches(str(location[-1]), list(section.model_fields), n=1, cutoff=0.0)[0]
-    return ".".join([*map(str, location[:-1]), nearest])
+    keys = list(section.model_fields)
+    for nearest in difflib.get_close_matches(str(location[-1]), keys, n=1):
+        return f"did you mean {'.'.join([*map(str, location[:-1]), nearest])!r}?"
+    return f"there are {', '.join(keys)}"

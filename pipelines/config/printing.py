@@ -10,7 +10,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from pipelines.config.base import Section
-from pipelines.config.loading import PRESETS, nearest_key
+from pipelines.config.loading import PRESETS, key_advice
 from pipelines.config.run import Config
 from prophy.errors import ProPhyError
 
@@ -35,8 +35,8 @@ def section_to_yaml(config: Config, name: str) -> str:
     section: Any = config
     for depth, key in enumerate(parts):
         if not isinstance(section, Section) or key not in type(section).model_fields:
-            known = isinstance(section, Section) and nearest_key(Config, tuple(parts[: depth + 1]))
-            hint = f"did you mean {known!r}?" if known else "it has no parts"
+            has_parts = isinstance(section, Section)
+            hint = key_advice(Config, tuple(parts[: depth + 1])) if has_parts else "it has no parts"
             raise ProPhyError(f"unknown key {name!r}; {hint}")
         if depth < len(parts) - 1:
             lines.append(f"{'  ' * depth}{key}:")

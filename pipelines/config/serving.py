@@ -17,8 +17,17 @@ class ServeConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
 
-    api_keys: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field([])
-    """SHA-256 of each key that is let in, as `prophy key` prints it. Without keys, only this machine is."""
+    api_keys: list[str] = Field([])
+    """SHA-256 of each key that is let in, as `prophy key` prints it. Without keys, only this machine is.
+
+    With them, /healthz, /readyz, /docs and /openapi.json still need none.
+    """
+
+    allowed_origins: list[Annotated[str, Field(pattern=r"^https?://[^/@\s]+$")]] = Field([])
+    """Pages that may use the server from a browser, such as https://studio.example.
+
+    Without keys their host names are let in too, as that of a proxy before the server.
+    """
 
     output: LocalPath
     """Folder of the job database and the videos. By default `serve` in run_dir."""
@@ -89,4 +98,10 @@ class ServeConfig(Section):
             )
         if self.database is not None and re.match(r"[^/]*//([^/@:]*:[^@]+@|.*[?&]password=)", self.database):
             raise ValueError("database must not hold a password; put it into PGPASSWORD or ~/.pgpass")
+        for number, hashed in enumerate(self.api_keys, 1):
+            if not re.fullmatch(r"[0-9a-f]{64}", hashed):  # it may be the key itself: not to be shown
+                raise ValueError(
+                    f"entry {number} of api_keys is not the SHA-256 of a key, 64 hexadecimal digits; give "
+                    "the hash that `prophy key` prints, not the key"
+                )
         return self

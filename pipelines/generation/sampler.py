@@ -3,6 +3,7 @@
 Knows neither Ray nor HTTP. Importing it imports torch and diffusers, which takes seconds.
 """
 
+import gc
 import io
 import json
 import tempfile
@@ -28,7 +29,8 @@ from pipelines.generation.spec import (
     VideoSpec,
 )
 from prophy.backbones.registry import load_pipeline
-from prophy.device import autocast, default_device
+from prophy.device import autocast, check_device, default_device
+from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.taxonomy import PHENOMENA
 from prophy.video import write_video
@@ -105,7 +107,30 @@ class VideoSampler:
 
         Returns:
             RGB frames, uint8 `[B, T, H, W, 3]`.
+
+        Raises:
+            ProPhyError: the memory is not enough for it; what was taken is free again.
         """
+        try:
+            return self._sample_batch(specs, on_step, trace)
+        except (torch.OutOfMemoryError, MemoryError):
+            pass  # only outside this block are the tensors of all frames below free
+        except RuntimeError as error:
+            if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+                raise
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        spec = specs[0]
+        batch = f"{len(specs)} videos" if len(specs) > 1 else "a video"
+        raise ProPhyError(
+            f"{batch} of {spec.num_frames} frames of {spec.width}x{spec.height} pixels took more memory than "
+            f"there is; ask for fewer frames or smaller ones"
+        )
+
+    def _sample_batch(
+        self, specs: Sequence[VideoSpec], on_step: Callable[[float], None], trace: PhysicsTrace | None
+    ) -> np.ndarray:
         spec = specs[0]
         own = ("prompt", "negative_prompt", "seed")
         assert all(
@@ -138,6 +163,14 @@ class VideoSampler:
                 output_type="np",
             )
         return (output.frames * 255).round().astype(np.uint8)
+
+    def check_device(self) -> None:
+        """Computes something small where the model is.
+
+        Raises:
+            RuntimeError: the device fails.
+        """
+        check_device(self._device)
 
     def render(
         self, spec: VideoSpec, on_step: Callable[[float], None] = lambda progress: None

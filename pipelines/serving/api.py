@@ -1,6 +1,7 @@
 """The routes of the Videos API over a job store, a dispatcher and files. Knows neither Ray nor models."""
 
 import asyncio
+import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,18 +11,20 @@ from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi_offline import FastAPIOffline
 
 from pipelines.config import Config
 from pipelines.generation.spec import MAPS_FILE, SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits
 from pipelines.serving import pages
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.byte_ranges import partial_content
-from pipelines.serving.dispatcher import Dispatcher, QueueFullError
-from pipelines.serving.jobs import Job, JobStore
+from pipelines.serving.dispatcher import Dispatcher, KeyReusedError, QueueFullError
+from pipelines.serving.jobs import UNANSWERED, Job, JobStore
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.middleware import RETRY_AFTER_S, KeyCheck, guard, read_fields
+from pipelines.serving.middleware import KeyCheck, PageCheck, guard, read_fields
 from pipelines.serving.protocol import (
+    RETRY_AFTER_S,
     ApiError,
     DeletedVideo,
     ErrorResponse,
@@ -92,17 +95,26 @@ def create_app(service: VideoService) -> FastAPI:
         await service.dispatcher.stop()
         service.store.close()
 
-    app = FastAPI(title="ProPhy", version=version("prophy-ray"), lifespan=lifespan)
+    # Its pages bring their scripts along; ReDoc's would load a picture from elsewhere.
+    app = FastAPIOffline(redoc_url=None, title="ProPhy", version=version("prophy-ray"), lifespan=lifespan)
     app.state.service = service
     settings = service.config.serve
-    keyed = [Depends(KeyCheck(settings.api_keys))] if settings.api_keys else []
-    app.include_router(router, dependencies=keyed)
+    origins = settings.allowed_origins
+    check = Depends(KeyCheck(settings.api_keys) if settings.api_keys else PageCheck(origins))
+    app.include_router(router, dependencies=[check])
     app.include_router(probes)
     app.include_router(pages.router)
-    guard(
-        app, [*router.routes, *probes.routes, *pages.router.routes], settings.max_body_bytes, service.metrics
-    )
+    routes = [*router.routes, *probes.routes, *pages.router.routes]
+    translations = dict.fromkeys(UNANSWERED, _unanswered)
+    guard(app, routes, settings.max_body_bytes, service.metrics, origins, translations)
     return app
+
+
+def _unanswered(error: Exception) -> ApiError:
+    full = "full" in str(error).lower() or "no space left" in str(error).lower()
+    reason = "the disk of the job database is full" if full else "the job database does not answer"
+    headers = {"retry-after": str(RETRY_AFTER_S)}
+    return ApiError(503, f"{reason}; try again later", "database_unavailable", headers=headers)
 
 
 async def _service(request: Request) -> VideoService:  # FastAPI would give a plain function a thread
@@ -118,10 +130,19 @@ def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
 
 
 Service = Annotated[VideoService, Depends(_service)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=1000,
+        description="any text; a request with the same one makes no second video",
+    ),
+]
 probes = APIRouter()
 router = APIRouter(
     responses=_errors(
         _401="No valid API key, where the server asks for one",
+        _403="A page of another site, or another host name, where it does not",
         _422="A field is wrong",
         _503="The job database does not answer",
     )
@@ -141,6 +162,7 @@ _VARIANTS = {
 _NOT_ACCEPTED = _errors(
     _400="The body cannot be read",
     _404="No such model",
+    _408="The body does not come to its end",
     _413="The body is too long",
     _415="Neither JSON nor a form",
     _429="Too many videos are queued",
@@ -157,9 +179,11 @@ _BODY: dict[str, Any] = {
 
 
 @router.post("/v1/videos", responses=_NOT_ACCEPTED, openapi_extra=_BODY)
-async def create_video(request: Request, service: Service, response: Response) -> Video:
+async def create_video(
+    request: Request, service: Service, response: Response, idempotency_key: IdempotencyKey = None
+) -> Video:
     """Accepts a video to be made. Poll it until it is `completed`, then fetch its content."""
-    return _video(await _accept(request, service), service, response)
+    return _video(await _accept(request, service, idempotency_key), service, response)
 
 
 @router.post(
@@ -172,13 +196,13 @@ async def create_video(request: Request, service: Service, response: Response) -
     },
     openapi_extra=_BODY,
 )
-async def make_video(request: Request, service: Service) -> Response:
+async def make_video(request: Request, service: Service, idempotency_key: IdempotencyKey = None) -> Response:
     """Makes a video and answers with its mp4. A client that goes away stops it."""
-    job = await _accept(request, service)
+    job = await _accept(request, service, idempotency_key)
     try:
         await service.dispatcher.wait(job.id)
-    except asyncio.CancelledError:  # nobody else knows the video
-        await service.dispatcher.delete(job.id)
+    except asyncio.CancelledError:
+        await service.dispatcher.abandon(job.id)
         raise
     made = await asyncio.to_thread(_find, job.id, service)
     if made.status == "failed":
@@ -297,6 +321,15 @@ def list_models(service: Service) -> ModelList:
     return ModelList(data=[Model(id=model_name(service.config), created=STARTED_AT)])
 
 
+@router.get("/v1/models/{model}", responses=_errors(_404="No such model"))
+def retrieve_model(model: str, service: Service) -> Model:
+    """The model that this server runs, if it is this one."""
+    name = model_name(service.config)
+    if model != name:
+        raise ApiError(404, f"no model {model[:64]!r} here; there is {name!r}", "model_not_found", "model")
+    return Model(id=name, created=STARTED_AT)
+
+
 @router.get("/v1/settings")
 def retrieve_settings(service: Service) -> Settings:
     """What is made where a request does not say, and what is allowed."""
@@ -327,15 +360,28 @@ async def check_readiness(service: Service) -> Health:
     return Health(status="ready")
 
 
-async def _accept(request: Request, service: VideoService) -> Job:
-    fields = VideoRequest.parse(await read_fields(request))
+async def _accept(request: Request, service: VideoService, idempotency_key: str | None) -> Job:
+    fields = VideoRequest.parse(await read_fields(request, may_be_blank={"negative_prompt"}))
     spec = fields.to_spec(service.config, service.limits)
+    marks: tuple[str, ...] = ()
+    if idempotency_key is not None:
+        # Each client has its own keys; one whose API key is not asked for is any.
+        client = getattr(request.state, "client", "")
+        marks = (_sha256(f"{client} {idempotency_key}"), _sha256(fields.model_dump_json()))
     try:
-        return await service.dispatcher.create(spec, request.headers.get("x-request-id"))
+        return await service.dispatcher.create(spec, request.headers.get("x-request-id"), *marks)
+    except KeyReusedError as error:
+        message = f"this idempotency key stands for video {error}, and that is another one; send a new key"
+        # Not 409, which OpenAI's client would send again.
+        raise ApiError(422, message, "idempotency_key_reused", "idempotency-key") from None
     except QueueFullError:
         message = f"{service.config.serve.max_queued} videos are queued already; try again later"
         headers = {"retry-after": str(RETRY_AFTER_S)}
         raise ApiError(429, message, "queue_full", headers=headers) from None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _find(video_id: str, service: VideoService, param: str | None = None) -> Job:

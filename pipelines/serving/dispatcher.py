@@ -14,17 +14,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from ray.exceptions import RayError, RayTaskError
-
 from pipelines.config import ServeConfig
 from pipelines.generation.spec import VideoResult, VideoSpec
-from pipelines.runtime import find_user_error
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.jobs import UNANSWERED, Job, JobStore
 from pipelines.serving.metrics import Metrics
 from prophy.errors import ProPhyError
 
-logger = logging.getLogger("ray.serve")  # as Serve wants it: JSON lines with its context
+logger = logging.getLogger(__name__)
 
 MAX_REQUEUES = 2
 SWEEP_EVERY_S = 30.0
@@ -37,6 +34,14 @@ T = TypeVar("T")
 
 class QueueFullError(Exception):
     """As many videos are queued as the operator allows."""
+
+
+class KeyReusedError(Exception):
+    """An idempotency key stands for another request already; the argument is the id of its job."""
+
+
+class ReplicaDiedError(Exception):
+    """A replica died before it had made its video; another one can make it."""
 
 
 class ReplicasDiedError(Exception):
@@ -63,6 +68,7 @@ class Dispatcher:
         store: the jobs.
         artefacts: the finished videos.
         generate: makes one video; waits for a free replica first. Cancelling its iterator stops the making.
+            It raises `ReplicaDiedError`, or what is wrong with the video.
         metrics: what is counted on the way.
         settings: length of the queue, and how long videos are kept.
     """
@@ -83,6 +89,7 @@ class Dispatcher:
         self._expire_after_s = settings.expire_after_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._progress: dict[str, int] = {}
+        self._num_claims: dict[str, int] = {}
         self._creating = asyncio.Lock()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -105,19 +112,43 @@ class Dispatcher:
         """0 to 99 for a job that is being made, 0 for any other."""
         return self._progress.get(job_id, 0)
 
-    async def create(self, spec: VideoSpec, request_id: str | None) -> Job:
+    async def create(
+        self,
+        spec: VideoSpec,
+        request_id: str | None,
+        idempotency_key: str | None = None,
+        request_hash: str | None = None,
+    ) -> Job:
         """Accepts a job: once this returns, the video will be made, or the job says why not.
 
+        A job that was created with this `idempotency_key` before is returned as it is now.
+
+        Args:
+            spec: the video.
+            request_id: the HTTP request, for the logs.
+            idempotency_key: marks the request, if the client wants that.
+            request_hash: what the client asked for, to be compared with the earlier request.
+
         Raises:
+            KeyReusedError: the earlier request with this key asked for something else.
             QueueFullError: too many wait already.
         """
         # Shielded: a client that goes away meanwhile must not leave a row that nobody works on.
-        return await asyncio.shield(asyncio.create_task(self._create(spec, request_id)))
+        creating = self._create(spec, request_id, idempotency_key, request_hash)
+        return await asyncio.shield(asyncio.create_task(creating))
 
     async def wait(self, job_id: str) -> None:
         """Returns when the job is completed, failed or deleted."""
         if job_id in self._tasks:
             await asyncio.wait([self._tasks[job_id]])
+
+    async def abandon(self, job_id: str) -> None:
+        """A client that waited for its job has gone: deletes it, unless another request asked for it too."""
+        num_others = self._num_claims.get(job_id, 1) - 1
+        if num_others:
+            self._num_claims[job_id] = num_others
+        else:
+            await self.delete(job_id)
 
     async def delete(self, job_id: str) -> bool:
         """Stops the job if it is being made, and forgets it and its files; False if there is none."""
@@ -127,11 +158,23 @@ class Dispatcher:
         await asyncio.to_thread(self._sweep)
         return True
 
-    async def _create(self, spec: VideoSpec, request_id: str | None) -> Job:
+    async def _create(
+        self, spec: VideoSpec, request_id: str | None, idempotency_key: str | None, request_hash: str | None
+    ) -> Job:
         async with self._creating:
+            if idempotency_key is not None:
+                earlier = await asyncio.to_thread(self._store.find, idempotency_key)
+                if earlier is not None:
+                    if earlier.request_hash != request_hash:
+                        raise KeyReusedError(earlier.id)
+                    if earlier.id in self._tasks:
+                        self._num_claims[earlier.id] = self._num_claims.get(earlier.id, 1) + 1
+                    _log(earlier, f"is asked for again by request {request_id}")
+                    return earlier
             if self.num_jobs()["queued"] >= self._max_queued:
                 raise QueueFullError
-            job = await asyncio.to_thread(self._store.create, spec, request_id)
+            marks = (request_id, idempotency_key, request_hash)
+            job = await asyncio.to_thread(self._store.create, spec, *marks)
             self._submit(job)
         _log(job, "accepted")
         return job
@@ -141,7 +184,11 @@ class Dispatcher:
         # for a part of that request and end it with it.
         task = asyncio.create_task(self._run(job), context=contextvars.Context())
         self._tasks[job.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+        task.add_done_callback(lambda _: self._forget(job.id))
+
+    def _forget(self, job_id: str) -> None:
+        self._tasks.pop(job_id, None)
+        self._num_claims.pop(job_id, None)
 
     async def _run(self, job: Job) -> None:
         """Makes a job's video, again where a replica died; whatever goes wrong, the job says so."""
@@ -159,9 +206,7 @@ class Dispatcher:
         """Makes the video once; False if its replica died and the job is queued again."""
         try:
             await self._make(job)
-        except RayTaskError:  # the replica lives: the video is at fault
-            raise
-        except RayError as error:
+        except ReplicaDiedError as error:
             deaths = await asyncio.to_thread(_persist, self._store.requeue, job.id)
             self._metrics.requeues.inc()
             _log(job, "lost its replica", logging.WARNING, error)
@@ -251,10 +296,9 @@ def _reason(error: Exception) -> tuple[str, str]:
     """Why a video was not made: for programs, and for people."""
     if isinstance(error, ReplicasDiedError):
         return "replica_died", str(error)
-    cause = find_user_error(error) or (error.cause if isinstance(error, RayTaskError) else error)
-    if isinstance(cause, ProPhyError):
-        return "invalid_request", str(cause)
-    return "generation_failed", f"{type(cause).__name__}: {cause}"
+    if isinstance(error, ProPhyError):
+        return "invalid_request", str(error)
+    return "generation_failed", f"{type(error).__name__}: {error}"
 
 
 def _log(job: Job, event: str, level: int = logging.INFO, error: Exception | None = None) -> None:

@@ -3,10 +3,11 @@
 One process owns the database. All that it holds in memory can be lost: a new owner finds every accepted job.
 """
 
+import logging
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,27 +17,34 @@ from sqlalchemy import (
     Connection,
     Dialect,
     Engine,
+    Select,
     Text,
     TypeDecorator,
     and_,
     create_engine,
     delete,
+    insert,
+    inspect,
     make_url,
     or_,
     select,
     update,
 )
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from pipelines.generation.spec import VideoSpec
 from prophy.errors import ProPhyError
 
+logger = logging.getLogger(__name__)
+
 JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 
+SCHEMA_VERSION = 1  # to be raised with every change of the tables, or of what their rows hold
 OWNER_TIMEOUT_S = 20.0  # an earlier owner that was told to stop is given this long
 UNANSWERED = (OperationalError, PoolTimeoutError)  # the database is away, or its connections are all in use
+UNREADABLE = (ValueError, LookupError)  # what a row raises that this version did not write
 _ADVISORY_LOCK = 0x70726F706879  # "prophy"
 
 
@@ -57,6 +65,14 @@ class _Base(DeclarativeBase):
     pass
 
 
+class _Schema(_Base):
+    """Its one row says which version of the tables this is."""
+
+    __tablename__ = "prophy_schema"
+
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
 class Job(_Base):
     """One accepted request for a video.
 
@@ -64,6 +80,8 @@ class Job(_Base):
         sequence: order of arrival.
         id: what clients know the job by.
         request_id: id of the HTTP request that created it, for the logs.
+        idempotency_key: marks a request, so that sending it again makes no second video.
+        request_hash: SHA-256 of the fields of the request.
         spec: the video that was asked for.
         status: `queued` until a replica has begun it.
         num_deaths: replicas that died while they made it.
@@ -83,6 +101,8 @@ class Job(_Base):
     sequence: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
     request_id: Mapped[str | None]
+    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    request_hash: Mapped[str | None]
     spec: Mapped[VideoSpec] = mapped_column(_SpecColumn)
     status: Mapped[JobStatus] = mapped_column(index=True)
     num_deaths: Mapped[int] = mapped_column(default=0)
@@ -103,33 +123,63 @@ class JobStore:
     A job's status only moves along `queued -> in_progress -> completed | failed`, and back to `queued` by
     `requeue`. A method that moves it says whether the job was still there to be moved.
 
+    A row that this version cannot read is left out of what the methods return, and named in the log.
+
     Args:
         url: the database's, as SQLAlchemy writes it.
 
     Raises:
-        ProPhyError: no such database, or another process owns it.
+        ProPhyError: there is no such database, it cannot be written, another process owns it, or another
+            program or version made its tables.
     """
 
     def __init__(self, url: str) -> None:
+        self._url = url
         try:
             parsed = make_url(url)
             is_file = parsed.get_backend_name() == "sqlite" and Path(parsed.database or "").is_absolute()
             if not is_file and parsed.get_backend_name() != "postgresql":
                 raise ArgumentError("it is neither an absolute SQLite file nor PostgreSQL")
             self._engine = create_engine(url, pool_pre_ping=True)
-            self._lock = _own(self._engine, url)
-            self._owner = self._lock.__enter__()
-            if self._engine.dialect.name == "sqlite":  # readers do not wait for the writer
+            with ExitStack() as stack:
+                stack.callback(self._engine.dispose)
+                self._owner = stack.enter_context(_own(self._engine, url))
                 with self._engine.connect() as connection:
-                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            _Base.metadata.create_all(self._engine)
-        except (ArgumentError, OperationalError, OSError) as error:
-            reason = str(error.orig if isinstance(error, OperationalError) else error).splitlines()[0]
-            raise ProPhyError(
-                f"cannot open the job database {url}: {reason}; give sqlite:////FOLDER/FILE, or "
-                "postgresql://USER@HOST/DATABASE"
-            ) from None
+                    self._create_tables(connection)
+                    connection.commit()
+                    if is_file:  # readers do not wait for the writer
+                        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+                self._ownership = stack.pop_all()
+        except (ArgumentError, DatabaseError, ImportError, OSError) as error:
+            raise self._refusal("open", error) from None
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+
+    def _create_tables(self, connection: Connection) -> None:
+        """In one transaction, which also says now if the database is locked or read-only.
+
+        Raises:
+            ProPhyError: there are tables of another program or version.
+        """
+        if self._engine.dialect.name == "sqlite":  # whose driver begins no transaction before CREATE TABLE
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        found = inspect(connection).get_table_names()
+        version = connection.scalar(select(_Schema.version)) if _Schema.__tablename__ in found else None
+        if found and version != SCHEMA_VERSION:
+            raise ProPhyError(
+                f"the job database {self._url} has tables that another program, or another version of this "
+                f"one, made (their version is {version}, not {SCHEMA_VERSION}); choose another serve.output "
+                "or serve.database"
+            )
+        if not found:
+            _Base.metadata.create_all(connection)
+            connection.execute(insert(_Schema).values(version=SCHEMA_VERSION))
+
+    def _refusal(self, verb: str, error: Exception) -> ProPhyError:
+        reason = str(error.orig if isinstance(error, DatabaseError) else error).strip().splitlines()[0]
+        return ProPhyError(
+            f"cannot {verb} the job database {self._url}: {reason}; choose another serve.output, or set "
+            "serve.database to sqlite:////FOLDER/FILE or postgresql://USER@HOST/DATABASE"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -139,8 +189,7 @@ class JobStore:
 
     def close(self) -> None:
         """Lets another process own the database."""
-        self._lock.__exit__(None, None, None)
-        self._engine.dispose()
+        self._ownership.close()
 
     def is_owner(self) -> bool:
         """Whether the right is still ours: PostgreSQL takes it back when the connection breaks.
@@ -156,11 +205,42 @@ class JobStore:
             return _try_lock(self._owner)
         return True
 
-    def create(self, spec: VideoSpec, request_id: str | None = None) -> Job:
+    def check(self) -> None:
+        """Reads all of it.
+
+        Raises:
+            ProPhyError: a page is damaged, or a row is not of this version.
+        """
+        read = "none"
+        try:
+            with self._sessions() as session:
+                if self._engine.dialect.name == "sqlite":
+                    found = session.connection().exec_driver_sql("PRAGMA quick_check").scalar()
+                    if found != "ok":
+                        raise OSError(f"it is damaged: {found}")
+                rows = select(Job).order_by(Job.sequence).execution_options(yield_per=1000)
+                for job in session.scalars(rows):
+                    _check_types(job)
+                    read = job.id
+        except UNREADABLE:
+            reason = ValueError(f"another version made one of its rows; the last that can be read is {read}")
+            raise self._refusal("read", reason) from None
+        except (DatabaseError, OSError) as error:
+            raise self._refusal("read", error) from None
+
+    def create(
+        self,
+        spec: VideoSpec,
+        request_id: str | None = None,
+        idempotency_key: str | None = None,
+        request_hash: str | None = None,
+    ) -> Job:
         """Adds a queued job."""
         job = Job(
             id=f"video_{uuid.uuid4().hex}",
             request_id=request_id,
+            idempotency_key=idempotency_key,
+            request_hash=request_hash,
             spec=spec,
             status="queued",
             created_at=time.time(),
@@ -172,24 +252,30 @@ class JobStore:
     def get(self, job_id: str) -> Job | None:
         """The job, if it exists."""
         with self._sessions() as session:
-            return session.scalar(select(Job).where(Job.id == job_id, ~Job.is_deleted))
+            return _first(session, select(Job.sequence).where(Job.id == job_id, ~Job.is_deleted))
+
+    def find(self, idempotency_key: str) -> Job | None:
+        """The job of the request that was marked with this key, if it exists."""
+        key = select(Job.sequence).where(Job.idempotency_key == idempotency_key, ~Job.is_deleted)
+        with self._sessions() as session:
+            return _first(session, key)
 
     def page(self, after: Job | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
         """Up to `limit` jobs that follow `after`, oldest first for `asc`, and whether more follow."""
-        query = select(Job).where(~Job.is_deleted).order_by(getattr(Job.sequence, order)()).limit(limit + 1)
+        keys = select(Job.sequence).where(~Job.is_deleted).order_by(getattr(Job.sequence, order)())
         if after is not None:
             follows = Job.sequence > after.sequence if order == "asc" else Job.sequence < after.sequence
-            query = query.where(follows)
+            keys = keys.where(follows)
         with self._sessions() as session:
-            jobs = list(session.scalars(query))
-        return jobs[:limit], len(jobs) > limit
+            found = session.scalars(keys.limit(limit + 1)).all()
+            return _read(session, found[:limit]), len(found) > limit
 
     def requeue_unfinished(self) -> list[Job]:
         """Puts what an earlier owner had in progress back into the queue; returns the queue, oldest first."""
-        queued = select(Job).where(Job.status == "queued", ~Job.is_deleted).order_by(Job.sequence)
+        queued = select(Job.sequence).where(Job.status == "queued", ~Job.is_deleted).order_by(Job.sequence)
         with self._sessions.begin() as session:
             session.execute(update(Job).where(Job.status == "in_progress").values(status="queued"))
-            return list(session.scalars(queued))
+            return _read(session, session.scalars(queued).all())
 
     def start(self, job_id: str) -> bool:
         """A replica has begun the job; from now on there may be files of it."""
@@ -227,7 +313,8 @@ class JobStore:
 
     def delete(self, job_id: str) -> bool:
         """Hides the job from clients; `purge` forgets it, once its files are gone."""
-        return self._move(job_id, ("queued", "in_progress", "completed", "failed"), is_deleted=True)
+        every: tuple[JobStatus, ...] = ("queued", "in_progress", "completed", "failed")
+        return self._move(job_id, every, is_deleted=True, idempotency_key=None)
 
     def outdated(self) -> list[str]:
         """The jobs whose files must go: deleted, failed or expired."""
@@ -246,6 +333,37 @@ class JobStore:
         job = update(Job).where(Job.id == job_id, Job.status.in_(before), ~Job.is_deleted)
         with self._sessions.begin() as session:
             return session.scalar(job.values(**values).returning(Job.id)) is not None
+
+
+def _read(session: Session, keys: Sequence[int]) -> list[Job]:
+    """Jobs by `sequence`, one query each, so that a row that cannot be read keeps none of the others."""
+    jobs = []
+    for key in keys:
+        try:
+            if (job := session.get(Job, key)) is not None:
+                _check_types(job)
+                jobs.append(job)
+        except UNREADABLE as error:
+            reason = str(error).splitlines()[0]
+            logger.error("left out row %d of the job database, which cannot be read: %s", key, reason)
+    return jobs
+
+
+def _check_types(job: Job) -> None:
+    """SQLite keeps anything in any column, and JSON text may hold anything.
+
+    Raises:
+        ValueError: a value is not of its column's type.
+    """
+    for column in Job.__table__.columns:
+        value = getattr(job, column.name)
+        expected = dict if isinstance(column.type, JSON) else column.type.python_type
+        if value is not None and not isinstance(value, expected):
+            raise ValueError(f"{column.name} is {value!r}")
+
+
+def _first(session: Session, keys: Select[int]) -> Job | None:
+    return next(iter(_read(session, session.scalars(keys).all())), None)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 _STAGE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
-_HTTP_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+_HTTP_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100, 1000)  # of /v1/videos/sync, the last ones
+FAILURES = ("generation_failed", "invalid_request", "replica_died")
 
 
 class Metrics:
@@ -35,7 +36,10 @@ class Metrics:
             buckets=_STEP_BUCKETS,
             registry=registry,
         )
+        self.completions = Counter("prophy_videos_completed", "Videos that were made", registry=registry)
         self.failures = Counter("prophy_videos_failed", "Videos that failed", ["code"], registry=registry)
+        for code in FAILURES:  # a rate needs the zero before the first
+            self.failures.labels(code)
         self.requeues = Counter("prophy_videos_requeued", "Videos whose replica died", registry=registry)
         self.http = Histogram(
             "prophy_http_request_seconds",
@@ -49,7 +53,8 @@ class Metrics:
         )
 
     def observe_stages(self, durations: Mapping[str, float], num_steps: int) -> None:
-        """A video was completed; `durations` in seconds per stage."""
+        """Counts a video that was completed; `durations` in seconds per stage."""
+        self.completions.inc()
         for stage, seconds in durations.items():
             self._stage.labels(stage).observe(seconds)
         self._step.observe(durations["denoise"] / num_steps)

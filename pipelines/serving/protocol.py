@@ -10,11 +10,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipelines.config import Config, nearest_key
+from pipelines.config import Config, key_advice
 from pipelines.generation.spec import Integer, Number, PhysicsSpec, ShapeLimits, VideoSpec
 from pipelines.serving.jobs import Job, JobStatus
 from prophy.errors import ProPhyError
 from prophy.taxonomy import PHENOMENA, Phenomenon
+
+RETRY_AFTER_S = 10
 
 
 class ErrorDetail(BaseModel):
@@ -75,7 +77,7 @@ class VideoRequest(BaseModel):
         examples=["64x64"],
     )
     negative_prompt: str | None = Field(None, max_length=32_000)
-    seed: Integer | None = Field(None, ge=0, lt=2**63, description="drawn at random if left out")
+    seed: Integer | None = Field(None, ge=0, le=2**63 - 1, description="drawn at random if left out")
     num_inference_steps: Integer | None = Field(None, ge=1, le=200)
     guidance_scale: Number | None = Field(None, ge=0, le=20)
     fps: Number | None = Field(None, ge=1, le=120)
@@ -97,11 +99,17 @@ class VideoRequest(BaseModel):
         location = first["loc"]
         param = ".".join(str(part) for part in location if part != "[key]")
         if first["type"] == "extra_forbidden":
-            message = f"unknown field {param!r}; did you mean {nearest_key(cls, location)!r}?"
+            message = f"unknown field {param!r}; {key_advice(cls, location)}"
             raise ApiError(422, message, "unknown_parameter", param)
         if first["type"] == "missing":
             raise ApiError(422, f"the field {param!r} is missing; add it", "missing_parameter", param)
-        reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        match first["type"]:
+            case "value_error":
+                reason = str(first["ctx"]["error"])
+            case "string_type" | "string_pattern_mismatch" if examples := cls.model_fields[param].examples:
+                reason = f"give it as text, such as {examples[0]!r}"
+            case _:
+                reason = first["msg"]
         message = f"bad value {reprlib.repr(first['input'])} for the field {param!r}: {reason}"
         raise ApiError(422, message, "invalid_value", param or None)
 
@@ -124,6 +132,10 @@ class VideoRequest(BaseModel):
         try:
             limits.check_size(height, width)
             param = "seconds"
+            if self.seconds and not float(self.seconds):
+                raise ProPhyError(
+                    f"a video of {self.seconds} seconds has no frame; leave the field out, or give more"
+                )
             num_frames = limits.num_frames(float(self.seconds), fps) if self.seconds else backbone.num_frames
         except ProPhyError as error:
             raise ApiError(422, str(error), "invalid_value", param) from None

@@ -8,7 +8,10 @@ import asyncio
 import faulthandler
 import ipaddress
 import logging
+import os
+import re
 import signal
+import textwrap
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,22 +24,24 @@ import ray
 from fastapi import FastAPI
 from pydantic import BaseModel
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig, ReplicaState
 
 from pipelines.config import Config, ServeConfig, load_config
 from pipelines.generation.limits import check_model, shape_limits
 from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
-from pipelines.runtime import open_run, ray_session
+from pipelines.runtime import find_user_error, open_run, ray_session
 from pipelines.serving import haproxy
 from pipelines.serving.api import GeneratorStatus, VideoService, create_app
 from pipelines.serving.artefacts import ArtefactStore
-from pipelines.serving.dispatcher import Dispatcher, GenerationStep
+from pipelines.serving.dispatcher import Dispatcher, GenerationStep, ReplicaDiedError
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ApiError
 from prophy.errors import ProPhyError
+
+logger = logging.getLogger("ray.serve")  # a replica's own: JSON lines with its context
 
 APP_NAME = "prophy"
 MAX_CONNECTIONS = 1000
@@ -62,11 +67,19 @@ class VideoGenerator:
         self._sampler.warm_up(limits)
         self._thread = ThreadPoolExecutor(max_workers=1)
 
+    async def check_health(self) -> None:
+        """Raises what the device raises; Serve asks every 10 s, and replaces a replica after three errors."""
+        await asyncio.to_thread(self._sampler.check_device)
+
     async def generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
         """Makes a video, in a thread; a caller that goes away stops it after the current denoising step.
 
         The first step is reported once the video before, should it be on its way out, has left the thread.
+        After an error of the device the process ends: all that follows there would fail too, and at once, so
+        that such a replica would be the free one for every job of the queue.
         """
+        from prophy.device import is_device_error
+
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[GenerationStep] = asyncio.Queue()
         stopped = threading.Event()
@@ -78,7 +91,14 @@ class VideoGenerator:
 
         def render() -> VideoResult:
             report(0.0)
-            return self._sampler.render(spec, report)
+            try:
+                return self._sampler.render(spec, report)
+            except Exception as error:
+                if is_device_error(error):
+                    logger.critical("the device fails; this replica gives way to a new one", exc_info=error)
+                    logging.shutdown()
+                    os._exit(1)
+                raise
 
         def wake(making: asyncio.Future[VideoResult]) -> None:
             steps.put_nowait(GenerationStep(1.0))
@@ -117,7 +137,10 @@ class VideoAPI:
     """
 
     def __init__(self, config: Config, limits: ShapeLimits, generator: DeploymentHandle) -> None:
-        logging.getLogger("ray.serve").addFilter(_is_news)
+        logger.addFilter(_is_news)
+        ours = logging.getLogger("pipelines.serving")  # where jobs and dispatcher log, which know no Serve
+        ours.setLevel(logging.INFO)
+        ours.handlers, ours.propagate = logger.handlers, False
         self._generator = generator
         settings, metrics = config.serve, Metrics()
         store = JobStore(settings.database_url)
@@ -142,6 +165,10 @@ class VideoAPI:
         try:
             async for step in response:
                 yield step
+        except RayTaskError as error:  # the replica lives: the video is at fault
+            raise find_user_error(error) or error.cause from None
+        except RayError as error:
+            raise ReplicaDiedError(str(error)) from error
         finally:
             response.cancel()
 
@@ -163,8 +190,14 @@ async def _generator_status() -> GeneratorStatus:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Serve warns, again and again, of a call that waits for a replica; here that is a video in the queue."""
-    return not record.getMessage().startswith("Failed to route request after")
+    """Whether a line of Serve's log says something.
+
+    Serve warns, again and again, of a call that waits for a replica; here that is a video in the queue. It
+    also notes each probe that found the server well.
+    """
+    message = record.getMessage()
+    waits = message.startswith(("Failed to route request after", "Failed to get queue length from"))
+    return not waits and not re.match(r"GET /(healthz|health|readyz) 200 ", message)
 
 
 class AppArguments(BaseModel, extra="forbid"):
@@ -239,8 +272,8 @@ def serving(config: Config) -> Iterator[str]:
 
     Raises:
         ProPhyError: open to other machines without keys, the port is taken, the job database cannot be
-            opened or is in use, Ray Serve is in use here, the checkpoint is of another backbone, or the
-            model cannot run.
+            opened or read or is in use, Ray Serve does not start or is in use here, the checkpoint is of
+            another backbone, or the model cannot run.
     """
     settings = config.serve
     _check_keys(settings)
@@ -253,35 +286,56 @@ def serving(config: Config) -> Iterator[str]:
         ) from None
     check_model(config)
     open_run(config, "serve")
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProPhyError(
+            f"cannot write to serve.output {settings.output}: {error.strerror}; choose another"
+        ) from None
+    with JobStore(settings.database_url) as store:  # what is wrong with it, the user hears before Ray starts
+        store.check()
     folder = TemporaryDirectory(prefix="prophy-", dir="/tmp")  # others may be too long for HAProxy's sockets
     with folder as name, ray_session(config, haproxy.environment(Path(name))):
         app = build_app(config)
         running = ", ".join(serve.status().applications)
         if running:
             raise ProPhyError(f"Ray Serve already runs here, with {running}; stop it, or use another cluster")
-        JobStore(settings.database_url).close()  # what is wrong with it, the user hears here
-        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port})
         try:
-            _deploy(app)
+            _deploy(app, settings.host, port)
             yield f"http://{settings.host}:{port}"
         finally:
             serve.shutdown()
 
 
-def _deploy(app: serve.Application) -> None:
+def _deploy(app: serve.Application, host: str, port: int) -> None:
     """Returns once the first replica of the model has made a first forward pass.
 
     Raises:
         ProPhyError: that cannot be done.
     """
+    options = {"host": host, "port": port}
     try:
+        try:
+            serve.start(proxy_location="HeadOnly", http_options=options)
+        except TimeoutError:  # after a minute; on a busy machine the proxies are still about to start
+            serve.start(proxy_location="HeadOnly", http_options=options)
         serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON"))
-    except RuntimeError:
+    except (RayError, RuntimeError, TimeoutError) as error:
+        raise ProPhyError(_why_not(error)) from None
+
+
+def _why_not(error: Exception) -> str:
+    """What keeps the server from starting, in one sentence."""
+    try:
         deployments = serve.status().applications[APP_NAME].deployments
-        failed = (name for name in deployments if deployments[name].status == DeploymentStatus.DEPLOY_FAILED)
-        name = next(failed)
-        reason = deployments[name].message.strip().splitlines()[-1]
-        raise ProPhyError(f"{name} does not start: {reason}") from None
+    except (RayError, KeyError):
+        deployments = {}
+    for name, deployment in deployments.items():
+        if deployment.status == DeploymentStatus.DEPLOY_FAILED:
+            return f"{name} does not start: {deployment.message.strip().splitlines()[-1]}"
+    cause = str(error.cause if isinstance(error, RayTaskError) else error)
+    reason = textwrap.shorten(cause, 500)
+    return f"Ray Serve does not start: {reason}; is the machine too busy, or the port taken since?"
 
 
 def run(config: Config) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,14 @@ from tests.servers import (
     wait,
 )
 
+STEP = {"num_inference_steps": 1, "seed": 0}
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("api")
-    return serve_config(folder / "run", save_checkpoint(folder / "model"))
+    allowed = "serve.allowed_origins=[https://studio.example]"
+    return serve_config(folder / "run", save_checkpoint(folder / "model"), allowed)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +155,31 @@ def test_openai_client(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="did you mean 'seed'") as caught:
         openai_client.videos.create(prompt=PROMPT, extra_body={"sead": 3})
     assert caught.value.param == "sead"
+    assert openai_client.models.retrieve("prophy-tiny") == openai_client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="there is 'prophy-tiny'"):
+        openai_client.models.retrieve("sora-2")
+
+
+def test_openai_client_that_tries_again_with_one_key_makes_one_video(client: httpx.Client) -> None:
+    url = f"{client.base_url}/v1"
+    retrying = openai.OpenAI(
+        base_url=url, api_key="unused", max_retries=2, timeout=httpx.Timeout(9, read=0.001)
+    )
+    with pytest.raises(openai.APITimeoutError):
+        retrying.videos.create(prompt="again", extra_headers={"idempotency-key": "one"}, extra_body=STEP)
+    patient = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
+    made = patient.videos.create(prompt="again", extra_headers={"idempotency-key": "one"}, extra_body=STEP)
+    listed = client.get("/v1/videos", params={"limit": 100}).json()["data"]
+    assert [video["id"] for video in listed if video["prompt"] == "again"] == [made.id]
+    wait(client, made.id)
+    sync = {"json": STEP | {"prompt": "again"}, "headers": {"idempotency-key": "one"}}
+    content = client.post("/v1/videos/sync", **sync).raise_for_status().content
+    assert content == client.get(f"/v1/videos/{made.id}/content").content
+    sync["json"] = STEP | {"prompt": "another"}
+    reused = client.post("/v1/videos", **sync)
+    assert made.id in check_error(reused, 422, "idempotency_key_reused", "idempotency-key")
+    sync["headers"] = {"idempotency-key": ""}
+    check_error(client.post("/v1/videos", **sync), 422, "invalid_value", "idempotency-key")
 
 
 def test_curl(client: httpx.Client, tmp_path: Path) -> None:
@@ -271,8 +300,16 @@ def test_pages(client: httpx.Client) -> None:
         ({"prompt": " "}, "invalid_value", "prompt", "bad value ' ' for the field 'prompt'"),
         ({"prompt": "x" * 100_000}, "invalid_value", "prompt", "at most 32000 characters"),
         ({"promt": "x"}, "unknown_parameter", "promt", "did you mean 'prompt'?"),
-        ({"prompt": "x", "seconds": 2}, "invalid_value", "seconds", "should be a valid string"),
+        ({"prompt": "x", "n": 1}, "unknown_parameter", "n", "unknown field 'n'; there are prompt, model, "),
+        ({"prompt": "x", "seconds": 2}, "invalid_value", "seconds", "give it as text, such as '2'"),
         ({"prompt": "x", "seconds": "4s"}, "invalid_value", "seconds", "'4s'"),
+        ({"prompt": "x", "seconds": "0.0"}, "invalid_value", "seconds", "has no frame"),
+        (
+            {"prompt": "x", "seed": 10**20},
+            "invalid_value",
+            "seed",
+            "less than or equal to 9223372036854775807",
+        ),
         (
             {"prompt": "x", "seconds": "3"},
             "invalid_value",
@@ -322,6 +359,9 @@ def test_bad_requests(client: httpx.Client) -> None:
         client.post("/v1/videos", json={"prompt": "x", "model": "sora-2"}), 404, "model_not_found", "model"
     )
     check_error(client.post("/v1/videos", content="prompt"), 415, "unsupported_media_type")
+    shell = {"content-type": "application/x-www-form-urlencoded"}  # what curl says of its -d
+    json_as_form = client.post("/v1/videos", content='{"prompt": "a=b&c"}', headers=shell)
+    assert "send application/json" in check_error(json_as_form, 415, "unsupported_media_type")
     picture = client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": b"png"})
     check_error(picture, 422, "unsupported_parameter", "input_reference")
     check_error(client.get("/v1/pictures"), 404, "not_found")
@@ -335,6 +375,93 @@ def test_bad_requests(client: httpx.Client) -> None:
     check_error(client.post("/v1/videos", data=twice), 422, "invalid_value", "prompt")
     many = {f"field{index}": "" for index in range(1000)}
     check_error(client.post("/v1/videos", data=many), 400, "bad_request")
+
+
+def test_a_form_whose_inputs_were_left_blank(client: httpx.Client) -> None:
+    blank = {"seconds": (None, ""), "seed": (None, ""), "negative_prompt": (None, "")}
+    chosen = {"prompt": (None, PROMPT), "num_inference_steps": (None, "1")}
+    video = client.post("/v1/videos", files=blank | chosen | {"input_reference": ("", b"")}).json()
+    assert (video["num_frames"], video["negative_prompt"]) == (5, "")
+    wait(client, video["id"])
+    missing = client.post("/v1/videos", files=blank | {"prompt": (None, "")})
+    check_error(missing, 422, "missing_parameter", "prompt")
+
+
+FOREIGN, ADDRESS = "http://evil.example", "127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "code"),
+    [
+        ("GET", {"host": "evil.example"}, "foreign_host"),
+        ("GET", {"host": "127.0.0.1.evil.example:8000"}, "foreign_host"),
+        ("GET", {"host": "localhost.evil.example", "x-forwarded-host": "localhost"}, "foreign_host"),
+        ("GET", {"host": "evil.example@localhost"}, "foreign_host"),
+        ("GET", {"host": "[::1].evil.example"}, "foreign_host"),
+        ("POST", {"host": "evil.example", "origin": FOREIGN}, "foreign_host"),
+        ("POST", {"host": ADDRESS, "origin": FOREIGN}, "foreign_origin"),
+        ("POST", {"host": ADDRESS, "origin": "null"}, "foreign_origin"),
+        ("POST", {"host": ADDRESS, "origin": "http://127.0.0.1:3000"}, "foreign_origin"),
+        ("POST", {"host": ADDRESS, "origin": FOREIGN, "x-forwarded-host": "evil.example"}, "foreign_origin"),
+        ("POST", {"host": ADDRESS, "sec-fetch-site": "cross-site"}, "foreign_origin"),
+        ("POST", {"host": ADDRESS, "sec-fetch-site": "same-site"}, "foreign_origin"),
+        ("DELETE", {"host": ADDRESS, "origin": FOREIGN}, "foreign_origin"),
+        ("GET", {"host": "localhost"}, None),
+        ("GET", {"host": "LocalHost.:8000", "origin": FOREIGN, "sec-fetch-site": "cross-site"}, None),
+        ("GET", {"host": "[::1]:8000"}, None),
+        ("GET", {"host": "10.1.2.3"}, None),
+        ("POST", {"host": "LOCALHOST:8000", "origin": "http://localhost:8000"}, None),
+        ("POST", {"host": ADDRESS, "sec-fetch-site": "same-origin"}, None),
+        ("GET", {"host": "studio.example"}, None),
+        ("POST", {"host": ADDRESS, "origin": "https://Studio.example", "sec-fetch-site": "cross-site"}, None),
+    ],
+)
+def test_pages_of_other_sites(
+    client: httpx.Client, method: str, headers: dict[str, str], code: str | None
+) -> None:
+    """Without keys; the fixture allows `https://studio.example`. What is let in is refused for its body."""
+    path = "/v1/videos" if method != "DELETE" else "/v1/videos/video_x"
+    answer = client.request(method, path, headers=headers)
+    if code is not None:
+        assert "serve.allowed_origins" in check_error(answer, 403, code)
+    else:
+        assert answer.status_code == {"GET": 200, "POST": 415}[method], answer.text
+
+
+def test_an_allowed_page_may_read(client: httpx.Client) -> None:
+    origin = "https://studio.example"
+    asked = {"origin": origin, "access-control-request-method": "DELETE"}
+    preflight = client.options("/v1/videos/video_x", headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == origin
+    error = client.get("/v1/videos/video_x", headers={"origin": origin})
+    check_error(error, 404, "video_not_found")
+    assert error.headers["access-control-allow-origin"] == origin
+    assert "access-control-allow-origin" not in client.get("/v1/videos", headers={"origin": FOREIGN}).headers
+
+
+def test_pages_of_documentation_need_no_other_server(client: httpx.Client) -> None:
+    page = client.get("/docs").raise_for_status().text
+    used = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page)
+    assert len(used) >= 4 and not re.search(r"https?://", page)
+    for path in used:
+        assert client.get(path).raise_for_status().content
+    check_error(client.get("/redoc"), 404, "not_found")
+
+
+def test_a_client_that_leaves_in_mid_body_is_no_error(client: httpx.Client) -> None:
+    before = client.get("/metrics").text
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(b"POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n")
+        connection.sendall(b"content-type: application/json\r\n\r\n{")
+        time.sleep(0.2)
+    left = 'prophy_http_request_seconds_count{method="POST",route="/v1/videos",status="499"} 1.0'
+    while left not in (metrics := client.get("/metrics").text):
+        time.sleep(0.02)
+    errors = [line for line in before.splitlines() if "internal_error" in line or 'status="500"' in line]
+    assert errors == [
+        line for line in metrics.splitlines() if "internal_error" in line or 'status="500"' in line
+    ]
 
 
 @pytest.mark.parametrize(
@@ -384,7 +511,6 @@ def test_models_health_metrics_and_description(client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()
     body = described["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert {"prompt", "seconds", "size", "physics"} <= body["properties"].keys()
-    assert "swagger" in client.get("/docs").text
     check_error(client.get("/v1/videos/video_x"), 404, "video_not_found")
     metrics = client.get("/metrics").text
     for sample in (
@@ -393,6 +519,8 @@ def test_models_health_metrics_and_description(client: httpx.Client) -> None:
         "prophy_queue_wait_seconds_count",
         'prophy_stage_seconds_count{stage="denoise"}',
         "prophy_step_seconds_count",
+        "prophy_videos_completed_total",
+        'prophy_videos_failed_total{code="replica_died"} 0.0',
         'prophy_http_errors_total{code="video_not_found"}',
         'prophy_http_request_seconds_count{method="POST",route="/v1/videos",status="200"}',
     ):

@@ -6,14 +6,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError
 from sqlalchemy.exc import OperationalError
 
 from pipelines.config import ServeConfig
 from pipelines.generation.spec import THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
 from pipelines.serving import dispatcher as dispatcher_module
 from pipelines.serving.artefacts import ArtefactStore
-from pipelines.serving.dispatcher import Dispatcher, GenerationStep, QueueFullError
+from pipelines.serving.dispatcher import (
+    Dispatcher,
+    GenerationStep,
+    KeyReusedError,
+    QueueFullError,
+    ReplicaDiedError,
+)
 from pipelines.serving.jobs import Job, JobStore
 from pipelines.serving.metrics import Metrics
 from tests.pipelines.serving.test_jobs import DURATIONS, SPEC, status_of
@@ -65,7 +70,7 @@ def dying(num_deaths: int) -> Callable[[VideoSpec], AsyncGenerator[GenerationSte
     async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
         yield GenerationStep(0.3)
         if next(remaining, None) is not None:
-            raise ActorDiedError
+            raise ReplicaDiedError
         yield GenerationStep(1.0, RESULT)
 
     return generate
@@ -171,6 +176,52 @@ def test_queue_is_bounded_however_many_come_at_once(store: JobStore, new: Callab
     run(scenario)
 
 
+def test_a_request_that_comes_again_makes_no_second_video(
+    store: JobStore, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        dispatcher = new(without_end, max_queued=1)
+        await dispatcher.start()
+        twice = [dispatcher.create(SPEC, f"request-{number}", "key", "asked") for number in range(2)]
+        first, second = await asyncio.gather(*twice)
+        assert first.id == second.id and len(store.page(None, 10, "asc")[0]) == 1
+        with pytest.raises(KeyReusedError, match=first.id):
+            await dispatcher.create(SPEC, None, "key", "something else")
+        await until(store, first.id, "in_progress")
+        await dispatcher.stop()
+
+        dispatcher = new(two_steps)  # as after a restart
+        await dispatcher.start()
+        assert (await dispatcher.create(SPEC, None, "key", "asked")).id == first.id
+        await dispatcher.wait(first.id)
+        again = await dispatcher.create(SPEC, None, "key", "asked")
+        assert (again.id, again.status) == (first.id, "completed")
+        await dispatcher.delete(first.id)
+        assert (await dispatcher.create(SPEC, None, "key", "asked")).id != first.id
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_client_that_waits_no_longer_stops_its_video_alone(
+    store: JobStore, new: Callable[..., Dispatcher]
+) -> None:
+    async def scenario() -> None:
+        dispatcher = new(without_end)
+        await dispatcher.start()
+        own = await dispatcher.create(SPEC, None)
+        shared = await dispatcher.create(SPEC, None, "key", "asked")
+        await dispatcher.create(SPEC, None, "key", "asked")
+        for job in (own, shared):
+            await dispatcher.abandon(job.id)
+        assert store.get(own.id) is None and store.get(shared.id) is not None
+        await dispatcher.abandon(shared.id)
+        assert store.get(shared.id) is None
+        await dispatcher.stop()
+
+    run(scenario)
+
+
 def test_delete_stops_the_making(store: JobStore, new: Callable[..., Dispatcher]) -> None:
     stopped = asyncio.Event()
 
@@ -224,7 +275,7 @@ def test_a_replica_that_dies_after_its_video_is_of_no_concern(
     async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
         async for step in two_steps(spec):
             yield step
-        raise ActorDiedError
+        raise ReplicaDiedError
 
     async def scenario() -> None:
         dispatcher = new(generate)

@@ -1,14 +1,16 @@
 """Jobs in real databases, SQLite and PostgreSQL."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import NullPool, create_engine, text
 
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.serving import jobs
@@ -145,14 +147,107 @@ def test_one_owner(store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch) -
     JobStore(url).close()
 
 
+def execute(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def damage_a_page(path: Path) -> None:
+    """One of those that hold the rows, not the first, which says what the file is."""
+    with JobStore(f"sqlite:///{path}") as store:
+        for _ in range(100):
+            store.create(SPEC)
+    execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2 // 4096 * 4096)
+        file.write(b"\xff" * 4096)
+
+
+STRANGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no database": (lambda path: path.write_bytes(b"no database" * 1000) and None, "is not a database"),
+    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "malformed"),
+    "damaged page": (damage_a_page, "malformed"),
+    "of a newer version": (lambda path: execute(path, "UPDATE prophy_schema SET version = 7"), "is 7, not 1"),
+    "of an older version": (lambda path: execute(path, "DROP TABLE prophy_schema"), "is None, not 1"),
+    "of another program": (
+        lambda path: path.unlink() or execute(path, "CREATE TABLE bookmarks (url)"),
+        "another program, or another version",
+    ),
+    "a row of another version": (
+        lambda path: execute(path, "UPDATE videos SET spec = '{}'"),
+        "another version made one of its rows; the last that can be read is none",
+    ),
+    "a time that is none": (
+        lambda path: execute(path, "UPDATE videos SET created_at = 'noon'"),
+        "another version made one of its rows",
+    ),
+    "an unknown status": (
+        lambda path: execute(path, "UPDATE videos SET status = 'paused'"),
+        "another version made one of its rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("state", STRANGE)
+def test_a_database_that_is_not_ours_is_refused_in_one_sentence(state: str, tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    spoil, message = STRANGE[state]
+    with JobStore(f"sqlite:///{path}") as store:
+        store.create(SPEC)
+        store.check()
+    spoil(path)
+    before = path.read_bytes()
+    with pytest.raises(ProPhyError) as caught, JobStore(f"sqlite:///{path}") as store:
+        store.check()
+    assert message in str(caught.value)
+    assert "choose another serve.output" in str(caught.value) and "serve.database" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before, "what is not ours stays as it is"
+
+
+def test_a_postgresql_of_another_version(postgres: Path) -> None:
+    url = new_database(postgres)
+    JobStore(url).close()
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE prophy_schema SET version = 7")
+    with pytest.raises(ProPhyError, match=r"their version is 7, not 1\); choose another serve.output or"):
+        JobStore(url)
+
+
+def test_a_locked_database(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ProPhyError, match="cannot open the job database .*: database is locked; choose"):
+            JobStore(f"sqlite:///{path}")
+
+
+def test_a_row_that_cannot_be_read_keeps_none_of_the_others(store: JobStore, url: str) -> None:
+    ids = [store.create(SPEC).id for _ in range(4)]
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text("UPDATE videos SET spec = '{}' WHERE id = :id"), {"id": ids[1]})
+        connection.execute(text("UPDATE videos SET stage_durations = '7' WHERE id = :id"), {"id": ids[2]})
+    whole = [ids[0], ids[3]]
+    assert [job.id for job in store.requeue_unfinished()] == whole
+    jobs, more = store.page(None, 4, "asc")
+    assert ([job.id for job in jobs], more) == (whole, False)
+    assert store.get(ids[1]) is None
+    assert store.delete(ids[1]) and store.outdated() == [ids[1]]
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("jobs", "cannot open the job database jobs: Could not parse"),
         ("sqlite:////proc/none/jobs.sqlite", "cannot open the job database"),
         ("postgresql+psycopg://nobody@/none?host=/tmp", "cannot open the job database"),
-        ("sqlite://", "neither an absolute SQLite file nor PostgreSQL; give"),
-        ("mysql://root@localhost/jobs", "neither an absolute SQLite file nor PostgreSQL; give"),
+        ("sqlite:///jobs.sqlite", "neither an absolute SQLite file nor PostgreSQL; choose"),
+        ("sqlite://", "neither an absolute SQLite file nor PostgreSQL; choose"),
+        ("mysql://root@localhost/jobs", "neither an absolute SQLite file nor PostgreSQL; choose"),
     ],
 )
 def test_no_such_database(url: str, message: str) -> None:
