@@ -110,6 +110,13 @@ def test_drivers_import_no_networks() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_the_api_knows_no_ray() -> None:
+    """As its docstrings say: another server could run it."""
+    program = "import sys, pipelines.serving.api; print({'ray', 'torch'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_no_folder_is_named_like_a_diffusers_pipeline() -> None:
     """Diffusers would save a component in such a folder under the wrong module, and fail to load it."""
     taken = {path.name for path in Path(diffusers_pipelines.__file__).parent.iterdir() if path.is_dir()}

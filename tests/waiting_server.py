@@ -2,14 +2,18 @@
 
     python -m tests.waiting_server serve --set run_dir=...
 
-What it begins and ends, it notes in `renders.log` beside that. With a file `broken` there it does not start.
+What it begins and ends, it notes in `renders.log` beside that. With a file `broken` there it does not start;
+with a file `device error`, which it takes away, the device of this process fails, now and from then on.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from pipelines import cli
 from pipelines.config import Config
@@ -20,10 +24,19 @@ from pipelines.serving import serve
 class WaitingSampler:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._device_fails = False
+
+    def check_device(self) -> None:
+        if self._device_fails:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     def render(self, spec: VideoSpec, on_step: Callable[[float], None]) -> VideoResult:
         self._note("begin", spec)
         begun = time.monotonic()
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / "device error").unlink()
+            self._device_fails = True
+        self.check_device()
         while not (self._folder / "go").exists():
             time.sleep(0.05)
             on_step(0.5)

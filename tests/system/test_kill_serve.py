@@ -179,6 +179,15 @@ def test_killed_in_mid_video(server: Server, actor: str, count: int, num_jobs: i
     server.check_all_made_once(ids, num_interrupted=2)
 
 
+def test_a_device_that_fails_costs_no_job(server: Server) -> None:
+    """Every later call fails too, and at once: such a replica must not take one job after the other."""
+    (server.folder / "device error").touch()
+    ids = server.burst(5)
+    server.go()
+    server.check_all_made_once(ids, num_interrupted=1)
+    assert not (server.folder / "device error").exists()
+
+
 @few_or_many
 def test_stopped_in_mid_video_and_started_again(server: Server, num_jobs: int) -> None:
     ids = server.burst(num_jobs)

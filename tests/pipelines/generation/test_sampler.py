@@ -1,10 +1,12 @@
 """From a specification to frames, in both families: step caches, with a branch that injects something."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.config import Config, StepCache
 from pipelines.generation import generate
@@ -121,3 +123,30 @@ def test_the_step_cache_is_the_operators_choice(tmp_path: Path) -> None:
     assert served.step_cache == generate.spec(config, "a ball").step_cache == StepCache(taylorseer=3)
     with pytest.raises(ApiError, match="unknown field 'step_cache'"):
         VideoRequest.parse({"prompt": "a ball", "step_cache": {"taylorseer": 3}})
+
+
+def test_a_video_that_takes_too_much_memory_leaves_the_next_one_well(sampler: VideoSampler) -> None:
+    spec = SPEC.model_copy(update={"num_inference_steps": 1})
+    before = sampler.sample(spec)
+    errors = [
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ]
+    taken: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        activations = torch.zeros(1000)
+        activations.self = activations  # which only the garbage collector frees
+        taken.append(weakref.ref(activations))
+        raise errors.pop()
+
+    with sampler._pipeline.transformer.register_forward_pre_hook(fail):
+        while errors:
+            with pytest.raises(
+                ProPhyError, match="5 frames of 32x32 pixels took more memory than there is; ask"
+            ):
+                sampler.sample(spec)
+            assert taken.pop()() is None
+    assert np.array_equal(sampler.sample(spec), before)
+    sampler.check_device()

