@@ -89,7 +89,7 @@ def _call(http: httpx.Client, method: str, path: str, **content: Any) -> httpx.R
     """
     deadline = time.monotonic() + PATIENCE_S
     # A POST that got no answer may have been accepted: a second one would make a second video.
-    passing = (429, 503) if method == "POST" else (429, 500, 502, 503)
+    passing = (429, 503) if method == "POST" else (429, 500, 502, 503, 504)
     while True:
         wait_s = RETRY_S
         try:
