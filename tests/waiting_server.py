@@ -13,8 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from pipelines import cli
 from pipelines.config import Config
 from pipelines.generation.spec import THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits, VideoResult, VideoSpec
@@ -28,6 +26,8 @@ class WaitingSampler:
 
     def check_device(self) -> None:
         if self._device_fails:
+            import torch  # takes seconds, which the other replicas do without
+
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     def render(self, spec: VideoSpec, on_step: Callable[[float], None]) -> VideoResult:

@@ -78,8 +78,6 @@ class VideoGenerator:
         After an error of the device the process ends: all that follows there would fail too, and at once, so
         that such a replica would be the free one for every job of the queue.
         """
-        from prophy.device import is_device_error
-
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[GenerationStep] = asyncio.Queue()
         stopped = threading.Event()
@@ -94,6 +92,8 @@ class VideoGenerator:
             try:
                 return self._sampler.render(spec, report)
             except Exception as error:
+                from prophy.device import is_device_error  # torch
+
                 if is_device_error(error):
                     logger.critical("the device fails; this replica gives way to a new one", exc_info=error)
                     logging.shutdown()
