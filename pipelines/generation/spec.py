@@ -25,11 +25,18 @@ def _refuse_number(value: Any) -> Any:
     return value
 
 
+def _phenomenon(name: str) -> Phenomenon:
+    try:
+        return parse_phenomena([name])[0]
+    except ProPhyError as error:
+        raise ValueError(str(error)) from None  # what pydantic adds the field's name to
+
+
 Boolean = Annotated[bool, BeforeValidator(_refuse_number)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 KnobFactor = Annotated[Number, Field(ge=0.0, le=10.0)]
-PhenomenonName = Annotated[Phenomenon, BeforeValidator(lambda name: parse_phenomena([name])[0])]
+PhenomenonName = Annotated[Phenomenon, BeforeValidator(_phenomenon)]
 
 
 class PhysicsSpec(BaseModel):
