@@ -339,6 +339,15 @@ def pretrain(
 
 
 @app.command(rich_help_panel=_START)
+def doctor(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
+    """Check that this machine or cluster has what a run needs: room, folders, versions, database."""
+    resolved = load_config(config, set_)
+    from pipelines import doctor
+
+    doctor.run(resolved)
+
+
+@app.command(rich_help_panel=_START)
 def demo(
     config: ConfigOption = "tiny",
     set_: SetOption = None,

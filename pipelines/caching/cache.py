@@ -11,7 +11,7 @@ import math
 import operator
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset, ExecutionResources, TaskPoolStrategy
 
 from pipelines.caching.manifests import Input
-from pipelines.caching.progress import GraphReport, execute
+from pipelines.caching.progress import GraphReport, complete, execute
 from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.caching.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
 from pipelines.caching.summary import CacheSummary, print_summary
@@ -36,6 +36,7 @@ from pipelines.caching.tables import (
 )
 from pipelines.config import Config, PoolConfig
 from pipelines.layout import CacheFolder
+from pipelines.resources import SMALL_CPUS, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import encoders_fingerprint, fingerprint, load_configs, pinned_revision
@@ -131,7 +132,7 @@ def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     shapes = [(vlm.height, vlm.width)]
     rows: Dataset = _read(work, cache.extract.size, vlm.num_frames, shapes)
     # Probe, limits, content hash: one row per clip from here on. Waits for the disk more than it computes.
-    cut = PoolConfig(size=cache.read.size, num_cpus=0.25)
+    cut = PoolConfig(size=cache.read.size, num_cpus=SMALL_CPUS)
     rows = rows.map_batches(CutVideo, **_pool(cut, _clip_durations(config), cache.limits))
     # Decode what the VLM sees.
     rows = rows.map_batches(ReadClip, **_pool(cache.read, lengths, shapes, cache.limits))
@@ -177,7 +178,7 @@ def _write(rows: Dataset, config: Config, table: Table) -> Dataset:
         WriteRows(table, quarantine_table(config, table)),
         batch_size=cache.rows_per_file,
         batch_format="pyarrow",
-        num_cpus=0.25,
+        num_cpus=SMALL_CPUS,
         compute=TaskPoolStrategy(size=cache.read.size),
     )
 
@@ -266,19 +267,20 @@ def _fill(config: Config, found: Input) -> CacheSummary:
             clips_left(videos, index, update_index(encodings), refused(encodings)),
         )
 
-    cache = config.cache
-    workers = {stage.__name__: cache.read.size for stage in (CutVideo, ReadClip, WriteRows)}
-    workers |= {ExtractPriors.__name__: cache.extract.size, EncodeClip.__name__: cache.encode.size}
+    def extract(work: pa.Table) -> GraphReport:
+        fitting, workers = _fit_pools(config, "priors", "extract")
+        return execute(build_priors_graph(fitting, priors, work), "priors", len(work), workers)
+
+    def encode(work: pa.Table) -> GraphReport:
+        drop_samples(encodings, work["sample_id"].to_pylist())  # those of another caption
+        fitting, workers = _fit_pools(config, "encodings", "encode")
+        return execute(build_encodings_graph(fitting, encodings, work), "encodings", len(work), workers)
+
     added_priors = added_encodings = GraphReport()
     if any(map(len, left())):
         with ray_session(config):
-            if new_videos := left()[0]:
-                graph = build_priors_graph(config, priors, new_videos)
-                added_priors = execute(graph, "priors", len(new_videos), workers)
-            if new_clips := left()[1]:
-                drop_samples(encodings, new_clips["sample_id"].to_pylist())  # those of another caption
-                graph = build_encodings_graph(config, encodings, new_clips)
-                added_encodings = execute(graph, "encodings", len(new_clips), workers)
+            added_priors = complete(lambda: left()[0], extract)
+            added_encodings = complete(lambda: left()[1], encode)
     index = update_index(priors)
     clips = index.filter(
         pc.is_in(index["sample_id"], pa.array(current.samples(index.to_pylist()), pa.string()))
@@ -302,3 +304,26 @@ def _fill(config: Config, found: Input) -> CacheSummary:
 
 def _uris(rows: pa.Table) -> set[str]:
     return {source["uri"] for source in rows["source"].to_pylist()}
+
+
+def _fit_pools(
+    config: Config, table: Literal["priors", "encodings"], model: str
+) -> tuple[Config, dict[str, int]]:
+    """Cuts the pools to the room that the cluster has.
+
+    Args:
+        config: the run.
+        table: "priors" or "encodings".
+        model: the pool of the actors that hold its models, "extract" or "encode".
+
+    Returns:
+        The configuration with these pools, and the size of each stage's by the name of its callable.
+
+    Raises:
+        ProPhyError: there is no room for one of each.
+    """
+    sizes = dict(zip(("read", model), room_for(needs_of(config, table)), strict=True))
+    pools = {name: getattr(config.cache, name).model_copy(update={"size": sizes[name]}) for name in sizes}
+    workers = {stage.__name__: sizes["read"] for stage in (CutVideo, ReadClip, WriteRows)}
+    workers |= {stage.__name__: sizes[model] for stage in (ExtractPriors, EncodeClip)}
+    return config.model_copy(update={"cache": config.cache.model_copy(update=pools)}), workers

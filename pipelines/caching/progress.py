@@ -2,14 +2,18 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import DataContext, Dataset
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as Grid
+
+from pipelines.resources import StalledError, guard
+from prophy.errors import ProPhyError
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +43,27 @@ class StageReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What one graph did: rows written, videos or clips refused, seconds taken, and its stages."""
+    """What one graph did: rows written, videos or clips refused, seconds taken, and its stages.
+
+    `stalled` says why it did not come to its end, if it did not.
+    """
 
     written: int = 0
     failed: int = 0
     seconds: float = 0.0
     spilled_bytes: int = 0
     stages: list[StageReport] = field(default_factory=list)
+    stalled: str = ""
+
+    def __add__(self, later: "GraphReport") -> "GraphReport":
+        """Of two runs of a graph, one after the other; the stages are the later one's."""
+        return GraphReport(
+            self.written + later.written,
+            self.failed + later.failed,
+            self.seconds + later.seconds,
+            self.spilled_bytes + later.spilled_bytes,
+            later.stages,
+        )
 
     @property
     def busiest(self) -> StageReport:
@@ -62,8 +80,31 @@ class GraphReport:
         return stage.busy_s / (stage.workers * self.span_s)
 
 
+def complete(left: Callable[[], pa.Table], run: Callable[[pa.Table], GraphReport]) -> GraphReport:
+    """Runs a graph on what is left to do; one that a lost node leaves without room starts again on the rest.
+
+    Args:
+        left: the work list, anew at each call.
+        run: of a work list, on what room there is in the cluster at each call.
+
+    Raises:
+        ProPhyError: there is no room, or two runs end without it and without a row in between.
+    """
+    done, work, in_vain = GraphReport(), left(), False
+    while work:
+        done += (report := run(work))
+        if not report.stalled:
+            break
+        before, work = work, left()
+        if in_vain and work.equals(before):
+            raise ProPhyError(report.stalled)
+        in_vain = work.equals(before)
+        logger.warning("%s; starting again with the %d that are left", report.stalled, len(work))
+    return done
+
+
 def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -> GraphReport:
-    """Runs a graph to its end.
+    """Runs a graph to its end, or until something that it needs has no room in the cluster.
 
     Args:
         graph: its rows are counts of `WriteRows`.
@@ -71,6 +112,7 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
         total: rows of the work list, of which every row that arrives is a share.
         workers: size of each stage's pool, by the name of its callable.
     """
+    guard(graph)
     _silence_ray_data()
     written, failed, share = 0, 0, 0.0
     start = logged = time.perf_counter()
@@ -82,19 +124,22 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, speed_estimate_period=600) as progress:
-        task = progress.add_task(name, total=total)
-        for counts in graph.iter_batches(batch_size=None, batch_format="pyarrow"):
-            written += pc.sum(counts["written"]).as_py()
-            failed += pc.sum(counts["failed"]).as_py()
-            share += pc.sum(counts["share"]).as_py()
-            now = time.perf_counter()
-            text = f"{name}: {written / (now - start):.2f} clips/s, {failed} quarantined"
-            progress.update(task, completed=share, description=text)
-            if not progress.console.is_terminal and now - logged > _LOG_EVERY_S:
-                logged = now
-                left_s = (now - start) * (total - share) / share
-                logger.info("%s, %.0f%% done, about %.0f s left", text, 100 * share / total, left_s)
+    try:
+        with Progress(*columns, speed_estimate_period=600) as progress:
+            task = progress.add_task(name, total=total)
+            for counts in graph.iter_batches(batch_size=None, batch_format="pyarrow"):
+                written += pc.sum(counts["written"]).as_py()
+                failed += pc.sum(counts["failed"]).as_py()
+                share += pc.sum(counts["share"]).as_py()
+                now = time.perf_counter()
+                text = f"{name}: {written / (now - start):.2f} clips/s, {failed} quarantined"
+                progress.update(task, completed=share, description=text)
+                if not progress.console.is_terminal and now - logged > _LOG_EVERY_S:
+                    logged = now
+                    left_s = (now - start) * (total - share) / share
+                    logger.info("%s, %.0f%% done, about %.0f s left", text, 100 * share / total, left_s)
+    except StalledError as error:
+        return GraphReport(written, failed, time.perf_counter() - start, stalled=f"{name}: {error}")
     seconds = time.perf_counter() - start
     spilled_bytes, stages = _stages(graph, workers)
     return GraphReport(written, failed, seconds, spilled_bytes, stages)

@@ -15,6 +15,7 @@ from pipelines.config import Config
 from pipelines.generation.limits import check_model, model_fingerprint
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
+from pipelines.resources import guard, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from prophy.errors import ProPhyError
 from prophy.sheets import film_sheet
@@ -131,13 +132,15 @@ def _generate(config: Config, videos: list[tuple[str, str]]) -> None:
     pool, size = config.generate.pool, config.generate.batch_size
     batches = [zip(*videos[start : start + size], strict=True) for start in range(0, len(videos), size)]
     rows = [{"specs": list(specs), "paths": list(paths)} for specs, paths in batches]
+    [room] = room_for(needs_of(config, "generate"))
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         GenerateVideos,  # type: ignore[arg-type]  # Ray's annotation knows functions only
         fn_constructor_args=(config,),
-        compute=ray.data.ActorPoolStrategy(size=min(pool.size, len(rows))),
+        compute=ray.data.ActorPoolStrategy(size=min(room, len(rows))),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
     )
+    guard(made)
     count = 0
     for row in made.iter_rows():
         for path in row["paths"]:

@@ -31,6 +31,7 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig,
 from pipelines.config import Config, ServeConfig, load_config
 from pipelines.generation.limits import check_model, shape_limits
 from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
+from pipelines.resources import needs_of, room_for
 from pipelines.runtime import find_user_error, open_run, ray_session
 from pipelines.serving import haproxy
 from pipelines.serving.api import GeneratorStatus, VideoService, create_app
@@ -300,6 +301,7 @@ def serving(config: Config) -> Iterator[str]:
         running = ", ".join(serve.status().applications)
         if running:
             raise ProPhyError(f"Ray Serve already runs here, with {running}; stop it, or use another cluster")
+        room_for(needs_of(config, "serve"))
         try:
             _deploy(app, settings.host, port)
             yield f"http://{settings.host}:{port}"

@@ -19,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.layout import RunFolder
+from pipelines.resources import needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
 from pipelines.training.data import build_dataset, describe_samples
@@ -58,6 +59,7 @@ def run(config: Config) -> Path:
         last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
         with ray_session(config), evaluation(pinned, cache, root):
             if last is None or last.step < config.train.num_steps:
+                room_for(needs_of(config, "train"))
                 _fit(trainer, root / STOP_FILE)
                 last = _last_checkpoint(config)
             else:

@@ -1,4 +1,4 @@
-"""A job submitted to a cluster that asks for a token."""
+"""A job, and the service of `cluster/base/service`, on a cluster that asks for a token."""
 
 import os
 import socket
@@ -13,13 +13,17 @@ import httpx
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipelines.sandbox import simulate
+from pipelines.serving.middleware import hash_key
 from tests.conftest import tiny_config
+from tests.servers import make
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 TOKEN = "f" * 64
+KEY = "a client's"
 PATIENCE_S = 60
 
 pytestmark = pytest.mark.processes
@@ -57,6 +61,7 @@ def start_head(log: Path) -> tuple[psutil.Popen, str]:
     """Its process, and the address that it is to have."""
     port = free_port()
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment["PROPHY_API_KEY_HASHES"] = f"[{hash_key(KEY)}]"
     # Another Ray may run here, on the default ports; 0 is any that is free.
     ports = ["--port=0", "--dashboard-agent-listen-port=0", f"--dashboard-port={port}"]
     ports.append(f"--ray-client-server-port={free_port()}")
@@ -83,8 +88,12 @@ def answers(head: psutil.Popen, address: str) -> bool:
 
 
 def submit(address: str, token: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return as_user(token, "ray", "job", "submit", "--address", address, "--working-dir", ROOT, "--", *command)
+
+
+def as_user(token: str, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [BIN / "ray", "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", *command],
+        [BIN / command, *arguments],
         env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
         capture_output=True,
         text=True,
@@ -108,3 +117,29 @@ def test_submitted_cache_job_runs_and_wants_the_token(cluster: str, tmp_path: Pa
         done = submit(cluster, TOKEN, *cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert pq.read_table(Path(config.cache.output) / "priors" / "index.parquet").num_rows == 3
+
+
+@pytest.mark.slow
+def test_the_service_is_deployed_from_its_manifest(cluster: str, tmp_path: Path) -> None:
+    manifest = yaml.safe_load((ROOT / "cluster/base/service/service.yaml").read_text())
+    served = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    served["http_options"] = {"host": "127.0.0.1", "port": free_port()}
+    [application] = served["applications"]
+    [keys] = [option for option in application["args"]["set"] if option.startswith("serve.api_keys=")]
+    smaller = ["serve.host=0.0.0.0", "backbone.num_frames=5", "sampling.num_inference_steps=1"]
+    application["args"] = {"config": "tiny", "set": [f"run_dir={tmp_path}/run", keys, *smaller]}
+    file = tmp_path / "served.yaml"
+    file.write_text(yaml.safe_dump(served))
+
+    done = as_user(TOKEN, "serve", "deploy", "--address", cluster, file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    url = f"http://127.0.0.1:{served['http_options']['port']}"
+    deadline = time.monotonic() + 3 * PATIENCE_S
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz").is_success:
+                break
+        time.sleep(0.5)
+    assert httpx.get(f"{url}/v1/videos").status_code == 401
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
+        assert make(client)[4:8] == b"ftyp"

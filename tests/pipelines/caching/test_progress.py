@@ -1,11 +1,16 @@
-"""What the table of stages says."""
+"""A graph that finds no room starts again on what is left; and what the table of stages says."""
 
 import io
 
+import pyarrow as pa
 import pytest
+import ray
+from ray.data import ActorPoolStrategy
 from rich.console import Console
 
-from pipelines.caching.progress import GraphReport, StageReport, print_stages
+from pipelines import resources
+from pipelines.caching.progress import GraphReport, StageReport, complete, execute, print_stages
+from prophy.errors import ProPhyError
 
 REPORT = GraphReport(
     written=90,
@@ -34,3 +39,62 @@ def test_the_table_names_every_stage() -> None:
     [extract] = [line for line in lines if "ExtractPriors" in line]
     assert "90%" in extract and "36.0" in extract
     assert sum("ReadClip" in line or "WriteRows" in line for line in lines) == 2
+
+
+class Count:
+    """In place of the stages and the sink: each row is a clip that is written."""
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        ones = [1] * len(rows)
+        return pa.table({"written": ones, "failed": [0] * len(rows), "share": [1.0] * len(rows)})
+
+
+@ray.remote
+class Holder:
+    """Takes CPUs from all others, as the actors do that moved here from a lost node."""
+
+    def there(self) -> None:
+        pass
+
+
+@pytest.fixture
+def soon(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is stalled as soon as an actor that has room would have its process, on a busy machine too."""
+    monkeypatch.setattr(resources, "_STALLED_AFTER_S", 15.0)
+    monkeypatch.setattr(resources, "_LOOK_EVERY_S", 0.5)
+
+
+def run(work: pa.Table) -> GraphReport:
+    graph = ray.data.from_items(work.to_pylist(), override_num_blocks=len(work)).map_batches(
+        Count, batch_size=1, batch_format="pyarrow", num_cpus=12, compute=ActorPoolStrategy(size=1)
+    )
+    return execute(graph, "clips", len(work), {"Count": 1})
+
+
+def test_a_graph_that_finds_no_room_starts_again_once_there_is_some(soon: None) -> None:
+    holder = Holder.options(num_cpus=8).remote()  # of 16
+    ray.get(holder.there.remote())
+    lists = iter([pa.table({"clip": [1, 2, 3]}), pa.table({"clip": [2, 3]})])
+
+    def left() -> pa.Table:
+        work = next(lists)
+        if len(work) < 3:
+            ray.kill(holder)
+        return work
+
+    report = complete(left, run)
+    assert (report.written, report.failed, report.stalled) == (2, 0, "")
+
+
+def test_a_graph_that_never_finds_room_ends_with_a_sentence(
+    soon: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_STALLED_AFTER_S", 1.0)
+    holder = Holder.options(num_cpus=8).remote()
+    ray.get(holder.there.remote())
+    work = pa.table({"clip": [1]})
+    with pytest.raises(
+        ProPhyError, match=r"^clips: nothing moved for \d+ s, and .* no room for 1 x Count; was"
+    ):
+        complete(lambda: work, run)
+    ray.kill(holder)

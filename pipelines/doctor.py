@@ -1,0 +1,112 @@
+"""`prophy doctor`: what a run would miss on this cluster, found in a minute instead of hours into the work.
+
+Each check is one line. The same checks of room are made by every command before it starts.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import get_args
+
+import ray
+from filelock import FileLock
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.markup import escape
+
+from pipelines.config import Config
+from pipelines.resources import Work, needs_of, place
+from pipelines.runtime import ray_session, versions
+from pipelines.serving.jobs import JobStore
+from prophy.errors import ProPhyError
+
+_ANSWERS_WITHIN_S = 120  # a node starts a process first
+
+
+@ray.remote(num_cpus=0)
+def _look(token: Path) -> tuple[str | None, dict[str, str]]:
+    """What a node reads in a file of the shared folder, and the versions that it has."""
+    return token.read_text() if token.exists() else None, versions()
+
+
+def run(config: Config) -> None:
+    """Prints a line for each check.
+
+    Raises:
+        ProPhyError: one or more do not hold, or there is no Ray.
+    """
+    console, failed, total = Console(emoji=False), 0, 0
+    with ray_session(config):
+        for name, problem in _checks(config):
+            total += 1
+            failed += bool(problem)
+            mark = "[bold red]no[/]" if problem else "[green]ok[/]"
+            said = escape(f"{name}: {problem}" if problem else name)
+            console.print(f"{mark}  {said}", highlight=False, soft_wrap=True)
+    if failed:
+        raise ProPhyError(f"{failed} of {total} checks do not hold")
+
+
+def _checks(config: Config) -> Iterator[tuple[str, str]]:
+    """Each check, and what is wrong if something is."""
+    for work in get_args(Work):
+        try:
+            needs = needs_of(config, work)
+        except ProPhyError:  # it needs a section that this configuration leaves out
+            continue
+        yield f"room for {work}", place(needs)[1]
+    folder = config.run_dir
+    yield f"rename, lock and append in {folder}", _said(lambda: _try_files(folder))
+    yield from _nodes(folder)
+    yield f"job database {config.serve.database_url}", _said(lambda: _try_database(config))
+
+
+def _said(attempt: Callable[[], None]) -> str:
+    try:
+        attempt()
+    except (OSError, ProPhyError) as error:
+        return str(error)
+    return ""
+
+
+def _try_files(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".doctor-{secrets.token_hex(8)}"
+    try:
+        with FileLock(f"{file}.lock", timeout=10), file.open("a") as appended:
+            appended.write("a")
+        with file.open("a") as appended:
+            appended.write("b")
+        file = file.replace(file.with_suffix(".renamed"))
+        if file.read_text() != "ab":
+            raise OSError("what was appended is not there")
+    finally:
+        for left in (file, file.with_name(f"{file.stem}.lock")):
+            left.unlink(missing_ok=True)
+
+
+def _try_database(config: Config) -> None:
+    config.serve.output.mkdir(parents=True, exist_ok=True)
+    JobStore(config.serve.database_url).close()
+
+
+def _nodes(folder: Path) -> Iterator[tuple[str, str]]:
+    """Whether each node sees the run folder and has the versions of this process."""
+    token, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_hex(8)
+    token.write_text(content)
+    own = versions()
+    try:
+        for node in (node for node in ray.nodes() if node["Alive"]):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            place = f"node {node['NodeManagerAddress']}"
+            looking = _look.options(scheduling_strategy=there).remote(token)
+            try:
+                seen, theirs = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
+            except Exception as error:
+                yield f"{place} runs a task", " ".join(str(error).split())
+                continue
+            yield f"{place} sees {folder}", "" if seen == content else "it does not; mount it there"
+            other = [f"{name} {theirs[name]}, here {own[name]}" for name in own if theirs[name] != own[name]]
+            yield f"{place} has the versions of this one", "; ".join(other)
+    finally:
+        token.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""A Ray cluster of several nodes on this machine, each with an address of its own, to be killed."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
+
+HEAD, *_OTHERS = [f"127.0.0.{number}" for number in range(2, 10)]
+# By default Ray looks for 15 s whether a node that does not answer is dead.
+_SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
+# Else a node that starts waits for files with these numbers, no longer than a busy machine may take.
+_PORTS = (
+    "metrics_agent_port",
+    "dashboard_agent_listen_port",
+    "runtime_env_agent_port",
+    "metrics_export_port",
+)
+
+
+class Nodes:
+    """A head without CPUs, and nodes that come and go.
+
+    Attributes:
+        address: for RAY_ADDRESS.
+    """
+
+    def __init__(self) -> None:
+        dashboard = {"include_dashboard": True, "dashboard_port": _free_port(HEAD)}
+        head = _arguments(HEAD) | dashboard | {"num_cpus": 0, "_system_config": _SOON}
+        self._cluster = Cluster()
+        _patiently(self._cluster, **head)
+        self._free = list(_OTHERS)
+        self.address = self._cluster.address
+
+    def add(self, **resources: float) -> Node:
+        """Starts a node.
+
+        Args:
+            resources: as of `ray start`: `num_cpus` and others.
+        """
+        return _patiently(self._cluster, **_arguments(self._free.pop(0)), **resources)
+
+    def kill(self, node: Node) -> None:
+        """SIGKILL to all of a node's processes: raylet, agents and workers, as by the loss of its power."""
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        family = [raylet, *raylet.children(recursive=True)]
+        for process in family:
+            process.suspend()  # else a worker that sees its raylet die may still say so
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family)
+
+    def shutdown(self) -> None:
+        """Ends all of it."""
+        self._cluster.shutdown()
+
+
+@contextmanager
+def cluster() -> Iterator[Nodes]:
+    """A cluster that lasts as long as the block."""
+    nodes = Nodes()
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+def _patiently(cluster: Cluster, **arguments: Any) -> Node:
+    """Starts a node; on a busy machine Ray's 30 s may be over before it is there."""
+    for _ in range(3):
+        with suppress(Exception):
+            return cluster.add_node(**arguments)
+    return cluster.add_node(**arguments)
+
+
+def _arguments(address: str) -> dict[str, object]:
+    ports = {name: _free_port(address) for name in _PORTS}
+    return {"node_ip_address": address, "object_store_memory": 200_000_000, **ports}
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]

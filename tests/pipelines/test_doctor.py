@@ -1,0 +1,32 @@
+"""What `prophy doctor` says where all is well, and where something is not."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import doctor
+from prophy.errors import ProPhyError
+from tests.conftest import tiny_config
+
+
+def test_all_is_well_with_the_default(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor.run(tiny_config(tmp_path / "run"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9
+    assert all(line.startswith("ok  ") for line in lines)
+    assert not list((tmp_path / "run").glob(".doctor*"))
+
+
+def test_what_is_missing_is_named(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = "postgresql://user@127.0.0.1:1/jobs"
+    config = tiny_config(tmp_path / "run", "train.gpus_per_worker=1", f"serve.database={database}")
+    with pytest.raises(ProPhyError, match="^2 of 9 checks do not hold$"):
+        doctor.run(config)
+    lines = capsys.readouterr().out.splitlines()
+    room, stored = [line for line in lines if line.startswith("no  ")]
+    assert room.startswith("no  room for train: train.num_workers needs 2 x 1 CPU + 1 GPU; the cluster has")
+    assert stored.startswith(f"no  job database {database}: ")
