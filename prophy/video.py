@@ -1,8 +1,8 @@
 """Video files: probe, cut into clips, read frames by time, write. Knows nothing of models or tables.
 
 Times are seconds since the first frame of the file. Frames are picked by their timestamps, so that variable
-frame rates are read right. A frame is always the whole picture, scaled: what is computed from one clip at two
-resolutions covers the same picture, turned as its rotation flag says.
+frame rates are read right. A frame is the picture that is shown, upright and with square pixels, the whole or
+its centre cut to an aspect ratio: what is computed from one clip at two resolutions covers the same picture.
 
 What is read may be hostile: only the containers of `SUFFIXES` are opened, only from local files. A file may
 still crash or stall FFmpeg; `prophy.decoder` calls this module in a process that may die.
@@ -10,31 +10,32 @@ still crash or stall FFmpeg; `prophy.decoder` calls this module in a process tha
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video.reformatter import Interpolation
-from av.video.stream import VideoStream
+from av.video.frame import VideoFrame
 
 from prophy.errors import ProPhyError
+from prophy.frames import SUFFIXES as SUFFIXES
+from prophy.frames import (
+    PacketTimes,
+    TimedFrame,
+    UnorderedError,
+    ffmpeg_refusals,
+    first_frame,
+    frames_from,
+    has_decoding_times_only,
+    open_video,
+    start_of,
+)
+from prophy.frames import VideoError as VideoError
+from prophy.picture import PictureMaker, shown_size
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-
-# Demuxers of the suffixes above. Playlists and network protocols, which open other files, are not among them.
-_OPEN_OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
-    "protocol_whitelist": "file",
-}
-
-
-class VideoError(ProPhyError):
-    """A video that cannot be used; the message names the file."""
+FRAMES_VERSION = 2
+"""Raise it when a file would give other frames or measures; caches made with another are not gone on with."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,16 @@ class VideoInfo:
     Attributes:
         fps: mean frame rate, by timestamps.
         num_frames: number of frames.
-        height: rows of a frame, as shown.
-        width: columns of a frame, as shown.
+        height: rows of a frame as it is shown: turned upright, with square pixels.
+        width: columns of a frame as it is shown.
+        duration_s: from the first frame to the end of the last, which counts as long as the mean at most.
     """
 
     fps: float
     num_frames: int
     height: int
     width: int
-
-    @property
-    def duration_s(self) -> float:
-        """How long the frames last; the last one counts as long as the mean."""
-        return self.num_frames / self.fps
+    duration_s: float
 
 
 def probe(
@@ -68,7 +66,7 @@ def probe(
     max_duration_s: float | None = None,
     max_streams: int | None = None,
 ) -> VideoInfo:
-    """Measures a video; decodes its first frame alone, for the rotation.
+    """Measures a video; decodes its first frame alone, for how it is shown.
 
     Args:
         path: a local file.
@@ -81,33 +79,43 @@ def probe(
     Raises:
         VideoError: not a video, cut short, fewer than two frames, or over a limit.
     """
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         height, width = stream.codec_context.height, stream.codec_context.width
-        _check_limit(path, "size", container.size, max_bytes, "bytes")
-        _check_limit(path, "number of streams", len(container.streams), max_streams)
-        _check_limit(path, "frame", height * width, max_pixels, "pixels")
-        unit, start = _clock(stream)
-        spans = []
-        for packet in _packets(container, stream):
-            spans.append((packet.pts, packet.pts + packet.duration))
-            _check_limit(path, "number of frames", len(spans), max_frames)
+        _check_limit(path, "size", container.size, "max_bytes", max_bytes, "bytes")
+        _check_limit(path, "number of streams", len(container.streams), "max_streams", max_streams)
+        _check_limit(path, "frame", height * width, "max_pixels", max_pixels, f"pixels ({width}x{height})")
+        unit, start_s = float(stream.time_base or 0), start_of(stream)
+        guessed = has_decoding_times_only(container)
+        shown = list[tuple[int, int]]()
+        for packet in container.demux(stream):
+            stamp = packet.dts if guessed or packet.pts is None else packet.pts
+            if stamp is not None and not packet.is_discard:  # what an edit list cuts off is not shown
+                shown.append((stamp, packet.duration or 0))
+                _check_limit(path, "number of frames", len(shown), "max_frames", max_frames)
         declared_s = (stream.duration or 0) * unit
-    times = [shown * unit - start for shown, _ in spans]
-    if len(times) < 2:
-        raise VideoError(f"{path} has {len(times)} readable frame(s); a clip needs at least 2")
-    interval = (max(times) - min(times)) / (len(times) - 1)
+    if len(shown) < 2:
+        raise VideoError(f"{path} has {len(shown)} readable frame(s); a clip needs at least 2")
+    (earliest, _), (latest, last_duration) = min(shown), max(shown)
+    interval = (latest - earliest) / (len(shown) - 1)
     if interval <= 0:
-        raise VideoError(f"{path} gives all of its {len(times)} frames one timestamp; write it anew")
-    end_s = max(end for _, end in spans) * unit - start
-    if declared_s > end_s + 1.5 * interval:
+        raise VideoError(f"{path} gives all of its {len(shown)} frames one timestamp; write it anew")
+    end_s = (latest + min(last_duration or interval, interval)) * unit
+    if declared_s > end_s - start_s + 1.5 * interval * unit:
         raise VideoError(
-            f"{path} ends after {end_s:.2f} s although its header promises {declared_s:.2f} s; "
+            f"{path} ends after {end_s - start_s:.2f} s although its header promises {declared_s:.2f} s; "
             f"it was cut short, copy it anew"
         )
-    _check_limit(path, "duration", len(times) * interval, max_duration_s, "s")
-    if _lies_on_its_side(path):
-        height, width = width, height
-    return VideoInfo(1 / interval, len(times), height, width)
+    duration_s = end_s - (earliest * unit if guessed else start_s)
+    _check_limit(path, "duration", duration_s, "max_duration_s", max_duration_s, "s")
+    with open_video(path) as (container, stream):
+        frame = first_frame(container, stream)
+        if frame is None:
+            raise VideoError(f"{path} has no frame that can be decoded; convert or remove it")
+        height, width = shown_size(path, frame, stream.sample_aspect_ratio)
+    _check_limit(
+        path, "frame", height * width, "max_pixels", max_pixels, f"pixels as shown ({width}x{height})"
+    )
+    return VideoInfo(1 / (interval * unit), len(shown), height, width, duration_s)
 
 
 def clip_spans(duration_s: float, clip_durations_s: Iterable[float]) -> list[tuple[float, float]]:
@@ -130,25 +138,41 @@ def nearest_shape(height: int, width: int, shapes: Sequence[tuple[int, int]]) ->
 
 
 def read_frames(
-    path: str | Path, start_s: float, end_s: float, num_frames: int, height: int, width: int
+    path: str | Path,
+    start_s: float,
+    end_s: float,
+    num_frames: int,
+    height: int,
+    width: int,
+    aspect_ratio: float | None = None,
 ) -> np.ndarray:
     """Decodes the frames nearest to `num_frames` equally spaced moments, from `start_s` to `end_s` inclusive.
 
+    Args:
+        path: a local file.
+        start_s: the first moment.
+        end_s: the last moment.
+        num_frames: number of moments.
+        height: rows of a frame.
+        width: columns of a frame.
+        aspect_ratio: width over height of the part at the centre of the picture that is scaled to the frame;
+            None is the whole picture.
+
     Returns:
-        RGB frames, uint8 `[num_frames, height, width, 3]`: the whole picture, scaled.
+        RGB frames, uint8 `[num_frames, height, width, 3]`.
 
     Raises:
-        VideoError: the file cannot be decoded up to `end_s`.
+        VideoError: the frames near one of these moments cannot be decoded.
     """
     times = np.linspace(start_s, end_s, num_frames)
-    with _open(path) as (container, stream):
-        pictures: list[np.ndarray] = []
-        last = None
-        for frame in _nearest_frames(path, container, stream, times):
-            # A slow source gives one frame several times; only small pictures are kept, never all frames.
-            pictures.append(pictures[-1] if frame is last else _upright(frame, height, width))
-            last = frame
-    return np.stack(pictures)
+    with open_video(path) as (container, stream):
+        by_decoding_time = has_decoding_times_only(container)
+        make_picture = PictureMaker(path, height, width, stream.sample_aspect_ratio, aspect_ratio)
+    with ffmpeg_refusals(path):
+        try:
+            return _read_frames(path, times, make_picture, by_decoding_time=by_decoding_time)
+        except UnorderedError:
+            return _read_frames(path, times, make_picture, by_decoding_time=True)
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 10) -> None:
@@ -180,70 +204,51 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 10)
         container.mux(stream.encode(None))
 
 
-@contextmanager
-def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first video stream; whatever FFmpeg refuses becomes a VideoError."""
-    try:
-        with av.open(str(path), options=_OPEN_OPTIONS) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} has no video stream; remove it")
-            yield container, container.streams.video[0]
-    except MemoryError:  # FFmpeg's is a FFmpegError too, but says nothing about the file
-        raise
-    except av.FFmpegError as error:
-        raise VideoError(
-            f"{path} cannot be read as a video ({error.strerror}); convert or remove it"
-        ) from None
-
-
-def _clock(stream: VideoStream) -> tuple[float, float]:
-    """Seconds per tick of the stream's timestamps, and the second at which it starts."""
-    unit = float(stream.time_base or 0)
-    return unit, (stream.start_time or 0) * unit
-
-
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
-    """The packets of frames that are shown; a flush packet and what an edit list cuts off are not."""
-    return (packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard)
+def _read_frames(
+    path: str | Path, times: np.ndarray, make_picture: PictureMaker, *, by_decoding_time: bool
+) -> np.ndarray:
+    frames, packets = frames_from(path, float(times[0]), by_decoding_time=by_decoding_time)
+    pictures: list[np.ndarray] = []
+    last = None
+    for frame in _nearest_frames(path, frames, packets, times):
+        # A slow source gives one frame several times; only small pictures are kept, never all frames.
+        pictures.append(pictures[-1] if frame is last else make_picture(frame))
+        last = frame
+    return np.stack(pictures)
 
 
 def _nearest_frames(
-    path: str | Path, container: InputContainer, stream: VideoStream, times: np.ndarray
-) -> Iterator[av.VideoFrame]:
-    """The frame nearest to each of the ascending `times`, decoding from the key frame before the first."""
-    unit, start = _clock(stream)
-    container.seek(int((times[0] + start) / unit), stream=stream)
-    timed = ((frame.pts * unit - start, frame) for frame in container.decode(stream) if frame.pts is not None)
-    before = after = next(timed, None)
-    for time in times:
+    path: str | Path, frames: Iterator[TimedFrame], packets: PacketTimes, times: np.ndarray
+) -> Iterator[VideoFrame]:
+    """The frame nearest to each of the ascending `times`."""
+    before = after = next(frames, None)
+    for time in times.tolist():
         while after is not None and after[0] < time:
-            before, after = after, next(timed, None)
+            before, after = after, next(frames, None)
         if before is None:
             raise VideoError(f"{path} has no readable frame at {time:.2f} s; convert or remove it")
-        if after is None and time > before[0] + 1.5 * before[1].duration * unit + 1e-6:
+        shown_s, frame = min(before, after or before, key=lambda timed: abs(timed[0] - time))
+        tolerance_s = 1.5 * packets.interval_s + 1e-6
+        if after is None and time - shown_s > max(tolerance_s, 1.5 * _duration(frame)):
             raise VideoError(f"{path} cannot be decoded up to {time:.2f} s; convert or remove it")
-        yield min(before, after or before, key=lambda timed_frame: abs(timed_frame[0] - time))[1]
+        wanted_s = min(packets.seconds, key=lambda packet_s: abs(packet_s - time))
+        if abs(shown_s - time) > abs(wanted_s - time) + tolerance_s:
+            raise VideoError(
+                f"{path} cannot be decoded at {time:.2f} s; the nearest frame that can is at {shown_s:.2f} s"
+            )
+        yield frame
 
 
-def _upright(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-    """The picture scaled to `[height, width, 3]`, turned as its rotation flag says."""
-    turns = round(frame.rotation / 90)  # counterclockwise
-    if turns % 2:
-        height, width = width, height
-    picture = frame.to_ndarray(
-        width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC
-    )
-    return np.rot90(picture, turns)
+def _duration(frame: VideoFrame) -> float:
+    return float(frame.duration * (frame.time_base or 0))
 
 
-def _lies_on_its_side(path: str | Path) -> bool:
-    """Whether a rotation flag swaps height and width; PyAV gives it with frames only."""
-    with _open(path) as (container, stream):
-        first = next(container.decode(stream), None)
-    return first is not None and round(first.rotation / 90) % 2 == 1
-
-
-def _check_limit(path: str | Path, what: str, value: float, limit: float | None, unit: str = "") -> None:
+def _check_limit(
+    path: str | Path, what: str, value: float, setting: str, limit: float | None, unit: str = ""
+) -> None:
     if limit is not None and value > limit:
-        measured = f"{value:g} {unit}".strip()
-        raise VideoError(f"{path} is over the limit: its {what} is {measured}, allowed are {limit:g}")
+        measured = f"{value:,.10g} {unit}".strip()
+        raise VideoError(
+            f"{path} is over the limit: its {what} is {measured}, allowed are {limit:,.10g} "
+            f"(cache.limits.{setting})"
+        )

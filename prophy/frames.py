@@ -1,0 +1,274 @@
+"""The frames of a video file, each with the moment at which it is shown.
+
+Most containers give each packet the moment at which its frame is shown (pts). AVI gives only the order of
+decoding (dts), and what FFmpeg guesses from it runs to and fro around B-frames; the same guesses stand in
+files that were copied out of an AVI. There a frame is shown when the packet is decoded that lets it go, and
+the first frame at zero.
+
+Frames are pictures that were decoded from a key frame on. What a decoder makes of packets without one, a grey
+or frozen picture, is left out.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.filter import Graph
+from av.filter.context import FilterContext
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from prophy.errors import ProPhyError
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+
+# Demuxers of the suffixes above. Playlists and network protocols, which open other files, are not among them.
+_OPEN_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+    "protocol_whitelist": "file",
+}
+_DEFAULT_TRACK = 5_000_000  # pixels that FFmpeg counts a track as larger for being the default one
+
+TimedFrame = tuple[float, VideoFrame]
+"""A frame and its moment, in seconds since the video begins."""
+
+
+class VideoError(ProPhyError):
+    """A video that cannot be used; the message names the file."""
+
+
+class UnorderedError(VideoError):
+    """Frames whose presentation times are missing, or go back: only the order of decoding can be trusted."""
+
+
+class PacketTimes:
+    """The moments at which a file wants frames shown, decodable or not, as far as it was read.
+
+    Attributes:
+        seconds: of each packet, in the order of the file.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._earliest, self._latest = math.inf, -math.inf
+
+    @property
+    def interval_s(self) -> float:
+        """The mean time from one to the next."""
+        return (self._latest - self._earliest) / max(len(self.seconds) - 1, 1)
+
+    def add(self, packet_s: float) -> None:
+        """Notes the moment of another packet."""
+        self.seconds.append(packet_s)
+        self._earliest, self._latest = min(self._earliest, packet_s), max(self._latest, packet_s)
+
+
+@contextmanager
+def ffmpeg_refusals(path: str | Path) -> Iterator[None]:
+    """Turns whatever FFmpeg refuses about a file into a VideoError."""
+    try:
+        yield
+    except MemoryError:  # FFmpeg's is a FFmpegError too, but says nothing about the file
+        raise
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{path} cannot be read as a video ({error.strerror}); convert or remove it"
+        ) from None
+
+
+@contextmanager
+def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container, and the video stream that FFmpeg would show: never cover art.
+
+    Raises:
+        VideoError: no such stream, or whatever else FFmpeg refuses.
+    """
+    with ffmpeg_refusals(path), av.open(str(path), options=_OPEN_OPTIONS) as container:
+        streams = [
+            stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
+        ]
+        if not streams:
+            raise VideoError(f"{path} has no video stream; remove it")
+        yield container, max(streams, key=_prominence)
+
+
+def has_decoding_times_only(container: InputContainer) -> bool:
+    """Whether its presentation times are FFmpeg's guesses."""
+    return container.format.name == "avi"
+
+
+def start_of(stream: VideoStream) -> float:
+    """The second, on the stream's clock, at which its first packet is shown."""
+    return float((stream.start_time or 0) * (stream.time_base or 0))
+
+
+def frames_from(
+    path: str | Path, time_s: float, *, by_decoding_time: bool
+) -> tuple[Iterator[TimedFrame], PacketTimes]:
+    """All frames from the last key frame before `time_s` on, or from the first that can be decoded.
+
+    A seek may land too late: on a key frame that is shown after the moment asked for, or whose first
+    followers need what lies before it. It is then repeated from earlier, in the end from the beginning.
+
+    Args:
+        path: a local file.
+        time_s: since the video begins.
+        by_decoding_time: trust no presentation time.
+
+    Returns:
+        The frames, and the packets read so far: at any time those of all frames that were taken.
+
+    Raises:
+        UnorderedError: presentation times go back, or are missing.
+        VideoError: the file cannot be read.
+    """
+    start_s = _first_decoding_time(path) if by_decoding_time else None
+    for earlier_s in itertools.chain([0.0], (0.5 * 2**n for n in itertools.count())):
+        seek_s = time_s - earlier_s if earlier_s < time_s else None
+        packets = PacketTimes()
+        frames = _decode_from(path, seek_s, start_s, packets)
+        first = next(frames, None)
+        if seek_s is None or (first is not None and first[0] <= time_s + 1e-6):
+            return deinterlaced(itertools.chain([first] if first else [], frames)), packets
+    raise AssertionError("the last attempt is without a seek")
+
+
+def first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:
+    """The first frame that can be decoded, if any; reads the file on from where it stands."""
+    return next((frame for _, frames in _decoded(container, stream) for frame in frames), None)
+
+
+def deinterlaced(frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
+    """Frames that are flagged as interlaced become whole pictures (bwdif); others stay as they are."""
+    graph: Graph | None = None
+    layout = None
+    waiting: list[float] = []  # moments of the frames that the filter holds
+    for time_s, frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield time_s, frame
+            continue
+        if graph is None or layout != (frame.width, frame.height, frame.format.name):
+            yield from _flushed(graph, waiting)
+            graph, layout = _bwdif(frame), (frame.width, frame.height, frame.format.name)
+        waiting.append(time_s)
+        graph.vpush(frame)
+        yield from _pulled(graph, waiting)
+    yield from _flushed(graph, waiting)
+
+
+def _prominence(stream: VideoStream) -> int:
+    is_default = bool(stream.disposition & Disposition.default)
+    return stream.width * stream.height + _DEFAULT_TRACK * is_default
+
+
+def _decode_from(
+    path: str | Path, seek_s: float | None, start_s: float | None, packets: PacketTimes
+) -> Iterator[TimedFrame]:
+    """Frames from about `seek_s` on, none where the container cannot seek there; None is the beginning.
+
+    `start_s` is the decoding time at which the first frame is shown; None goes by presentation times.
+    """
+    by_decoding_time = start_s is not None
+    with open_video(path) as (container, stream):
+        unit = float(stream.time_base or 0)
+        zero_s = start_of(stream) if start_s is None else start_s
+        if seek_s is not None:
+            try:
+                container.seek(int((seek_s + zero_s) / unit), stream=stream)
+            except av.FFmpegError:  # no key frame before it
+                return
+        last: int | None = None
+        for packet, frames in _decoded(container, stream):
+            stamp = packet.dts if by_decoding_time else packet.pts
+            if stamp is not None and not packet.is_discard:
+                packets.add(stamp * unit - zero_s)
+            for frame in frames:
+                stamp = frame.dts if by_decoding_time else frame.pts
+                if stamp is None and by_decoding_time:  # a decoder that is emptied at the end names no packet
+                    stamp = 0 if last is None else last + max(frame.duration, 1)
+                if stamp is None or (last is not None and stamp < last):
+                    after_s = (last or 0) * unit - zero_s
+                    raise UnorderedError(f"{path} goes back in time after {after_s:.2f} s; write it anew")
+                last = stamp
+                yield stamp * unit - zero_s, frame
+
+
+def _first_decoding_time(path: str | Path) -> float:
+    """The second, by decoding times, at which the first frame would be shown, were it decodable.
+
+    A decoder that reorders frames lets the first go when it was given some more. That much later than its
+    packet's decoding time is every frame shown.
+    """
+    first = key = None
+    with open_video(path) as (container, stream):
+        for packet, frames in _decoded(container, stream):
+            first = packet.dts if first is None else first
+            key = packet.dts if key is None and packet.is_keyframe else key
+            if frames:
+                delay = (frames[0].dts or 0) - (key or 0) if frames[0].dts is not None else 0
+                return float(((first or 0) + delay) * (stream.time_base or 0))
+        return float((first or 0) * (stream.time_base or 0))
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[Packet, list[VideoFrame]]]:
+    """Each packet, and the frames that the decoder lets go when given it.
+
+    There are none before the first key frame, nor for a packet that the decoder refuses.
+    """
+    has_begun = False
+    for packet in container.demux(stream):
+        has_begun = has_begun or packet.is_keyframe
+        frames: list[VideoFrame] = []
+        if has_begun:
+            try:
+                frames = packet.decode()
+            except MemoryError:
+                raise
+            except av.FFmpegError:
+                pass
+        yield packet, frames
+
+
+def _bwdif(frame: VideoFrame) -> Graph:
+    """A filter that gives one picture for each frame, two fields of which are interlaced."""
+    graph = Graph()
+    graph.link_nodes(
+        source_of(graph, frame),
+        graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
+
+
+def source_of(graph: Graph, frame: VideoFrame) -> FilterContext:
+    """The place where frames such as `frame` enter a graph."""
+    return graph.add(
+        "buffer",
+        video_size=f"{frame.width}x{frame.height}",
+        pix_fmt=frame.format.name,
+        time_base="1/1000",  # nothing goes by the filter's clock
+        pixel_aspect="1/1",
+        colorspace=str(frame.colorspace),
+        range=str(frame.color_range),
+    )
+
+
+def _pulled(graph: Graph, waiting: list[float]) -> Iterator[TimedFrame]:
+    while waiting:
+        try:
+            frame = graph.vpull()
+        except (av.BlockingIOError, av.EOFError):
+            return
+        yield waiting.pop(0), frame
+
+
+def _flushed(graph: Graph | None, waiting: list[float]) -> Iterator[TimedFrame]:
+    if graph is not None:
+        graph.vpush(None)
+        yield from _pulled(graph, waiting)
