@@ -52,7 +52,14 @@ class Decoder:
         return VideoInfo(**answer)
 
     def read_frames(
-        self, path: str | Path, start_s: float, end_s: float, num_frames: int, height: int, width: int
+        self,
+        path: str | Path,
+        start_s: float,
+        end_s: float,
+        num_frames: int,
+        height: int,
+        width: int,
+        aspect_ratio: float | None = None,
     ) -> np.ndarray:
         """See `prophy.video.read_frames`.
 
@@ -60,7 +67,7 @@ class Decoder:
             VideoError: as there.
             DecoderError: the child died of this video, twice.
         """
-        arguments = [start_s, end_s, num_frames, height, width]
+        arguments = [start_s, end_s, num_frames, height, width, aspect_ratio]
         _, pixels = self._call({"call": "read_frames", "path": str(path), "arguments": arguments})
         return np.frombuffer(pixels, np.uint8).reshape(num_frames, height, width, 3)
 
@@ -110,9 +117,12 @@ class Decoder:
         code = self._child.wait()
         self.close()
         if code == -signal.SIGALRM:
-            return f"takes the decoder longer than {self.max_seconds:g} s"
+            return f"takes the decoder longer than {self.max_seconds:g} s (cache.limits.max_seconds)"
         if code == _OUT_OF_MEMORY:
-            return f"needs more than {self.max_memory_bytes:g} bytes of memory to decode"
+            return (
+                f"needs more than {self.max_memory_bytes:,} bytes of memory to decode "
+                f"(cache.limits.max_memory_bytes)"
+            )
         return f"crashed the decoder ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
 

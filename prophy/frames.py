@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 from av.container import InputContainer
@@ -33,6 +34,7 @@ _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
     "protocol_whitelist": "file",
 }
+_MOST_COMPARED = 64  # packets from the beginning of a file; B-frames come every few
 _DEFAULT_TRACK = 5_000_000  # pixels that FFmpeg counts a track as larger for being the default one
 
 TimedFrame = tuple[float, VideoFrame]
@@ -45,6 +47,21 @@ class VideoError(ProPhyError):
 
 class UnorderedError(VideoError):
     """Frames whose presentation times are missing, or go back: only the order of decoding can be trusted."""
+
+
+class Layout(NamedTuple):
+    """What a filter must know of the frames that it is given."""
+
+    width: int
+    height: int
+    pixel_format: str
+    colorspace: int
+    color_range: int
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> "Layout":
+        """That of a frame."""
+        return cls(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
 
 
 class PacketTimes:
@@ -98,9 +115,23 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
         yield container, max(streams, key=_prominence)
 
 
-def has_decoding_times_only(container: InputContainer) -> bool:
-    """Whether its presentation times are FFmpeg's guesses."""
-    return container.format.name == "avi"
+def has_guessed_times(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether presentation times are FFmpeg's guesses: in AVI, and where they are copied out of one.
+
+    A copy says that frames are shown in the order of decoding, and its decoder gives them in another. Reads
+    the file on from where it stands, no further than the first packet that is shown later than decoded.
+    """
+    if container.format.name == "avi":
+        return True
+    last = None
+    for packet, frames in itertools.islice(_decoded(container, stream), _MOST_COMPARED):
+        if packet.pts != packet.dts or not stream.codec_context.reorder_depth:
+            return False
+        for frame in frames:
+            if last is not None and frame.pts is not None and frame.pts < last:
+                return True
+            last = frame.pts
+    return False
 
 
 def start_of(stream: VideoStream) -> float:
@@ -153,9 +184,10 @@ def deinterlaced(frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
         if graph is None and not frame.interlaced_frame:
             yield time_s, frame
             continue
-        if graph is None or layout != (frame.width, frame.height, frame.format.name):
+        if graph is None or layout != Layout.of(frame):
             yield from _flushed(graph, waiting)
-            graph, layout = _bwdif(frame), (frame.width, frame.height, frame.format.name)
+            layout = Layout.of(frame)
+            graph = _bwdif(layout)
         waiting.append(time_s)
         graph.vpush(frame)
         yield from _pulled(graph, waiting)
@@ -235,27 +267,27 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[P
         yield packet, frames
 
 
-def _bwdif(frame: VideoFrame) -> Graph:
+def _bwdif(layout: Layout) -> Graph:
     """A filter that gives one picture for each frame, two fields of which are interlaced."""
     graph = Graph()
     graph.link_nodes(
-        source_of(graph, frame),
+        source_of(graph, layout),
         graph.add("bwdif", "mode=send_frame:deint=interlaced"),
         graph.add("buffersink"),
     ).configure()
     return graph
 
 
-def source_of(graph: Graph, frame: VideoFrame) -> FilterContext:
-    """The place where frames such as `frame` enter a graph."""
+def source_of(graph: Graph, layout: Layout) -> FilterContext:
+    """The place where frames of a layout enter a graph."""
     return graph.add(
         "buffer",
-        video_size=f"{frame.width}x{frame.height}",
-        pix_fmt=frame.format.name,
+        video_size=f"{layout.width}x{layout.height}",
+        pix_fmt=layout.pixel_format,
         time_base="1/1000",  # nothing goes by the filter's clock
         pixel_aspect="1/1",
-        colorspace=str(frame.colorspace),
-        range=str(frame.color_range),
+        colorspace=str(layout.colorspace),
+        range=str(layout.color_range),
     )
 
 

@@ -4,6 +4,7 @@ Colours of the usual dynamic range are converted by matrix and range alone. What
 range (PQ or HLG, as newer telephones do) is tone-mapped to BT.709 by FFmpeg's scaler (perceptual intent).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -17,7 +18,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorTrc, Interpolation
 
-from prophy.frames import VideoError, source_of
+from prophy.frames import Layout, VideoError, source_of
 
 _HIGH_DYNAMIC_RANGE = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 _LEVEL = 0.02  # sine of about one degree; FFmpeg takes no notice of less either
@@ -73,7 +74,6 @@ class PictureMaker:
         self.path = path
         self.height, self.width = height, width
         self.pixel_aspect, self.aspect_ratio = pixel_aspect, aspect_ratio
-        self._tone_mapper: tuple[object, Graph] | None = None
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         """The picture, uint8 `[height, width, 3]`.
@@ -93,28 +93,32 @@ class PictureMaker:
 
     def _scaled(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
         if frame.color_trc in _HIGH_DYNAMIC_RANGE:
-            return self._tone_mapped(frame, height, width)
+            return _tone_mapped(frame, height, width)
         # One thread: there are as many decoding processes as are wanted.
         return frame.to_ndarray(
             width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1
         )
 
-    def _tone_mapped(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
-        kind = frame.width, frame.height, frame.format.name, frame.color_trc, height, width
-        if self._tone_mapper is None or self._tone_mapper[0] != kind:
-            graph = Graph()
-            graph.threads = 1
-            to_screen = "out_transfer=bt709:out_primaries=bt709:intent=perceptual"
-            graph.link_nodes(
-                source_of(graph, frame),
-                graph.add("scale", f"{width}:{height}:flags=bicubic:{to_screen}"),
-                graph.add("format", "rgb24"),
-                graph.add("buffersink"),
-            ).configure()
-            self._tone_mapper = kind, graph
-        _, graph = self._tone_mapper
-        graph.vpush(frame)
-        return graph.vpull().to_ndarray()
+
+def _tone_mapped(frame: VideoFrame, height: int, width: int) -> np.ndarray:
+    scaled = frame.reformat(width=width, height=height, interpolation=Interpolation.BICUBIC, threads=1)
+    graph = _tone_mapper(frame.color_trc, Layout.of(scaled))
+    graph.vpush(scaled)
+    return graph.vpull().to_ndarray()
+
+
+@functools.lru_cache(maxsize=8)
+def _tone_mapper(color_trc: int, layout: Layout) -> Graph:
+    """A filter for frames of one kind; kept, since FFmpeg takes seconds to make its table of colours."""
+    graph = Graph()
+    graph.threads = 1
+    graph.link_nodes(
+        source_of(graph, layout),
+        graph.add("scale", "out_transfer=bt709:out_primaries=bt709:intent=perceptual"),
+        graph.add("format", "rgb24"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
 
 
 class _Orientation(NamedTuple):

@@ -27,7 +27,7 @@ from prophy.frames import (
     ffmpeg_refusals,
     first_frame,
     frames_from,
-    has_decoding_times_only,
+    has_guessed_times,
     open_video,
     start_of,
 )
@@ -85,7 +85,7 @@ def probe(
         _check_limit(path, "number of streams", len(container.streams), "max_streams", max_streams)
         _check_limit(path, "frame", height * width, "max_pixels", max_pixels, f"pixels ({width}x{height})")
         unit, start_s = float(stream.time_base or 0), start_of(stream)
-        guessed = has_decoding_times_only(container)
+        guessed = container.format.name == "avi"
         shown = list[tuple[int, int]]()
         for packet in container.demux(stream):
             stamp = packet.dts if guessed or packet.pts is None else packet.pts
@@ -166,7 +166,7 @@ def read_frames(
     """
     times = np.linspace(start_s, end_s, num_frames)
     with open_video(path) as (container, stream):
-        by_decoding_time = has_decoding_times_only(container)
+        by_decoding_time = has_guessed_times(container, stream)
         make_picture = PictureMaker(path, height, width, stream.sample_aspect_ratio, aspect_ratio)
     with ffmpeg_refusals(path):
         try:

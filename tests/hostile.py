@@ -129,7 +129,10 @@ CONCAT = b"ffconcat version 1.0\nfile /etc/passwd\n"
 # What is refused: how it is made, and what the refusal says.
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "one frame of 16k x 16k": (huge_frame, "its frame is 256,000,000 pixels (16000x16000), allowed are"),
-    "a million frames": (million_frames, "its number of frames is 500,001, allowed are 500,000 (cache.limits.max_frames)"),
+    "a million frames": (
+        million_frames,
+        "is 500,001, allowed are 500,000 (cache.limits.max_frames)",
+    ),
     "forty streams": (many_streams, "its number of streams is 40"),
     "audio only": (audio_only, "has no video stream"),
     "broken timestamps": (broken_timestamps, "its duration is 37,1"),

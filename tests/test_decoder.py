@@ -59,7 +59,7 @@ def test_a_video_over_the_memory_limit_is_given_up_after_two_attempts(tmp_path: 
     write_video(tmp_path / "large.mp4", np.zeros((3, 2160, 3840, 3), np.uint8), FPS)
     write_video(tmp_path / "small.mp4", moving_square(17), FPS)
     decoder = Decoder(350_000_000, 60.0)
-    with pytest.raises(DecoderError, match=r"large.mp4 needs more than 3.5e\+08 bytes .* 2 times"):
+    with pytest.raises(DecoderError, match=r"large.mp4 needs more than 350,000,000 bytes .* 2 times"):
         decoder.read_frames(tmp_path / "large.mp4", 0.0, 0.25, 3, 2160, 3840)
     assert decoder.read_frames(tmp_path / "small.mp4", 0.0, 2.0, 17, 64, 64).shape == (17, 64, 64, 3)
 
@@ -67,7 +67,7 @@ def test_a_video_over_the_memory_limit_is_given_up_after_two_attempts(tmp_path: 
 def test_a_video_over_the_time_limit_is_given_up_after_two_attempts(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", moving_square(33), FPS)
     decoder = Decoder(4_000_000_000, 0.0001)
-    with pytest.raises(DecoderError, match=r"a.mp4 takes the decoder longer than 0.0001 s, 2 times"):
+    with pytest.raises(DecoderError, match=r"a.mp4 takes the decoder longer than 0.0001 s .*, 2 times"):
         decoder.read_frames(tmp_path / "a.mp4", 0.0, 4.0, 33, 1080, 1920)
 
 

@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy, Dataset, ExecutionResources, TaskPoolStr
 
 from pipelines.caching.manifests import Input
 from pipelines.caching.progress import GraphReport, complete, execute
+from pipelines.caching.shapes import check_shapes, misfits
 from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.caching.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
 from pipelines.caching.summary import CacheSummary, print_summary
@@ -45,6 +46,7 @@ from prophy.priors.fingerprint import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, CacheInput
 from prophy.taxonomy import from_multi_hot
 from prophy.tiny import part_fingerprint
+from prophy.video import FRAMES_VERSION
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
 _CLIPS_PER_TASK = 8  # where there are many: Ray's books of a task take time and memory
@@ -79,9 +81,9 @@ def priors_table(config: Config) -> Table:
     tiny = vlm.pretrained == "tiny"
     parts = {
         "model": part_fingerprint("vlm") if tiny else fingerprint(vlm.pretrained, vlm.revision),
-        **vlm.model_dump(
-            include={"dtype", "layers", "heads", "max_new_tokens", "num_frames", "height", "width"}
-        ),
+        **vlm.model_dump(include={"dtype", "layers", "heads", "max_new_tokens", "num_frames"}),
+        "shapes": [list(shape) for shape in vlm.frame_shapes],
+        "video_frames": FRAMES_VERSION,
     }
     settings = parts | {
         "clip_durations_s": _clip_durations(config),
@@ -101,6 +103,8 @@ def encodings_table(config: Config) -> Table:
         **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
         "clip_durations_s": _clip_durations(config),
         "version": _ENCODING_VERSION,
+        "cut_to": [list(shape) for shape in config.vlm.frame_shapes],
+        "video_frames": FRAMES_VERSION,
     }
     folder = _folder(config).encodings / fingerprint_of(settings)
     return Table(folder, ENCODINGS, settings, {"backbone": backbone.model_dump(mode="json")})
@@ -129,13 +133,13 @@ def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
     cache, vlm = config.cache, config.vlm
     lengths = [(cache.clip_duration_s, vlm.num_frames)]  # whatever the clip's length
-    shapes = [(vlm.height, vlm.width)]
+    shapes = vlm.frame_shapes
     rows: Dataset = _read(work, cache.extract.size, vlm.num_frames, shapes)
     # Probe, limits, content hash: one row per clip from here on. Waits for the disk more than it computes.
     cut = PoolConfig(size=cache.read.size, num_cpus=SMALL_CPUS)
     rows = rows.map_batches(CutVideo, **_pool(cut, _clip_durations(config), cache.limits))
     # Decode what the VLM sees.
-    rows = rows.map_batches(ReadClip, **_pool(cache.read, lengths, shapes, cache.limits))
+    rows = rows.map_batches(ReadClip, **_pool(cache.read, lengths, shapes, shapes, cache.limits))
     # The costly stage: each actor holds a VLM.
     rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, _attempts(config)))
     # Good rows go into a file of the table, errors into one of the quarantine.
@@ -146,8 +150,8 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
     """Clips with their captions (`stages.CLIPS`) -> files of encodings; counts of rows come out."""
     cache, backbone = config.cache, config.backbone
     rows: Dataset = _read(work, cache.encode.size, backbone.num_frames, backbone.frame_shapes)
-    # Decode at the backbone's number of frames, in the shape that is nearest to the video's.
-    seen = (config.clip_lengths, backbone.frame_shapes, cache.limits)
+    # Decode what the VLM saw, at the backbone's number of frames, in the backbone's shape nearest to that.
+    seen = (config.clip_lengths, config.vlm.frame_shapes, backbone.frame_shapes, cache.limits)
     rows = rows.map_batches(ReadClip, **_pool(cache.read, *seen))
     # Each actor holds the VAE and the text encoder.
     encoders = _pool(cache.encode, backbone, table, _attempts(config))
@@ -240,6 +244,7 @@ def _check_clips(config: Config) -> None:
                 f"{backbone.pretrained} cannot encode {num_frames} frames of {shape[0]}x{shape[1]}; "
                 f"take {time} n + 1 frames, and multiples of {space[0]} and {space[1]} pixels"
             )
+    check_shapes(config)
 
 
 def _fill(config: Config, found: Input) -> CacheSummary:
@@ -285,6 +290,7 @@ def _fill(config: Config, found: Input) -> CacheSummary:
     clips = index.filter(
         pc.is_in(index["sample_id"], pa.array(current.samples(index.to_pylist()), pa.string()))
     )
+    cut, stretched = misfits(clips, config)
     labels = Counter(label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row))
     cached, counted = _uris(index), _uris(clips)
     return CacheSummary(
@@ -297,6 +303,8 @@ def _fill(config: Config, found: Input) -> CacheSummary:
         + refusals(pa.concat_tables(map(refused, (priors, encodings))), videos, left()),
         phenomena={str(label): count for label, count in labels.most_common()},
         unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
+        cut=cut,
+        stretched=stretched,
         added_priors=added_priors,
         added_encodings=added_encodings,
     )

@@ -3,6 +3,8 @@
 import logging
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from prophy.evaluation.pictures import heat_overlay
 from prophy.schema import INDEX, CacheInput, open_file
 from prophy.sheets import evenly, stacked
 from prophy.taxonomy import PHENOMENA, from_multi_hot, parse_phenomena
-from prophy.video import VideoError
+from prophy.video import VideoError, nearest_shape
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +95,14 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
         ProPhyError: no such video or VLM, a name that is no phenomenon, or the picture cannot be written.
     """
     check_picture(picture)
-    vlm, duration_s = config.vlm, config.cache.clip_duration_s
+    vlm, limits = config.vlm, config.cache.limits
     given = parse_phenomena(phenomena) or None
-    frames = _read_frames(config, clip, 0.0, duration_s)
+    with _local(config, clip) as path:
+        info = decoder(limits).probe(path)
+    duration_s = min(config.cache.clip_duration_s, info.duration_s)
+    if duration_s < config.cache.clip_duration_s:
+        logger.info("%s lasts %.2f s, less than a clip; the VLM is shown all of it", clip, duration_s)
+    frames = _read_frames(config, clip, 0.0, duration_s, (info.height, info.width))
     from prophy.priors.extractor import PriorExtractor
     from prophy.priors.questionnaire import BACKGROUND, describe
 
@@ -130,7 +137,8 @@ def _cached_clip(config: Config, priors: Path, entry: dict[str, Any]) -> list[Im
     caption = row["caption"] or f"{row['vlm_caption']} (by the VLM)"
     title = _text(f"{uri.rpartition('/')[2]} from {row['start_s']:g} s: {caption} [{labels}]")
     try:
-        frames = _read_frames(config, uri, row["start_s"], row["end_s"])
+        picture = row["height"], row["width"]
+        frames = _read_frames(config, uri, row["start_s"], row["end_s"], picture)
     except ProPhyError as error:
         return [title, _text(str(error))]
     maps = np.float32(row["maps"]).reshape(row["maps_shape"])
@@ -139,12 +147,24 @@ def _cached_clip(config: Config, priors: Path, entry: dict[str, Any]) -> list[Im
     return [title, _strip(frames, "frames"), *strips]
 
 
-def _read_frames(config: Config, uri: str, start_s: float, end_s: float) -> np.ndarray:
-    """What the VLM sees of a clip, uint8 `[T, H, W, 3]`."""
-    vlm, limits = config.vlm, config.cache.limits
+def _read_frames(
+    config: Config, uri: str, start_s: float, end_s: float, picture: tuple[int, int]
+) -> np.ndarray:
+    """What the VLM sees of a clip, uint8 `[T, H, W, 3]`; `picture` is the video's height and width."""
+    vlm = config.vlm
+    seen = nearest_shape(*picture, vlm.frame_shapes)
+    with _local(config, uri) as path:
+        return decoder(config.cache.limits).read_frames(
+            path, start_s, end_s, vlm.num_frames, *seen, aspect_ratio=seen[1] / seen[0]
+        )
+
+
+@contextmanager
+def _local(config: Config, uri: str) -> Iterator[str]:
+    """A video as a local file."""
     try:
-        with LocalFiles(limits.max_bytes).open(uri) as path:
-            return decoder(limits).read_frames(path, start_s, end_s, vlm.num_frames, vlm.height, vlm.width)
+        with LocalFiles(config.cache.limits.max_bytes).open(uri) as path:
+            yield path
     except OSError as error:
         raise VideoError(f"{uri} cannot be opened ({error.strerror or error})") from None
 

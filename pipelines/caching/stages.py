@@ -46,7 +46,10 @@ SOURCES = pa.schema(
 
 _CLIP = [*list(PRIORS)[: PRIORS.get_field_index("vlm_caption")], QUARANTINE.field("num_clips")]
 CLIPS = _or_error(_CLIP)
-CLIPS_WITH_FRAMES = _or_error([*_CLIP, pa.field("frames", pa.large_binary())])  # raw RGB, uint8
+# Raw RGB, uint8 `[T, H, W, 3]`.
+CLIPS_WITH_FRAMES = _or_error(
+    [*_CLIP, pa.field("frames", pa.large_binary()), pa.field("frames_shape", pa.list_(pa.int32()))]
+)
 PRIORS_OR_ERROR = _or_error(list(PRIORS))
 ENCODINGS_OR_ERROR = _or_error(list(ENCODINGS))
 
@@ -109,14 +112,22 @@ class CutVideo:
 class ReadClip:
     """`CLIPS` -> `CLIPS_WITH_FRAMES`: decodes the clip's frames, from its start to its end inclusive.
 
-    They get that one of `shapes` whose aspect ratio is nearest to the video's, and as many frames as the
-    nearest of `lengths`, (seconds, frames) each, says.
+    Args:
+        lengths: (seconds, frames) each; a clip gets as many frames as the nearest says.
+        seen: (height, width) each of what the VLM sees; the picture is cut at its centre to the aspect ratio
+            of the nearest.
+        shapes: (height, width) each; what is left gets the nearest.
+        limits: of decoding.
     """
 
     def __init__(
-        self, lengths: list[tuple[float, int]], shapes: list[tuple[int, int]], limits: VideoLimits
+        self,
+        lengths: list[tuple[float, int]],
+        seen: list[tuple[int, int]],
+        shapes: list[tuple[int, int]],
+        limits: VideoLimits,
     ) -> None:
-        self.lengths, self.shapes = lengths, shapes
+        self.lengths, self.seen, self.shapes = lengths, seen, shapes
         self.files = LocalFiles(limits.max_bytes)
         self.decoder = decoder(limits)
 
@@ -127,15 +138,18 @@ class ReadClip:
     def _read(self, clip: dict[str, Any]) -> dict[str, Any]:
         if clip["error"]:
             return clip
-        shape = nearest_shape(clip["height"], clip["width"], self.shapes)
+        seen = nearest_shape(clip["height"], clip["width"], self.seen)
+        shape = nearest_shape(*seen, self.shapes)
         duration_s = clip["end_s"] - clip["start_s"]
         _, num_frames = min(self.lengths, key=lambda length: abs(length[0] - duration_s))
         try:
             with self.files.open(clip["source"]["uri"]) as path:
-                frames = self.decoder.read_frames(path, clip["start_s"], clip["end_s"], num_frames, *shape)
+                frames = self.decoder.read_frames(
+                    path, clip["start_s"], clip["end_s"], num_frames, *shape, aspect_ratio=seen[1] / seen[0]
+                )
         except (VideoError, OSError) as error:
             return _failed(clip, "ReadClip", error)
-        return {**clip, "frames": frames.tobytes()}
+        return {**clip, "frames": frames.tobytes(), "frames_shape": frames.shape}
 
 
 class DeadlyClipError(ProPhyError):
@@ -199,7 +213,7 @@ class ExtractPriors:
     def __init__(self, vlm: VlmConfig, attempts: Path) -> None:
         from prophy.priors.extractor import PriorExtractor
 
-        self.num_frames, self.shape = vlm.num_frames, (vlm.height, vlm.width)
+        self.num_frames = vlm.num_frames
         self.extractor = PriorExtractor(
             vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens, vlm.heads
         )
@@ -216,7 +230,7 @@ class ExtractPriors:
         for clip in clips:
             fps = (self.num_frames - 1) / (clip["end_s"] - clip["start_s"])
             labels = None if clip["labels"] is None else tuple(map(Phenomenon, clip["labels"]))
-            priors = self.extractor(_frames(clip, self.shape), fps, labels)
+            priors = self.extractor(_frames(clip), fps, labels)
             clip |= {
                 "vlm_caption": priors.vlm_caption,
                 "answers": [{"question": key, "answer": said} for key, said in priors.answers.items()],
@@ -238,7 +252,6 @@ class EncodeClip:
     def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
         from prophy.backbones.encoding import VideoEncoder
 
-        self.shapes = backbone.frame_shapes
         self.encoder = VideoEncoder(
             backbone.pretrained,
             backbone.revision,
@@ -262,19 +275,18 @@ class EncodeClip:
     def _encode(self, clips: list[dict[str, Any]]) -> None:
         groups = defaultdict(list)
         for clip in clips:
-            shape = nearest_shape(clip["height"], clip["width"], self.shapes)
-            groups[shape, len(clip["frames"])].append(clip)
-        for (shape, _), group in groups.items():
-            frames = np.stack([_frames(clip, shape) for clip in group])
+            groups[tuple(clip["frames_shape"])].append(clip)
+        for group in groups.values():
+            frames = np.stack([_frames(clip) for clip in group])
             latents = self.encoder.encode_video(frames)
             text_embeds = self.encoder.encode_text([clip["caption"] for clip in group])
             for clip, *tensors in zip(group, latents, text_embeds, strict=True):
                 clip |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
 
 
-def _frames(clip: dict[str, Any], shape: tuple[int, int]) -> np.ndarray:
+def _frames(clip: dict[str, Any]) -> np.ndarray:
     """The clip's frames, writable as torch wants them."""
-    return np.frombuffer(bytearray(clip["frames"]), np.uint8).reshape(-1, *shape, 3)
+    return np.frombuffer(bytearray(clip["frames"]), np.uint8).reshape(clip["frames_shape"])
 
 
 def _failed(row: dict[str, Any], stage: str, error: Exception) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from pipelines.caching.progress import GraphReport, print_stages
+from pipelines.caching.shapes import Misfit
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class CacheSummary:
         quarantined: why a row, a video or a clip of the input cannot be used, a sentence each.
         phenomena: number of clips by phenomenon.
         unparsed: clips whose VLM said something of phenomena that is no name of one; that part was not used.
+        cut: videos whose pictures are cut to the shape of what the VLM sees.
+        stretched: videos whose pictures are stretched from that to the backbone's shape.
         added_priors: what this run did to the priors.
         added_encodings: what this run did to the encodings.
     """
@@ -36,6 +39,8 @@ class CacheSummary:
     quarantined: list[str]
     phenomena: dict[str, int]
     unparsed: int
+    cut: Misfit | None
+    stretched: Misfit | None
     added_priors: GraphReport
     added_encodings: GraphReport
 
@@ -68,6 +73,18 @@ def print_summary(summary: CacheSummary, location: str, quarantine: Path) -> Non
     if summary.num_left_out:
         text = "cached video(s) are not in the input: training leaves them out, `cache prune` removes them"
         console.print(f"{summary.num_left_out} {text}", highlight=False, soft_wrap=True)
+    if cut := summary.cut:
+        text = (
+            f"{cut.num_videos} of {summary.num_videos} videos are cut to the nearest shape of the VLM "
+            f"(vlm.aspect_buckets), most {cut.worst}: {cut.share:.0%} of its picture is cut off"
+        )
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+    if stretched := summary.stretched:
+        text = (
+            f"{stretched.num_videos} of {summary.num_videos} videos are stretched to the nearest shape of "
+            f"the backbone (backbone.aspect_buckets), most {stretched.worst}: by {stretched.share:.1%}"
+        )
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     if not (summary.added_priors.written or summary.added_encodings.written):
         console.print("nothing new: all clips were cached before")
     for message in summary.quarantined:

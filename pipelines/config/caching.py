@@ -14,8 +14,8 @@ class VideoLimits(Section):
     max_bytes: PositiveInt = 2_000_000_000
     """Size of the file in bytes. 2 GB holds an hour at 4 Mbit/s."""
 
-    max_pixels: PositiveInt = 3840 * 2160
-    """Pixels of a frame, height times width. The default is 4K."""
+    max_pixels: PositiveInt = 4096 * 4096
+    """Pixels of a frame, height times width. The default admits what cameras record up to 5.3K."""
 
     max_frames: PositiveInt = 500_000
     """Frames of the whole video. The default is more than two hours at 60 frames per second."""

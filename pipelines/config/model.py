@@ -59,8 +59,12 @@ class BackboneConfig(Section):
     max_sequence_length: PositiveInt
     """Tokens of a text, which is padded or cut to this length; the same in training as at inference."""
 
-    aspect_buckets: list[tuple[PositiveInt, PositiveInt]] | None = None
-    """Shapes (height, width) in pixels; a cached clip takes the nearest. Null: `height` and `width` alone."""
+    aspect_buckets: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)] | None = None
+    """Shapes (height, width) in pixels that clips are cached and trained in. Null: `height` and `width`.
+
+    A clip takes the one nearest to what the VLM sees of it; each needs a shape of about its aspect ratio in
+    vlm.aspect_buckets.
+    """
 
     @property
     def frame_shapes(self) -> list[tuple[int, int]]:
@@ -95,6 +99,13 @@ class VlmConfig(Section):
     width: PositiveInt
     """Width in pixels of what the VLM sees; for Qwen2.5-VL a multiple of 28 (patch 14, merged 2 x 2)."""
 
+    aspect_buckets: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)] | None = None
+    """Shapes (height, width) in pixels that the VLM sees clips in. Null: `height` and `width` alone.
+
+    A clip is cut at its centre to the aspect ratio of the nearest; the backbone gets the same part, in a
+    shape of about this aspect ratio.
+    """
+
     layers: list[NonNegativeInt] | None = None
     """Layers whose attention makes the maps; all if null. `prophy cache explain` shows where each looks."""
 
@@ -103,6 +114,11 @@ class VlmConfig(Section):
 
     max_new_tokens: PositiveInt = 64
     """Tokens after which an answer is cut. 64 hold two sentences; each token costs a forward pass."""
+
+    @property
+    def frame_shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of every shape that the VLM sees clips in."""
+        return self.aspect_buckets or [(self.height, self.width)]
 
 
 class PhysicsConfig(physics_config.PhysicsConfig, Section):

@@ -16,8 +16,8 @@ def priors_fingerprint(
     heads: list[int] | None,
     max_new_tokens: int,
     num_frames: int,
-    height: int,
-    width: int,
+    shapes: list[list[int]],
+    video_frames: int,
 ) -> str:
     """Names everything that the priors of a clip depend on, besides the clip: sha256 in hexadecimal.
 
@@ -28,8 +28,8 @@ def priors_fingerprint(
         heads: as given to `PriorExtractor`.
         max_new_tokens: as given to `PriorExtractor`.
         num_frames: frames that the VLM sees.
-        height: of these frames, in pixels.
-        width: of these frames, in pixels.
+        shapes: (height, width) in pixels that these frames may have.
+        video_frames: `prophy.video.FRAMES_VERSION`, by which they were read.
     """
     parts = {
         "version": EXTRACTION_VERSION,
@@ -39,6 +39,6 @@ def priors_fingerprint(
         "layers": layers,
         "heads": heads,
         "max_new_tokens": max_new_tokens,
-        "frames": [num_frames, height, width],
+        "frames": [num_frames, *shapes, video_frames],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -92,13 +92,13 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
     stages = {
         "ExtractPriors": (
             ExtractPriors(vlm, folder / "attempts"),
-            ReadClip([(durations_s[0], vlm.num_frames)], [(vlm.height, vlm.width)], limits),
+            ReadClip([(durations_s[0], vlm.num_frames)], vlm.frame_shapes, vlm.frame_shapes, limits),
             1,
             config.cache.extract.num_cpus,
         ),
         "EncodeClip": (
             EncodeClip(backbone, table, folder / "attempts"),
-            ReadClip(config.clip_lengths, backbone.frame_shapes, limits),
+            ReadClip(config.clip_lengths, vlm.frame_shapes, backbone.frame_shapes, limits),
             config.cache.encode_batch_size,
             config.cache.encode.num_cpus,
         ),

@@ -118,8 +118,8 @@ def test_the_fingerprint_names_everything_that_priors_depend_on():
         "heads": None,
         "max_new_tokens": 8,
         "num_frames": 8,
-        "height": 64,
-        "width": 32,
+        "shapes": [[64, 32]],
+        "video_frames": 1,
     }
     changed = {
         "model": "b",
@@ -128,8 +128,8 @@ def test_the_fingerprint_names_everything_that_priors_depend_on():
         "heads": [0],
         "max_new_tokens": 9,
         "num_frames": 16,
-        "height": 32,
-        "width": 64,
+        "shapes": [[64, 32], [32, 64]],
+        "video_frames": 2,
     }
     prints = [priors_fingerprint(**base), *(priors_fingerprint(**base | {key: changed[key]}) for key in base)]
     assert len(set(prints)) == 1 + len(base)

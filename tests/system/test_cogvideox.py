@@ -75,6 +75,7 @@ def test_encodings_in_several_shapes_are_what_the_pipeline_takes(ray_cluster: No
             f"backbone.pretrained={backbone}",
             f"backbone.max_sequence_length={MAX_SEQUENCE_LENGTH}",
             f"backbone.aspect_buckets={[list(shape) for shape in SHAPES]}",
+            f"vlm.aspect_buckets={[list(shape) for shape in SHAPES]}",
             "backbone.autocast=null",
         )
         summary = cache.run(config)

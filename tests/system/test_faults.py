@@ -90,7 +90,7 @@ def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: P
     [row] = cut(source, max_seconds=1e-4)
     assert (row["error"]["error_type"], row["error"]["attempts"]) == ("DecoderError", 2)
     clips = pa.Table.from_pylist(cut(source), CLIPS)
-    rows = ReadClip([(2.0, 17)], [(64, 64)], VideoLimits(max_seconds=1e-4))(clips).to_pylist()
+    rows = ReadClip([(2.0, 17)], [(64, 64)], [(64, 64)], VideoLimits(max_seconds=1e-4))(clips).to_pylist()
     assert {(row["error"]["error_type"], row["error"]["attempts"]) for row in rows} == {("DecoderError", 2)}
     assert [row["share"] for row in rows] == [0.5, 0.5]
 
@@ -111,7 +111,9 @@ def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> Non
     content, status = video.read_bytes(), video.stat()
     video.unlink()
     missing = {"uri": str(video), "size": 0, "modified": 0.0}
-    rows = ReadClip([(2.0, 17)], [(64, 64)], VideoLimits())(pa.Table.from_pylist(clips, CLIPS)).to_pylist()
+    rows = ReadClip([(2.0, 17)], [(64, 64)], [(64, 64)], VideoLimits())(
+        pa.Table.from_pylist(clips, CLIPS)
+    ).to_pylist()
     for row in (*rows, *cut(source)):
         assert row["error"]["error_type"] == "FileNotFoundError"
         assert row["error"]["message"] == f"{video} cannot be opened (No such file or directory)"

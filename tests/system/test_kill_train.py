@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 OVERRIDES = (
     "backbone.aspect_buckets=[[64,64],[48,80]]",
+    "vlm.aspect_buckets=[[64,64],[48,80]]",
     "train.backbone=lora",
     "train.lora_rank=4",
     "train.start_from=null",

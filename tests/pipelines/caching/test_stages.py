@@ -80,11 +80,11 @@ def test_a_video_shorter_than_a_clip_is_an_error_row(tmp_path: Path) -> None:
 
 def test_clips_get_their_frames(video: Path) -> None:
     clips = pa.Table.from_pylist(cut(video), CLIPS)
-    read = ReadClip([(2.0, 17)], [(32, 48)], VideoLimits())(clips)
+    read = ReadClip([(2.0, 17)], [(32, 48)], [(32, 48)], VideoLimits())(clips)
     assert read.schema.equals(CLIPS_WITH_FRAMES)
     for row in read.to_pylist():
         frames = np.frombuffer(row["frames"], np.uint8).reshape(17, 32, 48, 3)
-        expected = read_frames(video, row["start_s"], row["end_s"], 17, 32, 48)
+        expected = read_frames(video, row["start_s"], row["end_s"], 17, 32, 48, 48 / 32)
         assert np.array_equal(frames, expected)
 
 
@@ -95,7 +95,7 @@ def test_clips_take_the_nearest_shape_and_are_encoded_together(
     buckets = [(64, 64), (32, 64), (64, 32)]
     backbone = config.backbone.model_copy(update={"aspect_buckets": buckets})
     square, wide = cut(video)[0], cut(tmp_path / "wide.mp4")[0]
-    read = ReadClip([(2.0, 17)], backbone.frame_shapes, VideoLimits())(
+    read = ReadClip([(2.0, 17)], buckets, backbone.frame_shapes, VideoLimits())(
         pa.Table.from_pylist(
             [square, wide, {**square, "sample_id": "tall", "height": 90, "width": 60}], CLIPS
         )
@@ -118,7 +118,7 @@ def test_a_clip_that_cannot_be_decoded_becomes_an_error_row_and_the_rest_goes_on
     damaged.write_bytes(video.read_bytes()[:200])
     good = cut(video)[0]
     [earlier] = cut(tmp_path / "missing.mp4")
-    rows = ReadClip([(2.0, 17)], [(64, 64)], VideoLimits())(
+    rows = ReadClip([(2.0, 17)], [(64, 64)], [(64, 64)], VideoLimits())(
         pa.Table.from_pylist([second, good, earlier], CLIPS)
     ).to_pylist()
     assert rows[0]["error"]["stage"] == "ReadClip"
@@ -138,7 +138,8 @@ def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(
     [failed] = cut(video, max_pixels=10)
     clips = pa.Table.from_pylist([labelled, {**unlabelled, "labels": None}, failed], CLIPS)
     stage = ExtractPriors(vlm, tmp_path)
-    rows = stage(ReadClip([(2.0, vlm.num_frames)], [(vlm.height, vlm.width)], VideoLimits())(clips))
+    shapes = vlm.frame_shapes
+    rows = stage(ReadClip([(2.0, vlm.num_frames)], shapes, shapes, VideoLimits())(clips))
     assert rows.schema.equals(PRIORS_OR_ERROR)
     rows.slice(0, 2).select(PRIORS.names).cast(PRIORS)  # every column is there
 
