@@ -198,7 +198,7 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
         backbone = config.backbone.model_copy(update=changes)
         return config.model_copy(update={"backbone": backbone, "run_dir": tmp_path / "run"})
 
-    model, resolution = {"pretrained": str(folder)}, {"height": 32, "width": 48}
+    model, resolution = {"pretrained": str(folder)}, {"height": 48, "width": 48}
     other = with_backbone(**model, **resolution)
     each = (config, with_backbone(**model), with_backbone(**resolution), other)
     assert len({cache.encodings_folder(one) for one in each}) == len(each)
@@ -207,7 +207,7 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
     assert files(cache.priors_folder(config)) == priors_before
     assert files(cache.encodings_folder(config)) == before
     shapes = {tuple(row["latents_shape"]) for row in rows(cache.encodings_folder(other)).values()}
-    assert shapes == {(16, 5, 8, 12)}
+    assert shapes == {(16, 5, 12, 12)}
 
     (folder / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"of another training")
     (folder / "model_index.json").write_text((folder / "model_index.json").read_text() + "\n")
