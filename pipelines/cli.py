@@ -245,7 +245,12 @@ def export(
     complete: Annotated[
         bool, typer.Option(help="A whole diffusers pipeline with a model card, not the branch alone.")
     ] = False,
-    step: Annotated[int | None, typer.Option(help="Which checkpoint; the latest by default.")] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(
+            help="Which checkpoint: a number, or best (lowest held-out loss); by default the latest."
+        ),
+    ] = None,
     config: ConfigOption = "tiny",
     set_: SetOption = None,
     print_config: PrintOption = False,
@@ -254,7 +259,10 @@ def export(
     resolved = _configure("export", config, set_, print_config)
     from pipelines.training import export
 
-    export.run(resolved, output.resolve(), step, complete)
+    if step is not None and step != "best" and not step.isdecimal():
+        raise ProPhyError(f"--step is {step!r}; give the number of a checkpoint's steps, or best")
+    number = int(step) if step is not None and step.isdecimal() else None
+    export.run(resolved, output.resolve(), "best" if step == "best" else number, complete)
 
 
 @app.command(rich_help_panel=_VIDEOS)

@@ -110,7 +110,7 @@ class TrainConfig(Section):
     """
 
     weight_decay: NonNegativeFloat = 0.01
-    """AdamW's weight decay. The default is PyTorch's."""
+    """AdamW's weight decay, of all trained parameters alike. The default is PyTorch's."""
 
     gradient_clipping: PositiveFloat = 1.0
     """Norm that the gradients of a step are scaled down to, if they are longer."""
@@ -131,7 +131,7 @@ class TrainConfig(Section):
     """What tokens outside a phenomenon's map say: nothing (the paper), or that it is not there."""
 
     reduction: Literal["mean", "sum"] = "mean"
-    """How the alignment losses add up: sum is the paper's formula.
+    """How the alignment losses add up over the global batch: sum is the paper's formula.
 
     With mean their weights do not depend on batch size and resolution, so it is the default.
     """
@@ -165,6 +165,13 @@ class TrainConfig(Section):
 
     num_to_keep: Annotated[PositiveInt, How()] = 2
     """Checkpoints that are kept, the newest. Two, so that a damaged one has a predecessor."""
+
+    keep_best: Annotated[bool, How()] = True
+    """Whether the checkpoint with the lowest held-out loss (Eq. 6) is kept beside the newest.
+
+    `prophy export --step best` takes it. Without num_held_out there is none; one more is kept while it is
+    measured.
+    """
 
     max_failures: Annotated[NonNegativeInt, How()] = 2
     """Restarts from the last checkpoint when a worker dies, after which the run ends with the error."""

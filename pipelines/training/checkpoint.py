@@ -25,10 +25,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipelines.layout import CHECKPOINTS, checkpoint_name
+from pipelines.layout import CHECKPOINTS, checkpoint_name, step_of
 from prophy.errors import ProPhyError
 
 MANIFEST = "manifest.json"
+PINS = "pinned.json"
 _VERSION = 1
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def save(
     run: Mapping[str, Any],
     num_to_keep: int,
 ) -> None:
-    """Writes a checkpoint into a folder of `root`, then removes those beyond `num_to_keep`; a collective.
+    """Writes a checkpoint into a folder of `root`, then removes those that are too many; a collective.
 
     Args:
         root: folder of all checkpoints of the run.
@@ -135,7 +136,7 @@ def save(
         fragments: what this rank holds; those of all ranks together make up every parameter, without overlap.
         shapes: each trained parameter's, by name.
         run: what is to be known about the run, as JSON.
-        num_to_keep: committed checkpoints.
+        num_to_keep: committed checkpoints, the newest; those that are pinned stay too.
 
     Raises:
         EveryRankError: some rank cannot write; the checkpoints before are untouched.
@@ -162,7 +163,8 @@ def save(
             manifest = {"version": _VERSION, "step": step, "files": dict(files), "run": dict(run)}
             manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             _commit(folder, manifest)
-            for old in committed(root)[num_to_keep:]:
+            kept = set(pinned(root).values())
+            for old in [old for old in committed(root)[num_to_keep:] if step_of(old) not in kept]:
                 (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
                 shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it
 
@@ -195,6 +197,23 @@ def writing(what: str) -> Iterator[None]:
 def committed(root: Path) -> list[Path]:
     """Folders with a manifest, the newest first; their files are not looked at."""
     return sorted((file.parent for file in root.glob(f"{CHECKPOINTS}/{MANIFEST}")), reverse=True)
+
+
+def pin(root: Path, **steps: int | None) -> None:
+    """Has `save` keep checkpoints, by the reason for it, and no others that were pinned before.
+
+    Only for one process at a time.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    partial = root / f"{PINS}.partial"
+    partial.write_text(json.dumps({reason: step for reason, step in steps.items() if step is not None}))
+    partial.replace(root / PINS)
+
+
+def pinned(root: Path) -> dict[str, int]:
+    """Steps of the checkpoints that stay, by the reason for it."""
+    file = root / PINS
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def newest_run(root: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -121,13 +121,18 @@ def move_buffers(module: torch.nn.Module, device: torch.device) -> None:
             setattr(part, name, buffer.to(device))
 
 
-def set_learning_rate(engine: DeepSpeedEngine, train: TrainConfig) -> float:
-    """Sets the learning rates of the next step, a function of its number alone, and returns the branch's."""
-    step = engine.global_steps
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """Share of the learning rate that the step after `step` steps is taken with."""
     factor = min(1.0, (step + 1) / max(1, train.warmup_steps))
     if train.lr_schedule == "cosine" and step >= train.warmup_steps:
         done = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
         factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return factor
+
+
+def set_learning_rate(engine: DeepSpeedEngine, train: TrainConfig) -> float:
+    """Sets the learning rates of the next step, a function of its number alone, and returns the branch's."""
+    factor = learning_rate_factor(train, engine.global_steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = factor * group["initial_lr"]
     return factor * train.learning_rate

@@ -5,11 +5,14 @@ A Ray task of its own does it, beside the workers: they neither wait for it nor 
 
 import json
 import logging
+import math
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +25,10 @@ from pipelines.generation.generate import spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import step_of
-from pipelines.training.checkpoint import Checkpoint, committed
+from pipelines.training.checkpoint import Checkpoint, committed, pin
 from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
-from pipelines.training.metrics import TENSORBOARD_FOLDER, mean_losses, read_rows, write_rows
+from pipelines.training.metrics import TENSORBOARD_FOLDER, mean_losses, read_rows, total_loss, write_rows
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.registry import load_pipeline
 from prophy.device import autocast, default_device
@@ -33,7 +36,7 @@ from prophy.evaluation.pictures import heat_overlay
 from prophy.models.control import PhysicsTrace
 from prophy.sheets import film_sheet
 from prophy.taxonomy import PHENOMENA
-from prophy.training.data import PriorCache, SemanticBatch
+from prophy.training.data import PriorCache, PriorDataset, SemanticBatch, TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
 from prophy.video import write_video
 
@@ -115,36 +118,46 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
         text_encoder=None,
         tokenizer=None,
     )
+    dataset, num_samples = build_held_out_dataset(config, cache)
     module = ProPhyTrainModule(
         pipeline.transformer,
         FAMILIES[backbone.family].classes().objective.from_scheduler(pipeline.scheduler.config),
         cache.null_text_embeds(),
         train.loss_weights,
         train.reduction,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=num_samples,
     ).to(device)
-    dataset, num_samples = build_held_out_dataset(config, cache)
-    outputs: dict[float, list[LossOutput]] = {quantile: [] for quantile in QUANTILES}
-    captions: list[SemanticBatch] = []
-    for index in range(num_samples):
-        [batch], caption = dataset[index]
-        captions.append(caption)
-        semantic = None
-        if index == num_samples - 1:  # the pairs are made over all clips
-            semantic = SemanticBatch(
-                torch.cat([each.encoder_hidden_states for each in captions]),
-                torch.cat([each.phenomena for each in captions]),
-            ).to(device)
-        for quantile in QUANTILES:
-            at = replace(batch, timestep_quantile=torch.full_like(batch.timestep_quantile, quantile))
-            with autocast(device, "bfloat16" if train.precision == "bf16" else None):
-                outputs[quantile].append(module(at.to(device), semantic))
-    losses = mean_losses([output for of_one in outputs.values() for output in of_one])
-    losses |= {
-        f"diffusion/quantile_{quantile}": mean_losses(of_one)["diffusion"]
-        for quantile, of_one in outputs.items()
+    # All clips, each at all quantiles, are one global batch: load is balanced, and pairs are made, over all.
+    batches = partial(_batches, dataset, num_samples, device)
+    captions = [dataset[index][1] for index in range(num_samples)]
+    semantic = SemanticBatch(
+        torch.cat([each.encoder_hidden_states for each in captions]),
+        torch.cat([each.phenomena for each in captions]),
+    ).to(device)
+    outputs: list[LossOutput] = []
+    load: torch.Tensor | None = None
+    later: Iterator[TrainBatch] = islice(batches(), 1, None)
+    for batch in batches():
+        last = len(outputs) == num_samples * len(QUANTILES) - 1
+        with autocast(device, "bfloat16" if train.precision == "bf16" else None):
+            outputs.append(module(batch, semantic if last else None, load, later))
+        load, later = outputs[-1].expert_load, iter(())
+    losses = {name: float(value) for name, value in mean_losses(outputs).items()}
+    by_quantile = {
+        f"diffusion/quantile_{quantile}": float(mean_losses(outputs[index :: len(QUANTILES)])["diffusion"])
+        for index, quantile in enumerate(QUANTILES)
     }
-    return {name: float(value) for name, value in losses.items()}
+    losses = {name: value for name, value in losses.items() if not math.isnan(value)} | by_quantile
+    return {"loss": total_loss(train, losses), **losses}
+
+
+def _batches(dataset: PriorDataset, num_samples: int, device: torch.device) -> Iterator[TrainBatch]:
+    """Each sample at all `QUANTILES`, one at a time."""
+    for index in range(num_samples):
+        [batch], _ = dataset[index]
+        for quantile in QUANTILES:
+            at = torch.full_like(batch.timestep_quantile, quantile)
+            yield replace(batch, timestep_quantile=at).to(device)
 
 
 def _watch(
@@ -161,6 +174,8 @@ def _watch(
         num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
     )
     over = False
+    best = best_step(config, root)
+    pin(config.checkpoints, best=best)  # what a run that was killed was evaluating may go
     while not (over or failed.is_set()):
         over = ended.wait(_LOOK_EVERY_S)  # then one last look
         for folder in committed(config.checkpoints)[:1]:
@@ -168,13 +183,27 @@ def _watch(
             if step in seen:
                 continue
             seen.add(step)
+            pin(config.checkpoints, best=best, evaluating=step)
             logger.info("evaluating step %d, as soon as there are the resources", step)
             try:
                 ray.get(task.remote(config, cache, root, folder))
-                logger.info("evaluated step %d: %s", step, root)
+                best = best_step(config, root)
+                kept = "; its held-out loss is the lowest so far" if step == best else ""
+                logger.info("evaluated step %d: %s%s", step, root, kept)
             except Exception as error:
                 if not failed.is_set():
                     logger.warning("step %d was not evaluated: %s", step, error)
+            pin(config.checkpoints, best=best)
+
+
+def best_step(config: Config, root: Path) -> int | None:
+    """Step of the checkpoint with the lowest held-out loss (Eq. 6) of those that are still there, if any."""
+    if not config.train.keep_best:
+        return None
+    steps = {step_of(folder) for folder in committed(config.checkpoints)}
+    rows = [row for row in read_rows(root / EVALUATION_FILE) if row["step"] in steps and "loss" in row]
+    best = min((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
+    return None if best is None else best["step"]
 
 
 def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndarray]:

@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipelines.config import Config
-from pipelines.training.checkpoint import Checkpoint, find, latest
+from pipelines.training.checkpoint import Checkpoint, find, latest, pinned
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_unchanged, download, load_configs
 from prophy.errors import ProPhyError
@@ -35,13 +35,13 @@ _FORMAT = {"format": "pt"}  # which diffusers looks for
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, output: Path, step: int | None, complete: bool) -> Path:
+def run(config: Config, output: Path, step: int | Literal["best"] | None, complete: bool) -> Path:
     """Writes what was trained, its moving average if there is one, into `output`.
 
     Args:
         config: the run.
         output: a folder that does not exist yet.
-        step: which checkpoint; the latest if None.
+        step: which checkpoint; "best" is that of the lowest held-out loss; the latest if None.
         complete: a whole pipeline instead of branch and adapter alone.
 
     Raises:
@@ -100,7 +100,14 @@ def writing_model(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _open(root: Path, step: int | None) -> Checkpoint:
+def _open(root: Path, step: int | Literal["best"] | None) -> Checkpoint:
+    if step == "best":
+        if "best" not in pinned(root):
+            raise ProPhyError(
+                f"no checkpoint in {root} was measured on held-out clips, and kept; set train.num_held_out "
+                f"and train.keep_best, or give the number of a step"
+            )
+        step = pinned(root)["best"]
     checkpoint = latest(root) if step is None else find(root, step)
     if checkpoint is None:
         which = "checkpoint" if step is None else f"undamaged checkpoint of step {step}"

@@ -96,10 +96,12 @@ def _train(loop_config: dict[str, Any]) -> None:
     saved, preempted, asked, clock = first_step, False, 0.0, StepClock()
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
         outputs, learning_rate = [], set_learning_rate(engine, train)
+        load, later = None, [batch.to(device) for batch in batches[1:]]
         for batch in batches:
             boundary = engine.is_gradient_accumulation_boundary()
             with clock("forward"):
-                output = engine(batch.to(device), semantic.to(device) if boundary else None)
+                output = engine(batch.to(device), semantic.to(device) if boundary else None, load, later)
+            load, later = output.expert_load, []
             with clock("backward"):
                 engine.backward(output.loss)
             with clock("optimizer"):
@@ -129,7 +131,7 @@ def _train(loop_config: dict[str, Any]) -> None:
         if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
             transformer = engine.module.transformer
             run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
-            run |= {"lora": lora_config(transformer), "samples": samples}
+            run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
             save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
             saved, preempted = step, preempted or leaving
         if stop:
@@ -189,10 +191,13 @@ def _flops_of_micro_batches(
 def _over_workers(
     values: Mapping[str, float | torch.Tensor], reduction: Literal["mean", "max"]
 ) -> dict[str, float]:
-    """Mean or maximum of each value over all workers."""
+    """Mean or maximum of each value over all workers; NaN is nothing to align, as in `mean_losses`."""
     joint = torch.stack([torch.as_tensor(value, device=get_device()).float() for value in values.values()])
-    operation = torch.distributed.ReduceOp.SUM if reduction == "mean" else torch.distributed.ReduceOp.MAX
-    torch.distributed.all_reduce(joint, operation)
-    if reduction == "mean":
-        joint /= torch.distributed.get_world_size()
-    return dict(zip(values, joint.tolist(), strict=True))
+    if reduction == "max":
+        torch.distributed.all_reduce(joint, torch.distributed.ReduceOp.MAX)
+        return dict(zip(values, joint.tolist(), strict=True))
+    sums = torch.stack([joint.nan_to_num(), joint.isnan()])
+    torch.distributed.all_reduce(sums)
+    num_workers = torch.distributed.get_world_size()
+    means = (sums[0] / num_workers).where(sums[1] < num_workers, torch.nan)
+    return {name: mean for name, mean in zip(values, means.tolist(), strict=True) if not math.isnan(mean)}

@@ -103,8 +103,7 @@ class MetricsLog:
         elapsed, steps = now - last_time, step - last_step
         speed = self._train.global_batch_size * steps / elapsed
         mfu = self._operations / elapsed / (self._train.num_workers * self._peak_flops)
-        terms = [weight * metrics[name] for name, weight in self._train.loss_weights if name in metrics]
-        loss = metrics["diffusion"] + sum(terms)
+        loss = total_loss(self._train, metrics)
         metrics = {
             "loss": loss,
             **metrics,
@@ -140,14 +139,25 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     partial.replace(file)
 
 
+def total_loss(train: TrainConfig, losses: Mapping[str, float]) -> float:
+    """Eq. 6, of the losses that there are."""
+    return losses["diffusion"] + sum(
+        weight * losses[name] for name, weight in train.loss_weights if name in losses
+    )
+
+
 def mean_losses(outputs: list[LossOutput]) -> dict[str, torch.Tensor]:
     """Mean over micro-batches of every scalar but the loss, which is scaled for the engine's averaging.
 
-    A vector's entries are named `vector/0`, `vector/1` and so on.
+    A vector's entries are named `vector/0`, `vector/1` and so on. An alignment is NaN where no micro-batch
+    has anything to align; beside others, one that has nothing counts as 0, as in the loss.
     """
     means: dict[str, torch.Tensor] = {}
     for name in outputs[-1]:
-        mean = torch.stack([output[name] for output in outputs if name in output]).mean(0)
+        values = torch.stack([output[name] for output in outputs if name in output])
+        if name in ("semantic_alignment", "token_alignment") and not values.isnan().all():
+            values = values.nan_to_num()
+        mean = values.mean(0)
         if name != "loss":
             entries = {f"{name}/{index}": value for index, value in enumerate(mean)} if mean.ndim else {}
             means |= entries or {name: mean}

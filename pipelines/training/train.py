@@ -18,11 +18,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
-from pipelines.layout import RunFolder
+from pipelines.layout import RunFolder, step_of
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
 from pipelines.training.data import build_dataset, describe_samples
+from pipelines.training.engine import learning_rate_factor
 from pipelines.training.evaluation import evaluation
 from pipelines.training.export import export_branch, writing_model
 from pipelines.training.loop import STOP_FILE, train_loop_per_worker
@@ -52,6 +53,7 @@ def run(config: Config) -> Path:
     cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
     tell_samples(cache)
     compare_samples(pinned, cache)
+    compare_schedule(pinned)
     trainer = build_trainer(pinned, cache, backbone)
     places = RunFolder(open_run(config, "train"))
     root = places.training
@@ -181,6 +183,30 @@ def compare_samples(config: Config, cache: PriorCache) -> None:
             "here on differ from those of a run without that change",
             samples["number"],
             before["number"],
+        )
+
+
+def compare_schedule(config: Config) -> None:
+    """Says where another `num_steps` than at the last checkpoint changes the learning rate: cosine does."""
+    newest, train = newest_run(config.checkpoints), config.train
+    if newest is None:
+        return
+    folder, saved = newest
+    step = step_of(folder)
+    # A checkpoint need not say it: the first ones did not.
+    before = train.model_copy(update={"num_steps": saved.get("num_steps", train.num_steps)})
+    was, now = (train.learning_rate * learning_rate_factor(of, step) for of in (before, train))
+    if was != now:
+        logger.warning(
+            "train.num_steps was %d and is %d: by train.lr_schedule %s the learning rate after step %d jumps "
+            "from %.3g to %.3g, and the steps that follow are others than in a run of %d from its start",
+            before.num_steps,
+            train.num_steps,
+            train.lr_schedule,
+            step,
+            was,
+            now,
+            train.num_steps,
         )
 
 

@@ -92,11 +92,13 @@ class Progress:
     """How far a training run is.
 
     Attributes:
+        num_steps: steps in all, which its learning rates depend on.
         seconds: wall-clock time of all its steps.
         cpu_seconds: CPU time of this process in all its steps, over all cores.
         history: what each step measured.
     """
 
+    num_steps: int
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -117,10 +119,19 @@ def fit(
         num_steps: steps in all.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # `taskset` keeps it to some cores
-    progress = Progress()
+    progress = Progress(num_steps)
     if checkpoint.exists():
         saved = torch.load(checkpoint)
-        progress = Progress(**saved.pop("progress"))
+        progress = Progress(**{"num_steps": num_steps} | saved.pop("progress"))
+        if progress.num_steps != num_steps:
+            logger.warning(
+                "this run was to take %d steps and is to take %d: its learning rate, which falls to 0 over "
+                "the last of them, jumps at step %d",
+                progress.num_steps,
+                num_steps,
+                len(progress.history),
+            )
+            progress.num_steps = num_steps
         for name, part in state.items():
             part.load_state_dict(saved[name])
         logger.info("going on from step %d", len(progress.history))

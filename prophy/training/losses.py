@@ -35,7 +35,8 @@ def token_alignment_loss(
         targets: Q_r `[B, N, E_phys]`.
         mask: M `[B, N, E_phys]`, bool. What it leaves out gets no gradient.
         reduction: "mean" over each video's masked entries, then over the videos, so that the loss of a batch
-            is the mean over its micro-batches; or "sum" as in the formula. A video without any counts as 0.
+            is the mean over its micro-batches; or "sum" as in the formula, so that it is the sum. A video
+            without any counts as 0.
     """
     difference = torch.where(mask, (maps.float() - targets.float()).abs(), 0.0).sum(dim=(1, 2))
     if reduction == "sum":
@@ -43,19 +44,23 @@ def token_alignment_loss(
     return (difference / mask.sum(dim=(1, 2)).clamp(min=1)).mean()
 
 
-def load_balancing_loss(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
+def load_balancing_loss(router_logits: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
     """The auxiliary loss of Switch Transformers (Fedus et al., 2021, Eq. 4), for k experts per token.
 
     E * sum_i f_i P_i, where f_i is the share of all tokens' choices that falls on expert i (each of a token's
     k choices counts alike; no gradient) and P_i the mean of its softmax probability. Equal shares give 1,
     whatever E and k; the same k experts for every token give up to E / k.
 
+    With f of a joint batch, the loss of that batch is the mean over its equal parts, and so is its gradient.
+    With f of each part, every single video would be pushed to use all experts alike (Qiu et al., 2025,
+    arXiv:2501.11873).
+
     Args:
-        router_logits: refinement logits `[..., E]`; all tokens of the batch count alike.
-        top_k: experts per token.
+        router_logits: refinement logits `[..., E]` of the batch, or of a part; all tokens count alike.
+        load: f `[E]` of the whole batch, see `expert_load`.
     """
     logits = router_logits.float().flatten(0, -2)
-    return logits.shape[-1] * (expert_load(logits, top_k) * logits.softmax(dim=-1).mean(dim=0)).sum()
+    return logits.shape[-1] * (load * logits.softmax(dim=-1).mean(dim=0)).sum()
 
 
 def expert_load(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ It knows no engine; only that gradients are averaged over the ranks of torch.dis
 micro-steps of an accumulation.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,11 +18,11 @@ from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.losses import (
     Reduction,
-    expert_load,
     load_balancing_loss,
     semantic_alignment_loss,
     token_alignment_loss,
 )
+from prophy.training.losses import expert_load as load_of
 from prophy.training.objectives import Objective
 
 
@@ -45,16 +46,18 @@ class LossWeights(Protocol):
 class LossOutput(BaseOutput):
     """Losses and router statistics of a micro-batch: float32, detached but for `loss`; scalars but the load.
 
-    Those of experts that the branch lacks are None. A dictionary too (diffusers' BaseOutput): ZeRO-3 finds
-    tensors in dictionaries, but not in dataclasses.
+    Those of experts that the branch lacks are None; an alignment is NaN where there is nothing to align. A
+    dictionary too (diffusers' BaseOutput): ZeRO-3 finds tensors in dictionaries, but not in dataclasses.
 
     Attributes:
         loss: what to call `backward` on.
         diffusion: mean squared error of the prediction.
-        token_alignment: L_fine_align.
-        load_balancing: L_fine_balance.
+        token_alignment: L_fine_align of the micro-batch; its mean over micro-batches and ranks is that of the
+            global batch.
+        load_balancing: L_fine_balance likewise.
         router_entropy: entropy of rho_r in nats, mean over tokens; log E_r is uniform.
-        expert_load: `[E_r]`, share of the tokens' choices that falls on each expert; 1 / E_r is balanced.
+        expert_load: `[E_r]`, share of the tokens' choices in the global batch that falls on each expert;
+            1 / E_r is balanced.
         semantic_alignment: L_coarse over the global batch; None where no captions were given.
     """
 
@@ -98,27 +101,34 @@ class ProPhyTrainModule(nn.Module):
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.register_buffer("null_text_embeds", null_text_embeds, persistent=False)
 
-    def forward(self, batch: TrainBatch, semantic: SemanticBatch | None = None) -> LossOutput:
+    def forward(
+        self,
+        batch: TrainBatch,
+        semantic: SemanticBatch | None = None,
+        expert_load: torch.Tensor | None = None,
+        later: Iterable[TrainBatch] = (),
+    ) -> LossOutput:
         """Computes the loss of one micro-batch.
+
+        Load balancing is over the global batch, so that its gradient at the first micro-step depends on what
+        the later ones choose: they are routed ahead, without a graph and without the backbone's blocks.
 
         Args:
             batch: the micro-batch.
             semantic: all captions of this rank's accumulation step, as many on every rank; given at one of
                 its micro-steps (the last). Its loss is over the pairs of all ranks.
+            expert_load: that of the output of the first micro-step; None at the first.
+            later: the micro-batches after the first, as many on every rank; given at the first.
         """
-        # 1. Noise, and the empty prompt where the caption is dropped
-        timesteps = self.objective.timesteps(batch.timestep_quantile)
-        noisy = self.objective.add_noise(batch.latents, batch.noise, timesteps)
-        target = self.objective.target(batch.latents, batch.noise, timesteps)
-        text = torch.where(
-            batch.drop_caption[:, None, None], self.null_text_embeds, batch.encoder_hidden_states
-        )
+        # 1. What the later micro-batches choose
+        branch = self.transformer.physics_branch
+        ahead = [self._choices(other) for other in later] if branch.refinement is not None else []
 
-        # 2. Forward, in the precision that the pipeline gives its inputs too
-        dtype = self.transformer.dtype
-        output = self.transformer.predict(noisy.to(dtype), timesteps, text.to(dtype))
+        # 2. Forward
+        noisy, timesteps, text = self._inputs(batch)
+        output = self.transformer.predict(noisy, timesteps, text)
+        target = self.objective.target(batch.latents, batch.noise, timesteps)
         assert output.routing is not None  # the branch is skipped by a knob of requests alone
-        branch, top_k = self.transformer.physics_branch, self.transformer.physics.top_k
 
         # 3. Losses (Eq. 6), of the experts that there are
         loss = F.mse_loss(output.sample.float(), target.float())
@@ -127,28 +137,65 @@ class ProPhyTrainModule(nn.Module):
             logits, maps = output.routing.refinement_logits, output.routing.phenomenon_maps
             assert logits is not None and maps is not None
             alignment = token_alignment_loss(maps, batch.target_maps, batch.target_mask, self.reduction)
-            balancing = load_balancing_loss(logits, top_k)
+            if self.reduction == "sum":
+                alignment = alignment * self._undo_averaging()
+            if expert_load is None:
+                own = load_of(logits, self.transformer.physics.top_k)
+                expert_load = _mean_over_ranks(torch.stack([own, *ahead]).mean(dim=0))
+            balancing = load_balancing_loss(logits, expert_load)
             loss = loss + self.loss_weights.token_alignment * alignment
             loss = loss + self.loss_weights.load_balancing * balancing
-            terms |= {"token_alignment": alignment.detach(), "load_balancing": balancing.detach()}
+            terms["token_alignment"] = _where(batch.target_mask.any(), alignment)
+            terms["load_balancing"] = balancing.detach()
             log_weights = logits.detach().log_softmax(dim=-1)
             terms["router_entropy"] = -(log_weights.exp() * log_weights).sum(dim=-1).mean()
-            terms["expert_load"] = expert_load(logits, top_k)
+            terms["expert_load"] = expert_load
         if branch.semantic is not None and semantic is not None:
-            alignment = self._semantic_alignment(semantic, branch.semantic.router)
+            # Over the captions of all ranks; only this rank's rows carry gradient.
+            weights = _gather(branch.semantic.router(semantic.encoder_hidden_states.to(noisy.dtype)))
+            labels = _gather(semantic.phenomena)
+            alignment = semantic_alignment_loss(weights, labels, self.reduction)
             loss = loss + self._undo_averaging() * self.loss_weights.semantic_alignment * alignment
-            terms["semantic_alignment"] = alignment.detach()
+            has_pairs = labels.any(dim=1).sum() > 1
+            terms["semantic_alignment"] = _where(has_pairs, alignment)
         return LossOutput(loss=loss, **terms)
 
-    def _semantic_alignment(self, semantic: SemanticBatch, router: nn.Module) -> torch.Tensor:
-        """L_coarse over the captions of all ranks; only this rank's rows carry gradient."""
-        weights = router(semantic.encoder_hidden_states.to(self.transformer.dtype))
-        return semantic_alignment_loss(_gather(weights), _gather(semantic.phenomena), self.reduction)
+    def _inputs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy latents, timesteps and text, in the precision that the pipeline gives its inputs too."""
+        timesteps = self.objective.timesteps(batch.timestep_quantile)
+        noisy = self.objective.add_noise(batch.latents, batch.noise, timesteps)
+        # The empty prompt where the caption is dropped
+        text = torch.where(
+            batch.drop_caption[:, None, None], self.null_text_embeds, batch.encoder_hidden_states
+        )
+        dtype = self.transformer.dtype
+        return noisy.to(dtype), timesteps, text.to(dtype)
+
+    @torch.no_grad()
+    def _choices(self, batch: TrainBatch) -> torch.Tensor:
+        """Share of a micro-batch's choices that falls on each expert `[E_r]`."""
+        logits = self.transformer.route(*self._inputs(batch)).refinement_logits
+        assert logits is not None
+        # It holds weights that were cast without a graph: the forward pass with one would take them.
+        torch.clear_autocast_cache()
+        return load_of(logits, self.transformer.physics.top_k)
 
     def _undo_averaging(self) -> int:
         """Each rank's share of the gradient shall be summed, not averaged, over ranks and micro-steps."""
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         return num_ranks * self.gradient_accumulation_steps
+
+
+def _where(condition: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """A loss without its graph, or NaN."""
+    return torch.where(condition, loss.detach(), torch.nan)
+
+
+def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    if not dist.is_initialized():
+        return value
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
 
 
 def _gather(own: torch.Tensor) -> torch.Tensor:

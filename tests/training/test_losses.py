@@ -92,12 +92,14 @@ def test_token_alignment_of_a_batch_is_the_mean_of_its_micro_batches() -> None:
 def test_load_balancing_at_known_routings(top_k: int) -> None:
     balanced = 10 * torch.eye(4).repeat(3, 1)
     balanced += 5 * torch.eye(4).roll(1, 0).repeat(3, 1)
-    torch.testing.assert_close(load_balancing_loss(balanced, top_k), torch.tensor(1.0))
+    torch.testing.assert_close(load_balancing_loss(balanced, expert_load(balanced, top_k)), torch.tensor(1.0))
     torch.testing.assert_close(expert_load(balanced, top_k), torch.full((4,), 0.25))
 
     collapsed = torch.full((12, 4), -30.0)
     collapsed[:, :top_k] = 30.0
-    torch.testing.assert_close(load_balancing_loss(collapsed, top_k), torch.tensor(4.0 / top_k))
+    torch.testing.assert_close(
+        load_balancing_loss(collapsed, expert_load(collapsed, top_k)), torch.tensor(4.0 / top_k)
+    )
 
 
 def test_load_balancing_is_the_formula_and_its_gradient_evens_out() -> None:
@@ -105,7 +107,7 @@ def test_load_balancing_is_the_formula_and_its_gradient_evens_out() -> None:
     logits = torch.randn(2, 50, 4)
     logits[..., 1] += 1.0
     logits.requires_grad_()
-    loss = load_balancing_loss(logits, 2)
+    loss = load_balancing_loss(logits, expert_load(logits, 2))
 
     counts, probability = [0] * 4, [0.0] * 4
     for token in logits.detach().flatten(0, 1):

@@ -12,7 +12,12 @@ from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.taxonomy import PHENOMENA
 from prophy.tiny.pipeline import TRANSFORMER
 from prophy.training.data import SemanticBatch, TrainBatch
-from prophy.training.losses import load_balancing_loss, semantic_alignment_loss, token_alignment_loss
+from prophy.training.losses import (
+    expert_load,
+    load_balancing_loss,
+    semantic_alignment_loss,
+    token_alignment_loss,
+)
 from prophy.training.module import LossOutput, ProPhyTrainModule
 from prophy.training.objectives import FlowMatching
 
@@ -81,7 +86,8 @@ def test_loss_is_eq_6(batch: TrainBatch, reduction: str) -> None:
     diffusion = F.mse_loss(predicted.sample, batch.noise - batch.latents)
     routing = predicted.routing
     fine = token_alignment_loss(routing.phenomenon_maps, batch.target_maps, batch.target_mask, reduction)
-    balance = load_balancing_loss(routing.refinement_logits, 2)
+    logits = routing.refinement_logits
+    balance = load_balancing_loss(logits, expert_load(logits, 2))
     router = module.transformer.physics_branch.semantic.router
     coarse = semantic_alignment_loss(router(batch.encoder_hidden_states), batch.phenomena, reduction)
 
@@ -112,6 +118,55 @@ def test_semantic_gradient_survives_the_averaging_over_micro_steps(batch: TrainB
     assert joint.abs().sum() > 0
     # Before the first step the injections are zero: the router's gradient is the semantic alignment's alone.
     torch.testing.assert_close(router_gradient(build(accumulation=2), [None, semantic]), joint)
+
+
+def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
+    return TrainBatch(**{name: value[index : index + 1] for name, value in vars(batch).items()})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_losses_do_not_depend_on_the_size_of_a_micro_batch(
+    batch: TrainBatch, reduction: str, precision: torch.dtype
+) -> None:
+    """Three micro-steps of one video, averaged as by the engine, are a step of three: each loss, and all
+    gradients, though balanced experts are other ones in each video."""
+
+    def step(accumulation: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        module = build(accumulation, reduction)
+        for name, parameter in module.transformer.physics_branch.named_parameters():
+            if "injection" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        batches = [batch] if accumulation == 1 else [one_sample(batch, index) for index in range(3)]
+        outputs: list[LossOutput] = []
+        load, later = None, batches[1:]
+        for micro in batches:
+            last = len(outputs) == len(batches) - 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                outputs.append(module(micro, captions(batch) if last else None, load, later))
+                load, later = outputs[-1].expert_load, []
+            (outputs[-1].loss / accumulation).backward()
+        means = {
+            name: torch.stack([output[name] for output in outputs]).mean(0)
+            for name in ("diffusion", "token_alignment", "load_balancing", "expert_load")
+        }
+        return means, {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+
+    (losses, gradients), (joint, expected) = step(3), step(1)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(losses, joint, **tolerance)
+    assert all(gradient is not None for gradient in gradients.values())
+    torch.testing.assert_close(gradients, expected, **tolerance)
+
+
+def test_nothing_to_align_is_no_alignment_of_zero(batch: TrainBatch) -> None:
+    """One labelled video makes no pair; without a mask there is no map to follow."""
+    batch.phenomena[1:] = 0
+    batch.target_mask[:] = False
+    output = build()(batch, captions(batch))
+    assert output.semantic_alignment.isnan() and output.token_alignment.isnan()
+    assert output.loss.isfinite()
+    output.loss.backward()
 
 
 def test_from_the_second_step_on_everything_of_the_branch_learns(batch: TrainBatch) -> None:

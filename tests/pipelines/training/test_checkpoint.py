@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.config import Config
+from pipelines.layout import step_of
 from pipelines.training.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -22,6 +23,8 @@ from pipelines.training.checkpoint import (
     committed,
     latest,
     latest_on_every_rank,
+    pin,
+    pinned,
     save,
     writing,
 )
@@ -67,6 +70,20 @@ def test_the_oldest_go_only_after_a_new_one_is_there(tmp_path: Path) -> None:
         write(tmp_path, step)
     assert [folder.name for folder in committed(tmp_path)] == ["step-00000003", "step-00000002"]
     assert not (tmp_path / "step-00000001").exists()
+
+
+def test_pinned_checkpoints_stay_until_others_are_pinned(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step)
+        if step == 1:
+            pin(tmp_path, best=1)
+        elif step == 3:
+            pin(tmp_path, best=1, evaluating=3)
+    assert [step_of(folder) for folder in committed(tmp_path)] == [5, 4, 3, 1]
+    pin(tmp_path, best=3, evaluating=None)
+    write(tmp_path, 6)
+    assert [step_of(folder) for folder in committed(tmp_path)] == [6, 5, 3]
+    assert pinned(tmp_path) == {"best": 3} and latest(tmp_path).step == 6
 
 
 def cut_short(folder: Path) -> None:

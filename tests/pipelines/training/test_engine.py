@@ -1,6 +1,6 @@
 """DeepSpeed on real processes: every ZeRO stage trains alike, resumes exactly and gives whole weights.
 
-And the gradient of the relative alignment is that of one process with the joint batch.
+And the gradients of all losses, the global ones too, are those of one process with the joint batch.
 """
 
 import os
@@ -35,6 +35,8 @@ ENGINES = {f"zero{stage}": (stage, "none") for stage in STAGES} | {
 }
 EMA_DECAY = 0.4
 SHORT = 6  # steps of a loss curve
+REDUCTIONS = {0: "sum", 1: "mean", 2: "sum", 3: "mean"}
+GLOBAL = ("diffusion", "token_alignment", "load_balancing", "expert_load")
 Result = dict[str, Any]
 
 
@@ -102,7 +104,7 @@ def everything_on_two_ranks(rank: int, folder: Path) -> Result:
         torch.distributed.barrier()
         trained[kind] = history, train(folder / f"{kind}-again", 6, zero_stage, offload)
     gradients = {
-        (stage, steps): gradients_through_deepspeed(rank, WORLD_SIZE, stage, steps)
+        (stage, steps): gradients_through_deepspeed(rank, WORLD_SIZE, stage, steps, REDUCTIONS[stage])
         for stage in STAGES
         for steps in (1, 2)
     }
@@ -114,7 +116,7 @@ def everything_on_two_ranks(rank: int, folder: Path) -> Result:
 
 def on_to_step_5_on_one_rank(rank: int, folder: Path) -> Result:
     return {
-        **gradients_through_deepspeed(rank, 1, zero_stage=1, accumulation_steps=2),
+        **gradients_through_deepspeed(rank, 1, zero_stage=1, accumulation_steps=2, reduction="sum"),
         "history": train(folder.parent / "moved", 5, zero_stage=1),
     }
 
@@ -190,7 +192,9 @@ def train_in_bare_torch() -> Result:
     return {"parameter": trained, "ema": average, "history": history}
 
 
-def train_module(accumulation_steps: int, backbone_mode: str = "frozen") -> ProPhyTrainModule:
+def train_module(
+    accumulation_steps: int, backbone_mode: str = "frozen", reduction: str = "mean"
+) -> ProPhyTrainModule:
     """A small transformer whose backbone and branch all matter: the injections are not zero."""
     torch.manual_seed(0)
     backbone = WanTransformer3DModel(
@@ -222,10 +226,9 @@ def train_module(accumulation_steps: int, backbone_mode: str = "frozen") -> ProP
     elif backbone_mode == "bfloat16":
         transformer.bfloat16().physics_branch.float()
     transformer.train_backbone("frozen" if backbone_mode == "bfloat16" else backbone_mode)
-    # Balancing depends on which samples share a micro-batch; all other losses must not.
-    weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=0.0)
+    weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=1.0)
     return ProPhyTrainModule(
-        transformer, FlowMatching(3.0), torch.zeros(5, 16), weights, "mean", accumulation_steps
+        transformer, FlowMatching(3.0), torch.zeros(5, 16), weights, reduction, accumulation_steps
     )
 
 
@@ -284,13 +287,17 @@ def loss_curve(zero_stage: int, backbone_mode: str, num_steps: int) -> Result:
         rates.append(set_learning_rate(engine, config))
         joint = curve_batch(step)
         batches = [one_sample(joint, i) for i in range(rank, 4, world_size)]
-        outputs = []
+        outputs, load, later = [], None, batches[1:]
         for index, batch in enumerate(batches):
-            outputs.append(engine(batch, captions(batches) if index == len(batches) - 1 else None))
+            last = index == len(batches) - 1
+            outputs.append(engine(batch, captions(batches) if last else None, load, later))
+            load, later = outputs[-1].expert_load, []
             engine.backward(outputs[-1].loss)
             optimizer_step(engine)
         ema.update(step + 1)
-        own = torch.stack([torch.stack([o.diffusion, o.token_alignment]) for o in outputs]).mean(0)
+        own = torch.stack(
+            [torch.stack([o.diffusion, o.token_alignment, o.load_balancing]) for o in outputs]
+        ).mean(0)
         torch.distributed.all_reduce(own)
         losses.append(torch.cat([own / world_size, outputs[-1].semantic_alignment[None]]))
     parts: list = [None] * world_size
@@ -329,7 +336,8 @@ def loss_curve_of_bare_torch(backbone_mode: str, num_steps: int) -> Result:
         decay = min(EMA_DECAY, (step + 2) / (step + 11))
         for name, value in trained.items():
             average[name] = decay * average[name] + (1 - decay) * value.detach()
-        losses.append(torch.stack([output.diffusion, output.token_alignment, output.semantic_alignment]))
+        names = ("diffusion", "token_alignment", "load_balancing", "semantic_alignment")
+        losses.append(torch.stack([output[name] for name in names]))
     ema = {name: value.flatten() for name, value in average.items()}
     return {"losses": torch.stack(losses), "rates": (config.learning_rate * factors).tolist(), "ema": ema}
 
@@ -378,7 +386,7 @@ def captions(batches: list[TrainBatch]) -> SemanticBatch:
 
 
 def gradients_through_deepspeed(
-    rank: int, world_size: int, zero_stage: int, accumulation_steps: int
+    rank: int, world_size: int, zero_stage: int, accumulation_steps: int, reduction: str
 ) -> Result:
     """Gradients after one step of micro-batches of one sample each."""
     from deepspeed.utils import safe_get_full_grad
@@ -390,37 +398,46 @@ def gradients_through_deepspeed(
         "num_workers": world_size,
         "global_batch_size": world_size * accumulation_steps,
     }
-    engine = initialize(train_module(accumulation_steps), train_config(zero_stage, **values))
+    module = train_module(accumulation_steps, reduction=reduction)
+    engine = initialize(module, train_config(zero_stage, **values))
     joint = joint_batch(world_size * accumulation_steps)
     batches = [one_sample(joint, index * world_size + rank) for index in range(accumulation_steps)]
+    outputs, load, later = [], None, batches[1:]
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
-        output = engine(batch, captions(batches) if last else None)
-        engine.backward(output.loss)
+        outputs.append(engine(batch, captions(batches) if last else None, load, later))
+        load, later = outputs[-1].expert_load, []
+        engine.backward(outputs[-1].loss)
         if not last:
             engine.step()
+    losses = {name: torch.stack([output[name] for output in outputs]).mean(0) for name in GLOBAL}
+    for value in losses.values():
+        torch.distributed.all_reduce(value)
+        value /= world_size
     gradients = {
         name: safe_get_full_grad(parameter).clone()
         for name, parameter in engine.module.named_parameters()
         if parameter.requires_grad
     }
-    return {"gradients": gradients, "semantic_alignment": output.semantic_alignment}
+    losses["semantic_alignment"] = outputs[-1].semantic_alignment
+    return {"gradients": gradients, "losses": losses}
 
 
-def gradients_of_the_joint_batch(size: int) -> Result:
+def gradients_of_the_joint_batch(size: int, reduction: str) -> Result:
     """The same in one process, bare torch, all samples in one batch."""
-    module = train_module(accumulation_steps=1)
+    module = train_module(accumulation_steps=1, reduction=reduction)
     joint = joint_batch(size)
     output = module(joint, captions([joint]))
     output.loss.backward()
     gradients = {
         name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad
     }
-    return {"gradients": gradients, "semantic_alignment": output.semantic_alignment}
+    losses = {name: output[name] for name in (*GLOBAL, "semantic_alignment")}
+    return {"gradients": gradients, "losses": losses}
 
 
 def assert_same_gradients(result: Result, expected: Result) -> None:
-    torch.testing.assert_close(result["semantic_alignment"], expected["semantic_alignment"])
+    torch.testing.assert_close(result["losses"], expected["losses"])
     assert result["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -475,7 +492,7 @@ def test_other_numbers_of_ranks_and_stages_go_on_alike(
     result = on_ranks(1, on_to_step_5_on_one_rank, tmp_path / "one")
     history = result["history"] + on_ranks(2, on_to_step_6_on_two_ranks, tmp_path / "two")["history"]
     assert_trained_like_bare_torch(latest(tmp_path / "moved"), history)
-    assert_same_gradients(result, gradients_of_the_joint_batch(2))
+    assert_same_gradients(result, gradients_of_the_joint_batch(2, "sum"))
 
 
 def test_zero_3_trains_a_branch_on_a_checkpointed_bfloat16_backbone(two_ranks: Result) -> None:
@@ -493,7 +510,9 @@ def test_gradient_of_two_ranks_is_that_of_the_joint_batch(
     two_ranks: Result, zero_stage: int, accumulation_steps: int
 ) -> None:
     result = two_ranks["gradients"][zero_stage, accumulation_steps]
-    assert_same_gradients(result, gradients_of_the_joint_batch(2 * accumulation_steps))
+    assert_same_gradients(
+        result, gradients_of_the_joint_batch(2 * accumulation_steps, REDUCTIONS[zero_stage])
+    )
 
 
 def test_buffers_move_and_parameters_stay() -> None:

@@ -1,6 +1,7 @@
 """Held-out clips and sample videos, measured and made beside a run."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,15 +14,17 @@ from pipelines.caching import cache
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.sandbox import simulate
+from pipelines.training.checkpoint import MANIFEST, pinned
 from pipelines.training.data import build_dataset, held_out
 from pipelines.training.evaluation import (
     EVALUATION_FILE,
     QUANTILES,
     SAMPLES_FOLDER,
+    best_step,
     evaluation,
     held_out_losses,
 )
-from pipelines.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_rows
+from pipelines.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_rows, write_rows
 from pipelines.training.train import run
 from prophy.errors import ProPhyError
 from prophy.training.data import PriorCache
@@ -79,6 +82,11 @@ def test_last_checkpoint_is_measured_on_held_out_clips(evaluated: Config) -> Non
         held_out_losses(evaluated, read_cache(evaluated), evaluated.run_dir / "model"), rel=1e-5
     )
     assert {"semantic_alignment", "token_alignment", "load_balancing", "expert_load/7"} < row.keys()
+    weights = evaluated.train.loss_weights
+    assert row["loss"] == pytest.approx(
+        row["diffusion"] + sum(weight * row[name] for name, weight in weights if name in row)
+    )
+    assert pinned(evaluated.checkpoints) == {"best": 4}
     by_quantile = [row[f"diffusion/quantile_{quantile}"] for quantile in QUANTILES]
     assert row["diffusion"] == pytest.approx(sum(by_quantile) / len(QUANTILES))
     assert len({round(value, 4) for value in by_quantile}) == len(QUANTILES)
@@ -98,6 +106,21 @@ def test_a_line_that_a_kill_cut_short(evaluated: Config, tmp_path: Path) -> None
         pass
     lines = (root / EVALUATION_FILE).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+def test_best_is_the_lowest_loss_of_those_that_are_there(evaluated: Config, tmp_path: Path) -> None:
+    config = evaluated.model_copy(update={"run_dir": tmp_path})
+    saved = evaluated.checkpoints / "step-00000004" / MANIFEST
+    for step in (2, 3, 4, 5):
+        folder = config.checkpoints / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        shutil.copy(saved, folder)
+    rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.3}]
+    rows += [{"step": 4, "loss": 0.4}, {"step": 5, "loss": math.nan}]
+    write_rows(tmp_path / EVALUATION_FILE, rows)
+    assert best_step(config, tmp_path) == 3
+    other = config.train.model_copy(update={"keep_best": False})
+    assert best_step(config.model_copy(update={"train": other}), tmp_path) is None
 
 
 def test_last_checkpoint_makes_a_video_and_its_maps(evaluated: Config) -> None:

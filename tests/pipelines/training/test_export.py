@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.config import Config
 from pipelines.training import export
-from pipelines.training.checkpoint import Fragment, save
+from pipelines.training.checkpoint import Fragment, pin, save
 from prophy.backbones.pretrained import fingerprint, resolve_pretrained
 from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
@@ -134,6 +134,18 @@ def test_a_complete_pipeline_holds_what_was_trained_of_a_bfloat16_backbone(how: 
         assert loaded.keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():
             assert torch.equal(loaded[name], value.to(loaded[name].dtype)), name
+
+
+def test_the_best_checkpoint(trained: Config, tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=r"measured on held-out clips, and kept; set train\.num_held_out"):
+        export.run(trained, tmp_path / "best", "best", complete=False)
+    pin(trained.checkpoints, best=7)
+    try:
+        best = load_branch(export.run(trained, tmp_path / "best", "best", complete=False))
+    finally:
+        pin(trained.checkpoints)
+    expected = load_branch(export.run(trained, tmp_path / "7", 7, complete=False))
+    assert all(torch.equal(value, expected.state_dict[name]) for name, value in best.state_dict.items())
 
 
 def test_mistakes(trained: Config, tmp_path: Path) -> None:

@@ -293,6 +293,26 @@ def test_run_folder_of_another_run(on_one_worker: Config, tiny_cache: Config) ->
         run(train_config(tiny_cache, on_one_worker.run_dir, "train.num_steps=50", "train.seed=1"))
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_more_steps_than_before_change_a_cosine(
+    schedule: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def config(num_steps: int) -> Config:
+        return tiny_config(
+            tmp_path, f"train.num_steps={num_steps}", f"train.lr_schedule={schedule}", "train.warmup_steps=0"
+        )
+
+    folder = config(100).checkpoints / "step-00000100"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"run": {"num_steps": 100}}))
+    train.compare_schedule(config(100))
+    assert not caplog.messages
+    train.compare_schedule(config(200))
+    said = "was 100 and is 200: by train.lr_schedule cosine the learning rate after step 100 jumps from 0 to"
+    assert (said in caplog.text) == (schedule == "cosine")
+    assert ("from 0 to 0.0005, and" in caplog.text) == (schedule == "cosine")
+
+
 def test_no_cache(config: Config) -> None:
     with pytest.raises(ProPhyError, match="no cache in .*priors; run `prophy cache`"):
         run(config)
