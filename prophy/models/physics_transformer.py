@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 from peft import LoraConfig
@@ -20,6 +19,7 @@ from prophy.models.physics_branch import PhysicsBranch
 from prophy.models.physics_config import BranchConfig
 
 BRANCH = "physics_branch."  # begins the names of the branch's parameters
+_ENLARGED = 2.0**14  # exact in any precision, and far from the ends of the range of bfloat16
 Residual = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 """What is injected at a layer, `[B, N, D]`, or what computes it from the layer's output."""
 
@@ -41,7 +41,7 @@ class PhysicsTransformer(ModelMixin):
     """Base of the transformers with a branch, before diffusers' own class in the order of bases.
 
     A family names its `_block_list` (attribute), its `_block` and `_injected_block` (classes) and `_text_dim`
-    (key of the configuration), makes a `_new_block`, and gives `predict`, `_embed_inputs`, `_patch_weight`.
+    (key of the configuration), makes a `_new_block`, and gives `predict`, `_embed_inputs`, `_embed_patches`.
     Its `__init__` takes `physics` and ends with `self._add_branch()`. Routers are float32, whatever the
     precision of the rest.
 
@@ -162,13 +162,16 @@ class PhysicsTransformer(ModelMixin):
         raise NotImplementedError
 
     def _embed_mixture(self, mixture: torch.Tensor) -> torch.Tensor:
-        """The linear part of the embedding of patches: `[B, C, T, H, W]` -> tokens `[B, N, D]`."""
-        weight = self._patch_weight()
-        embedded = F.conv3d(mixture.to(weight.dtype), weight, stride=weight.shape[2:])
-        return embedded.flatten(2).transpose(1, 2)
+        """The linear part of the embedding of patches: `[B, C, T, H, W]` -> tokens `[B, N, D]`.
 
-    def _patch_weight(self) -> torch.Tensor:
-        """What embeds a patch, without its bias: `[D, C, p_t, p_h, p_w]`."""
+        By the embedding itself, which alone may use its weights where ZeRO 3 has sharded them. What it adds
+        drops out, and so enlarged is the mixture before that hardly any of it is rounded away.
+        """
+        enlarged = _ENLARGED * mixture.to(self.dtype)
+        return (self._embed_patches(enlarged) - self._embed_patches(torch.zeros_like(enlarged))) / _ENLARGED
+
+    def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
+        """`[B, C, T, H, W]` -> tokens `[B, N, D]`."""
         raise NotImplementedError
 
     def _new_block(self, block: type[nn.Module]) -> nn.Module:

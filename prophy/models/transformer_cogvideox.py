@@ -275,7 +275,8 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         """`rotary_embeddings`, where the backbone has them."""
         return self.rotary_embeddings(latents) if self.config.use_rotary_positional_embeddings else None
 
-    def _patch_weight(self) -> torch.Tensor:
+    def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """See the base class."""
-        weight, p = self.patch_embed.proj.weight, self.config.patch_size
-        return weight.view(len(weight), self.config.in_channels, self.config.patch_size_t or 1, p, p)
+        length = self.config.max_text_seq_length
+        text = latents.new_zeros(len(latents), length, self.config.text_embed_dim)
+        return self.patch_embed(text, latents.transpose(1, 2))[:, length:]

@@ -189,8 +189,12 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """Embedded time `[B, D]`, tokens `[B, N, D]`, text `[B, L, D]`; what a block takes after these."""
         temb, timestep_proj, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
-        return temb, tokens, text, (timestep_proj.unflatten(1, (6, -1)), self.rope(latents))
+        return (
+            temb,
+            self._embed_patches(latents),
+            text,
+            (timestep_proj.unflatten(1, (6, -1)), self.rope(latents)),
+        )
 
     def _embed_inputs(
         self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
@@ -198,6 +202,6 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         """See the base class."""
         return self._embed(latents, timestep, encoder_hidden_states)[1:]
 
-    def _patch_weight(self) -> torch.Tensor:
+    def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """See the base class."""
-        return self.patch_embedding.weight
+        return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
