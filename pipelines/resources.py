@@ -187,21 +187,32 @@ class _StallGuard(ExecutionCallback):
 
 
 def _without_place() -> Counter[str]:
-    """This job's actors that no node has room for, by what they do; none where Ray cannot say."""
+    """This job's actors that no node has room for beside those that live; none where Ray cannot say.
+
+    An actor that has room may take a minute to start on a busy machine: it is not meant.
+    """
     context = ray.get_runtime_context()
     try:
         # Without an address, Ray refuses to choose where several instances run on this machine.
         actors = list_actors(
             address=context.gcs_address,
-            filters=[("job_id", "=", context.get_job_id())],
+            filters=[("state", "!=", "DEAD")],
+            detail=True,
             limit=10_000,
             raise_on_missing_output=False,
         )
     except Exception as error:  # the dashboard is busy, or was never there: no reason to end a run
         logger.warning("Ray does not say which actors wait for room: %s", " ".join(str(error).split()))
         return Counter()
-    return Counter(
-        actor.class_name.removeprefix("MapWorker(MapBatches(").removesuffix("))")
-        for actor in actors
-        if actor.state in ("PENDING_CREATION", "RESTARTING") and not actor.node_id
-    )
+    free = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    waiting = []
+    for actor in actors:
+        wanted = actor.required_resources or {}
+        if actor.node_id in free:
+            for name in wanted.keys() & free[actor.node_id].keys():
+                free[actor.node_id][name] -= wanted[name]
+        elif actor.job_id == context.get_job_id():
+            name = actor.class_name.removeprefix("MapWorker(MapBatches(").removesuffix("))")
+            waiting.append(Need(name, 1, wanted.get("CPU", 0.0), wanted.get("GPU", 0.0)))
+    placed = _place(waiting, list(free.values()))
+    return Counter(need.setting for need, count in zip(waiting, placed, strict=True) if not count)
