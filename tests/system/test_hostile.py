@@ -64,5 +64,5 @@ def test_every_answer_is_as_described(tmp_path: Path) -> None:
             [*command, *options], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     assert run.returncode == 0, run.stdout
-    assert re.search(r"Tested: 12\n", run.stdout), run.stdout
+    assert re.search(r"Tested: 14\n", run.stdout), run.stdout
     assert "WARNING" not in run.stdout.upper(), run.stdout  # as of an operation that never met a video
