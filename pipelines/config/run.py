@@ -20,7 +20,7 @@ NEEDS = {
     "simulate": ("simulate",),
     "cache": ("backbone", "vlm", "cache"),
     "cache verify": ("cache",),
-    "cache inspect": ("backbone", "cache"),
+    "cache inspect": ("backbone", "vlm", "cache"),
     "cache explain": ("vlm", "cache"),
     "train": ("backbone", "vlm", "physics", "cache", "train"),
     "plan": ("backbone", "physics", "train"),
