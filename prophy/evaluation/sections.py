@@ -1,5 +1,6 @@
 """The parts of a run's report: text, figures and pictures of what each step left behind."""
 
+import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,8 @@ def priors_section(clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]
 def training_section(metrics: Sequence[Mapping[str, float]], curves_of: Sequence[str]) -> Section:
     """Curves of the named metrics over the logged steps."""
     steps = [row["step"] for row in metrics]
-    series = {name: [row[name] for row in metrics] for name in curves_of}
+    # A step with nothing to align has no such loss: a gap in the curve.
+    series = {name: [row.get(name, math.nan) for row in metrics] for name in curves_of}
     last = metrics[-1]
     return Section(
         title="Training the Physical Branch",
