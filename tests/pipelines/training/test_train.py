@@ -337,11 +337,6 @@ def test_fewer_samples_than_a_batch(tiny_cache: Config, tmp_path: Path) -> None:
         run(train_config(tiny_cache, tmp_path, "train.global_batch_size=16"))
 
 
-def test_unknown_recipe(tiny_cache: Config, tmp_path: Path) -> None:
-    with pytest.raises(ProPhyError, match="no recipe 'magic'"):
-        run(train_config(tiny_cache, tmp_path, "train.recipe=magic"))
-
-
 def test_log_drops_what_came_after_the_checkpoint(config: Config, tmp_path: Path) -> None:
     losses = dict.fromkeys(("diffusion", "semantic_alignment", "token_alignment", "load_balancing"), 1.0)
     log = MetricsLog(tmp_path, 0, config.train, {}, 1.0)
