@@ -96,6 +96,20 @@ def pixels(page: Page, canvas: str) -> list[int]:
     return page.locator(f"#{canvas}").evaluate(script)
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility(open_page: Callable[..., Page], scheme: str) -> None:
+    page = open_page(color_scheme=scheme, reduced_motion="reduce", viewport={"width": 360, "height": 740})
+    fill_and_make(page, f"a ball in {scheme}")
+    made = row(page, f"a ball in {scheme}")
+    expect(made).to_contain_text("Completed in")
+    made.get_by_role("button", name="Look").click()
+    expect(page.locator("#frame-number")).to_contain_text("1 of")
+    page.get_by_text("Physics", exact=True).click()
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing is wider than the window"
+
+
 def test_make_watch_look_and_compare(open_page: Callable[..., Page], url: str) -> None:
     page = open_page()
     expect(page.locator("#model")).to_have_text("prophy-tiny")
@@ -197,20 +211,6 @@ def test_a_link_fills_in_the_form(open_page: Callable[..., Page]) -> None:
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a ball")
     expect(page.get_by_label("Seed")).to_have_value("3")
     expect(page.locator("[id='physics.strength.collision']")).to_have_value("3")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(open_page: Callable[..., Page], scheme: str) -> None:
-    page = open_page(color_scheme=scheme, reduced_motion="reduce", viewport={"width": 360, "height": 740})
-    fill_and_make(page, f"a ball in {scheme}")
-    made = row(page, f"a ball in {scheme}")
-    expect(made).to_contain_text("Completed in")
-    made.get_by_role("button", name="Look").click()
-    expect(page.locator("#frame-number")).to_contain_text("1 of")
-    page.get_by_text("Physics", exact=True).click()
-    found = Axe().run(page)
-    assert found.violations_count == 0, found.generate_report()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing is wider than the window"
 
 
 def test_the_page_is_served_with_its_policy(url: str) -> None:
