@@ -31,6 +31,8 @@ LAYERS = {
             "schema",
             "video",
             "decoder",
+            "frames",
+            "picture",
             "taxonomy",
             "registry",
             "device",
