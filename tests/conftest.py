@@ -106,8 +106,8 @@ def branch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from pipelines.training.model import branch_config
+    from prophy.backbones.loading import load_pipeline
     from prophy.backbones.pretrained import fingerprint
-    from prophy.backbones.registry import load_pipeline
     from prophy.models.checkpoint import save_branch
     from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 

@@ -46,8 +46,8 @@ def save_checkpoint(folder: Path, family: str = "wan", pretrained: str = "tiny")
     import torch  # takes seconds, and servers whose videos are stand-ins do without
 
     from prophy.backbones.families import FAMILIES
+    from prophy.backbones.loading import load_pipeline
     from prophy.backbones.pretrained import fingerprint
-    from prophy.backbones.registry import load_pipeline
     from prophy.models.checkpoint import save_branch
 
     backbone = load_pipeline(family, pretrained, None, torch.float32, None).transformer

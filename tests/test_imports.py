@@ -20,7 +20,7 @@ LAYERS = {
         ("pretraining",),
         ("evaluation",),
         ("training",),
-        ("backbones.encoding", "backbones.registry"),
+        ("backbones.encoding", "backbones.loading"),
         ("backbones.pretrained",),
         ("backbones.families", "backbones.wan", "backbones.cogvideox"),
         ("generation", "priors", "tiny"),

@@ -28,7 +28,7 @@ from pipelines.generation.spec import (
     VideoResult,
     VideoSpec,
 )
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 from prophy.device import autocast, check_device, default_device
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace

@@ -30,7 +30,7 @@ from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
 from pipelines.training.metrics import TENSORBOARD_FOLDER, mean_losses, read_rows, total_loss, write_rows
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
 from prophy.models.control import PhysicsTrace

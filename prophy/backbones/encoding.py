@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from prophy.backbones.families import FAMILIES
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import load_configs
-from prophy.backbones.registry import load_pipeline
 from prophy.device import autocast, default_device
 
 

@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from prophy.backbones.encoding import VideoEncoder
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 from prophy.device import autocast
 from prophy.errors import ProPhyError
 from prophy.evaluation.generated import Request, Sampling, make_videos

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from prophy.backbones.encoding import VideoEncoder
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")

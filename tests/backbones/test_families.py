@@ -11,8 +11,8 @@ from pipelines.config import load_config
 from pipelines.generation.limits import check_model
 from pipelines.training.model import clip_shape
 from prophy.backbones.families import FAMILIES
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import load_configs
-from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.tiny.pipeline import TRANSFORMER, VAE, pipeline_folder
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 from prophy.evaluation.generated import (
     Request,
     Sampling,

@@ -23,7 +23,7 @@ from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import load_config
 from pipelines.training.data import build_dataset
 from prophy.backbones.encoding import VideoEncoder
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 from prophy.device import autocast
 from prophy.evaluation.generated import fall_requests, held_out_requests, judge_videos, make_videos
 from prophy.evaluation.routing import RoutingScores, score_routing

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 from prophy.evaluation.generated import (
     Sampling,
     fall_requests,

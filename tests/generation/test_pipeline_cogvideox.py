@@ -9,8 +9,8 @@ import torch
 
 from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.families import FAMILIES
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint, load_configs
-from prophy.backbones.registry import load_pipeline
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint
-from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import save_branch

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 
-from prophy.backbones.registry import load_pipeline
+from prophy.backbones.loading import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.pretraining.backbone import BackboneRecipe, pretrain_backbone
 from prophy.tiny.pipeline import VAE

@@ -22,8 +22,8 @@ from pipelines.serving.serve import VideoGenerator
 from pipelines.training import export, train
 from pipelines.training.metrics import METRICS_FILE
 from prophy.backbones.families import FAMILIES
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import load_configs
-from prophy.backbones.registry import load_pipeline
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.schema import EMPTY_PROMPT, tensor_from_columns
 from prophy.video import read_frames, write_video

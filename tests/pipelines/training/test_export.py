@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from pipelines.config import Config
 from pipelines.training import export
 from pipelines.training.checkpoint import Fragment, pin, save
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint, resolve_pretrained
-from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, lora_config

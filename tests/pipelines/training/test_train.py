@@ -28,8 +28,8 @@ from pipelines.training.checkpoint import Checkpoint, committed
 from pipelines.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_rows
 from pipelines.training.model import build_module
 from pipelines.training.train import run
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import resolve_pretrained
-from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.schema import INDEX
 from prophy.training.data import BatchPlan, PriorCache, TrainBatch

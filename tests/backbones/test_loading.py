@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from prophy.backbones.families import FAMILIES
+from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint
-from prophy.backbones.registry import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import save_branch
 from prophy.models.physics_transformer import PhysicsTransformer
