@@ -194,7 +194,8 @@ def test_one_worker_goes_on_where_two_stopped(through: Config, on_one_worker: Co
     expected = last_checkpoint(through)
     for name, value in weights(on_one_worker.run_dir / "model").items():
         before = expected.tensor("parameter", f"transformer.physics_branch.{name}")
-        torch.testing.assert_close(value, before, rtol=1e-3, atol=1e-4)
+        # Adam makes a whole step of a gradient that is nothing but rounding, so single numbers may differ.
+        assert torch.linalg.vector_norm(value - before) <= 1e-3 * torch.linalg.vector_norm(before), name
     for old, new in zip(rows(through.run_dir), rows(on_one_worker.run_dir), strict=True):
         assert old["step"] == new["step"]
         for key in ("loss", "diffusion", "token_alignment", "semantic_alignment", "load_balancing"):
