@@ -11,7 +11,7 @@ or frozen picture, is left out.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -27,13 +27,23 @@ from av.video.stream import VideoStream
 
 from prophy.errors import ProPhyError
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+_SUFFIXES = {
+    "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),
+    "matroska,webm": (".mkv", ".webm"),
+    "avi": (".avi", ".divx"),
+    "mpegts": (".ts", ".mts", ".m2ts", ".m2t"),
+    "mpeg": (".mpg", ".mpeg", ".vob"),
+    "asf": (".wmv", ".asf"),
+    "flv": (".flv",),
+    "ogg": (".ogv",),
+    "mxf": (".mxf",),
+}
+SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+"""Endings of the names of videos. What else FFmpeg reads is no container of times, or opens other files."""
 
 # Demuxers of the suffixes above. Playlists and network protocols, which open other files, are not among them.
-_OPEN_OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
-    "protocol_whitelist": "file",
-}
+_OPEN_OPTIONS = {"format_whitelist": ",".join(_SUFFIXES), "protocol_whitelist": "file"}
+_READ_THROUGH = ("mpeg",)  # demuxers whose times are wrong after a seek: most packets have none of their own
 _MOST_COMPARED = 64  # packets from the beginning of a file; B-frames come every few
 _DEFAULT_TRACK = 5_000_000  # pixels that FFmpeg counts a track as larger for being the default one
 
@@ -124,7 +134,7 @@ def has_guessed_times(container: InputContainer, stream: VideoStream) -> bool:
     if container.format.name == "avi":
         return True
     last = None
-    for packet, frames in itertools.islice(_decoded(container, stream), _MOST_COMPARED):
+    for packet, frames in itertools.islice(_decoded(container.demux(stream)), _MOST_COMPARED):
         if packet.pts != packet.dts or not stream.codec_context.reorder_depth:
             return False
         for frame in frames:
@@ -132,11 +142,6 @@ def has_guessed_times(container: InputContainer, stream: VideoStream) -> bool:
                 return True
             last = frame.pts
     return False
-
-
-def start_of(stream: VideoStream) -> float:
-    """The second, on the stream's clock, at which its first packet is shown."""
-    return float((stream.start_time or 0) * (stream.time_base or 0))
 
 
 def frames_from(
@@ -159,11 +164,11 @@ def frames_from(
         UnorderedError: presentation times go back, or are missing.
         VideoError: the file cannot be read.
     """
-    start_s = _first_decoding_time(path) if by_decoding_time else None
+    start_s = _first_decoding_time(path) if by_decoding_time else _first_presentation_time(path)
     for earlier_s in itertools.chain([0.0], (0.5 * 2**n for n in itertools.count())):
         seek_s = time_s - earlier_s if earlier_s < time_s else None
         packets = PacketTimes()
-        frames = _decode_from(path, seek_s, start_s, packets)
+        frames = _decode_from(path, seek_s, start_s, packets, by_decoding_time=by_decoding_time)
         first = next(frames, None)
         if seek_s is None or (first is not None and first[0] <= time_s + 1e-6):
             return deinterlaced(itertools.chain([first] if first else [], frames)), packets
@@ -172,7 +177,7 @@ def frames_from(
 
 def first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:
     """The first frame that can be decoded, if any; reads the file on from where it stands."""
-    return next((frame for _, frames in _decoded(container, stream) for frame in frames), None)
+    return next((frame for _, frames in _decoded(container.demux(stream)) for frame in frames), None)
 
 
 def deinterlaced(frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
@@ -200,35 +205,61 @@ def _prominence(stream: VideoStream) -> int:
 
 
 def _decode_from(
-    path: str | Path, seek_s: float | None, start_s: float | None, packets: PacketTimes
+    path: str | Path, seek_s: float | None, start_s: float, times: PacketTimes, *, by_decoding_time: bool
 ) -> Iterator[TimedFrame]:
     """Frames from about `seek_s` on, none where the container cannot seek there; None is the beginning.
 
-    `start_s` is the decoding time at which the first frame is shown; None goes by presentation times.
+    `start_s` is the time, by the stream's clock, at which the first frame is shown.
     """
-    by_decoding_time = start_s is not None
     with open_video(path) as (container, stream):
         unit = float(stream.time_base or 0)
-        zero_s = start_of(stream) if start_s is None else start_s
+        packets = container.demux(stream)
         if seek_s is not None:
-            try:
-                container.seek(int((seek_s + zero_s) / unit), stream=stream)
-            except av.FFmpegError:  # no key frame before it
-                return
+            target = int((seek_s + start_s) / unit)
+            if container.format.name in _READ_THROUGH:
+                packets = _from_key_frame(packets, target)
+            else:
+                try:
+                    container.seek(target, stream=stream)
+                except av.FFmpegError:  # no key frame before it
+                    return
         last: int | None = None
-        for packet, frames in _decoded(container, stream):
+        for packet, frames in _decoded(packets):
             stamp = packet.dts if by_decoding_time else packet.pts
             if stamp is not None and not packet.is_discard:
-                packets.add(stamp * unit - zero_s)
+                times.add(stamp * unit - start_s)
             for frame in frames:
                 stamp = frame.dts if by_decoding_time else frame.pts
                 if stamp is None and by_decoding_time:  # a decoder that is emptied at the end names no packet
                     stamp = 0 if last is None else last + max(frame.duration, 1)
                 if stamp is None or (last is not None and stamp < last):
-                    after_s = (last or 0) * unit - zero_s
+                    after_s = (last or 0) * unit - start_s
                     raise UnorderedError(f"{path} goes back in time after {after_s:.2f} s; write it anew")
                 last = stamp
-                yield stamp * unit - zero_s, frame
+                yield stamp * unit - start_s, frame
+
+
+def _from_key_frame(packets: Iterator[Packet], stamp: int) -> Iterator[Packet]:
+    """Packets from the last key frame on that is shown no later than `stamp`."""
+    kept = list[Packet]()
+    for packet in packets:
+        if packet.is_keyframe and packet.pts is not None and packet.pts <= stamp:
+            kept.clear()
+        kept.append(packet)
+        if packet.dts is not None and packet.dts > stamp:
+            break
+    yield from kept
+    yield from packets
+
+
+def _first_presentation_time(path: str | Path) -> float:
+    """The second, by the stream's clock, at which the first packet is shown; ASF does not say it."""
+    with open_video(path) as (container, stream):
+        start = stream.start_time
+        if start is None:
+            stamps = (packet.pts for packet in itertools.islice(container.demux(stream), _MOST_COMPARED))
+            start = min((stamp for stamp in stamps if stamp is not None), default=0)
+        return float(start * (stream.time_base or 0))
 
 
 def _first_decoding_time(path: str | Path) -> float:
@@ -239,7 +270,7 @@ def _first_decoding_time(path: str | Path) -> float:
     """
     first = key = None
     with open_video(path) as (container, stream):
-        for packet, frames in _decoded(container, stream):
+        for packet, frames in _decoded(container.demux(stream)):
             first = packet.dts if first is None else first
             key = packet.dts if key is None and packet.is_keyframe else key
             if frames:
@@ -248,13 +279,13 @@ def _first_decoding_time(path: str | Path) -> float:
         return float((first or 0) * (stream.time_base or 0))
 
 
-def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[Packet, list[VideoFrame]]]:
+def _decoded(packets: Iterable[Packet]) -> Iterator[tuple[Packet, list[VideoFrame]]]:
     """Each packet, and the frames that the decoder lets go when given it.
 
     There are none before the first key frame, nor for a packet that the decoder refuses.
     """
     has_begun = False
-    for packet in container.demux(stream):
+    for packet in packets:
         has_begun = has_begun or packet.is_keyframe
         frames: list[VideoFrame] = []
         if has_begun:

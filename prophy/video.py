@@ -29,7 +29,6 @@ from prophy.frames import (
     frames_from,
     has_guessed_times,
     open_video,
-    start_of,
 )
 from prophy.frames import VideoError as VideoError
 from prophy.picture import PictureMaker, shown_size
@@ -84,15 +83,19 @@ def probe(
         _check_limit(path, "size", container.size, "max_bytes", max_bytes, "bytes")
         _check_limit(path, "number of streams", len(container.streams), "max_streams", max_streams)
         _check_limit(path, "frame", height * width, "max_pixels", max_pixels, f"pixels ({width}x{height})")
-        unit, start_s = float(stream.time_base or 0), start_of(stream)
+        unit, start = float(stream.time_base or 0), stream.start_time
+        start_s = (start or 0) * unit
         guessed = container.format.name == "avi"
-        shown = list[tuple[int, int]]()
+        shown, num_timeless = list[tuple[int, int]](), 0
         for packet in container.demux(stream):
             stamp = packet.dts if guessed or packet.pts is None else packet.pts
             if stamp is not None and not packet.is_discard:  # what an edit list cuts off is not shown
                 shown.append((stamp, packet.duration or 0))
-                _check_limit(path, "number of frames", len(shown), "max_frames", max_frames)
+            num_timeless += stamp is None and packet.size > 0
+            _check_limit(path, "number of frames", len(shown) + num_timeless, "max_frames", max_frames)
         declared_s = (stream.duration or 0) * unit
+    if num_timeless > len(shown):  # as many have none where each field of a frame is a packet
+        raise VideoError(f"{path} has no times for {num_timeless} of its packets; convert or remove it")
     if len(shown) < 2:
         raise VideoError(f"{path} has {len(shown)} readable frame(s); a clip needs at least 2")
     (earliest, _), (latest, last_duration) = min(shown), max(shown)
@@ -105,7 +108,7 @@ def probe(
             f"{path} ends after {end_s - start_s:.2f} s although its header promises {declared_s:.2f} s; "
             f"it was cut short, copy it anew"
         )
-    duration_s = end_s - (earliest * unit if guessed else start_s)
+    duration_s = end_s - (earliest * unit if guessed or start is None else start_s)
     _check_limit(path, "duration", duration_s, "max_duration_s", max_duration_s, "s")
     with open_video(path) as (container, stream):
         frame = first_frame(container, stream)
