@@ -18,7 +18,6 @@ from pyarrow.dataset import dataset
 from pipelines.caching import cache
 from pipelines.config import Config
 from pipelines.generation import generate
-from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import RunFolder
 from pipelines.runtime import ray_session
@@ -26,9 +25,7 @@ from pipelines.sandbox import simulate
 from pipelines.serving import serve
 from pipelines.training import train
 from prophy import sandbox
-from prophy.evaluation import sections
 from prophy.evaluation.report import Section, Table, write_report
-from prophy.models.control import PhysicsTrace
 from prophy.schema import ROW_FILES
 
 logger = logging.getLogger(__name__)
@@ -94,6 +91,11 @@ def _request(url: str, prompt: str, path: Path) -> Path:
 
 
 def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Path, watch: Stopwatch) -> Path:
+    # Networks and plots: of no use until here.
+    from pipelines.generation.sampler import VideoSampler
+    from prophy.evaluation import sections
+    from prophy.models.control import PhysicsTrace
+
     clips = sandbox.read_truth(manifest)
     priors = _priors_by_source(config)
     metrics = [json.loads(line) for line in RunFolder(config.run_dir).metrics.read_text().splitlines()]

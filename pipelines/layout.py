@@ -4,6 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
+SAMPLES_FOLDER = "samples"
+TENSORBOARD_FOLDER = "tensorboard"
+STOP_FILE = "stop"
+"""In the folder of training: where it lies, the workers save a checkpoint, then leave."""
 
 CHECKPOINTS = "step-" + 8 * "[0-9]"
 """Glob of the folders of checkpoints; their names sort by step."""

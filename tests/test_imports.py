@@ -101,22 +101,45 @@ def test_layers_import_downwards() -> None:
             assert folders not in APART, f"{file} imports {module}"
 
 
-def test_drivers_import_no_networks() -> None:
-    """They would cost each command six seconds before its first sign of life."""
-    drivers = ", ".join(
-        f"pipelines.{name}"
-        for name in ("caching.cache", "caching.verify", "generation.generate", "serving.serve")
-    )
-    heavy = f"import sys, {drivers}; print({{'torch', 'transformers', 'diffusers'}} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+NETWORKS = {"torch", "diffusers", "transformers", "peft", "deepspeed"}
 
 
-def test_the_api_knows_no_ray() -> None:
-    """As its docstrings say: another server could run it."""
-    program = "import sys, pipelines.serving.api; print({'ray', 'torch'} & sys.modules.keys())"
+def loaded_by(*modules: str) -> set[str]:
+    """The packages that a fresh process has loaded once it has imported `modules`."""
+    program = f"import sys, {', '.join(modules)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    return set(done.stdout.split())
+
+
+def test_drivers_import_no_networks() -> None:
+    """They would cost each command seconds before its first sign of life."""
+    drivers = (
+        "caching.cache",
+        "caching.verify",
+        "caching.prune",
+        "training.train",
+        "generation.generate",
+        "serving.serve",
+        "doctor",
+    )
+    loaded = loaded_by(*(f"pipelines.{name}" for name in drivers))
+    assert not loaded & (NETWORKS | {"matplotlib", "pymunk"})
+
+
+def test_pictures_of_a_cache_take_no_networks() -> None:
+    assert not loaded_by("pipelines.caching.inspect") & (NETWORKS | {"pymunk"})
+
+
+def test_the_trainer_imports_torch_alone() -> None:
+    """Which Ray's own does: networks and DeepSpeed are the workers'."""
+    assert loaded_by("pipelines.training.trainer") & NETWORKS == {"torch"}
+
+
+def test_the_endpoint_knows_no_ray() -> None:
+    """As its docstrings say: another server could run it."""
+    modules = ("api", "dispatcher", "jobs", "artefacts", "protocol", "middleware")
+    loaded = loaded_by(*(f"pipelines.serving.{name}" for name in modules))
+    assert not loaded & (NETWORKS | {"ray"})
 
 
 def test_no_folder_is_named_like_a_diffusers_pipeline() -> None:

@@ -1,58 +1,36 @@
-"""Checkpoints of training: each rank writes what it holds, and a manifest that is written last commits them.
+"""Checkpoints of training as they lie on the disk: found, checked, read and kept.
 
 A folder `step-00000500` holds one safetensors file per rank, with flat fragments of trained parameters and
 of what the optimiser keeps of them, and `manifest.json`: sizes and sha256 of the files, shapes, the step.
 Without a manifest that fits its files a folder is no checkpoint. Fragments say where in their parameter they
-lie, so any number of ranks, with any ZeRO stage, reads what any other wrote. It does not know DeepSpeed or
-Ray.
+lie, so any number of ranks, with any ZeRO stage, reads what any other wrote (`saving.py`).
 """
 
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from pipelines.layout import CHECKPOINTS, checkpoint_name, step_of
+from pipelines.layout import CHECKPOINTS, checkpoint_name
 from prophy.errors import ProPhyError
+
+if TYPE_CHECKING:  # the driver, which reads no tensors, needs no torch, which takes seconds to import
+    import torch
 
 MANIFEST = "manifest.json"
 PINS = "pinned.json"
-_VERSION = 1
+VERSION = 1
 
 logger = logging.getLogger(__name__)
-
-
-class EveryRankError(ProPhyError):
-    """A mistake of the user that every rank raises at the same point: none is left waiting for another."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A contiguous part of one trained parameter, as a rank holds it.
-
-    Attributes:
-        name: the parameter's.
-        start: where in the flattened parameter it begins.
-        tensors: by kind ("parameter", "exp_avg", "exp_avg_sq", "ema"), flat float32 views of equal length;
-            what is copied into them arrives.
-    """
-
-    name: str
-    start: int
-    tensors: Mapping[str, torch.Tensor]
 
 
 class Checkpoint:
@@ -70,13 +48,15 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["version"] != _VERSION:
+        if manifest["version"] != VERSION:
             raise ProPhyError(
                 f"{folder} was written by another version of prophy-ray; train in another run_dir"
             )
         self.folder = folder
         self.step: int = manifest["step"]
-        self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(shape) for name, shape in manifest["shapes"].items()
+        }
         self.run: dict[str, Any] = manifest["run"]
         self._files: list[str] = list(manifest["files"])
 
@@ -85,13 +65,15 @@ class Checkpoint:
         """Kinds of tensors that it holds of every parameter."""
         return {kind for kind, _ in self._pieces}
 
-    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
         """Elements `start` to `stop` of a flattened parameter (or of what belongs to it), float32.
 
         Raises:
             ProPhyError: the checkpoint does not hold all of them.
         """
-        stop = self.shapes[name].numel() if stop is None else stop
+        import torch
+
+        stop = math.prod(self.shapes[name]) if stop is None else stop
         values, filled = torch.empty(stop - start), 0
         for first, length, file, key in self._pieces.get((kind, name), []):
             low, high = max(start, first), min(stop, first + length)
@@ -103,7 +85,7 @@ class Checkpoint:
             raise ProPhyError(f"{self.folder} lacks {kind} of {name}; it is of another kind of run")
         return values
 
-    def tensor(self, kind: str, name: str) -> torch.Tensor:
+    def tensor(self, kind: str, name: str) -> "torch.Tensor":
         """The whole of it, in its shape."""
         return self.read(kind, name).view(self.shapes[name])
 
@@ -118,80 +100,6 @@ class Checkpoint:
                     length = tensors.get_slice(key).get_shape()[0]
                     pieces.setdefault((kind, name), []).append((int(start), length, file, key))
         return pieces
-
-
-def save(
-    root: Path,
-    step: int,
-    fragments: Iterable[Fragment],
-    shapes: Mapping[str, torch.Size],
-    run: Mapping[str, Any],
-    num_to_keep: int,
-) -> None:
-    """Writes a checkpoint into a folder of `root`, then removes those that are too many; a collective.
-
-    Args:
-        root: folder of all checkpoints of the run.
-        step: number of steps taken.
-        fragments: what this rank holds; those of all ranks together make up every parameter, without overlap.
-        shapes: each trained parameter's, by name.
-        run: what is to be known about the run, as JSON.
-        num_to_keep: committed checkpoints, the newest; those that are pinned stay too.
-
-    Raises:
-        EveryRankError: some rank cannot write; the checkpoints before are untouched.
-    """
-    folder = _folder(root, step)
-    file = folder / f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-
-    what, is_first = f"save the checkpoint of step {step}", dist.get_rank() == 0
-    with writing(what):
-        if is_first:
-            _make_empty(folder)
-    with writing(what):
-        tensors = {
-            f"{kind}|{fragment.start}|{fragment.name}": value.detach().cpu().contiguous()
-            for fragment in fragments
-            for kind, value in fragment.tensors.items()
-        }
-        save_file(tensors, file)
-        own = file.name, _describe(file)
-    files: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(files, own)
-    with writing(what):
-        if is_first:
-            manifest = {"version": _VERSION, "step": step, "files": dict(files), "run": dict(run)}
-            manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-            _commit(folder, manifest)
-            kept = set(pinned(root).values())
-            for old in [old for old in committed(root)[num_to_keep:] if step_of(old) not in kept]:
-                (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-                shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it
-
-
-@contextmanager
-def writing(what: str) -> Iterator[None]:
-    """A block in which a rank writes files; a collective, where it ends.
-
-    Args:
-        what: what the block does, for the message: "write the metrics".
-
-    Raises:
-        EveryRankError: some rank cannot.
-    """
-    failure = None
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        failure = str(error)
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    failure = next(filter(None, failures), None)
-    if failure is not None:
-        raise EveryRankError(
-            f"cannot {what}: {failure}; make room, and run the same command again to go on from the last "
-            f"checkpoint"
-        )
 
 
 def committed(root: Path) -> list[Path]:
@@ -252,26 +160,8 @@ def set_damaged_aside(root: Path) -> Checkpoint | None:
 
 def find(root: Path, step: int) -> Checkpoint | None:
     """The checkpoint of `step`; None if there is none whose files are what its manifest says."""
-    folder = _folder(root, step)
+    folder = root / checkpoint_name(step)
     return Checkpoint(folder) if folder in committed(root) and _damage(folder) is None else None
-
-
-def latest_on_every_rank(root: Path) -> Checkpoint | None:
-    """As `latest`; rank 0 checks the files for all, and sets damaged ones aside. A collective.
-
-    Raises:
-        EveryRankError: a damaged one cannot be set aside.
-    """
-    found: list[Checkpoint | None] = [None]
-    with writing("set damaged checkpoints aside"):
-        if dist.get_rank() == 0:
-            found = [set_damaged_aside(root)]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def _folder(root: Path, step: int) -> Path:
-    return root / checkpoint_name(step)
 
 
 def _damage(folder: Path) -> str | None:
@@ -285,7 +175,7 @@ def _damage(folder: Path) -> str | None:
         try:
             if file.stat().st_size != files[name]["bytes"]:
                 return f"{name} is cut short"
-            return None if _describe(file) == files[name] else f"{name} has changed"
+            return None if size_and_sha256(file) == files[name] else f"{name} has changed"
         except FileNotFoundError:
             return f"{name} is missing"
 
@@ -293,27 +183,9 @@ def _damage(folder: Path) -> str | None:
         return next(filter(None, pool.map(check, files)), None)
 
 
-def _describe(file: Path) -> dict[str, Any]:
+def size_and_sha256(file: Path) -> dict[str, Any]:
     """Size and hash of a file that is on the disk for good."""
     with file.open("rb") as content:
         os.fsync(content.fileno())
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # what a save that was killed left
-    folder.mkdir(parents=True)
-
-
-def _commit(folder: Path, manifest: dict[str, Any]) -> None:
-    partial = folder / f"{MANIFEST}.partial"
-    with partial.open("w") as content:
-        json.dump(manifest, content, indent=1)
-        content.flush()
-        os.fsync(content.fileno())
-    partial.rename(folder / MANIFEST)
-    for place in (folder, folder.parent):  # their entries too, before older checkpoints go
-        descriptor = os.open(place, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -1,12 +1,12 @@
-"""Which cached samples a run trains on, and which it only measures. It knows no Ray."""
+"""The batches of a run: those that it trains on, and those that it only measures. It knows no Ray."""
 
-import hashlib
-from collections.abc import Iterable
-
-from pipelines.config import Config
-from pipelines.training.model import clip_shape
+from pipelines.config import BackboneConfig, Config
+from pipelines.training.samples import held_out, trained_on
+from prophy.backbones.families import FAMILIES
+from prophy.backbones.pretrained import load_configs
 from prophy.errors import ProPhyError
-from prophy.training.data import BatchPlan, PriorCache, PriorDataset
+from prophy.training.cache import PriorCache
+from prophy.training.data import BatchPlan, ClipShape, PriorDataset
 
 
 def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
@@ -35,28 +35,20 @@ def build_held_out_dataset(config: Config, cache: PriorCache) -> tuple[PriorData
     return _dataset(config, cache, plan, 0, 1, 1, caption_dropout=0.0), len(samples)
 
 
-def trained_on(config: Config, cache: PriorCache) -> set[str]:
-    """The samples that are not held out."""
-    return cache.shapes.keys() - held_out(cache.shapes, config.train.num_held_out)
+def clip_shape(backbone: BackboneConfig, num_frames: int, height: int, width: int) -> ClipShape:
+    """A clip in pixels, as the backbone has it; of the backbone only configuration files are read.
 
-
-def describe_samples(config: Config, cache: PriorCache) -> dict[str, int | str]:
-    """Number and sha256 of the ids of the samples that a run trains on: they decide what each step draws."""
-    sample_ids = sorted(trained_on(config, cache))
-    return {
-        "number": len(sample_ids),
-        "sha256": hashlib.sha256("\n".join(sample_ids).encode()).hexdigest(),
-    }
-
-
-def held_out(sample_ids: Iterable[str], num_videos: int) -> set[str]:
-    """All clips of the videos whose names, which are hashes, come first.
-
-    So a video that was trained on stays so when others join the cache: what is held out then is new.
+    Raises:
+        ProPhyError: the VAE or the patches do not fit clips of this length or size.
     """
-    video_of = {sample_id: sample_id.partition("-")[0] for sample_id in sample_ids}
-    chosen = sorted(set(video_of.values()))[:num_videos]
-    return {sample_id for sample_id, video in video_of.items() if video in chosen}
+    family = FAMILIES[backbone.family]
+    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    size = family.latent_shape(num_frames, height, width, vae, transformer)
+    return ClipShape(
+        num_frames=num_frames,
+        latents=(transformer["in_channels"], *size),
+        token_grid=family.token_grid(size, transformer),
+    )
 
 
 def _dataset(
@@ -73,9 +65,7 @@ def _dataset(
         cache,
         plan,
         [
-            clip_shape(
-                backbone.model_copy(update={"num_frames": num_frames, "height": height, "width": width})
-            )
+            clip_shape(backbone, num_frames, height, width)
             for _, num_frames in config.clip_lengths
             for height, width in backbone.frame_shapes
         ],

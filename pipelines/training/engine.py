@@ -5,7 +5,6 @@ pickles that only as many ranks with the same ZeRO stage can read.
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +17,10 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipelines.config import TrainConfig
-from pipelines.training.checkpoint import Checkpoint, Fragment, save
+from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.plan import reduce_bucket_size
+from pipelines.training.saving import Fragment, save
+from pipelines.training.schedule import learning_rate_factor
 from prophy.device import default_device, has_bfloat16
 from prophy.models.physics_transformer import BRANCH
 
@@ -119,15 +120,6 @@ def move_buffers(module: torch.nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
-
-
-def learning_rate_factor(train: TrainConfig, step: int) -> float:
-    """Share of the learning rate that the step after `step` steps is taken with."""
-    factor = min(1.0, (step + 1) / max(1, train.warmup_steps))
-    if train.lr_schedule == "cosine" and step >= train.warmup_steps:
-        done = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
-        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return factor
 
 
 def set_learning_rate(engine: DeepSpeedEngine, train: TrainConfig) -> float:

@@ -1,22 +1,15 @@
-"""What a run is judged by while it trains: losses of held-out clips, and sample videos, of its checkpoints.
-
-A Ray task of its own does it, beside the workers: they neither wait for it nor know of it.
-"""
+"""What a checkpoint of a run is judged by: losses of held-out clips, and sample videos. Knows no Ray."""
 
 import json
-import logging
 import math
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,11 +17,11 @@ from pipelines.config import Config
 from pipelines.generation.generate import spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
-from pipelines.layout import step_of
-from pipelines.training.checkpoint import Checkpoint, committed, pin
+from pipelines.layout import EVALUATION_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
+from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
-from pipelines.training.metrics import TENSORBOARD_FOLDER, mean_losses, read_rows, total_loss, write_rows
+from pipelines.training.metrics import mean_losses, total_loss
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.device import autocast, default_device
@@ -36,53 +29,19 @@ from prophy.evaluation.pictures import heat_overlay
 from prophy.models.control import PhysicsTrace
 from prophy.sheets import film_sheet
 from prophy.taxonomy import PHENOMENA
-from prophy.training.data import PriorCache, PriorDataset, SemanticBatch, TrainBatch
+from prophy.training.cache import PriorCache
+from prophy.training.data import PriorDataset, SemanticBatch, TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
 from prophy.video import write_video
 
-EVALUATION_FILE = "evaluation.jsonl"
-SAMPLES_FOLDER = "samples"
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timestep's distribution, at which losses are measured
 
-logger = logging.getLogger(__name__)
-
-_LOOK_EVERY_S = 1.0
 _MAPS_SHOWN = 3  # of the phenomena that act most
 _COLUMNS = 6  # frames of a video in its picture
 
 
-@contextmanager
-def evaluation(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
-    """Evaluates the newest checkpoint, then the one that is the newest by then, and at the end the last.
-
-    Where nothing is held out and no sample is asked for, it does nothing. A failure is logged, and the run
-    goes on. After an error in the block no more is evaluated.
-
-    Args:
-        config: the run's.
-        cache: its samples.
-        root: folder of the results: `evaluation.jsonl`, `samples/`, and `tensorboard/evaluation/`.
-    """
-    if not (config.train.num_held_out or config.train.sample_prompts):
-        yield
-        return
-    ended, failed = threading.Event(), threading.Event()
-    rows = read_rows(root / EVALUATION_FILE)
-    write_rows(root / EVALUATION_FILE, rows)  # without a line that a kill cut short
-    steps = [row["step"] for row in rows]
-    watcher = threading.Thread(target=_watch, args=(config, cache, root, steps, ended, failed), daemon=True)
-    watcher.start()
-    try:
-        yield
-        ended.set()
-        watcher.join()
-    except BaseException:
-        failed.set()
-        raise
-
-
 def evaluate(config: Config, cache: PriorCache, root: Path, folder: Path) -> None:
-    """Measures the checkpoint in `folder`, and makes its samples; the other arguments as in `evaluation`."""
+    """Measures the checkpoint in `folder`, and makes its samples; the other arguments as in `evaluating`."""
     checkpoint = Checkpoint(folder)
     step, train = checkpoint.step, config.train
     with (
@@ -158,52 +117,6 @@ def _batches(dataset: PriorDataset, num_samples: int, device: torch.device) -> I
         for quantile in QUANTILES:
             at = torch.full_like(batch.timestep_quantile, quantile)
             yield replace(batch, timestep_quantile=at).to(device)
-
-
-def _watch(
-    config: Config,
-    cache: PriorCache,
-    root: Path,
-    steps: list[int],
-    ended: threading.Event,
-    failed: threading.Event,
-) -> None:
-    """Evaluates until the run has ended or failed; what is in `steps` was evaluated before."""
-    train, seen = config.train, set(steps)
-    task = ray.remote(evaluate).options(
-        num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
-    )
-    over = False
-    best = best_step(config, root)
-    pin(config.checkpoints, best=best)  # what a run that was killed was evaluating may go
-    while not (over or failed.is_set()):
-        over = ended.wait(_LOOK_EVERY_S)  # then one last look
-        for folder in committed(config.checkpoints)[:1]:
-            step = step_of(folder)
-            if step in seen:
-                continue
-            seen.add(step)
-            pin(config.checkpoints, best=best, evaluating=step)
-            logger.info("evaluating step %d, as soon as there are the resources", step)
-            try:
-                ray.get(task.remote(config, cache, root, folder))
-                best = best_step(config, root)
-                kept = "; its held-out loss is the lowest so far" if step == best else ""
-                logger.info("evaluated step %d: %s%s", step, root, kept)
-            except Exception as error:
-                if not failed.is_set():
-                    logger.warning("step %d was not evaluated: %s", step, error)
-            pin(config.checkpoints, best=best)
-
-
-def best_step(config: Config, root: Path) -> int | None:
-    """Step of the checkpoint with the lowest held-out loss (Eq. 6) of those that are still there, if any."""
-    if not config.train.keep_best:
-        return None
-    steps = {step_of(folder) for folder in committed(config.checkpoints)}
-    rows = [row for row in read_rows(root / EVALUATION_FILE) if row["step"] in steps and "loss" in row]
-    best = min((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
-    return None if best is None else best["step"]
 
 
 def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndarray]:

@@ -15,9 +15,8 @@ from ray.train.torch import get_device
 from torch.utils.data import DataLoader
 
 from pipelines.config import TrainConfig
-from pipelines.layout import RunFolder
-from pipelines.training.checkpoint import EveryRankError, latest_on_every_rank, writing
-from pipelines.training.data import build_dataset, describe_samples
+from pipelines.layout import STOP_FILE, RunFolder
+from pipelines.training.data import build_dataset
 from pipelines.training.engine import (
     Ema,
     fragments,
@@ -31,14 +30,14 @@ from pipelines.training.engine import (
 )
 from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.training.model import build_module
+from pipelines.training.samples import describe_samples
+from pipelines.training.saving import EveryRankError, latest_on_every_rank, writing
 from prophy.device import has_bfloat16, peak_flops
 from prophy.models.checkpoint import lora_config
+from prophy.training.cache import PriorCache
 from prophy.training.cost import count_flops
-from prophy.training.data import PriorCache, TrainBatch
+from prophy.training.data import TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
-
-# In the folder of training: save, then leave.
-STOP_FILE = "stop"
 
 logger = logging.getLogger(__name__)
 

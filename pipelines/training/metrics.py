@@ -8,17 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.config import TrainConfig
-from pipelines.layout import METRICS_FILE
+from pipelines.layout import METRICS_FILE, TENSORBOARD_FOLDER
+from pipelines.training.json_lines import read_rows, write_rows
 from prophy.training.data import TrainBatch
 from prophy.training.module import LossOutput
-
-TENSORBOARD_FOLDER = "tensorboard"
 
 Phase = Literal["data", "forward", "backward", "optimizer"]
 Item = TypeVar("Item")
@@ -124,19 +123,6 @@ class MetricsLog:
             f"step {step}/{self._train.num_steps}  loss {loss:.4f}  diffusion {metrics['diffusion']:.4f}  "
             f"{speed:.2f} samples/s  MFU {mfu:.1%}  {left} left"
         )
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, if there is one, without a line that a kill cut short."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(file)
 
 
 def total_loss(train: TrainConfig, losses: Mapping[str, float]) -> float:

@@ -12,8 +12,10 @@ import diffusers
 import torch
 from torch import nn
 
-from pipelines.config import BackboneConfig, Config
-from pipelines.training.checkpoint import Checkpoint, EveryRankError
+from pipelines.config import Config
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.data import clip_shape
+from pipelines.training.saving import EveryRankError
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_checkpoint, download, load_configs
 from prophy.device import default_device, has_bfloat16
@@ -23,7 +25,6 @@ from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.weights import WeightFiles, empty_model, fill, keep
 from prophy.taxonomy import PHENOMENA
-from prophy.training.data import ClipShape
 from prophy.training.module import ProPhyTrainModule
 
 _TRANSFORMER = "transformer."  # begins the names of its parameters in the module
@@ -78,25 +79,15 @@ def build_module(
     return module
 
 
-def clip_shape(backbone: BackboneConfig) -> ClipShape:
-    """The clip that the configured backbone is trained on, from its configuration files alone.
-
-    Raises:
-        ProPhyError: the VAE or the patches do not fit clips of this length or size.
-    """
-    family = FAMILIES[backbone.family]
-    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-    size = family.latent_shape(backbone.num_frames, backbone.height, backbone.width, vae, transformer)
-    return ClipShape(
-        num_frames=backbone.num_frames,
-        latents=(transformer["in_channels"], *size),
-        token_grid=family.token_grid(size, transformer),
-    )
-
-
 def branch_config(physics: PhysicsConfig, latent_shape: Sequence[int]) -> BranchConfig:
     """The branch that a run trains, for clips whose latents have this (T, H, W)."""
     return BranchConfig(**physics.model_dump(), latent_shape=[*latent_shape], phenomena=[*PHENOMENA])
+
+
+def _branch_of(config: Config) -> BranchConfig:
+    clip = config.backbone
+    shape = clip_shape(clip, clip.num_frames, clip.height, clip.width)
+    return branch_config(config.physics, shape.latents[1:])
 
 
 def _scheduler_config(folder: Path) -> Mapping[str, Any]:
@@ -114,8 +105,7 @@ def _empty_transformer(config: Config) -> PhysicsTransformer:
     dtype = torch.float32 if exact else getattr(torch, backbone.dtype)
     upstream = empty_model(classes.transformer, settings, dtype)
     torch.manual_seed(train.seed)
-    physics = branch_config(config.physics, clip_shape(backbone).latents[1:])
-    transformer = classes.prophy_transformer.from_transformer(upstream, physics.model_dump())
+    transformer = classes.prophy_transformer.from_transformer(upstream, _branch_of(config).model_dump())
     transformer.physics_branch.float()
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)
@@ -135,7 +125,7 @@ def _start(config: Config, folder: Path) -> BranchCheckpoint:
     check_checkpoint(folder, config.backbone.pretrained, config.backbone.revision)
     start = load_branch(folder)
     theirs = BranchConfig.read(start.physics).model_dump()
-    ours = branch_config(config.physics, clip_shape(config.backbone).latents[1:]).model_dump()
+    ours = _branch_of(config).model_dump()
     if start.lora is not None:
         theirs["lora"] = start.lora
         lora = {"rank": train.lora_rank, "alpha": train.lora_alpha}

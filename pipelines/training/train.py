@@ -11,25 +11,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
-from pipelines.layout import RunFolder, step_of
+from pipelines.layout import STOP_FILE, RunFolder, step_of
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
-from pipelines.training.data import build_dataset, describe_samples
-from pipelines.training.engine import learning_rate_factor
-from pipelines.training.evaluation import evaluation
-from pipelines.training.export import export_branch, writing_model
-from pipelines.training.loop import STOP_FILE, train_loop_per_worker
+from pipelines.training.samples import describe_samples
+from pipelines.training.schedule import learning_rate_factor
+from pipelines.training.watcher import evaluating
 from prophy.backbones.pretrained import check_unchanged, fingerprint, pinned_revision
 from prophy.errors import ProPhyError
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
+
+if TYPE_CHECKING:  # the module loads torch
+    from ray.train.torch import TorchTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,15 @@ def run(config: Config) -> Path:
     tell_samples(cache)
     compare_samples(pinned, cache)
     compare_schedule(pinned)
+    # Loads torch, for seconds: after all that can be refused without it.
+    from pipelines.training.trainer import build_trainer
+
     trainer = build_trainer(pinned, cache, backbone)
     places = RunFolder(open_run(config, "train"))
     root = places.training
     with alone(root):
         last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
-        with ray_session(config), evaluation(pinned, cache, root):
+        with ray_session(config), evaluating(pinned, cache, root):
             if last is None or last.step < config.train.num_steps:
                 room_for(needs_of(config, "train"))
                 _fit(trainer, root / STOP_FILE)
@@ -92,7 +95,7 @@ def alone(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fit(trainer: TorchTrainer, stop: Path) -> None:
+def _fit(trainer: "TorchTrainer", stop: Path) -> None:
     """Runs the workers to the last step, or to SIGTERM: it becomes a file that they look for after each.
 
     Raises:
@@ -131,6 +134,8 @@ def _last_checkpoint(config: Config) -> Checkpoint:
 
 def _export(checkpoint: Checkpoint, model: Path) -> None:
     """Puts the trained branch in the place of what an earlier run left there."""
+    from pipelines.training.export import export_branch, writing_model
+
     aside = model.with_name(f"{model.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     with writing_model(model) as folder:
@@ -212,34 +217,3 @@ def compare_schedule(config: Config) -> None:
 
 def _at_revision(config: Config, revision: str | None) -> Config:
     return config.model_copy(update={"backbone": config.backbone.model_copy(update={"revision": revision})})
-
-
-def build_trainer(config: Config, cache: PriorCache, backbone: dict[str, str | None]) -> TorchTrainer:
-    """The trainer: workers, and what each reserves. Reads the first step as a trial.
-
-    Args:
-        config: with the revision of `backbone`.
-        cache: the samples.
-        backbone: see `pin_backbone`.
-
-    Raises:
-        ProPhyError: the cache does not fit the configuration.
-    """
-    train = config.train
-    _ = build_dataset(config, cache, rank=0)[0]
-    gpus = {"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}
-    return TorchTrainer(
-        train_loop_per_worker,  # type: ignore[arg-type]  # Ray's annotation has no return value
-        train_loop_config={"config": config, "cache": cache, "backbone": backbone},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": train.cpus_per_worker, **gpus},
-        ),
-        run_config=RunConfig(
-            name=RunFolder(config.run_dir).training.name,
-            storage_path=str(config.run_dir),
-            failure_config=FailureConfig(max_failures=train.max_failures),
-        ),
-    )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -24,14 +23,26 @@ def heat_overlay(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
     Returns:
         uint8 `[T, H, W, 3]`.
     """
-    resampled = torch.nn.functional.interpolate(
-        torch.from_numpy(heat).float()[None, None], frames.shape[:3], mode="trilinear", align_corners=False
-    )[0, 0].numpy()
+    resampled = np.float32(heat)
+    for axis, size in enumerate(frames.shape[:3]):
+        resampled = _resample(resampled, axis, size)
     low, high = resampled.min(), resampled.max()
     scaled = (resampled - low) / max(high - low, 1e-12)
     opacity = 0.75 * scaled[..., None]
     colours = mpl.colormaps["inferno"](scaled)[..., :3] * 255
     return (frames * (1 - opacity) + colours * opacity).astype(np.uint8)
+
+
+def _resample(values: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Linear interpolation along one axis; old and new cells share the same extent, not their centres."""
+    last = values.shape[axis] - 1
+    places = ((np.arange(size) + 0.5) * (last + 1) / size - 0.5).clip(0, last)
+    before = places.astype(int)
+    share = np.expand_dims(
+        np.float32(places - before), [other for other in range(values.ndim) if other != axis]
+    )
+    after = np.minimum(before + 1, last)
+    return values.take(before, axis) * (1 - share) + values.take(after, axis) * share
 
 
 def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:

@@ -5,7 +5,7 @@ backbone, if that was trained.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def write_branch(
     physics: dict[str, Any],
     backbone: dict[str, str | None],
     lora: dict[str, Any] | None,
-    shapes: Mapping[str, torch.Size],
+    shapes: Mapping[str, Sequence[int]],
     read: Callable[[str], torch.Tensor],
 ) -> None:
     """Writes what was trained, which need not be in memory: one file after the other, of 5 GB at most.
@@ -120,7 +120,7 @@ def write_branch(
 def write_files(
     folder: Path,
     pattern: str,
-    shapes: Mapping[str, torch.Size],
+    shapes: Mapping[str, Sequence[int]],
     read: Callable[[str], torch.Tensor],
     metadata: dict[str, str] | None = None,
 ) -> dict[str, str]:

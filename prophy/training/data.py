@@ -8,17 +8,15 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import EMPTY_PROMPT, INDEX, CacheInput, open_file, tensor_from_columns
+from prophy.training.cache import PriorCache
 
 Shape = tuple[int, ...]
 
@@ -136,98 +134,6 @@ class ClipShape:
     token_grid: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class PriorSample:
-    """One clip of the cache.
-
-    Attributes:
-        latents: `[C, T, H, W]`.
-        text_embeds: `[L, D]`.
-        phenomena: `[17]`, label vector.
-        maps: raw, `[K + 1, T, H, W]` on the VLM's grid, the background's last.
-        map_phenomena: taxonomy indices of the first K maps.
-        slices: `[T, 2]`, which part of the clip each slice of the maps covers (`make_targets`).
-    """
-
-    latents: torch.Tensor
-    text_embeds: torch.Tensor
-    phenomena: torch.Tensor
-    maps: torch.Tensor
-    map_phenomena: list[int]
-    slices: torch.Tensor
-
-
-class PriorCache:
-    """The samples of the current input, the last that `prophy cache` was run on, read one at a time.
-
-    They are in both tables of the cache; a clip that several paths lead to is one sample.
-
-    Attributes:
-        location: `cache.input` of the last `prophy cache` with these encodings.
-        num_videos: videos that the samples are of.
-        num_left_out: videos that are cached, but not in the current input.
-
-    Args:
-        priors: folder of that table.
-        encodings: folder of the encodings that belong to the backbone.
-
-    Raises:
-        ProPhyError: a table is missing, or none of the current input is in both.
-    """
-
-    def __init__(self, priors: Path, encodings: Path) -> None:
-        self._priors, self._encodings = priors, encodings
-        if not (encodings / INDEX).is_file() and any(encodings.parent.glob(f"*/{INDEX}")):
-            raise ProPhyError(
-                f"the encodings in {encodings.parent} were made for another backbone or other clips; "
-                f"run `prophy cache` with this configuration"
-            )
-        prior_rows = _read_index(priors, ["source", "content_hash", "start_s", "end_s"])
-        encoding_rows = _read_index(encodings, ["latents_shape"])
-        current = CacheInput.read(encodings)
-        common = [row for key, row in prior_rows.items() if key in encoding_rows]
-        samples = current.samples(common)
-        if not samples:
-            raise ProPhyError(
-                f"no video of {current.location} is in both {priors} and {encodings}; "
-                f"run `prophy cache` with this configuration"
-            )
-        self.location = current.location
-        self.num_videos = len({prior_rows[key]["source"]["uri"] for key in samples})
-        self.num_left_out = len({row["source"]["uri"] for row in common} - current.uris)
-        self._rows = {key: (_place(prior_rows[key]), encoding_rows[key]) for key in samples}
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Shape of the latents, `(C, T, H, W)`, of each sample id."""
-        return {key: tuple(encoding["latents_shape"]) for key, (_, encoding) in self._rows.items()}
-
-    def null_text_embeds(self) -> torch.Tensor:
-        """Embedding of the empty prompt, `[L, D]`."""
-        with open_file(self._encodings / EMPTY_PROMPT) as file:
-            [row] = file.read().to_pylist()
-        return tensor_from_columns("text_embeds", row)
-
-    def read(self, sample_id: str) -> PriorSample:
-        """One sample."""
-        prior, encoding = self._rows[sample_id]
-        columns = ["phenomena", "map_phenomena", "maps", "maps_shape", "slice_times", "start_s", "end_s"]
-        labels = _read_row(self._priors, prior, columns)
-        names = [name + suffix for name in ("latents", "text_embeds") for suffix in ("", "_shape", "_dtype")]
-        tensors = _read_row(self._encodings, encoding, names).to_pylist()[0]
-        maps = labels["maps"].combine_chunks().values.to_numpy(zero_copy_only=False).copy()
-        times = [[each["start_s"], each["end_s"]] for each in labels["slice_times"][0].as_py()]
-        duration_s = labels["end_s"][0].as_py() - labels["start_s"][0].as_py()
-        return PriorSample(
-            latents=tensor_from_columns("latents", tensors),
-            text_embeds=tensor_from_columns("text_embeds", tensors),
-            phenomena=torch.tensor(labels["phenomena"][0].as_py()),
-            maps=torch.from_numpy(maps).reshape(labels["maps_shape"][0].as_py()),
-            map_phenomena=labels["map_phenomena"][0].as_py(),
-            slices=torch.tensor(times, dtype=torch.float64) / duration_s,
-        )
-
-
 class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
     """The share of one rank in each step: item `step` is the micro-batches of that step and their captions.
 
@@ -327,21 +233,3 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
 def _seed(*parts: object) -> int:
     """A seed of 64 bits for what `parts` name."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
-
-
-def _read_index(table: Path, columns: list[str]) -> dict[str, dict[str, Any]]:
-    """Where the row of each sample lies: `file` and `row_group`; and `columns` of it."""
-    if not (table / INDEX).is_file():
-        raise ProPhyError(f"no cache in {table}; run `prophy cache` with this configuration first")
-    with open_file(table / INDEX) as file:
-        rows = file.read(["sample_id", "file", "row_group", *columns]).to_pylist()
-    return {row["sample_id"]: row for row in rows}
-
-
-def _place(row: dict[str, Any]) -> dict[str, Any]:
-    return {"file": row["file"], "row_group": row["row_group"]}
-
-
-def _read_row(table: Path, row: dict[str, Any], columns: list[str]) -> pa.Table:
-    with open_file(table / row["file"]) as file:
-        return file.read_row_group(row["row_group"], columns=columns, use_threads=False)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from pipelines.config import load_config
 from pipelines.generation.limits import check_model
-from pipelines.training.model import clip_shape
+from pipelines.training.data import clip_shape
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import load_configs
@@ -72,7 +72,7 @@ def test_what_a_family_cannot_do_is_refused_before_anything_loads(reason: str, t
     # What caching, training and planning, generating and serving, and loading look at first.
     for look in (
         lambda: load_configs("wan", folder, None),
-        lambda: clip_shape(config.backbone),
+        lambda: clip_shape(config.backbone, 17, 64, 64),
         lambda: check_model(config),
         lambda: load_pipeline("wan", folder, None, torch.float32, None),
     ):

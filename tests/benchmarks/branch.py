@@ -32,7 +32,7 @@ from prophy.pretraining.backbone import SAMPLING
 from prophy.pretraining.recipe import held_out_clips
 from prophy.taxonomy import PHENOMENA, Phenomenon
 from prophy.tiny import bundled
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 from prophy.training.objectives import FlowMatching
 
 NUM_FALLS = 48

@@ -35,7 +35,7 @@ from pipelines.training.model import build_module
 from prophy.backbones.encoding import VideoEncoder
 from prophy.device import autocast
 from prophy.priors.extractor import PriorExtractor
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 from prophy.video import read_frames
 
 BLOCK = 5  # steps
@@ -75,8 +75,8 @@ def configuration(folder: Path, run: str, overrides: list[str]) -> Config:
 
 def product(folder: Path, run: str, overrides: list[str]) -> tuple[float, float]:
     """Seconds of a step of `prophy train`, and the share of them that it waits for data."""
+    from pipelines.layout import METRICS_FILE
     from pipelines.training import train
-    from pipelines.training.metrics import METRICS_FILE
 
     config = configuration(folder, run, overrides)
     train.run(config)

@@ -5,9 +5,10 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from prophy.evaluation.pictures import curves, heat_overlay, png_uri
+from prophy.evaluation.pictures import _resample, curves, heat_overlay, png_uri
 from prophy.evaluation.report import Picture, Section, Table, write_report
 
 
@@ -23,6 +24,15 @@ def test_overlay_lights_up_the_hot_cell_only() -> None:
     assert overlaid.shape == frames.shape
     assert (overlaid[:, 2, 2] != 60).any()
     np.testing.assert_array_equal(overlaid[:, 24:, 24:], 60)
+
+
+def test_maps_are_resampled_as_torch_interpolates() -> None:
+    heat, fine = np.random.default_rng(0).random((4, 1, 9), dtype=np.float32), (13, 3, 6)
+    ours = heat
+    for axis, size in enumerate(fine):
+        ours = _resample(ours, axis, size)
+    theirs = torch.nn.functional.interpolate(torch.from_numpy(heat)[None, None], fine, mode="trilinear")
+    np.testing.assert_allclose(ours, theirs[0, 0], atol=1e-6)
 
 
 def test_report_is_self_contained_and_escapes(tmp_path: Path) -> None:

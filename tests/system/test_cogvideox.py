@@ -18,9 +18,9 @@ from pipelines.config import Config
 from pipelines.generation import generate
 from pipelines.generation.limits import shape_limits
 from pipelines.generation.sampler import VideoSampler
+from pipelines.layout import METRICS_FILE
 from pipelines.serving.serve import VideoGenerator
 from pipelines.training import export, train
-from pipelines.training.metrics import METRICS_FILE
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import load_configs

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from pipelines.caching import cache
 from pipelines.config import Config
+from pipelines.layout import METRICS_FILE
 from pipelines.sandbox import simulate
 from pipelines.training.checkpoint import MANIFEST
-from pipelines.training.metrics import METRICS_FILE
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 from prophy.video import read_frames, write_video
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config

@@ -15,9 +15,9 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from pipelines.config import Config
+from pipelines.layout import METRICS_FILE
 from pipelines.training import train
 from pipelines.training.checkpoint import committed
-from pipelines.training.metrics import METRICS_FILE
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.slow

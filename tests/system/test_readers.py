@@ -13,7 +13,7 @@ import torch
 from pipelines.caching import cache
 from pipelines.config import Config
 from prophy.schema import EMPTY_PROMPT, ROW_FILES, tensor_from_columns
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 
 
 @pytest.fixture(scope="module")

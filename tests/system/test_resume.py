@@ -11,11 +11,11 @@ from huggingface_hub import constants
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.training.checkpoint import MANIFEST
-from pipelines.training.data import describe_samples
+from pipelines.training.samples import describe_samples
 from pipelines.training.train import alone, compare_samples, pin_backbone
 from prophy.errors import ProPhyError
 from prophy.tiny.pipeline import pipeline_folder
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 from tests.conftest import tiny_config
 
 MODEL, THEN, NOW = "nobody/video", "a" * 40, "b" * 40

@@ -13,16 +13,9 @@ from torch.utils.data import DataLoader
 from pipelines.caching.tables import Table, update_index, write_file
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import ENCODINGS, INPUT, PRIORS, ROW_FILES, CacheInput, tensor_columns
-from prophy.training.data import (
-    EMPTY_PROMPT,
-    BatchPlan,
-    ClipShape,
-    PriorCache,
-    PriorDataset,
-    SemanticBatch,
-    TrainBatch,
-)
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, ROW_FILES, CacheInput, tensor_columns
+from prophy.training.cache import PriorCache
+from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBatch, TrainBatch
 
 SMALL, WIDE = (4, 3, 4, 4), (4, 3, 4, 8)
 CLIP_SHAPES = [ClipShape(9, SMALL, (3, 2, 2)), ClipShape(9, WIDE, (3, 2, 4))]

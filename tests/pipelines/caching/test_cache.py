@@ -21,7 +21,7 @@ from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, INDEX, INPUT, tensor_from_columns
 from prophy.taxonomy import Phenomenon, from_multi_hot
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 from prophy.video import read_frames, write_video
 from tests.cogvideox import write_pipeline
 from tests.conftest import tiny_config

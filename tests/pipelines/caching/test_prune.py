@@ -18,7 +18,7 @@ from pipelines.caching.verify import rebuild_indices, verify
 from pipelines.config import Config
 from prophy.errors import ProPhyError
 from prophy.schema import ENCODINGS, INDEX, INPUT, PRIORS, QUARANTINE, CacheInput, tensor_columns
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 
 
 def source(name: str, modified: float = 1.0) -> dict:

@@ -14,21 +14,11 @@ import torch
 import torch.distributed as dist
 
 from pipelines.config import Config
-from pipelines.layout import step_of
-from pipelines.training.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    EveryRankError,
-    Fragment,
-    committed,
-    latest,
-    latest_on_every_rank,
-    pin,
-    pinned,
-    save,
-    writing,
-)
-from pipelines.training.metrics import METRICS_FILE, MetricsLog, read_rows
+from pipelines.layout import METRICS_FILE, step_of
+from pipelines.training.checkpoint import MANIFEST, Checkpoint, committed, latest, pin, pinned
+from pipelines.training.json_lines import read_rows
+from pipelines.training.metrics import MetricsLog
+from pipelines.training.saving import EveryRankError, Fragment, latest_on_every_rank, save, writing
 from prophy.errors import ProPhyError
 
 SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([4])}

@@ -127,7 +127,6 @@ def on_to_step_6_on_two_ranks(rank: int, folder: Path) -> Result:
 
 def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list[tuple[float, float]]:
     """From the latest checkpoint in `root` to step `last`, with a checkpoint after step 3 and at the end."""
-    from pipelines.training.checkpoint import latest_on_every_rank
     from pipelines.training.engine import (
         Ema,
         fragments,
@@ -138,6 +137,7 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
         save_checkpoint,
         set_learning_rate,
     )
+    from pipelines.training.saving import latest_on_every_rank
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = train_config(zero_stage, offload=offload, num_workers=world_size)

@@ -13,21 +13,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipelines.caching import cache
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
+from pipelines.layout import EVALUATION_FILE, METRICS_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
 from pipelines.sandbox import simulate
 from pipelines.training.checkpoint import MANIFEST, pinned
-from pipelines.training.data import build_dataset, held_out
-from pipelines.training.evaluation import (
-    EVALUATION_FILE,
-    QUANTILES,
-    SAMPLES_FOLDER,
-    best_step,
-    evaluation,
-    held_out_losses,
-)
-from pipelines.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_rows, write_rows
+from pipelines.training.data import build_dataset
+from pipelines.training.evaluation import QUANTILES, held_out_losses
+from pipelines.training.json_lines import read_rows, write_rows
+from pipelines.training.samples import held_out
 from pipelines.training.train import run
+from pipelines.training.watcher import best_step, evaluating
 from prophy.errors import ProPhyError
-from prophy.training.data import PriorCache
+from prophy.training.cache import PriorCache
 from prophy.video import probe
 from tests.conftest import tiny_config
 
@@ -102,7 +98,7 @@ def test_a_line_that_a_kill_cut_short(evaluated: Config, tmp_path: Path) -> None
     (root / EVALUATION_FILE).write_text('{"step": 2}\n{"step": 4, "diffu')
     train = evaluated.train.model_copy(update={"sample_prompts": []})
     again = evaluated.model_copy(update={"run_dir": tmp_path, "train": train})
-    with evaluation(again, read_cache(again), root):
+    with evaluating(again, read_cache(again), root):
         pass
     lines = (root / EVALUATION_FILE).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.config import Config
 from pipelines.training import export
-from pipelines.training.checkpoint import Fragment, pin, save
+from pipelines.training.checkpoint import pin
+from pipelines.training.saving import Fragment, save
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint, resolve_pretrained
 from prophy.errors import ProPhyError

@@ -23,16 +23,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipelines.caching.cache import encodings_folder
 from pipelines.config import Config
+from pipelines.layout import METRICS_FILE, TENSORBOARD_FOLDER
 from pipelines.training import train
 from pipelines.training.checkpoint import Checkpoint, committed
-from pipelines.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_rows
+from pipelines.training.json_lines import read_rows
+from pipelines.training.metrics import MetricsLog
 from pipelines.training.model import build_module
 from pipelines.training.train import run
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import resolve_pretrained
 from prophy.errors import ProPhyError
 from prophy.schema import INDEX
-from prophy.training.data import BatchPlan, PriorCache, TrainBatch
+from prophy.training.cache import PriorCache
+from prophy.training.data import BatchPlan, TrainBatch
 from tests.conftest import tiny_config
 
 

@@ -1,0 +1,105 @@
+"""Has the checkpoints of a run evaluated while it trains, and says which is the best.
+
+A Ray task of its own evaluates, beside the workers: they neither wait for it nor know of it.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from pipelines.config import Config
+from pipelines.layout import EVALUATION_FILE, step_of
+from pipelines.training.checkpoint import committed, pin
+from pipelines.training.json_lines import read_rows, write_rows
+from prophy.training.cache import PriorCache
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+
+
+@contextmanager
+def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
+    """Evaluates the newest checkpoint, then the one that is the newest by then, and at the end the last.
+
+    Where nothing is held out and no sample is asked for, it does nothing. A failure is logged, and the run
+    goes on. After an error in the block no more is evaluated.
+
+    Args:
+        config: the run's.
+        cache: its samples.
+        root: folder of the results: `evaluation.jsonl`, `samples/`, and `tensorboard/evaluation/`.
+    """
+    if not (config.train.num_held_out or config.train.sample_prompts):
+        yield
+        return
+    ended, failed = threading.Event(), threading.Event()
+    rows = read_rows(root / EVALUATION_FILE)
+    write_rows(root / EVALUATION_FILE, rows)  # without a line that a kill cut short
+    steps = [row["step"] for row in rows]
+    watcher = threading.Thread(target=_watch, args=(config, cache, root, steps, ended, failed), daemon=True)
+    watcher.start()
+    try:
+        yield
+        ended.set()
+        watcher.join()
+    except BaseException:
+        failed.set()
+        raise
+
+
+def best_step(config: Config, root: Path) -> int | None:
+    """Step of the checkpoint with the lowest held-out loss (Eq. 6) of those that are still there, if any."""
+    if not config.train.keep_best:
+        return None
+    steps = {step_of(folder) for folder in committed(config.checkpoints)}
+    rows = [row for row in read_rows(root / EVALUATION_FILE) if row["step"] in steps and "loss" in row]
+    best = min((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
+    return None if best is None else best["step"]
+
+
+def _watch(
+    config: Config,
+    cache: PriorCache,
+    root: Path,
+    steps: list[int],
+    ended: threading.Event,
+    failed: threading.Event,
+) -> None:
+    """Evaluates until the run has ended or failed; what is in `steps` was evaluated before."""
+    train, seen = config.train, set(steps)
+    task = ray.remote(_evaluate).options(
+        num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
+    )
+    over = False
+    best = best_step(config, root)
+    pin(config.checkpoints, best=best)  # what a run that was killed was evaluating may go
+    while not (over or failed.is_set()):
+        over = ended.wait(_LOOK_EVERY_S)  # then one last look
+        for folder in committed(config.checkpoints)[:1]:
+            step = step_of(folder)
+            if step in seen:
+                continue
+            seen.add(step)
+            pin(config.checkpoints, best=best, evaluating=step)
+            logger.info("evaluating step %d, as soon as there are the resources", step)
+            try:
+                ray.get(task.remote(config, cache, root, folder))
+                best = best_step(config, root)
+                kept = "; its held-out loss is the lowest so far" if step == best else ""
+                logger.info("evaluated step %d: %s%s", step, root, kept)
+            except Exception as error:
+                if not failed.is_set():
+                    logger.warning("step %d was not evaluated: %s", step, error)
+            pin(config.checkpoints, best=best)
+
+
+def _evaluate(config: Config, cache: PriorCache, root: Path, folder: Path) -> None:
+    from pipelines.training.evaluation import evaluate  # torch and diffusers: of no use to the driver
+
+    evaluate(config, cache, root, folder)
