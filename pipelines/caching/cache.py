@@ -40,12 +40,11 @@ from pipelines.layout import CacheFolder
 from pipelines.resources import SMALL_CPUS, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import encoders_fingerprint, fingerprint, load_configs, pinned_revision
+from prophy.backbones.pretrained import encoders_fingerprint, load_configs, pinned_revision, vlm_fingerprint
 from prophy.errors import ProPhyError
 from prophy.priors.fingerprint import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, CacheInput
 from prophy.taxonomy import from_multi_hot
-from prophy.tiny import part_fingerprint
 from prophy.video import FRAMES_VERSION
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
@@ -78,9 +77,8 @@ def run(config: Config) -> CacheSummary:
 def priors_table(config: Config) -> Table:
     """The priors of this VLM and these questions."""
     vlm = config.vlm
-    tiny = vlm.pretrained == "tiny"
     parts = {
-        "model": part_fingerprint("vlm") if tiny else fingerprint(vlm.pretrained, vlm.revision),
+        "model": vlm_fingerprint(vlm.pretrained, vlm.revision),
         **vlm.model_dump(include={"dtype", "layers", "heads", "max_new_tokens", "num_frames"}),
         "shapes": [list(shape) for shape in vlm.frame_shapes],
         "video_frames": FRAMES_VERSION,

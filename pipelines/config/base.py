@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
-from prophy.tiny import bundled
+from prophy.tiny import EMBEDDED, bundled
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -26,11 +26,11 @@ def _absolute(location: str) -> str:
 
 
 def _absolute_folder(name: str) -> str:
-    return _absolute(name) if name != "tiny" and Path(name).is_dir() else name
+    return _absolute(name) if name != EMBEDDED and Path(name).is_dir() else name
 
 
 def _checkpoint(name: object) -> object:
-    return bundled("branch") if name == "tiny" else name
+    return bundled("branch") if name == EMBEDDED else name
 
 
 # Workers run in folders of their own: what is relative on the command line must not stay so.

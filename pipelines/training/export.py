@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint, find, latest, pinned
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import check_unchanged, download, load_configs
+from prophy.backbones.pretrained import check_unchanged, download, is_hub_id, load_configs
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import write_branch, write_files
 from prophy.models.physics_transformer import BRANCH
@@ -200,7 +200,7 @@ def _backbone_says(checkpoint: Checkpoint) -> str:
 def _model_card(config: Config, checkpoint: Checkpoint) -> str:
     name, physics = _backbone(checkpoint)["name"], checkpoint.run["physics"]
     pipeline = FAMILIES[config.backbone.family].classes().pipeline
-    base_model = "" if name == "tiny" or Path(str(name)).is_dir() else f"base_model: {name}\n"
+    base_model = f"base_model: {name}\n" if is_hub_id(str(name)) else ""
     revision = _backbone(checkpoint)["revision"]
     blocks = (
         f"Physical Blocks beside the layers {physics['physics_layers']},"

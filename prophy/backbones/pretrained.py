@@ -4,7 +4,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from huggingface_hub import snapshot_download
 
@@ -12,24 +14,120 @@ from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.errors import ProPhyError
 from prophy.hashing import file_sha256
 from prophy.models.description import trained_on
+from prophy.tiny import EMBEDDED, part_fingerprint
 from prophy.tiny import pipeline as tiny
 
 _ENCODERS = ("vae", "text_encoder", "tokenizer")  # components that encodings are made by
 
 
+class _Source(Protocol):
+    """Where a pretrained model comes from."""
+
+    def location(self) -> str:
+        """What diffusers loads: a folder or a hub id."""
+
+    def folder(self, parts: list[str] | None) -> Path:
+        """A folder with the files that fit the patterns `parts`, or with all of them."""
+
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+
+    def encoders_fingerprint(self) -> str:
+        """See `encoders_fingerprint`."""
+
+
+class _Embedded:
+    """What comes with the product, built where it is first used; its fingerprints need no build."""
+
+    def location(self) -> str:
+        return str(tiny.pipeline_folder())
+
+    def folder(self, parts: list[str] | None) -> Path:
+        return tiny.pipeline_folder()
+
+    def fingerprint(self) -> str:
+        return tiny.pipeline_fingerprint()
+
+    def encoders_fingerprint(self) -> str:
+        return tiny.encoders_fingerprint()
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+
+    def location(self) -> str:
+        return str(self.path)
+
+    def folder(self, parts: list[str] | None) -> Path:
+        return self.path
+
+    def fingerprint(self) -> str:
+        return self._hash_of(self.path.rglob("*"))
+
+    def encoders_fingerprint(self) -> str:
+        return self._hash_of(file for part in _ENCODERS for file in (self.path / part).rglob("*"))
+
+    def _hash_of(self, files: Iterable[Path]) -> str:
+        """Hash of the names and the content of files in the folder."""
+        digest = hashlib.sha256()
+        for file in sorted(file for file in files if file.is_file()):
+            digest.update(f"{file.relative_to(self.path)} {file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _OnHub:
+    name: str
+    revision: str | None
+
+    def location(self) -> str:
+        return self.name
+
+    def folder(self, parts: list[str] | None) -> Path:
+        """Each node fetches a file once: the hub's cache locks."""
+        try:
+            return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=parts))
+        except OSError:
+            raise unloadable(self.name) from None
+
+    def fingerprint(self) -> str:
+        return self.folder(["*.json"]).name
+
+    def encoders_fingerprint(self) -> str:
+        return self.fingerprint()
+
+
+def _source(pretrained: str, revision: str | None) -> _Source:
+    """The one place that knows what names mean: the embedded pipeline, a local folder, or a hub id.
+
+    Raises:
+        ProPhyError: the name is none of them.
+    """
+    if pretrained == EMBEDDED:
+        return _Embedded()
+    if Path(pretrained).is_dir():
+        return _Folder(Path(pretrained))
+    if is_hub_id(pretrained):
+        return _OnHub(pretrained, revision)
+    raise ProPhyError(
+        f"no folder {pretrained}; give a folder, a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or "
+        f"{EMBEDDED}"
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, and no folder is called so."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).is_dir()
+
+
 def resolve_pretrained(name: str) -> str:
-    """A local folder or a hub id; "tiny" is the embedded pipeline, built on first use.
+    """A local folder or a hub id, whichever `name` means; the embedded pipeline is built on first use.
 
     Raises:
         ProPhyError: neither a folder nor the form of a hub id.
     """
-    if name == "tiny":
-        return str(tiny.pipeline_folder())
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise ProPhyError(
-            f"no folder {name}; give a folder, a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or tiny"
-        )
-    return name
+    return _source(name, None).location()
 
 
 def fingerprint(pretrained: str, revision: str | None) -> str:
@@ -38,15 +136,7 @@ def fingerprint(pretrained: str, revision: str | None) -> str:
     Raises:
         ProPhyError: there is no such model.
     """
-    if pretrained == "tiny":
-        return tiny.pipeline_fingerprint()
-    path = Path(resolve_pretrained(pretrained))
-    if path.is_dir():
-        return _hash_of(path, path.rglob("*"))
-    try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json"])).name
-    except OSError:
-        raise unloadable(pretrained) from None
+    return _source(pretrained, revision).fingerprint()
 
 
 def pinned_revision(pretrained: str, revision: str | None) -> str | None:
@@ -55,8 +145,8 @@ def pinned_revision(pretrained: str, revision: str | None) -> str | None:
     Raises:
         ProPhyError: there is no such model.
     """
-    is_local = pretrained == "tiny" or Path(resolve_pretrained(pretrained)).is_dir()
-    return revision if is_local else fingerprint(pretrained, revision)
+    source = _source(pretrained, revision)
+    return source.fingerprint() if isinstance(source, _OnHub) else revision
 
 
 def encoders_fingerprint(pretrained: str, revision: str | None) -> str:
@@ -65,12 +155,16 @@ def encoders_fingerprint(pretrained: str, revision: str | None) -> str:
     Raises:
         ProPhyError: there is no such model.
     """
-    if pretrained == "tiny":
-        return tiny.encoders_fingerprint()
-    path = Path(resolve_pretrained(pretrained))
-    if not path.is_dir():
-        return fingerprint(pretrained, revision)
-    return _hash_of(path, (file for part in _ENCODERS for file in (path / part).rglob("*")))
+    return _source(pretrained, revision).encoders_fingerprint()
+
+
+def vlm_fingerprint(pretrained: str, revision: str | None) -> str:
+    """As `fingerprint`, of a vision-language model.
+
+    Raises:
+        ProPhyError: there is no such model.
+    """
+    return part_fingerprint("vlm") if pretrained == EMBEDDED else fingerprint(pretrained, revision)
 
 
 def check_checkpoint(checkpoint: Path, pretrained: str, revision: str | None) -> None:
@@ -129,7 +223,7 @@ def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Mo
 
 
 def download(pretrained: str, revision: str | None, parts: list[str] | None = None) -> Path:
-    """The folder of a pretrained model; from the hub, each node fetches a file once (the hub's cache locks).
+    """The folder of a pretrained model, after what is missing was fetched from the hub.
 
     Args:
         pretrained: see `resolve_pretrained`.
@@ -139,21 +233,7 @@ def download(pretrained: str, revision: str | None, parts: list[str] | None = No
     Raises:
         ProPhyError: there is no such model.
     """
-    path = Path(resolve_pretrained(pretrained))
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=parts))
-    except OSError:
-        raise unloadable(pretrained) from None
-
-
-def _hash_of(folder: Path, files: Iterable[Path]) -> str:
-    """Hash of the names and the content of files in a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(file for file in files if file.is_file()):
-        digest.update(f"{file.relative_to(folder)} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+    return _source(pretrained, revision).folder(parts)
 
 
 def unloadable(pretrained: str) -> ProPhyError:

@@ -23,7 +23,7 @@ def heat_overlay(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
     Returns:
         uint8 `[T, H, W, 3]`.
     """
-    resampled = np.float32(heat)
+    resampled = heat.astype(np.float32)
     for axis, size in enumerate(frames.shape[:3]):
         resampled = _resample(resampled, axis, size)
     low, high = resampled.min(), resampled.max()

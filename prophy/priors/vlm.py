@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from prophy.errors import ProPhyError
 from prophy.registry import Registry
-from prophy.tiny import bundled
+from prophy.tiny import EMBEDDED, bundled
 
 SliceTimes = tuple[tuple[float, float], ...]
 """When the first and the last frame of each slice of a map are, in seconds after the clip's first frame."""
@@ -113,7 +113,7 @@ def load_vlm(pretrained: str, revision: str | None, dtype: str, device_map: str 
         ProPhyError: there is no such model, it cannot be loaded, or it is of a kind that is not known.
     """
     revision = revision or "main"
-    source = str(bundled("vlm")) if pretrained == "tiny" else pretrained
+    source = str(bundled("vlm")) if pretrained == EMBEDDED else pretrained
     try:
         model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
         if model_type not in VLMS:

@@ -14,6 +14,9 @@ from pathlib import Path
 from prophy.errors import ProPhyError
 from prophy.hashing import file_sha256, home
 
+EMBEDDED = "tiny"
+"""What configurations and records call the embedded models: no path, so that it holds on every machine."""
+
 WEIGHTS = Path(__file__).parent / "weights"
 _SHA256 = "sha256.json"
 _LOADED = (".safetensors", ".json", ".jinja")
