@@ -15,11 +15,12 @@ import uvicorn
 from pipelines.config import Config
 from pipelines.generation.spec import ShapeLimits, VideoSpec
 from pipelines.serving import drawing
-from pipelines.serving.api import GeneratorStatus, VideoService, create_app
+from pipelines.serving.api import create_app
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import Dispatcher, GenerationStep
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
+from pipelines.serving.service import GeneratorStatus, VideoService
 from prophy.taxonomy import PHENOMENA
 from tests.conftest import tiny_config
 

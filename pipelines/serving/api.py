@@ -2,26 +2,20 @@
 
 import asyncio
 import hashlib
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi_offline import FastAPIOffline
 
-from pipelines.config import Config
-from pipelines.generation.spec import MAPS_FILE, SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE, ShapeLimits
+from pipelines.generation.spec import MAPS_FILE, SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
 from pipelines.serving import pages
-from pipelines.serving.artefacts import ArtefactStore
-from pipelines.serving.byte_ranges import partial_content
-from pipelines.serving.dispatcher import Dispatcher, KeyReusedError, QueueFullError
-from pipelines.serving.jobs import UNANSWERED, Job, JobStore
-from pipelines.serving.metrics import Metrics
+from pipelines.serving.database import UNANSWERED
+from pipelines.serving.dispatcher import KeyReusedError, QueueFullError
+from pipelines.serving.jobs import Job
 from pipelines.serving.middleware import KeyCheck, PageCheck, guard, read_fields
 from pipelines.serving.protocol import (
     RETRY_AFTER_S,
@@ -38,51 +32,11 @@ from pipelines.serving.protocol import (
     VideoRequest,
     model_name,
 )
+from pipelines.serving.service import VideoService, no_video
 from prophy.taxonomy import Phenomenon
 
 STARTED_AT = int(time.time())
 MIN_POLL_MS, MAX_POLL_MS = 250, 10_000
-_VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
-
-
-@dataclass(frozen=True)
-class GeneratorStatus:
-    """The model behind the API.
-
-    Attributes:
-        is_ready: it has made a first forward pass; replicas that were scaled away since come back with a job.
-        num_replicas: how many hold it now.
-    """
-
-    is_ready: bool
-    num_replicas: int
-
-
-@dataclass(frozen=True)
-class VideoService:
-    """What the routes act on.
-
-    Attributes:
-        config: the operator's defaults and limits.
-        limits: the shapes that the model can make.
-        store: the jobs.
-        artefacts: the files of finished videos.
-        dispatcher: makes queued jobs into videos.
-        metrics: what is counted.
-        generator_status: how the model is.
-        draw: name and arguments of a function of `pipelines.serving.drawing` -> what that draws.
-        drawing: held while it is at work: it takes a processor.
-    """
-
-    config: Config
-    limits: ShapeLimits
-    store: JobStore
-    artefacts: ArtefactStore
-    dispatcher: Dispatcher
-    metrics: Metrics
-    generator_status: Callable[[], Awaitable[GeneratorStatus]]
-    draw: Callable[..., Awaitable[bytes]]
-    drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def create_app(service: VideoService) -> FastAPI:
@@ -204,10 +158,10 @@ async def make_video(request: Request, service: Service, idempotency_key: Idempo
     except asyncio.CancelledError:
         await service.dispatcher.abandon(job.id)
         raise
-    made = await asyncio.to_thread(_find, job.id, service)
+    made = await asyncio.to_thread(service.find, job.id)
     if made.status == "failed":
         raise ApiError(500, f"the video was not made: {made.error_message}", str(made.error_code))
-    return await asyncio.to_thread(_file, request, service, made, VIDEO_FILE, "video/mp4")
+    return await asyncio.to_thread(service.file, request, made, VIDEO_FILE, "video/mp4")
 
 
 @router.get("/v1/videos", responses=_UNKNOWN)
@@ -218,7 +172,7 @@ def list_videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:
     """Lists videos, a page at a time: give the last id of a page as `after` to get the next."""
-    cursor = _find(after, service, "after") if after is not None else None
+    cursor = service.find(after, "after") if after is not None else None
     jobs, has_more = service.store.page(cursor, limit, order)
     return VideoList(
         data=[_video(job, service) for job in jobs],
@@ -231,7 +185,7 @@ def list_videos(
 @router.get("/v1/videos/{video_id}", responses=_UNKNOWN)
 def retrieve_video(video_id: str, service: Service, response: Response) -> Video:
     """State of a video. The header `openai-poll-after-ms` says when to ask again."""
-    return _video(_find(video_id, service), service, response)
+    return _video(service.find(video_id), service, response)
 
 
 @router.head("/v1/videos/{video_id}/content", include_in_schema=False)
@@ -254,11 +208,11 @@ async def download_content(
 
     The picture has `ceil(sqrt(num_frames))` columns. Understands requests for one range.
     """
-    job = await asyncio.to_thread(_completed, video_id, service)
+    job = await asyncio.to_thread(service.find_completed, video_id)
     name, media_type = _VARIANTS[variant]
     if variant == "spritesheet":
-        await _draw_once(job, name, service, "draw_spritesheet", [VIDEO_FILE], job.spec)
-    return await asyncio.to_thread(_file, request, service, job, name, media_type)
+        await service.draw_once(job, name, "draw_spritesheet", [VIDEO_FILE], job.spec)
+    return await asyncio.to_thread(service.file, request, job, name, media_type)
 
 
 @router.get(
@@ -272,7 +226,7 @@ async def download_content(
 )
 def retrieve_physics(video_id: str, request: Request, service: Service) -> Response:
     """Where each phenomenon acts in a video that was made with `physics.return_maps`."""
-    return _file(request, service, _with_maps(video_id, service), MAPS_FILE, "application/json")
+    return service.file(request, service.find_with_maps(video_id), MAPS_FILE, "application/json")
 
 
 @router.get(
@@ -288,11 +242,11 @@ async def download_overlay(
     video_id: str, phenomenon: Phenomenon, request: Request, service: Service
 ) -> Response:
     """The mp4 with the map of one phenomenon laid over it; drawn when it is asked for, and then kept."""
-    job = await asyncio.to_thread(_with_maps, video_id, service)
+    job = await asyncio.to_thread(service.find_with_maps, video_id)
     name = f"overlay {phenomenon}.mp4".replace(" ", "-")
     files = [VIDEO_FILE, MAPS_FILE]
-    await _draw_once(job, name, service, "draw_overlay", files, job.spec, phenomenon)
-    return await asyncio.to_thread(_file, request, service, job, name, "video/mp4")
+    await service.draw_once(job, name, "draw_overlay", files, job.spec, phenomenon)
+    return await asyncio.to_thread(service.file, request, job, name, "video/mp4")
 
 
 @router.post("/v1/videos/edits", include_in_schema=False)
@@ -311,7 +265,7 @@ async def refuse_operation(request: Request) -> None:
 async def delete_video(video_id: str, service: Service) -> DeletedVideo:
     """Forgets a video. One that is being made is stopped."""
     if not await service.dispatcher.delete(video_id):
-        raise _no_video(video_id, None)
+        raise no_video(video_id)
     return DeletedVideo(id=video_id)
 
 
@@ -384,82 +338,12 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _find(video_id: str, service: VideoService, param: str | None = None) -> Job:
-    job = service.store.get(video_id) if _VIDEO_ID.fullmatch(video_id) else None
-    if job is None:
-        raise _no_video(video_id, param)
-    return job
-
-
-def _no_video(video_id: str, param: str | None) -> ApiError:
-    return ApiError(404, f"no video {video_id[:64]!r}", "video_not_found", param)
-
-
-def _completed(video_id: str, service: VideoService) -> Job:
-    """A job whose files are there."""
-    job = _find(video_id, service)
-    if job.status == "failed":
-        raise ApiError(409, f"video {job.id} was not made: {job.error_message}", "video_failed")
-    if job.status != "completed":
-        done = service.dispatcher.progress(job.id)
-        message = f"video {job.id} is {job.status}, {done} % done; poll it until it is completed"
-        raise ApiError(409, message, "video_not_ready")
-    if job.expires_at is not None and job.expires_at <= time.time():
-        raise _expired(job)
-    return job
-
-
-def _expired(job: Job) -> ApiError:
-    return ApiError(410, f"the files of video {job.id} have expired; make it again", "video_expired")
-
-
-def _with_maps(video_id: str, service: VideoService) -> Job:
-    job = _completed(video_id, service)
-    if job.spec.physics is None or not job.spec.physics.return_maps:
-        message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
-        raise ApiError(409, message, "no_maps")
-    return job
-
-
-async def _draw_once(
-    job: Job, name: str, service: VideoService, kind: str, files: list[str], *further: Any
-) -> None:
-    """Has `name` drawn from `files` of a video, unless it was before."""
-    artefacts = service.artefacts
-    async with service.drawing:
-        if await asyncio.to_thread(artefacts.size, job.id, name) is not None:
-            return
-        try:
-            contents = await asyncio.to_thread(lambda: [artefacts.read(job.id, file) for file in files])
-        except FileNotFoundError:
-            raise _expired(job) from None
-        drawn = await service.draw(kind, *contents, *further)
-        await asyncio.to_thread(_keep, job, name, drawn, service)
-
-
-def _keep(job: Job, name: str, content: bytes, service: VideoService) -> None:
-    """Adds a file to those of a video, unless that was deleted meanwhile."""
-    service.artefacts.add(job.id, name, content)
-    if service.store.get(job.id) is None:
-        service.artefacts.remove(job.id)
-        raise _no_video(job.id, None)
-
-
 def _video(job: Job, service: VideoService, response: Response | None = None) -> Video:
     """What clients see of a job; sets the header that says when to poll again."""
     progress = service.dispatcher.progress(job.id)
     if response is not None and job.status in ("queued", "in_progress"):
         elapsed_s = time.time() - (job.started_at or job.created_at)
-        poll_ms = (
-            int(100 * elapsed_s * (100 - progress) / progress) if progress else 1000
-        )  # a tenth of the rest
+        # A tenth of the time that is left.
+        poll_ms = int(100 * elapsed_s * (100 - progress) / progress) if progress else 1000
         response.headers["openai-poll-after-ms"] = str(min(max(poll_ms, MIN_POLL_MS), MAX_POLL_MS))
     return Video.from_job(job, model_name(service.config), progress)
-
-
-def _file(request: Request, service: VideoService, job: Job, name: str, media_type: str) -> Response:
-    size = service.artefacts.size(job.id, name)
-    if size is None:
-        raise _expired(job)
-    read = partial(service.artefacts.chunks, job.id, name)
-    return partial_content(request, read, size, f"{job.id}-{name}", media_type)

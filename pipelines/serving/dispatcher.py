@@ -17,7 +17,8 @@ from typing import ParamSpec, TypeVar
 from pipelines.config import ServeConfig
 from pipelines.generation.spec import VideoResult, VideoSpec
 from pipelines.serving.artefacts import ArtefactStore
-from pipelines.serving.jobs import UNANSWERED, Job, JobStore
+from pipelines.serving.database import UNANSWERED
+from pipelines.serving.jobs import Job, JobStore
 from pipelines.serving.metrics import Metrics
 from prophy.errors import ProPhyError
 

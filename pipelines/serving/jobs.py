@@ -1,51 +1,26 @@
-"""Jobs as rows of a database, SQLite or PostgreSQL. Knows neither HTTP, nor Ray, nor how a video is made.
+"""Jobs as rows of a database. Knows neither HTTP, nor Ray, nor how a video is made.
 
-One process owns the database. All that it holds in memory can be lost: a new owner finds every accepted job.
+All that the owner of the database holds in memory can be lost: a new one finds every accepted job.
 """
 
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-from sqlalchemy import (
-    JSON,
-    Connection,
-    Dialect,
-    Engine,
-    Select,
-    Text,
-    TypeDecorator,
-    and_,
-    create_engine,
-    delete,
-    insert,
-    inspect,
-    make_url,
-    or_,
-    select,
-    update,
-)
-from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy import JSON, Dialect, Select, Text, TypeDecorator, and_, delete, or_, select, update
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from pipelines.generation.spec import VideoSpec
-from prophy.errors import ProPhyError
+from pipelines.serving.database import Base, OwnDatabase
 
 logger = logging.getLogger(__name__)
 
 JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 
-SCHEMA_VERSION = 1  # to be raised with every change of the tables, or of what their rows hold
-OWNER_TIMEOUT_S = 20.0  # an earlier owner that was told to stop is given this long
-UNANSWERED = (OperationalError, PoolTimeoutError)  # the database is away, or its connections are all in use
 UNREADABLE = (ValueError, LookupError)  # what a row raises that this version did not write
-_ADVISORY_LOCK = 0x70726F706879  # "prophy"
 
 
 class _SpecColumn(TypeDecorator[VideoSpec]):
@@ -61,19 +36,7 @@ class _SpecColumn(TypeDecorator[VideoSpec]):
         return VideoSpec.model_validate_json(value) if value is not None else None
 
 
-class _Base(DeclarativeBase):
-    pass
-
-
-class _Schema(_Base):
-    """Its one row says which version of the tables this is."""
-
-    __tablename__ = "prophy_schema"
-
-    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-
-
-class Job(_Base):
+class Job(Base):
     """One accepted request for a video.
 
     Attributes:
@@ -117,8 +80,8 @@ class Job(_Base):
     has_files: Mapped[bool] = mapped_column(default=False, index=True)
 
 
-class JobStore:
-    """The table of jobs, and the right to change it. Methods are short transactions, thread-safe, and block.
+class JobStore(OwnDatabase):
+    """The table of jobs. Methods are short transactions, thread-safe, and block.
 
     A job's status only moves along `queued -> in_progress -> completed | failed`, and back to `queued` by
     `requeue`. A method that moves it says whether the job was still there to be moved.
@@ -126,107 +89,31 @@ class JobStore:
     A row that this version cannot read is left out of what the methods return, and named in the log.
 
     Args:
-        url: the database's, as SQLAlchemy writes it.
+        url: see `OwnDatabase`.
 
     Raises:
-        ProPhyError: there is no such database, it cannot be written, another process owns it, or another
-            program or version made its tables.
+        ProPhyError: as `OwnDatabase`.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        try:
-            parsed = make_url(url)
-            is_file = parsed.get_backend_name() == "sqlite" and Path(parsed.database or "").is_absolute()
-            if not is_file and parsed.get_backend_name() != "postgresql":
-                raise ArgumentError("it is neither an absolute SQLite file nor PostgreSQL")
-            self._engine = create_engine(url, pool_pre_ping=True)
-            with ExitStack() as stack:
-                stack.callback(self._engine.dispose)
-                self._owner = stack.enter_context(_own(self._engine, url))
-                with self._engine.connect() as connection:
-                    self._create_tables(connection)
-                    connection.commit()
-                    if is_file:  # readers do not wait for the writer
-                        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-                self._ownership = stack.pop_all()
-        except (ArgumentError, DatabaseError, ImportError, OSError) as error:
-            raise self._refusal("open", error) from None
-        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
-
-    def _create_tables(self, connection: Connection) -> None:
-        """In one transaction, which also says now if the database is locked or read-only.
-
-        Raises:
-            ProPhyError: there are tables of another program or version.
-        """
-        if self._engine.dialect.name == "sqlite":  # whose driver begins no transaction before CREATE TABLE
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        found = inspect(connection).get_table_names()
-        version = connection.scalar(select(_Schema.version)) if _Schema.__tablename__ in found else None
-        if found and version != SCHEMA_VERSION:
-            raise ProPhyError(
-                f"the job database {self._url} has tables that another program, or another version of this "
-                f"one, made (their version is {version}, not {SCHEMA_VERSION}); choose another serve.output "
-                "or serve.database"
-            )
-        if not found:
-            _Base.metadata.create_all(connection)
-            connection.execute(insert(_Schema).values(version=SCHEMA_VERSION))
-
-    def _refusal(self, verb: str, error: Exception) -> ProPhyError:
-        reason = str(error.orig if isinstance(error, DatabaseError) else error).strip().splitlines()[0]
-        return ProPhyError(
-            f"cannot {verb} the job database {self._url}: {reason}; choose another serve.output, or set "
-            "serve.database to sqlite:////FOLDER/FILE or postgresql://USER@HOST/DATABASE"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Lets another process own the database."""
-        self._ownership.close()
-
-    def is_owner(self) -> bool:
-        """Whether the right is still ours: PostgreSQL takes it back when the connection breaks.
-
-        Takes it anew if nobody has it since.
-        """
-        if self._owner is None:
-            return True
-        try:
-            self._owner.exec_driver_sql("SELECT 1")
-        except OperationalError:
-            self._owner.rollback()  # else there is no new connection
-            return _try_lock(self._owner)
-        return True
-
     def check(self) -> None:
-        """Reads all of it.
+        """Reads every row.
 
         Raises:
             ProPhyError: a page is damaged, or a row is not of this version.
         """
         read = "none"
         try:
-            with self._sessions() as session:
-                if self._engine.dialect.name == "sqlite":
-                    found = session.connection().exec_driver_sql("PRAGMA quick_check").scalar()
-                    if found != "ok":
-                        raise OSError(f"it is damaged: {found}")
+            with self.sessions() as session:
+                self.check_pages(session)
                 rows = select(Job).order_by(Job.sequence).execution_options(yield_per=1000)
                 for job in session.scalars(rows):
                     _check_types(job)
                     read = job.id
         except UNREADABLE:
             reason = ValueError(f"another version made one of its rows; the last that can be read is {read}")
-            raise self._refusal("read", reason) from None
+            raise self.refusal("read", reason) from None
         except (DatabaseError, OSError) as error:
-            raise self._refusal("read", error) from None
+            raise self.refusal("read", error) from None
 
     def create(
         self,
@@ -245,19 +132,19 @@ class JobStore:
             status="queued",
             created_at=time.time(),
         )
-        with self._sessions.begin() as session:
+        with self.sessions.begin() as session:
             session.add(job)
         return job
 
     def get(self, job_id: str) -> Job | None:
         """The job, if it exists."""
-        with self._sessions() as session:
+        with self.sessions() as session:
             return _first(session, select(Job.sequence).where(Job.id == job_id, ~Job.is_deleted))
 
     def find(self, idempotency_key: str) -> Job | None:
         """The job of the request that was marked with this key, if it exists."""
         key = select(Job.sequence).where(Job.idempotency_key == idempotency_key, ~Job.is_deleted)
-        with self._sessions() as session:
+        with self.sessions() as session:
             return _first(session, key)
 
     def page(self, after: Job | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
@@ -266,14 +153,14 @@ class JobStore:
         if after is not None:
             follows = Job.sequence > after.sequence if order == "asc" else Job.sequence < after.sequence
             keys = keys.where(follows)
-        with self._sessions() as session:
+        with self.sessions() as session:
             found = session.scalars(keys.limit(limit + 1)).all()
             return _read(session, found[:limit]), len(found) > limit
 
     def requeue_unfinished(self) -> list[Job]:
         """Puts what an earlier owner had in progress back into the queue; returns the queue, oldest first."""
         queued = select(Job.sequence).where(Job.status == "queued", ~Job.is_deleted).order_by(Job.sequence)
-        with self._sessions.begin() as session:
+        with self.sessions.begin() as session:
             session.execute(update(Job).where(Job.status == "in_progress").values(status="queued"))
             return _read(session, session.scalars(queued).all())
 
@@ -288,7 +175,7 @@ class JobStore:
             .where(Job.id == job_id, Job.status == "in_progress", ~Job.is_deleted)
             .values(status="queued", num_deaths=Job.num_deaths + 1)
         )
-        with self._sessions.begin() as session:
+        with self.sessions.begin() as session:
             return session.scalar(lost.returning(Job.num_deaths))
 
     def complete(
@@ -320,18 +207,18 @@ class JobStore:
         """The jobs whose files must go: deleted, failed or expired."""
         expired = and_(Job.status == "completed", Job.expires_at <= time.time())
         unwanted = or_(Job.is_deleted, and_(Job.has_files, or_(Job.status == "failed", expired)))
-        with self._sessions() as session:
+        with self.sessions() as session:
             return list(session.scalars(select(Job.id).where(unwanted)))
 
     def purge(self, job_id: str) -> None:
         """The files of an outdated job are gone: forgets it if it is deleted, else notes that."""
-        with self._sessions.begin() as session:
+        with self.sessions.begin() as session:
             session.execute(delete(Job).where(Job.id == job_id, Job.is_deleted))
             session.execute(update(Job).where(Job.id == job_id).values(has_files=False))
 
     def _move(self, job_id: str, before: tuple[JobStatus, ...], **values: Any) -> bool:
         job = update(Job).where(Job.id == job_id, Job.status.in_(before), ~Job.is_deleted)
-        with self._sessions.begin() as session:
+        with self.sessions.begin() as session:
             return session.scalar(job.values(**values).returning(Job.id)) is not None
 
 
@@ -364,39 +251,3 @@ def _check_types(job: Job) -> None:
 
 def _first(session: Session, keys: Select[int]) -> Job | None:
     return next(iter(_read(session, session.scalars(keys).all())), None)
-
-
-@contextmanager
-def _own(engine: Engine, url: str) -> Iterator[Connection | None]:
-    """Holds the one right to change the database; the death of the process gives it back.
-
-    Yields:
-        The connection that the right hangs on, if it is not a file.
-
-    Raises:
-        ProPhyError: another process holds it.
-    """
-    taken = ProPhyError(
-        f"another server uses the job database {url}; stop it, or choose another serve.output or "
-        "serve.database"
-    )
-    if engine.dialect.name == "sqlite":
-        lock = FileLock(f"{engine.url.database}.lock", thread_local=False)
-        try:
-            lock.acquire(timeout=OWNER_TIMEOUT_S)
-        except Timeout:
-            raise taken from None
-        yield None
-        lock.release()
-        return
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        deadline = time.monotonic() + OWNER_TIMEOUT_S
-        while not _try_lock(connection):
-            if time.monotonic() > deadline:
-                raise taken
-            time.sleep(0.1)
-        yield connection  # closing it unlocks
-
-
-def _try_lock(connection: Connection) -> bool:
-    return bool(connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_ADVISORY_LOCK})").scalar())

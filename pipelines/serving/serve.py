@@ -34,12 +34,13 @@ from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import find_user_error, open_run, ray_session
 from pipelines.serving import haproxy
-from pipelines.serving.api import GeneratorStatus, VideoService, create_app
+from pipelines.serving.api import create_app
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import Dispatcher, GenerationStep, ReplicaDiedError
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ApiError
+from pipelines.serving.service import GeneratorStatus, VideoService
 from prophy.errors import ProPhyError
 
 logger = logging.getLogger("ray.serve")  # a replica's own: JSON lines with its context

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, text
 
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
-from pipelines.serving import jobs
+from pipelines.serving import database
 from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
 from prophy.taxonomy import Phenomenon
@@ -116,7 +116,7 @@ def test_next_owner_finds_every_accepted_job_of_one_that_was_killed(url: str) ->
 
 
 def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "OWNER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
     url = new_database(postgres)
     server = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
 
@@ -140,7 +140,7 @@ def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.Mo
 
 
 def test_one_owner(store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "OWNER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
     with pytest.raises(ProPhyError, match="another server uses the job database"):
         JobStore(url)
     store.close()

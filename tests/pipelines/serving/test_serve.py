@@ -21,7 +21,7 @@ import ray
 from pipelines.config import Config
 from pipelines.generation import generate
 from pipelines.generation.spec import StepCache
-from pipelines.serving import jobs, serve
+from pipelines.serving import database, serve
 from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
@@ -263,7 +263,7 @@ def test_ready_and_counted(client: httpx.Client) -> None:
 def test_one_server_at_a_time(
     client: httpx.Client, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "OWNER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
     with pytest.raises(ProPhyError, match="another server uses the job database"), serve.serving(config):
         pass
     elsewhere = config.serve.model_copy(update={"output": tmp_path})

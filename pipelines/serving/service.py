@@ -1,0 +1,151 @@
+"""What the routes of the Videos API act on. What is not there to be had is an `ApiError`."""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastapi import Request, Response
+
+from pipelines.config import Config
+from pipelines.generation.spec import ShapeLimits
+from pipelines.serving.artefacts import ArtefactStore
+from pipelines.serving.byte_ranges import partial_content
+from pipelines.serving.dispatcher import Dispatcher
+from pipelines.serving.jobs import Job, JobStore
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.protocol import ApiError
+
+_VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class GeneratorStatus:
+    """The model behind the API.
+
+    Attributes:
+        is_ready: it has made a first forward pass; replicas that were scaled away since come back with a job.
+        num_replicas: how many hold it now.
+    """
+
+    is_ready: bool
+    num_replicas: int
+
+
+@dataclass(frozen=True)
+class VideoService:
+    """What the routes act on.
+
+    Attributes:
+        config: the operator's defaults and limits.
+        limits: the shapes that the model can make.
+        store: the jobs.
+        artefacts: the files of finished videos.
+        dispatcher: makes queued jobs into videos.
+        metrics: what is counted.
+        generator_status: how the model is.
+        draw: name and arguments of a function of `pipelines.serving.drawing` -> what that draws.
+        drawing: held while it is at work: it takes a processor.
+    """
+
+    config: Config
+    limits: ShapeLimits
+    store: JobStore
+    artefacts: ArtefactStore
+    dispatcher: Dispatcher
+    metrics: Metrics
+    generator_status: Callable[[], Awaitable[GeneratorStatus]]
+    draw: Callable[..., Awaitable[bytes]]
+    drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def find(self, video_id: str, param: str | None = None) -> Job:
+        """The job of a video; `param` is the field of the request that names it, where one does.
+
+        Raises:
+            ApiError: there is none.
+        """
+        job = self.store.get(video_id) if _VIDEO_ID.fullmatch(video_id) else None
+        if job is None:
+            raise no_video(video_id, param)
+        return job
+
+    def find_completed(self, video_id: str) -> Job:
+        """A job whose files are there.
+
+        Raises:
+            ApiError: there is no such video, or no files of it yet, or any more.
+        """
+        job = self.find(video_id)
+        if job.status == "failed":
+            raise ApiError(409, f"video {job.id} was not made: {job.error_message}", "video_failed")
+        if job.status != "completed":
+            done = self.dispatcher.progress(job.id)
+            message = f"video {job.id} is {job.status}, {done} % done; poll it until it is completed"
+            raise ApiError(409, message, "video_not_ready")
+        if job.expires_at is not None and job.expires_at <= time.time():
+            raise _expired(job)
+        return job
+
+    def find_with_maps(self, video_id: str) -> Job:
+        """As `find_completed`, of a video that was made with maps."""
+        job = self.find_completed(video_id)
+        if job.spec.physics is None or not job.spec.physics.return_maps:
+            message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
+            raise ApiError(409, message, "no_maps")
+        return job
+
+    def file(self, request: Request, job: Job, name: str, media_type: str) -> Response:
+        """A file of a video, or the range of it that the request asks for.
+
+        Raises:
+            ApiError: it has expired.
+        """
+        size = self.artefacts.size(job.id, name)
+        if size is None:
+            raise _expired(job)
+        read = partial(self.artefacts.chunks, job.id, name)
+        return partial_content(request, read, size, f"{job.id}-{name}", media_type)
+
+    async def draw_once(self, job: Job, name: str, kind: str, files: list[str], *further: Any) -> None:
+        """Has the file `name` drawn, unless it was before.
+
+        Args:
+            job: the video's.
+            name: the file's.
+            kind: name of a function of `pipelines.serving.drawing`.
+            files: of the video, whose contents it draws from.
+            further: its other arguments.
+
+        Raises:
+            ApiError: one of the files has expired, or the video was deleted meanwhile.
+        """
+        async with self.drawing:
+            if await asyncio.to_thread(self.artefacts.size, job.id, name) is not None:
+                return
+            try:
+                contents = await asyncio.to_thread(
+                    lambda: [self.artefacts.read(job.id, file) for file in files]
+                )
+            except FileNotFoundError:
+                raise _expired(job) from None
+            drawn = await self.draw(kind, *contents, *further)
+            await asyncio.to_thread(self._keep, job, name, drawn)
+
+    def _keep(self, job: Job, name: str, content: bytes) -> None:
+        """Adds a file to those of a video, unless that was deleted meanwhile."""
+        self.artefacts.add(job.id, name, content)
+        if self.store.get(job.id) is None:
+            self.artefacts.remove(job.id)
+            raise no_video(job.id)
+
+
+def no_video(video_id: str, param: str | None = None) -> ApiError:
+    """What is said of a video that there is not; `param` as in `VideoService.find`."""
+    return ApiError(404, f"no video {video_id[:64]!r}", "video_not_found", param)
+
+
+def _expired(job: Job) -> ApiError:
+    return ApiError(410, f"the files of video {job.id} have expired; make it again", "video_expired")
