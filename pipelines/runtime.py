@@ -46,7 +46,7 @@ _SECTIONS = {
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide what a run makes."""
+    """The versions of Python and of the libraries that decide what a run makes."""
     return {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
 
 
@@ -142,7 +142,7 @@ def _connect(address: str) -> None:
 def _start(config: Config) -> None:
     try:
         ray.init("local", num_cpus=config.ray.num_cpus, include_dashboard=True)
-    except Exception as error:  # of no other class when Ray has waited in vain for its own node
+    except Exception as error:  # Ray has no narrower class for a node that it waited for in vain
         raise ProPhyError(
             f"Ray does not start here: {_in_one_line(error)} Where the machine is busy with other work, run "
             "the same command again later"

@@ -78,7 +78,7 @@ class PacketTimes:
     """The moments at which a file wants frames shown, decodable or not, as far as it was read.
 
     Attributes:
-        seconds: of each packet, in the order of the file.
+        seconds: the moment of each packet, in the order of the file.
     """
 
     def __init__(self) -> None:

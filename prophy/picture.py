@@ -43,8 +43,8 @@ def cut_share(height: int, width: int, aspect_ratio: float) -> tuple[float, floa
     """The shares of a picture's height and width that are left at its centre when cut to `aspect_ratio`.
 
     Args:
-        height: of the picture.
-        width: of the picture.
+        height: the picture's, in pixels.
+        width: the picture's, in pixels.
         aspect_ratio: width over height of what is left.
     """
     wider = aspect_ratio * height / width
@@ -56,8 +56,8 @@ class PictureMaker:
 
     Args:
         path: the file, for errors.
-        height: of a picture.
-        width: of a picture.
+        height: height of every picture, in pixels.
+        width: width of every picture, in pixels.
         pixel_aspect: width of a stored pixel over its height; None is square.
         aspect_ratio: width over height of the part at the centre that is scaled to the picture; None is the
             whole.

@@ -49,7 +49,7 @@ from prophy.video import FRAMES_VERSION
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
 _CLIPS_PER_TASK = 8  # where there are many: Ray's books of a task take time and memory
-_BLOCKS = 256, 4096  # of a work list, least and most; fewer only where there are fewer clips
+_BLOCKS = 256, 4096  # least and most blocks of a work list; fewer only where there are fewer clips
 _MAX_WAITING = 4  # tasks at each actor: with Ray Data's 2 it waits for the driver whenever clips are short
 _MAX_DECODED = 64  # clips between the decoders and each actor that holds models
 
@@ -169,7 +169,7 @@ def _read(work: pa.Table, num_actors: int, num_frames: int, shapes: list[tuple[i
     limits = ExecutionResources.for_limits(object_store_memory=_MAX_DECODED * num_actors * clip_bytes)
     num_blocks = min(max(len(work) // _CLIPS_PER_TASK, _BLOCKS[0]), _BLOCKS[1], len(work))
     rows = ray.data.from_items(work.to_pylist(), override_num_blocks=num_blocks)
-    rows.context.execution_options.resource_limits = limits  # of this graph alone
+    rows.context.execution_options.resource_limits = limits  # for this graph alone
     return rows
 
 

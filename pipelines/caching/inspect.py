@@ -31,9 +31,9 @@ from prophy.video import VideoError, nearest_shape
 logger = logging.getLogger(__name__)
 
 _COLUMNS = 6  # frames of a clip, from its first to its last
-_HEIGHT = 96  # of a frame, in pixels
+_HEIGHT = 96  # height of a frame, in pixels
 _LABEL_WIDTH = 180
-_LINE = 14  # of text
+_LINE = 14  # height of a line of text, in pixels
 
 
 def inspect(config: Config, num_clips: int, sheet: Path) -> None:

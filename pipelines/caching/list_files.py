@@ -57,7 +57,7 @@ def read_rows(content: bytes, suffix: str, known: Collection[str]) -> Rows:
     """The rows of a list of videos.
 
     Args:
-        content: of the file.
+        content: bytes of the file.
         suffix: one of `SUFFIXES`.
         known: columns that may be used; of Parquet no others are read.
 

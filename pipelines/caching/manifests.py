@@ -103,7 +103,7 @@ class _Reader:
     """Makes videos of rows.
 
     Args:
-        location: of the list.
+        location: where the list lies, for messages and for paths in it.
         is_wisa: whether it is WISA-80K's JSON. A bare file name is looked for below its folder: the archives
             of the data set unpack into folders of their own. What an answer names besides the taxonomy's
             phenomena is counted, said, and left out. The physical law is left out: a user's prompt has none.

@@ -56,7 +56,7 @@ class GraphReport:
     stalled: str = ""
 
     def __add__(self, later: "GraphReport") -> "GraphReport":
-        """Of two runs of a graph, one after the other; the stages are the later one's."""
+        """Sums two runs of a graph, one after the other; the stages are the later one's."""
         return GraphReport(
             self.written + later.written,
             self.failed + later.failed,
@@ -85,7 +85,7 @@ def complete(left: Callable[[], pa.Table], run: Callable[[pa.Table], GraphReport
 
     Args:
         left: the work list, anew at each call.
-        run: of a work list, on what room there is in the cluster at each call.
+        run: runs the graph on a work list, with the room that the cluster has at each call.
 
     Raises:
         ProPhyError: there is no room, or two runs end without it and without a row in between.

@@ -27,9 +27,9 @@ class Misfit:
     """Videos whose pictures are not of the shape that is made of them.
 
     Attributes:
-        num_videos: that lose, or are stretched by, more than a hundredth.
+        num_videos: how many lose, or are stretched by, more than a hundredth.
         worst: the one with the largest share.
-        share: of its picture that is cut off, or by which it is stretched.
+        share: the part of its picture that is cut off, or by which it is stretched.
     """
 
     num_videos: int

@@ -117,7 +117,7 @@ class ReadClip:
         seen: (height, width) each of what the VLM sees; the picture is cut at its centre to the aspect ratio
             of the nearest.
         shapes: (height, width) each; what is left gets the nearest.
-        limits: of decoding.
+        limits: what decoding a video may take.
     """
 
     def __init__(

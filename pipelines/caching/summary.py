@@ -17,7 +17,7 @@ class CacheSummary:
     """What the cache holds of the input after a run.
 
     Attributes:
-        num_videos: of the input.
+        num_videos: videos in the input.
         num_priors: clips of these videos in the priors; those that several paths lead to count once.
         num_encodings: these clips in the encodings of this backbone.
         num_copies: videos of the input with the content of another, by which they count.

@@ -28,7 +28,7 @@ class Found:
     """What a folder or prefix holds.
 
     Attributes:
-        sources: of videos, by name; what is reached through symbolic links comes last.
+        sources: the videos, by name; what is reached through symbolic links comes last.
         left_out: number of files that are no videos, by kind.
         refused: why a file or folder cannot be used, a sentence each.
     """

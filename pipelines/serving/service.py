@@ -116,7 +116,7 @@ class VideoService:
             job: the video's.
             name: the file's.
             kind: name of a function of `pipelines.serving.drawing`.
-            files: of the video, whose contents it draws from.
+            files: names of the video's files that it is drawn from.
             further: its other arguments.
 
         Raises:

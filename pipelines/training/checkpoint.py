@@ -152,7 +152,7 @@ def set_damaged_aside(root: Path) -> Checkpoint | None:
         if damage is None:
             return Checkpoint(folder)
         aside = folder.with_name(f"{folder.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        shutil.rmtree(aside, ignore_errors=True)  # left by an earlier run
         folder.rename(aside)
         logger.warning("%s is damaged (%s); it is now %s", folder, damage, aside.name)
     return None

@@ -34,9 +34,9 @@ from prophy.training.data import PriorDataset, SemanticBatch, TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
 from prophy.video import write_video
 
-QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timestep's distribution, at which losses are measured
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # places in the timestep's distribution at which losses are measured
 
-_MAPS_SHOWN = 3  # of the phenomena that act most
+_MAPS_SHOWN = 3  # those of the phenomena that act most
 _COLUMNS = 6  # frames of a video in its picture
 
 

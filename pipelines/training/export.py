@@ -88,7 +88,7 @@ def writing_model(folder: Path) -> Iterator[Path]:
     """
     partial = folder.with_name(f"{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         yield partial
         partial.rename(folder)
     except (OSError, SafetensorError) as error:

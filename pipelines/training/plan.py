@@ -18,7 +18,7 @@ from prophy.backbones.pretrained import load_configs
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.training.cost import count_flops, count_saved_bytes
 
-USABLE = 0.9  # of a GPU's memory; the rest is CUDA's context and fragments
+USABLE = 0.9  # share of a GPU's memory; the rest is CUDA's context and fragments
 _MASTER_GRADIENT = 4  # bytes per trained parameter: the gradient in float32,
 _MASTER_STATE = 4 + 8  # and the parameter and AdamW's two moments
 _ADAMW = 8
@@ -221,7 +221,7 @@ def model_states(size: ModelSize, num_gpus: int, zero_stage: int, offload: str) 
     if zero_stage == 3:
         gathered = min(size.frozen_bytes + weights, _MAX_LIVE_PARAMETERS * size.trained_bytes)
         resident, buffers = (size.frozen_bytes + weights) // num_gpus, bucket + gathered
-        gradients = 0  # of each shard, in float32 at once
+        gradients = 0  # each shard's are in float32 at once
     else:
         resident, buffers = size.frozen_bytes + weights, bucket
         gradients = weights if zero_stage == 1 else weights // num_gpus

@@ -105,9 +105,9 @@ class PhysicsTransformer(ModelMixin):
         training adds to a weight is below the precision of bfloat16, and would round back to that weight.
 
         Args:
-            rank: of the two matrices.
+            rank: inner size of the two matrices.
             alpha: the adapter's output is scaled by alpha / rank.
-            dtype: of the adapter: float32 to train, else that of the layers beneath.
+            dtype: precision of the adapter: float32 to train, else that of the layers beneath.
         """
         layers = rf"{self._block_list}\.\d+\..*(to_q|to_k|to_v|to_out\.0)"
         self.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))

@@ -23,7 +23,7 @@ class VideoAttention:
         heads: heads of these layers that are averaged; None is all.
         video: places of the `V` video tokens among the keys.
         batch_size: B.
-        device: of the mean.
+        device: where the mean is kept.
 
     Attributes:
         mean: `[B, V]` float32, the attention of each row to the video tokens.

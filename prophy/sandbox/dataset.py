@@ -30,9 +30,9 @@ _COLUMNS = pa.schema(
         pa.field(
             "parts", pa.list_(pa.struct({"scene": pa.string(), "colour": pa.string(), "side": pa.string()}))
         ),
-        # Of each phenomenon, the bits of [T, H, W].
+        # The bits of [T, H, W] for each phenomenon.
         pa.field("masks", pa.list_(pa.binary()), nullable=False),
-        # Of each body, x and y in every frame.
+        # x and y in every frame, for each body.
         pa.field("tracks", pa.map_(pa.string(), pa.list_(pa.float64())), nullable=False),
         pa.field("constants", pa.map_(pa.string(), pa.float64()), nullable=False),
     ]

@@ -25,7 +25,7 @@ VAE: dict[str, Any] = {
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],
     "is_residual": True,
-    # Of simulated clips, so that latents have unit variance.
+    # Measured on simulated clips, so that latents have unit variance.
     "latents_mean": [
         0.02, 0.0, 0.1, -0.06, -0.07, -0.06, -0.16, 0.16,
         0.1, 0.01, -0.11, 0.24, -0.02, 0.01, 0.33, -0.06,
