@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import psycopg.sql
@@ -29,7 +30,8 @@ def postgres_server() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="prophy-postgres-"))
     if user:
         shutil.chown(folder, user)
-    data, quiet = folder / "data", {"cwd": folder, "user": user, "stdout": subprocess.DEVNULL}
+    data = folder / "data"
+    quiet: dict[str, Any] = {"cwd": folder, "user": user, "stdout": subprocess.DEVNULL}
     try:
         subprocess.run(
             [installed[-1] / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"],

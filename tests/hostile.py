@@ -35,6 +35,7 @@ def write_stream(
     """Frames with everything that `write_video` fixes left to choose."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=8, options=options or {})
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixel_format
         if rotation is not None:
@@ -127,7 +128,7 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nhttp://127.0.0.1:9/a.
 CONCAT = b"ffconcat version 1.0\nfile /etc/passwd\n"
 
 # What is refused: how it is made, and what the refusal says.
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "one frame of 16k x 16k": (huge_frame, "its frame is 256,000,000 pixels (16000x16000), allowed are"),
     "a million frames": (
         million_frames,
@@ -138,9 +139,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken timestamps": (broken_timestamps, "its duration is 36,004.125 s, allowed are 3,600"),
     "no index": (damaged(lambda content: content[: content.index(b"moov") - 4]), "cannot be read as a video"),
     "truncated tail": (damaged(cut_off_tail, movflags="+faststart"), "was cut short"),
-    "zero bytes": (lambda path: path.write_bytes(b"") and None, "cannot be read as a video"),
-    "HLS playlist": (lambda path: path.write_bytes(PLAYLIST) and None, "cannot be read as a video"),
-    "concat list": (lambda path: path.write_bytes(CONCAT) and None, "cannot be read as a video"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "cannot be read as a video"),
+    "HLS playlist": (lambda path: path.write_bytes(PLAYLIST), "cannot be read as a video"),
+    "concat list": (lambda path: path.write_bytes(CONCAT), "cannot be read as a video"),
 }
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -57,9 +58,9 @@ class Run:
         """
         with suppress(psutil.NoSuchProcess):  # it has just ended
             self.family |= set(self.process.children(recursive=True))
-        victims = [self.process]
+        victims: list[psutil.Process] = [self.process]
         if victim == "node":
-            victims += self.family
+            victims += list(self.family)
         if victim == "worker":
             workers = [process for process in self.family if title(process).startswith(self.workers)]
             victims = random.sample(workers, min(len(workers), 1))
@@ -76,7 +77,7 @@ class Run:
 
 
 @contextmanager
-def starter(*arguments: object) -> Iterator[Callable[[], Run]]:
+def starter(*arguments: Any) -> Iterator[Callable[[], Run]]:
     """Starts the same command, any number of times; the arguments are those of `Run`."""
     started: list[Run] = []
 

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def http_server(config: Config, generate: Generate, *, is_ready: bool = True) ->
         Dispatcher(store, artefacts, generate, metrics, settings),
         metrics,
         generator_status,
-        partial(asyncio.to_thread, draw),
+        lambda kind, *of: asyncio.to_thread(draw, kind, *of),
     )
     server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)

@@ -78,7 +78,8 @@ def children() -> set[psutil.Process]:
 def test_a_crash_is_survived_once_and_given_up_twice(tmp_path: Path) -> None:
     """A signal from outside stands for a defect of FFmpeg: real death of a real process, in mid-call."""
     os.mkfifo(tmp_path / "a.mp4")  # opening it waits for a writer that never comes
-    before, killed = children(), []
+    before = children()
+    killed: list[psutil.Process] = []
 
     def kill() -> None:
         while len(killed) < 2:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -60,11 +61,11 @@ def test_the_tree_of_the_readme_is_true() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_and_options_exist(document: Path) -> None:
-    commands = typer.main.get_command(app)
+    commands: Any = typer.main.get_command(app)
     code = re.findall(r"`[^`\n]+`|^ {4}.*$", text_of(document), flags=re.MULTILINE)
     for line in re.findall(r"\bprophy ((?:--)?[a-z][^`|&#\n]*)", "\n".join(code)):
         first, *words = line.split()
-        command = commands
+        command: Any = commands
         if not first.startswith("--"):
             assert first in commands.commands, f"`prophy {first}` does not exist"
             command = commands.commands[first]
@@ -84,6 +85,7 @@ def test_keys_exist(document: Path) -> None:
     text = text_of(document)
     sections = {name for name, field in Config.model_fields.items() if is_section(field.annotation)}
     named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)[`=: ]", text) + re.findall(r"--set ([a-z_.]+)=", text)
+    model: Any
     for key in named:
         first, *rest = key.split(".")
         if first not in sections or rest[-1] in ("py", "yaml"):

@@ -1,5 +1,7 @@
 """Latents and embeddings against what the pipeline does with them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,11 @@ def encoder() -> VideoEncoder:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> object:
+def pipeline() -> Any:
     return load_pipeline("wan", "tiny", None, torch.float32, None)
 
 
-def test_latents_are_the_normalised_posterior_mean(encoder: VideoEncoder, pipeline: object) -> None:
+def test_latents_are_the_normalised_posterior_mean(encoder: VideoEncoder, pipeline: Any) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 5, 32, 32, 3), dtype=np.uint8)
     latents = encoder.encode_video(frames)
     assert latents.shape == (2, 16, 2, 8, 8) and latents.dtype == torch.float32
@@ -38,7 +40,7 @@ def test_latents_are_the_normalised_posterior_mean(encoder: VideoEncoder, pipeli
     assert (config.latents_std[0], config.latents_mean[0]) != (1.0, 0.0)
 
 
-def test_text_is_what_the_pipeline_encodes(encoder: VideoEncoder, pipeline: object) -> None:
+def test_text_is_what_the_pipeline_encodes(encoder: VideoEncoder, pipeline: Any) -> None:
     prompts = ["a red ball falls", ""]
     embeds = encoder.encode_text(prompts)
     expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)

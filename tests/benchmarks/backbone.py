@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ PARAPHRASES = (
 
 def true_videos(requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
     """Simulated clips of what is asked."""
-    shape = {"num_frames": sampling.num_frames, "fps": sampling.fps, "size": sampling.size}
+    shape: dict[str, Any] = {"num_frames": sampling.num_frames, "fps": sampling.fps, "size": sampling.size}
     return [
         play_parts(request.parts, np.random.default_rng((request.seed, 1)), **shape).frames
         for request in requests

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ LATENTS, TEXT_LENGTH = (16, 21, 60, 104), 512
 
 def contestants(video: VideoSpec) -> dict[str, VideoSpec]:
     """The ways to make a video."""
+    ways: dict[str, dict[str, Any]]
     ways = {WHOLE: {}, "all steps, branch off (scale 0)": {"physics": PhysicsSpec(scale=0.0)}}
     ways |= {f"{steps} steps": {"num_inference_steps": steps} for steps in FEWER_STEPS}
     for cache, values in CACHES.items():
@@ -96,7 +98,8 @@ def compare_caches(denoise: Denoiser, videos: Sequence[VideoSpec]) -> Table:
 
 def compare_batches(denoise: Denoiser, videos: Sequence[VideoSpec]) -> Table:
     """Each batch size makes the same videos, in whole."""
-    frames, seconds = {}, {}
+    frames: dict[int, list[np.ndarray]] = {}
+    seconds: dict[int, float] = {}
     for size in BATCH_SIZES:
         batches = [videos[start : start + size] for start in range(0, len(videos), size)]
         frames[size], seconds[size] = [], 0.0

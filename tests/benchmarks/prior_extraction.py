@@ -24,14 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
-from prophy.priors.vlm import VideoLanguageModel, load_vlm
+from prophy.priors.qwen_vl import Qwen25VL
+from prophy.priors.vlm import load_vlm
 from prophy.taxonomy import PHENOMENA
 
 QUESTIONS = [question.text for question in (CAPTION, PRESENCE, BACKGROUND, *map(describe, PHENOMENA[:3]))]
 FPS = 4.0
 
 
-def naive(vlm: VideoLanguageModel, frames: np.ndarray, num_tokens: int) -> None:
+def naive(vlm: Qwen25VL, frames: np.ndarray, num_tokens: int) -> None:
     """A full run per question by transformers alone, with all of its attention."""
     patches, grid = vlm.pixels(frames)
     num_video_tokens = int(grid.prod()) // vlm.model.config.vision_config.spatial_merge_size**2
@@ -59,18 +60,18 @@ def naive(vlm: VideoLanguageModel, frames: np.ndarray, num_tokens: int) -> None:
         torch.stack(rows).float().mean((0, 1)).cpu()
 
 
-def without_sharing(vlm: VideoLanguageModel, frames: np.ndarray, num_tokens: int) -> None:
+def without_sharing(vlm: Qwen25VL, frames: np.ndarray, num_tokens: int) -> None:
     """Our attention, but the video is read again for each question."""
     for question in QUESTIONS:
         vlm.answer(vlm.watch(frames, FPS), [question], num_tokens, range(vlm.num_layers))
 
 
-def ours(vlm: VideoLanguageModel, frames: np.ndarray, num_tokens: int) -> None:
+def ours(vlm: Qwen25VL, frames: np.ndarray, num_tokens: int) -> None:
     """One prefill, all questions as one batch."""
     vlm.answer(vlm.watch(frames, FPS), QUESTIONS, num_tokens, range(vlm.num_layers))
 
 
-WAYS: dict[str, Callable[[VideoLanguageModel, np.ndarray, int], None]] = {
+WAYS: dict[str, Callable[[Qwen25VL, np.ndarray, int], None]] = {
     "naive": naive,
     "ours without prefix sharing": without_sharing,
     "ours": ours,
@@ -88,6 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Seconds per clip and peak memory beyond the loaded model, of `options.way`."""
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     vlm = load_vlm(options.model, None, dtype, None)
+    assert isinstance(vlm, Qwen25VL)
     vlm.end_tokens = torch.tensor([-1], device=vlm.model.device)  # all answers are equally long
     if options.way == "naive":
         vlm.model.set_attn_implementation("eager")

@@ -19,7 +19,9 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -88,7 +90,7 @@ def throughput(client: httpx.Client, config: Config, num_videos: int, num_steps:
         between = time.perf_counter()
         ids = [submit(client, num_steps) for _ in range(num_videos)]
         for video_id in ids:  # whichever comes first
-            until(lambda video_id=video_id: has_status(client, video_id, "completed"), 0.1)
+            until(partial(has_status, client, video_id, "completed"), 0.1)
         ended = time.perf_counter()
         if round_:
             seconds["bare"].append((between - begun) / num_videos)
@@ -145,9 +147,9 @@ def cancelling(client: httpx.Client, num_steps: int) -> dict[str, list[float]]:
         await_mid_video(client, running)
         begun = time.perf_counter()
         client.delete(f"/v1/videos/{running}").raise_for_status()
-        until(lambda video=next_: has_status(client, video, "in_progress", "completed"), 0.005)
+        until(partial(has_status, client, next_, "in_progress", "completed"), 0.005)
         found["next_s"].append(time.perf_counter() - begun)
-        until(lambda video=next_: has_status(client, video, "completed"))
+        until(partial(has_status, client, next_, "completed"))
         denoise_s = client.get(f"/v1/videos/{next_}").json()["stage_durations"]["denoise"]
         found["step_s"].append(denoise_s / num_steps)
     return found
@@ -199,7 +201,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="of requests at 50/s")
     parser.add_argument("--save", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
-    results = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="prophy-") as scratch:
         settings = {"min_replicas": 1, "max_replicas": 1, "max_queued": 10_000, "port": 0}
         overrides = [f"run_dir={scratch}/run", *(f"serve.{key}={value}" for key, value in settings.items())]
@@ -226,9 +228,9 @@ def main() -> None:
     table.add_row("throughput against the bare pipeline", f"{share:.1%}", "95 %")
     table.add_row("  seconds per video, bare / HTTP", f"{seconds['bare']:.2f} / {seconds['http']:.2f}", "")
     for method, values in results["latency_ms"].items():
-        for name, bar in (("p50", 10), ("p99", 60)):
+        for name, bar_ms in (("p50", 10), ("p99", 60)):
             table.add_row(
-                f"{method} {name} at {RATE_PER_S} requests/s", f"{values[name]:.1f} ms", f"{bar} ms"
+                f"{method} {name} at {RATE_PER_S} requests/s", f"{values[name]:.1f} ms", f"{bar_ms} ms"
             )
     table.add_row("from a burst to the second replica", f"{results['second_replica_s']:.1f} s", "")
     step_ms = np.median(cancel["step_s"]) * 1e3

@@ -23,8 +23,10 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -54,7 +56,7 @@ WINDOWS = 20
 
 def write_minimal_vlm(folder: Path) -> None:
     """The embedded VLM's files with one layer of width 32 in each tower."""
-    config = build_config(build_tokenizer())
+    config: Any = build_config(build_tokenizer())
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32, 32, 1
     text.num_attention_heads = text.num_key_value_heads = 2
@@ -65,7 +67,11 @@ def write_minimal_vlm(folder: Path) -> None:
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
-    sizes = {"patch_size": PATCH_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
+    sizes: dict[str, Any] = {
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+    }
     Qwen2VLImageProcessorPil(**sizes).save_pretrained(folder)
 
 
@@ -89,7 +95,7 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
     clips = pa.concat_tables(CutVideo(durations_s, limits)(videos))
     table = cache.encodings_table(config)
     table = type(table)(folder / "encodings", table.schema, table.settings, table.provenance)
-    stages = {
+    stages: dict[str, tuple[Callable[[pa.Table], pa.Table], ReadClip, int, float]] = {
         "ExtractPriors": (
             ExtractPriors(vlm, folder / "attempts"),
             ReadClip([(durations_s[0], vlm.num_frames)], vlm.frame_shapes, vlm.frame_shapes, limits),
@@ -154,7 +160,8 @@ class MemoryLog(threading.Thread):
         By part, since a process ends when its stage does, and then frees all it had. What lives for less
         than `WINDOWS` samples has no slope; where nothing has one, the sum is NaN.
         """
-        slopes, residuals = {}, defaultdict(float)
+        slopes: dict[str, float] = {}
+        residuals: dict[tuple[int, int], float] = defaultdict(float)
         for part, samples in self.samples[graph].items():
             settled = [sample for sample in samples if num_clips / 5 <= sample[1] < num_clips]
             if len(settled) >= WINDOWS:
@@ -234,7 +241,7 @@ def main() -> None:
     for name, row in results.items():
         slope = f"{row['memory_slope_mb_per_100_clips']:.2f} ± {row['standard_error']:.2f}"
         numbers = [f"{row[key]:.2f}" for key in columns]
-        table.add_row(name, row["slowest"], str(row["clips"]), f"{row['span_s']:.0f}", *numbers, slope)
+        table.add_row(name, str(row["slowest"]), str(row["clips"]), f"{row['span_s']:.0f}", *numbers, slope)
     Console().print(table)
     for name, (parts, *_) in slopes.items():
         steepest = ", ".join(f"{part} {slope:.2f}" for part, slope in list(parts.items())[:4])

@@ -39,8 +39,9 @@ def score(clips: list[SimulatedClip]) -> tuple[Scores, dict[str, list[float]]]:
     for number, clip in enumerate(clips):
         priors = extractor(vlm_frames(clip.frames), VLM_FPS, clip.phenomena)
         latents = encoder.encode_video(clip.frames[None])[0]
+        slices = torch.tensor(priors.slice_times, dtype=torch.float64) * clip.fps / (NUM_FRAMES - 1)
         for name, recipe in RECIPES.items():
-            signed = recipe(torch.from_numpy(priors.maps), latents, GRID, NUM_FRAMES)
+            signed = recipe(torch.from_numpy(priors.maps), latents, GRID, NUM_FRAMES, slices)
             maps = {
                 PHENOMENA[index]: map_.numpy()
                 for index, map_ in zip(priors.map_phenomena, signed, strict=True)

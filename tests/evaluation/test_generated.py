@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -37,7 +39,7 @@ def test_every_combination_that_was_held_out_is_asked_for() -> None:
 
 def test_true_clips_score_as_true() -> None:
     requests = held_out_requests(wordings=1)[::9]
-    shape = {"num_frames": 17, "fps": 8.0, "size": 64}
+    shape: dict[str, Any] = {"num_frames": 17, "fps": 8.0, "size": 64}
     rng = np.random.default_rng(0)
     verdicts = judge_videos([play_parts(r.parts, rng, **shape).frames for r in requests], requests, SAMPLING)
     assert all(part.phenomenon for video in verdicts for part in video)

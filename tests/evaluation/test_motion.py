@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from prophy.sandbox.scene import GRAVITY_M_S2
 [BALL] = [scene for scene in SCENES if scene.name == "bouncing_ball"]
 
 
-def fall_of(clip: SimulatedClip, **changes: object) -> Fall:
+def fall_of(clip: SimulatedClip, **changes: Any) -> Fall:
     [part] = clip.parts
     known = {"colour": part.colour, "side": part.side, "fps": clip.fps, "pixels_per_m": clip.pixels_per_m}
-    return first_fall(clip.frames, **known | changes)
+    arguments: dict[str, Any] = known | changes
+    return first_fall(clip.frames, **arguments)
 
 
 def ball(seed: int, colour: str = "red", side: str = "left") -> SimulatedClip:

@@ -1,10 +1,12 @@
+from typing import Any
+
 import numpy as np
 import torch
 
 from prophy.evaluation.localization import mask_on_grid
 from prophy.evaluation.routing import score_routing
 from prophy.models.control import RoutingOutput
-from prophy.sandbox import simulate_clip
+from prophy.sandbox import SimulatedClip, simulate_clip
 from prophy.taxonomy import NUM_PHENOMENA
 from prophy.training.objectives import FlowMatching
 
@@ -16,11 +18,11 @@ class Oracle(torch.nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, clips) -> None:
+    def __init__(self, clips: list[SimulatedClip]) -> None:
         super().__init__()
         self.clips = iter(clips)
 
-    def predict(self, latents, timestep, text):
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> Any:
         clip = next(self.clips)
         maps = torch.zeros(1, 320, NUM_PHENOMENA)
         for phenomenon, mask in clip.masks.items():
@@ -33,7 +35,8 @@ class Oracle(torch.nn.Module):
 def test_a_router_that_knows_the_masks_scores_one() -> None:
     clips = [simulate_clip(seed, num_frames=17, fps=8.0, size=64) for seed in range(12)]
     latents, text = torch.zeros(12, 16, 5, 16, 16), torch.zeros(12, 32, 384)
-    scores = score_routing(Oracle(clips), FlowMatching(3.0), clips, latents, text, GRID)
+    oracle: Any = Oracle(clips)
+    scores = score_routing(oracle, FlowMatching(3.0), clips, latents, text, GRID)
     assert {value for values in scores.where.values() for value in values} == {1.0}
     assert {value for values in scores.which.values() for value in values} == {1.0}
     assert {p for clip in clips for p in clip.phenomena} >= scores.where.keys()

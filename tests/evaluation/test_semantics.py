@@ -1,10 +1,12 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
 from prophy.evaluation.semantics import ClipJudge, nearest_colour
 from prophy.sandbox import COLOURS, SCENES, Part, play_parts, simulate_clip
 
-SHAPE = {"num_frames": 17, "fps": 8.0, "size": 64}
+SHAPE: dict[str, Any] = {"num_frames": 17, "fps": 8.0, "size": 64}
 SCENE = {scene.name: scene for scene in SCENES}
 
 

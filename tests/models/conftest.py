@@ -117,7 +117,7 @@ def transformer(family: str, backbone: ModelMixin) -> PhysicsTransformer:
 @pytest.fixture
 def awakened(transformer: PhysicsTransformer) -> PhysicsTransformer:
     """A branch that injects something, as after training."""
-    branch = transformer.physics_branch
+    branch: Any = transformer.physics_branch
     for projection in [*(block.injection for block in branch.blocks), branch.refinement_injection]:
         torch.nn.init.normal_(projection.weight, std=0.3)
         torch.nn.init.normal_(projection.bias, std=0.3)

@@ -1,6 +1,7 @@
 """What only CogVideoX's transformer has: two streams, and positions of three kinds."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ def test_the_branch_carries_its_own_text_and_injects_video_alone(
     awakened: ProPhyCogVideoXTransformer3DModel, inputs: Inputs
 ) -> None:
     """Branch and backbone written out one after the other, in plain steps."""
-    model, branch = awakened, awakened.physics_branch
+    model: Any = awakened
+    branch = model.physics_branch
     latents, prompt = inputs["hidden_states"], inputs["encoder_hidden_states"]
     temb = model.time_embedding(model.time_proj(inputs["timestep"]))
 

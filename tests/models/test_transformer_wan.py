@@ -1,6 +1,7 @@
 """The transformer with its branch, beside upstream's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def test_residuals_are_added_after_the_listed_blocks(
     awakened: ProPhyWanTransformer3DModel, inputs: Inputs
 ) -> None:
     """Branch and backbone written out one after the other, in plain steps."""
-    model, branch, latents = awakened, awakened.physics_branch, inputs["hidden_states"]
+    model: Any = awakened
+    branch, latents = model.physics_branch, inputs["hidden_states"]
     rotary = model.rope(latents)
     temb, time, text, _ = model.condition_embedder(inputs["timestep"], inputs["encoder_hidden_states"])
     time = time.view(2, 6, -1)

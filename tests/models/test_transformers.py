@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def cast(value: object, dtype: torch.dtype) -> object:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def controlled(model: PhysicsTransformer, inputs: Inputs, **control: object) -> torch.Tensor:
+def controlled(model: PhysicsTransformer, inputs: Inputs, **control: Any) -> torch.Tensor:
     kwargs = {"physics": PhysicsControl(**control)}
     with torch.no_grad():
         return model(**inputs, attention_kwargs=kwargs, return_dict=False)[0]
@@ -140,7 +141,7 @@ def test_semantic_experts_without_blocks_hand_over_the_mixture(
 def test_a_small_mixture_survives_bfloat16(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
     """It is what X~ adds to the embedding of X, though either is rounded by more than that."""
     model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb"])
-    injected = []
+    injected: list[torch.Tensor] = []
     model.physics_branch.semantic_injection.register_forward_pre_hook(lambda _, args: injected.append(*args))
     latents = inputs["hidden_states"].double()
     video_first = model._block_list == "blocks"
@@ -193,7 +194,8 @@ def test_backbone_keys_are_upstreams_and_the_rest_is_the_branch(
 
 def test_physical_blocks_are_copies_of_the_listed_blocks(transformer: PhysicsTransformer) -> None:
     blocks = getattr(transformer, transformer._block_list)
-    for own, layer in zip(transformer.physics_branch.blocks, PHYSICS["physics_layers"], strict=True):
+    branch: Any = transformer.physics_branch
+    for own, layer in zip(branch.blocks, PHYSICS["physics_layers"], strict=True):
         for name, parameter in blocks[layer].named_parameters():
             copied = own.block.get_parameter(name)
             assert torch.equal(copied, parameter) and copied.data_ptr() != parameter.data_ptr()
@@ -272,7 +274,8 @@ def test_blocks_compile_without_a_break(awakened: PhysicsTransformer, inputs: In
     """Regional compilation reaches the branch's blocks; "eager" traces as any other backend does."""
     expected = awakened(**inputs).sample
     awakened.compile_repeated_blocks(fullgraph=True, backend="eager")
-    compiled = [block.block._compiled_call_impl for block in awakened.physics_branch.blocks]
+    branch: Any = awakened.physics_branch
+    compiled = [block.block._compiled_call_impl for block in branch.blocks]
     assert all(compiled)
     torch.testing.assert_close(awakened(**inputs).sample, expected)
 

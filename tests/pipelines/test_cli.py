@@ -30,7 +30,9 @@ class CommandLine:
         self.monkeypatch.setattr(sys, "argv", ["prophy", *arguments])
         with pytest.raises(SystemExit) as caught:
             main()
-        return caught.value.code or 0, *self.capsys.readouterr()
+        code = caught.value.code or 0
+        assert isinstance(code, int)
+        return code, *self.capsys.readouterr()
 
     def mistake(self, *arguments: str) -> str:
         """The one sentence that a mistake ends with."""

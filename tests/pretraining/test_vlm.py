@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from prophy.pretraining.vlm import VlmRecipe, pack, pretrain_vlm, true_answers, vlm_frames
+from prophy.priors.qwen_vl import Qwen25VL
 from prophy.priors.vlm import load_vlm
-from prophy.sandbox import simulate_clip
+from prophy.sandbox import SimulatedClip, simulate_clip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,13 +23,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def clips():
+def clips() -> list[SimulatedClip]:
     clips = [simulate_clip(seed, num_frames=17, fps=8.0, size=64) for seed in range(4)]
     return [min(clips, key=lambda clip: len(clip.parts)), max(clips, key=lambda clip: len(clip.parts))]
 
 
-def test_a_packed_sequence_equals_separate_ones(clips):
+def test_a_packed_sequence_equals_separate_ones(clips: list[SimulatedClip]) -> None:
     vlm = load_vlm("tiny", None, "float32", None)
+    assert isinstance(vlm, Qwen25VL)
     assert [len(clip.parts) for clip in clips] == [1, 2]  # so that one sequence is padded
     batch = pack(vlm, clips, np.random.default_rng(0))
     with torch.inference_mode():
@@ -60,7 +63,7 @@ def test_a_packed_sequence_equals_separate_ones(clips):
     assert packed.loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_goes_on_where_it_was_cut_off_as_if_it_had_not_been(tmp_path):
+def test_goes_on_where_it_was_cut_off_as_if_it_had_not_been(tmp_path: Path) -> None:
     recipe = VlmRecipe(num_steps=3, num_held_out=1, batch_size=1, warmup_steps=1, validate_every=2)
     whole = pretrain_vlm(tmp_path / "whole", recipe)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,7 @@ from prophy.tiny import bundled
 
 
 @pytest.fixture(scope="session")
-def peaked_vlm(tmp_path_factory) -> Path:
+def peaked_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded VLM with large random weights, so that attention is peaked; pairs of heads share keys."""
     folder = tmp_path_factory.mktemp("peaked-vlm")
     config = AutoConfig.from_pretrained(bundled("vlm"))

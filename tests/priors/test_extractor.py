@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from prophy.errors import ProPhyError
 from prophy.priors.extractor import PriorExtractor
 from prophy.priors.fingerprint import priors_fingerprint
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
+from prophy.priors.qwen_vl import Qwen25VL
 from prophy.priors.vlm import load_vlm
 from prophy.taxonomy import Phenomenon
 
@@ -17,12 +19,13 @@ PRESENT = (Phenomenon.COLLISION, Phenomenon.COMBUSTION)
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory, peaked_vlm, frames) -> Path:
+def taught(tmp_path_factory: pytest.TempPathFactory, peaked_vlm: Path, frames: np.ndarray) -> Path:
     """A VLM that knows three answers about one clip: phenomena and a word that is none, caption, background.
 
     Its output layer is the least-squares solution of "say the answer's next token" at each of their tokens.
     """
     vlm = load_vlm(str(peaked_vlm), None, "float32", None)
+    assert isinstance(vlm, Qwen25VL)
     patches, grid = vlm.pixels(frames)
     states, tokens = [], []
     for question, answer in [
@@ -53,11 +56,11 @@ def taught(tmp_path_factory, peaked_vlm, frames) -> Path:
 
 
 @pytest.fixture(scope="module")
-def extractor(taught) -> PriorExtractor:
+def extractor(taught: Path) -> PriorExtractor:
     return PriorExtractor(str(taught), dtype="float32", max_new_tokens=8)
 
 
-def test_the_vlm_names_the_phenomena(extractor, frames):
+def test_the_vlm_names_the_phenomena(extractor: PriorExtractor, frames: np.ndarray) -> None:
     priors = extractor(frames, FPS)
     assert priors.answers["presence"] == "combustion ; collision ; video"
     assert priors.phenomena == PRESENT
@@ -69,7 +72,7 @@ def test_the_vlm_names_the_phenomena(extractor, frames):
     assert (priors.maps > 0).all() and (priors.maps.sum((1, 2, 3)) < 1).all()
 
 
-def test_given_labels_are_taken_and_not_asked_for(extractor, frames):
+def test_given_labels_are_taken_and_not_asked_for(extractor: PriorExtractor, frames: np.ndarray) -> None:
     named, given = extractor(frames, FPS), extractor(frames, FPS, PRESENT)
     assert list(given.answers) == ["caption", "background", "collision", "combustion"]
     assert given.phenomena == PRESENT and given.unparsed == ()
@@ -79,7 +82,7 @@ def test_given_labels_are_taken_and_not_asked_for(extractor, frames):
     np.testing.assert_allclose(none.maps, named.maps[-1:], atol=1e-6)
 
 
-def test_each_map_belongs_to_its_question(extractor, frames):
+def test_each_map_belongs_to_its_question(extractor: PriorExtractor, frames: np.ndarray) -> None:
     priors = extractor(frames, FPS, PRESENT)
     for question, row in zip([*map(describe, PRESENT), BACKGROUND], priors.maps, strict=True):
         alone = extractor.vlm.answer(extractor.vlm.watch(frames, FPS), [question.text], 8, range(4))[0]
@@ -88,18 +91,20 @@ def test_each_map_belongs_to_its_question(extractor, frames):
 
 
 @pytest.mark.parametrize("layers", [[4], [], [0, 7]])
-def test_layers_that_do_not_exist(taught, layers):
+def test_layers_that_do_not_exist(taught: Path, layers: list[int]) -> None:
     with pytest.raises(ProPhyError, match=r"vlm.layers .* 0 to 3"):
         PriorExtractor(str(taught), layers=layers)
 
 
 @pytest.mark.parametrize("heads", [[4], []])
-def test_heads_that_do_not_exist(taught, heads):
+def test_heads_that_do_not_exist(taught: Path, heads: list[int]) -> None:
     with pytest.raises(ProPhyError, match=r"vlm.heads .* 0 to 3"):
         PriorExtractor(str(taught), heads=heads)
 
 
-def test_chosen_heads_add_up_to_all_of_them(taught, extractor, frames):
+def test_chosen_heads_add_up_to_all_of_them(
+    taught: Path, extractor: PriorExtractor, frames: np.ndarray
+) -> None:
     by_head = [
         PriorExtractor(str(taught), dtype="float32", max_new_tokens=8, heads=[head])(
             frames, FPS, PRESENT
@@ -110,8 +115,8 @@ def test_chosen_heads_add_up_to_all_of_them(taught, extractor, frames):
     assert max(np.abs(maps - by_head[0]).max() for maps in by_head[1:]) > 1e-4
 
 
-def test_the_fingerprint_names_everything_that_priors_depend_on():
-    base = {
+def test_the_fingerprint_names_everything_that_priors_depend_on() -> None:
+    base: dict[str, Any] = {
         "model": "a",
         "dtype": "float32",
         "layers": [1, 2],

@@ -1,5 +1,7 @@
 """Targets against plain loops written from prophy/METHOD.md, section 4."""
 
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ def pairs(slices: int) -> torch.Tensor:
 
 
 PAIRS = pairs(4)
-KNOWN = {"slices": PAIRS, "num_phenomena": NUM_PHENOMENA, "recipe": "minus_background"}
+KNOWN: dict[str, Any] = {"slices": PAIRS, "num_phenomena": NUM_PHENOMENA, "recipe": "minus_background"}
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def latents() -> torch.Tensor:
     return torch.randn(16, 5, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def test_recipes(maps, latents):
+def test_recipes(maps: torch.Tensor, latents: torch.Tensor) -> None:
     a, b, background = maps
     expected = {
         "none": torch.stack([a, b]),
@@ -57,7 +59,7 @@ def test_recipes(maps, latents):
     assert len(RECIPES) == 4 * len(expected)
 
 
-def test_motion_is_where_latents_differ_from_their_median(latents):
+def test_motion_is_where_latents_differ_from_their_median(latents: torch.Tensor) -> None:
     still = latents[:, :1].repeat(1, 5, 1, 1)
     assert not motion(still, (5, 8, 8)).any()
     still[:, 3, 4:6, 10:12] += 2.0
@@ -65,13 +67,13 @@ def test_motion_is_where_latents_differ_from_their_median(latents):
     assert moved[3, 2, 5] == pytest.approx(2.0) and moved.sum() == pytest.approx(2.0)
 
 
-def test_minus_others_takes_the_mean_of_the_others_and_leaves_a_lone_map_alone(maps):
+def test_minus_others_takes_the_mean_of_the_others_and_leaves_a_lone_map_alone(maps: torch.Tensor) -> None:
     four = torch.cat([maps, maps[:1].flip(-1)])
     torch.testing.assert_close(RECIPES["minus_others"].subtract(four)[0], four[0] - (four[1] + four[2]) / 2)
     assert torch.equal(RECIPES["minus_others"].subtract(maps[1:]), maps[1:2])
 
 
-def test_resampling_to_the_same_space_keeps_every_cell(maps):
+def test_resampling_to_the_same_space_keeps_every_cell(maps: torch.Tensor) -> None:
     first = resample(maps, (5, 8, 8), 17, PAIRS)[:, 0]
     assert torch.equal(first, maps[:, 0])  # frame 0 alone, before the centre of the first pair
 
@@ -79,7 +81,7 @@ def test_resampling_to_the_same_space_keeps_every_cell(maps):
 @pytest.mark.parametrize(
     ("tokens", "num_frames", "slices"), [(5, 17, 4), (21, 81, 8), (13, 49, 12), (5, 17, 1)]
 )
-def test_time_is_mapped_by_the_centres_of_frames(tokens, num_frames, slices):
+def test_time_is_mapped_by_the_centres_of_frames(tokens: int, num_frames: int, slices: int) -> None:
     """A map that holds, in each slice, the time of its centre must give each token the time of its centre."""
     vlm_times = np.linspace(0, 2.0, 2 * slices)
     centres = vlm_times.reshape(slices, 2).mean(1)
@@ -91,7 +93,7 @@ def test_time_is_mapped_by_the_centres_of_frames(tokens, num_frames, slices):
     np.testing.assert_allclose(got[0, :, 0, 0], np.clip(expected, centres[0], centres[-1]), atol=1e-5)
 
 
-def test_slices_may_be_unevenly_spaced():
+def test_slices_may_be_unevenly_spaced() -> None:
     """What a slice covers is what it says, not its place: a value that is the time stays the time."""
     slices = torch.tensor([[0.0, 0.0], [0.1, 0.3], [0.4, 1.0]], dtype=torch.float64)
     maps = slices.mean(1).float().reshape(1, 3, 1, 1)
@@ -99,11 +101,11 @@ def test_slices_may_be_unevenly_spaced():
     np.testing.assert_allclose(got[0, :, 0, 0], np.clip(np.linspace(0, 1, 9), 0, 0.7), atol=1e-6)
 
 
-def test_a_single_frame_takes_the_first_slice(maps):
+def test_a_single_frame_takes_the_first_slice(maps: torch.Tensor) -> None:
     assert torch.equal(resample(maps, (1, 8, 8), 1, PAIRS)[:, 0], maps[:, 0])
 
 
-def test_space_keeps_means_when_it_shrinks_and_lines_when_it_grows(maps):
+def test_space_keeps_means_when_it_shrinks_and_lines_when_it_grows(maps: torch.Tensor) -> None:
     halved = resample(maps[:, :1].expand(-1, 4, -1, -1), (5, 4, 4), 17, PAIRS)
     torch.testing.assert_close(halved.mean(), maps[:, 0].mean(), rtol=1e-2, atol=0)
     ramp = torch.arange(8.0).expand(1, 4, 8, 8)
@@ -112,7 +114,9 @@ def test_space_keeps_means_when_it_shrinks_and_lines_when_it_grows(maps):
 
 
 @pytest.mark.parametrize("negatives", ["ignore", "zero"])
-def test_targets_from_the_formula(maps, latents, negatives):
+def test_targets_from_the_formula(
+    maps: torch.Tensor, latents: torch.Tensor, negatives: Literal["ignore", "zero"]
+) -> None:
     grid, indices = (4, 8, 8), [10, 3]
     maps = maps[:, :1].expand(-1, 4, -1, -1)  # constant in time, which has its own test
     targets, mask = make_targets(
@@ -143,7 +147,9 @@ def test_targets_from_the_formula(maps, latents, negatives):
 
 
 @pytest.mark.parametrize("negatives", ["ignore", "zero"])
-def test_a_map_without_a_positive_cell_says_nothing(maps, latents, negatives):
+def test_a_map_without_a_positive_cell_says_nothing(
+    maps: torch.Tensor, latents: torch.Tensor, negatives: Literal["ignore", "zero"]
+) -> None:
     maps[-1] = maps.max() + 1
     targets, mask = make_targets(
         maps,
@@ -157,12 +163,12 @@ def test_a_map_without_a_positive_cell_says_nothing(maps, latents, negatives):
     assert not targets.any() and not mask.any()
 
 
-def test_no_phenomenon_no_target(maps, latents):
+def test_no_phenomenon_no_target(maps: torch.Tensor, latents: torch.Tensor) -> None:
     targets, mask = make_targets(maps[-1:], [], latents, grid=(5, 8, 8), num_frames=17, **KNOWN)
     assert not targets.any() and not mask.any()
 
 
-def test_unknown_recipe(maps, latents):
+def test_unknown_recipe(maps: torch.Tensor, latents: torch.Tensor) -> None:
     with pytest.raises(ProPhyError, match="minus_backgroud.*train.recipe.*minus_background"):
         make_targets(
             maps, [0, 1], latents, grid=(5, 8, 8), num_frames=17, **KNOWN | {"recipe": "minus_backgroud"}

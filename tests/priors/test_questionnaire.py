@@ -22,16 +22,18 @@ COLLISION, COMBUSTION = Phenomenon.COLLISION, Phenomenon.COMBUSTION
         ("", (), ("",)),
     ],
 )
-def test_presence_is_parsed_by_structure(answer, phenomena, unparsed):
+def test_presence_is_parsed_by_structure(
+    answer: str, phenomena: tuple[Phenomenon, ...], unparsed: tuple[str, ...]
+) -> None:
     assert parse_presence(answer) == (phenomena, unparsed)
 
 
 @pytest.mark.parametrize("phenomena", [(), *((one,) for one in PHENOMENA), PHENOMENA])
-def test_presence_is_read_back(phenomena):
+def test_presence_is_read_back(phenomena: tuple[Phenomenon, ...]) -> None:
     assert parse_presence(format_presence(phenomena)) == (phenomena, ())
 
 
-def test_questions():
+def test_questions() -> None:
     ids = [question.id for question in QUESTIONNAIRE]
     assert len(set(ids)) == len(ids) == 3 + len(PHENOMENA)
     for phenomenon in PHENOMENA:

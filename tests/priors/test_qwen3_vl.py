@@ -30,7 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qwen3-vl")
     tokenizer = AutoTokenizer.from_pretrained(bundled("vlm"))
     tokenizer.add_tokens([f"{digit}" for digit in range(10)] + ["<", ">", "seconds"])
-    token = tokenizer.convert_tokens_to_ids
+
+    def token(text: str) -> int:
+        number = tokenizer.convert_tokens_to_ids(text)
+        assert isinstance(number, int)
+        return number
+
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),

@@ -1,5 +1,9 @@
 """Shared prefix, batch, padding and kept attention against stock transformers: separate runs, eager."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,8 @@ from transformers import (
 
 from prophy.errors import ProPhyError
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
-from prophy.priors.vlm import VideoLanguageModel, load_vlm
+from prophy.priors.qwen_vl import Qwen25VL
+from prophy.priors.vlm import load_vlm
 from prophy.taxonomy import PHENOMENA
 
 FPS = 4.0
@@ -18,8 +23,9 @@ QUESTIONS = [question.text for question in (CAPTION, PRESENCE, BACKGROUND, *map(
 
 
 @pytest.fixture(scope="module")
-def vlm(peaked_vlm, frames) -> VideoLanguageModel:
+def vlm(peaked_vlm: Path, frames: np.ndarray) -> Qwen25VL:
     vlm = load_vlm(str(peaked_vlm), None, "float32", None)
+    assert isinstance(vlm, Qwen25VL)
     endless = vlm.answer(vlm.watch(frames, FPS), QUESTIONS, 12, [0])
     assert {len(answer.token_ids) for answer in endless} == {12}
     # Two tokens that the model is known to say end an answer, so that answers end at different steps.
@@ -30,13 +36,13 @@ def vlm(peaked_vlm, frames) -> VideoLanguageModel:
 
 
 @pytest.fixture(scope="module")
-def stock(peaked_vlm) -> Qwen2_5_VLForConditionalGeneration:
+def stock(peaked_vlm: Path) -> Qwen2_5_VLForConditionalGeneration:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(peaked_vlm, dtype=torch.float32)
     model.set_attn_implementation("eager")
     return model.eval()
 
 
-def stock_inputs(vlm: VideoLanguageModel, frames: np.ndarray, question: str) -> dict[str, torch.Tensor]:
+def stock_inputs(vlm: Qwen25VL, frames: np.ndarray, question: str) -> dict[str, torch.Tensor]:
     """What the stock processor would make of one video and one question."""
     patches, grid = vlm.pixels(frames)
     head, tail = vlm.split_prompt(question)
@@ -53,7 +59,14 @@ def stock_inputs(vlm: VideoLanguageModel, frames: np.ndarray, question: str) -> 
 
 
 @torch.inference_mode()
-def stock_attention(vlm, stock, frames, question, token_ids, layers) -> torch.Tensor:
+def stock_attention(
+    vlm: Qwen25VL,
+    stock: Qwen2_5_VLForConditionalGeneration,
+    frames: np.ndarray,
+    question: str,
+    token_ids: Sequence[int],
+    layers: Sequence[int],
+) -> torch.Tensor:
     """One full forward over prompt and answer: eager attention rows of the answer's tokens, `[V]`."""
     inputs = stock_inputs(vlm, frames, question)
     prompt_length = inputs["input_ids"].shape[1]
@@ -67,7 +80,7 @@ def stock_attention(vlm, stock, frames, question, token_ids, layers) -> torch.Te
     return rows[..., video].mean((0, 1)).sum(0) / max(len(token_ids), 1)
 
 
-def test_pixels_equal_the_stock_processor_frame_by_frame(vlm, frames):
+def test_pixels_equal_the_stock_processor_frame_by_frame(vlm: Qwen25VL, frames: np.ndarray) -> None:
     """The stock image processor repeats its image over a temporal patch; here each frame has its own."""
     stock = Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, do_resize=False)
     patches, grid = vlm.pixels(frames)
@@ -78,7 +91,9 @@ def test_pixels_equal_the_stock_processor_frame_by_frame(vlm, frames):
         torch.testing.assert_close(patches[index // 2, :, :, index % 2], image[:, :, 0], atol=1e-6, rtol=0)
 
 
-def test_maps_equal_separate_full_runs(vlm, stock, frames):
+def test_maps_equal_separate_full_runs(
+    vlm: Qwen25VL, stock: Qwen2_5_VLForConditionalGeneration, frames: np.ndarray
+) -> None:
     prefix = vlm.watch(frames, FPS)
     assert prefix.grid == (4, 6, 8)
     layers = range(vlm.num_layers)
@@ -98,7 +113,7 @@ def test_maps_equal_separate_full_runs(vlm, stock, frames):
     torch.testing.assert_close(maps, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_texts_equal_stock_generate(vlm, stock, frames):
+def test_texts_equal_stock_generate(vlm: Qwen25VL, stock: Any, frames: np.ndarray) -> None:
     answers = vlm.answer(vlm.watch(frames, FPS), QUESTIONS, 12, [0])
     assert len({answer.text for answer in answers}) > 2
     for question, answer in zip(QUESTIONS, answers, strict=True):
@@ -112,7 +127,9 @@ def test_texts_equal_stock_generate(vlm, stock, frames):
         assert answer.text == vlm.tokenizer.decode(generated, skip_special_tokens=True).strip()
 
 
-def test_only_the_chosen_layers_are_kept(vlm, stock, frames):
+def test_only_the_chosen_layers_are_kept(
+    vlm: Qwen25VL, stock: Qwen2_5_VLForConditionalGeneration, frames: np.ndarray
+) -> None:
     prefix = vlm.watch(frames, FPS)
     for layers in ([2], [0, 3]):
         answer = vlm.answer(prefix, QUESTIONS[:1], 6, layers)[0]
@@ -120,7 +137,7 @@ def test_only_the_chosen_layers_are_kept(vlm, stock, frames):
         torch.testing.assert_close(answer.attention.flatten(), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_a_prefix_is_left_as_it_was(vlm, frames):
+def test_a_prefix_is_left_as_it_was(vlm: Qwen25VL, frames: np.ndarray) -> None:
     prefix = vlm.watch(frames, FPS)
     first = vlm.answer(prefix, QUESTIONS, 5, [1])
     again = vlm.answer(prefix, QUESTIONS, 5, [1])
@@ -129,21 +146,23 @@ def test_a_prefix_is_left_as_it_was(vlm, frames):
         assert one.token_ids == other.token_ids and torch.equal(one.attention, other.attention)
 
 
-def test_an_empty_answer_has_an_empty_map(vlm, frames, monkeypatch):
+def test_an_empty_answer_has_an_empty_map(
+    vlm: Qwen25VL, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vlm, "end_tokens", torch.arange(vlm.model.config.text_config.vocab_size))
     answer = vlm.answer(vlm.watch(frames, FPS), QUESTIONS[:2], 5, [1])[1]
     assert answer.text == "" and answer.token_ids == () and not answer.attention.any()
 
 
 @pytest.mark.parametrize("shape", [(7, 64, 64), (8, 60, 64), (8, 64, 63)])
-def test_frames_that_do_not_divide(vlm, shape):
+def test_frames_that_do_not_divide(vlm: Qwen25VL, shape: tuple[int, ...]) -> None:
     with pytest.raises(
         ProPhyError, match=f"{shape[0]} frames of {shape[1]}x{shape[2]}.*multiple of 2.*multiples of 8"
     ):
         vlm.watch(np.zeros((*shape, 3), np.uint8), FPS)
 
 
-def test_what_is_not_a_qwen(tmp_path):
+def test_what_is_not_a_qwen(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="cannot load vlm.pretrained"):
         load_vlm(str(tmp_path / "nothing"), None, "float32", None)
     (tmp_path / "config.json").write_text("{}")
@@ -154,7 +173,7 @@ def test_what_is_not_a_qwen(tmp_path):
         load_vlm(str(tmp_path), None, "float32", None)
 
 
-def test_a_tokenizer_without_chat_template(peaked_vlm, tmp_path):
+def test_a_tokenizer_without_chat_template(peaked_vlm: Path, tmp_path: Path) -> None:
     for file in peaked_vlm.iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).symlink_to(file)

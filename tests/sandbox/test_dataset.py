@@ -1,6 +1,7 @@
 """Clips on disk, and pictures of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 from prophy.sandbox import contact_sheet, read_truth, simulate_clip, write_dataset
 from prophy.video import probe
 
-SHAPE = {"num_frames": 17, "fps": 8.0, "size": 64}
+SHAPE: dict[str, Any] = {"num_frames": 17, "fps": 8.0, "size": 64}
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_collision_keeps_momentum_and_has_its_restitution(seed: int) -> None:
     velocities = [slopes(track, played.times_s) for track in tracks]
     hit = int(np.flatnonzero(np.abs(velocities[1]).sum(1) > 1e-6)[0])
     before, after = hit - 1, hit + 1  # not the frame during which they touch
-    momentum = sum(mass * velocity for mass, velocity in zip(masses, velocities, strict=True))
+    momentum = np.sum([mass * velocity for mass, velocity in zip(masses, velocities, strict=True)], axis=0)
     np.testing.assert_allclose(momentum[after], momentum[before], atol=1e-6)
     assert np.abs(velocities[0][after] - velocities[0][before]).max() > 0.5
 

@@ -21,7 +21,7 @@ DISK_BYTES = 4 << 20
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder]
+    options = ["-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(["mount", *options], check=False).returncode:
         pytest.skip("only root can mount a disk that is small")
     yield folder

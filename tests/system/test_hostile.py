@@ -58,7 +58,7 @@ def test_every_answer_is_as_described(tmp_path: Path) -> None:
     (tmp_path / "schemathesis.toml").write_text(SETTINGS)
     with http_server(tiny_config(tmp_path / "run"), at_once) as url, httpx.Client(base_url=url) as client:
         (tmp_path / "openapi.json").write_text(json.dumps(described_with_an_id(client)))
-        command = [Path(sys.executable).parent / "schemathesis", "run", "openapi.json", f"--url={url}"]
+        command = [str(Path(sys.executable).parent / "schemathesis"), "run", "openapi.json", f"--url={url}"]
         options = ["--max-examples=10", "--seed=0", "--checks=all", "--no-color", "--request-timeout=60"]
         run = subprocess.run(
             [*command, *options], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -47,7 +47,8 @@ def test_pyarrow(folders: tuple[Path, Path]) -> None:
         pads.dataset([str(file) for file in folder.glob(ROW_FILES)]).to_table().to_pylist()
         for folder in folders
     ]
-    assert_is_the_cache(*({row["sample_id"]: row for row in rows} for rows in tables), folders)
+    priors, encodings = ({row["sample_id"]: row for row in rows} for rows in tables)
+    assert_is_the_cache(priors, encodings, folders)
     [empty] = pq.read_table(folders[1] / EMPTY_PROMPT).to_pylist()
     assert np.array_equal(as_array(empty, "text_embeds"), PriorCache(*folders).null_text_embeds().numpy())
 
@@ -70,12 +71,14 @@ def test_hugging_face_datasets(folders: tuple[Path, Path], tmp_path: Path) -> No
         files = f"{folder}/{ROW_FILES}"
         loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
         tables.append({row["sample_id"]: row for row in loaded})
-    assert_is_the_cache(*tables, folders)
+    priors, encodings = tables
+    assert_is_the_cache(priors, encodings, folders)
 
 
 def test_bfloat16_has_its_bytes(folders: tuple[Path, Path]) -> None:
     """numpy has no bfloat16: its bytes are the upper halves of a float32's."""
     values = torch.randn(3, 4).bfloat16()
-    row = {"x": values.view(torch.uint8).numpy().tobytes(), "x_shape": [3, 4], "x_dtype": "bfloat16"}
-    as_float = (np.frombuffer(row["x"], np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(3, 4)
+    content = values.view(torch.uint8).numpy().tobytes()
+    row = {"x": content, "x_shape": [3, 4], "x_dtype": "bfloat16"}
+    as_float = (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(3, 4)
     assert torch.equal(tensor_from_columns("x", row).float(), torch.from_numpy(as_float))

@@ -74,9 +74,12 @@ def test_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_of_two_builders_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROPHY_HOME", str(tmp_path))
 
+    def fast(folder: Path) -> None:
+        (folder / "weights").write_text("fast")
+
     def slow(folder: Path) -> None:
         (folder / "weights").write_text("slow")
-        build_once("model", "recipe", lambda other: (other / "weights").write_text("fast"))
+        build_once("model", "recipe", fast)
 
     folder = build_once("model", "recipe", slow)
     assert (folder / "weights").read_text() == "fast"

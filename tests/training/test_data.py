@@ -17,7 +17,8 @@ from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, ROW_FILES, Cac
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBatch, TrainBatch
 
-SMALL, WIDE = (4, 3, 4, 4), (4, 3, 4, 8)
+SMALL: tuple[int, ...] = (4, 3, 4, 4)
+WIDE: tuple[int, ...] = (4, 3, 4, 8)
 CLIP_SHAPES = [ClipShape(9, SMALL, (3, 2, 2)), ClipShape(9, WIDE, (3, 2, 4))]
 SOURCE = {"uri": "clip.mp4", "size": 1, "modified": 0.0}
 

@@ -1,7 +1,7 @@
 """From a batch to a loss, in bare torch."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,9 +33,10 @@ SMALL: dict[str, Any] = {
 }
 WEIGHTS = SimpleNamespace(semantic_alignment=0.1, token_alignment=0.02, load_balancing=0.01)
 TOKENS = 2 * 2 * 2
+Reduction = Literal["mean", "sum"]
 
 
-def build(accumulation: int = 1, reduction: str = "mean") -> ProPhyTrainModule:
+def build(accumulation: int = 1, reduction: Reduction = "mean") -> ProPhyTrainModule:
     torch.manual_seed(0)
     transformer = ProPhyWanTransformer3DModel.from_transformer(
         WanTransformer3DModel(**TRANSFORMER | SMALL),
@@ -73,7 +74,7 @@ def captions(batch: TrainBatch) -> SemanticBatch:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_is_eq_6(batch: TrainBatch, reduction: str) -> None:
+def test_loss_is_eq_6(batch: TrainBatch, reduction: Reduction) -> None:
     module = build(reduction=reduction)
     output = module(batch, captions(batch))
 
@@ -97,7 +98,7 @@ def test_loss_is_eq_6(batch: TrainBatch, reduction: str) -> None:
 
 def test_output_is_a_dictionary_whose_loss_alone_has_a_graph(batch: TrainBatch) -> None:
     output = build()(batch)
-    assert isinstance(output, LossOutput) and isinstance(output, dict)
+    assert isinstance(output, dict) and isinstance(output, LossOutput)
     assert output.semantic_alignment is None
     assert [name for name, value in output.items() if value.requires_grad] == ["loss"]
     assert 0 < output.router_entropy <= torch.tensor(4.0).log()
@@ -111,7 +112,7 @@ def test_semantic_gradient_survives_the_averaging_over_micro_steps(batch: TrainB
         for semantic in micro_steps:
             output = module(batch, semantic)
             (output.loss / len(micro_steps)).backward()
-        return module.transformer.physics_branch.semantic.router.mlp[1].weight.grad
+        return module.get_parameter("transformer.physics_branch.semantic.router.mlp.1.weight").grad
 
     semantic = captions(batch)
     joint = router_gradient(build(accumulation=1), [semantic])
@@ -127,7 +128,7 @@ def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_losses_do_not_depend_on_the_size_of_a_micro_batch(
-    batch: TrainBatch, reduction: str, precision: torch.dtype
+    batch: TrainBatch, reduction: Reduction, precision: torch.dtype
 ) -> None:
     """Three micro-steps of one video, averaged as by the engine, are a step of three: each loss, and all
     gradients, though balanced experts are other ones in each video."""
@@ -153,10 +154,10 @@ def test_losses_do_not_depend_on_the_size_of_a_micro_batch(
         return means, {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
 
     (losses, gradients), (joint, expected) = step(3), step(1)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision == torch.float32 else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(losses, joint, **tolerance)
+    rtol, atol = (1e-4, 1e-5) if precision == torch.float32 else (0.1, 0.1)
+    torch.testing.assert_close(losses, joint, rtol=rtol, atol=atol)
     assert all(gradient is not None for gradient in gradients.values())
-    torch.testing.assert_close(gradients, expected, **tolerance)
+    torch.testing.assert_close(gradients, expected, rtol=rtol, atol=atol)
 
 
 def test_nothing_to_align_is_no_alignment_of_zero(batch: TrainBatch) -> None:

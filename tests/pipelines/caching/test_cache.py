@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -194,7 +195,7 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
     vae = folder / "vae" / "config.json"
     vae.write_text(vae.read_text() + "\n")  # another model by its files
 
-    def with_backbone(**changes: object) -> Config:
+    def with_backbone(**changes: Any) -> Config:
         backbone = config.backbone.model_copy(update=changes)
         return config.model_copy(update={"backbone": backbone, "run_dir": tmp_path / "run"})
 
@@ -248,6 +249,7 @@ def test_what_changes_in_a_list_or_in_the_limits_is_done_anew_and_nothing_else(
         write_video(manifest.parent / f"{name}.mp4", clip.frames, 8)
     (manifest.parent / "none.mp4").mkdir()
     names = ("a", "b", "c", "large", "none")
+    listed: list[dict[str, Any]]
     listed = [{"path": f"{name}.mp4", "caption": f"{name} falls", "phenomena": None} for name in names]
 
     def cached(max_pixels: int) -> cache.CacheSummary:
@@ -311,13 +313,13 @@ def test_the_current_input_alone_counts_and_each_content_once(
 
 
 def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: Path) -> None:
-    def with_backbone(**changes: object) -> str:
+    def with_backbone(**changes: Any) -> str:
         backbone = config.backbone.model_copy(update=changes)
         return cache.encodings_folder(config.model_copy(update={"backbone": backbone}))
 
     folder = cache.encodings_folder(config)
     assert with_backbone() == folder
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"height": 32},
         {"fps": 4.0},
         {"max_sequence_length": 16},

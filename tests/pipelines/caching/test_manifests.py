@@ -5,6 +5,7 @@ import csv
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -368,7 +369,7 @@ def test_lists_that_cannot_be_used(tmp_path: Path, name: str, content: str, mess
 
 
 @pytest.fixture
-def bucket() -> str:
+def bucket() -> Iterator[str]:
     """An object store in this process's memory, by the same interface as S3."""
     store = fsspec.filesystem("memory")
     store.pipe(

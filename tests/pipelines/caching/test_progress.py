@@ -1,6 +1,7 @@
 """A graph that finds no room starts again on what is left; and what the table of stages says."""
 
 import io
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -49,7 +50,6 @@ class Count:
         return pa.table({"written": ones, "failed": [0] * len(rows), "share": [1.0] * len(rows)})
 
 
-@ray.remote
 class Holder:
     """Takes CPUs from all others, as the actors do that moved here from a lost node."""
 
@@ -72,7 +72,7 @@ def run(work: pa.Table) -> GraphReport:
 
 
 def test_a_graph_that_finds_no_room_starts_again_once_there_is_some(soon: None) -> None:
-    holder = Holder.options(num_cpus=8).remote()  # of 16
+    holder: Any = ray.remote(Holder).options(num_cpus=8).remote()  # of 16
     ray.get(holder.there.remote())
     lists = iter([pa.table({"clip": [1, 2, 3]}), pa.table({"clip": [2, 3]})])
 
@@ -87,7 +87,7 @@ def test_a_graph_that_finds_no_room_starts_again_once_there_is_some(soon: None) 
 
 
 def test_a_graph_that_never_finds_room_ends_with_a_sentence(soon: None) -> None:
-    holder = Holder.options(num_cpus=8).remote()
+    holder: Any = ray.remote(Holder).options(num_cpus=8).remote()
     ray.get(holder.there.remote())
     work = pa.table({"clip": [1]})
     with pytest.raises(

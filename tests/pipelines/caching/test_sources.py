@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,7 +102,7 @@ def test_names_that_are_not_utf_8_are_refused_by_name(tmp_path: Path) -> None:
     found = find_videos(str(tmp_path))
     assert names(found.videos) == ["a.mp4"]
     assert found.refused == [
-        f"{bytes(tmp_path) + b'/caf' + bytes([233]) + b'.mp4'} has a name that is not UTF-8; rename it"
+        f"{bytes(tmp_path) + b'/caf' + bytes([233]) + b'.mp4'!r} has a name that is not UTF-8; rename it"
     ]
 
 
@@ -157,7 +158,8 @@ def test_another_caption_or_other_labels_are_a_change() -> None:
     columns = ("source", "caption", "labels")
     same = {**a, "caption": "a ball", "labels": ["collision"]}
     assert changed(rows, [same], columns) == []
-    for correction in ({"caption": "a cube"}, {"caption": None}, {"labels": []}, {"labels": None}):
+    corrections: list[dict[str, Any]] = [{"caption": "a cube"}, {"caption": None}, {"labels": []}]
+    for correction in (*corrections, {"labels": None}):
         assert changed(rows, [{**same, **correction}], columns) == rows["sample_id"].to_pylist()
     unlabelled = table(priors_of(a["source"]))
     assert changed(unlabelled, [a], columns) == []

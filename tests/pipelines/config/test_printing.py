@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jsonschema
 import pytest
@@ -91,11 +92,12 @@ def test_presets_name_the_schema_and_fit_it(name: str) -> None:
     assert text.splitlines()[0] == f"# yaml-language-server: $schema={SCHEMA_FILE.name}"
     schema = json.loads(SCHEMA_FILE.read_text())
     jsonschema.validate(yaml.safe_load(text), schema)
-    for wrong in (
+    mistakes: list[dict[str, dict[str, Any]]] = [
         {"train": {"num_step": 1}},
         {"train": {"num_steps": 0}},
         {"train": {"recipe": "x"}},
         {"trian": {}},
-    ):
+    ]
+    for wrong in mistakes:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)

@@ -136,7 +136,7 @@ def test_a_video_that_takes_too_much_memory_leaves_the_next_one_well(sampler: Vi
     taken: list[weakref.ref[torch.Tensor]] = []
 
     def fail(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        activations = torch.zeros(1000)
+        activations: Any = torch.zeros(1000)
         activations.self = activations  # which only the garbage collector frees
         taken.append(weakref.ref(activations))
         raise errors.pop()

@@ -78,7 +78,7 @@ def with_maps(client: httpx.Client) -> str:
 
 
 def decode(mp4: bytes) -> np.ndarray:
-    with av.open(io.BytesIO(mp4)) as container:
+    with av.open(io.BytesIO(mp4), "r") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -98,7 +98,7 @@ def test_prompt_becomes_a_playable_video(client: httpx.Client) -> None:
     assert list(done["stage_durations"]) == ["text", "denoise", "decode", "encode"]
     content = client.get(f"/v1/videos/{video['id']}/content")
     assert content.headers["content-type"] == "video/mp4"
-    with av.open(io.BytesIO(content.content)) as container:
+    with av.open(io.BytesIO(content.content), "r") as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert (stream.width, stream.height, stream.average_rate) == (48, 64, 8)
@@ -134,7 +134,7 @@ def test_ranges(client: httpx.Client) -> None:
     assert (head.status_code, head.content, int(head.headers["content-length"])) == (200, b"", size)
 
 
-def test_openai_client(openai_client: openai.OpenAI) -> None:
+def test_openai_client(openai_client: Any) -> None:
     video = openai_client.videos.create_and_poll(
         prompt=PROMPT,
         seconds="1",
@@ -150,9 +150,9 @@ def test_openai_client(openai_client: openai.OpenAI) -> None:
         "pages follow by themselves"
     )
     assert openai_client.videos.delete(video.id).deleted
-    with pytest.raises(openai.NotFoundError) as caught:
+    with pytest.raises(openai.NotFoundError) as missing:
         openai_client.videos.retrieve(video.id)
-    assert (caught.value.code, caught.value.type) == ("video_not_found", "invalid_request_error")
+    assert (missing.value.code, missing.value.type) == ("video_not_found", "invalid_request_error")
     with pytest.raises(openai.UnprocessableEntityError, match="did you mean 'seed'") as caught:
         openai_client.videos.create(prompt=PROMPT, extra_body={"sead": 3})
     assert caught.value.param == "sead"
@@ -163,9 +163,8 @@ def test_openai_client(openai_client: openai.OpenAI) -> None:
 
 def test_openai_client_that_tries_again_with_one_key_makes_one_video(client: httpx.Client) -> None:
     url = f"{client.base_url}/v1"
-    retrying = openai.OpenAI(
-        base_url=url, api_key="unused", max_retries=2, timeout=httpx.Timeout(9, read=0.001)
-    )
+    timeout: Any = httpx.Timeout(9, read=0.001)
+    retrying = openai.OpenAI(base_url=url, api_key="unused", max_retries=2, timeout=timeout)
     with pytest.raises(openai.APITimeoutError):
         retrying.videos.create(prompt="again", extra_headers={"idempotency-key": "one"}, extra_body=STEP)
     patient = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
@@ -173,7 +172,7 @@ def test_openai_client_that_tries_again_with_one_key_makes_one_video(client: htt
     listed = client.get("/v1/videos", params={"limit": 100}).json()["data"]
     assert [video["id"] for video in listed if video["prompt"] == "again"] == [made.id]
     wait(client, made.id)
-    sync = {"json": STEP | {"prompt": "again"}, "headers": {"idempotency-key": "one"}}
+    sync: dict[str, Any] = {"json": STEP | {"prompt": "again"}, "headers": {"idempotency-key": "one"}}
     content = client.post("/v1/videos/sync", **sync).raise_for_status().content
     assert content == client.get(f"/v1/videos/{made.id}/content").content
     sync["json"] = STEP | {"prompt": "another"}
@@ -228,7 +227,7 @@ def test_routing_maps(client: httpx.Client, with_maps: str) -> None:
         for name in ("collision", "liquid motion")
     ]
     assert [overlay.shape for overlay in overlays] == [video.shape] * 2
-    assert not np.array_equal(*overlays) and not np.array_equal(overlays[0], video)
+    assert not np.array_equal(overlays[0], overlays[1]) and not np.array_equal(overlays[0], video)
     plain = submit(client, **SHORT)
     wait(client, plain)
     check_error(client.get(f"/v1/videos/{plain}/physics"), 409, "no_maps")
@@ -267,7 +266,8 @@ def test_bounded_queue_and_delete(client: httpx.Client, generator: VideoGenerato
     message = check_error(client.get(f"/v1/videos/{long}/content"), 409, "video_not_ready")
     assert re.search(r"is in_progress, \d+ % done", message)
     deleted = {"id": long, "object": "video.deleted", "deleted": True}
-    passes, transformer = [], generator._sampler._pipeline.transformer
+    passes: list[None] = []
+    transformer = generator._sampler._pipeline.transformer
     with transformer.register_forward_pre_hook(lambda *_: passes.append(None)):
         assert client.delete(f"/v1/videos/{long}").json() == deleted
         make(client)

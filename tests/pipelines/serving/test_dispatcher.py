@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -294,7 +295,7 @@ def test_a_database_that_goes_away_as_it_commits_loses_no_video(
 ) -> None:
     complete, calls = store.complete, []
 
-    def commit_and_lose_the_connection(*args: object) -> bool:
+    def commit_and_lose_the_connection(*args: Any) -> bool:
         calls.append(complete(*args))
         if len(calls) == 1:
             raise OperationalError("UPDATE", {}, OSError("server closed the connection"))
@@ -320,7 +321,7 @@ def test_a_client_that_goes_away_as_its_job_is_accepted(
     """The row is there by then: so its video is made."""
     create, accepted = store.create, threading.Event()
 
-    def wait_until_the_client_is_gone(*args: object) -> Job:
+    def wait_until_the_client_is_gone(*args: Any) -> Job:
         assert accepted.wait(10)
         return create(*args)
 

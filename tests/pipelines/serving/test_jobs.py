@@ -165,14 +165,19 @@ def damage_a_page(path: Path) -> None:
         file.write(b"\xff" * 4096)
 
 
-STRANGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no database": (lambda path: path.write_bytes(b"no database" * 1000) and None, "is not a database"),
+def of_another_program(path: Path) -> None:
+    path.unlink()
+    execute(path, "CREATE TABLE bookmarks (url)")
+
+
+STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no database": (lambda path: path.write_bytes(b"no database" * 1000), "is not a database"),
     "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "malformed"),
     "damaged page": (damage_a_page, "malformed"),
     "of a newer version": (lambda path: execute(path, "UPDATE prophy_schema SET version = 7"), "is 7, not 1"),
     "of an older version": (lambda path: execute(path, "DROP TABLE prophy_schema"), "is None, not 1"),
     "of another program": (
-        lambda path: path.unlink() or execute(path, "CREATE TABLE bookmarks (url)"),
+        of_another_program,
         "another program, or another version",
     ),
     "a row of another version": (

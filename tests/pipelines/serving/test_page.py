@@ -5,11 +5,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from pipelines.generation.limits import shape_limits
 from pipelines.serving.middleware import hash_key, new_key
@@ -55,7 +56,7 @@ def open_page(browser: Browser, url: str) -> Iterator[Callable[..., Page]]:
     or asks of another server fails the test."""
     contexts, wrong = [], []
 
-    def open_page(path: str = "/", key: str | None = KEY, **options: object) -> Page:
+    def open_page(path: str = "/", key: str | None = KEY, **options: Any) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -89,7 +90,7 @@ def fill_and_make(page: Page, prompt: str, steps: int = 1, seed: int = 7) -> Non
     page.get_by_role("button", name="Make the video").click()
 
 
-def row(page: Page, prompt: str) -> object:
+def row(page: Page, prompt: str) -> Locator:
     return page.get_by_role("list", name="Videos").get_by_role("listitem").filter(has_text=prompt).first
 
 

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,7 +104,9 @@ def before_the_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [cut_short, change_one_bit, lose_a_file, cut_the_manifest, before_the_manifest]
 )
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     write(tmp_path, 1)
     damage(write(tmp_path, 2))
     assert latest(tmp_path).step == 1

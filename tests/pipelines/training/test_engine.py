@@ -8,7 +8,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -35,9 +35,10 @@ ENGINES = {f"zero{stage}": (stage, "none") for stage in STAGES} | {
 }
 EMA_DECAY = 0.4
 SHORT = 6  # steps of a loss curve
-REDUCTIONS = {0: "sum", 1: "mean", 2: "sum", 3: "mean"}
+Reduction = Literal["mean", "sum"]
+REDUCTIONS: dict[int, Reduction] = {0: "sum", 1: "mean", 2: "sum", 3: "mean"}
 GLOBAL = ("diffusion", "token_alignment", "load_balancing", "expert_load")
-Result = dict[str, Any]
+Result = dict[Any, Any]
 
 
 def on_ranks(world_size: int, function: Callable[[int, Path], Result], folder: Path) -> Result:
@@ -193,7 +194,7 @@ def train_in_bare_torch() -> Result:
 
 
 def train_module(
-    accumulation_steps: int, backbone_mode: str = "frozen", reduction: str = "mean"
+    accumulation_steps: int, backbone_mode: str = "frozen", reduction: Reduction = "mean"
 ) -> ProPhyTrainModule:
     """A small transformer whose backbone and branch all matter: the injections are not zero."""
     torch.manual_seed(0)
@@ -252,7 +253,7 @@ def joint_batch(size: int, seed: int = 3) -> TrainBatch:
 
 def curve_config(zero_stage: int, num_steps: int, num_workers: int, precision: str = "fp32") -> TrainConfig:
     """Micro-batches of one sample, four in a step; warm-up, then cosine to zero."""
-    values = {"micro_batch_size": 1, "num_workers": num_workers, "global_batch_size": 4}
+    values: dict[str, Any] = {"micro_batch_size": 1, "num_workers": num_workers, "global_batch_size": 4}
     values |= {"precision": precision}
     values |= {"num_steps": num_steps, "learning_rate": 1e-3, "lr_schedule": "cosine"}
     return train_config(zero_stage, **values)
@@ -386,7 +387,7 @@ def captions(batches: list[TrainBatch]) -> SemanticBatch:
 
 
 def gradients_through_deepspeed(
-    rank: int, world_size: int, zero_stage: int, accumulation_steps: int, reduction: str
+    rank: int, world_size: int, zero_stage: int, accumulation_steps: int, reduction: Reduction
 ) -> Result:
     """Gradients after one step of micro-batches of one sample each."""
     from deepspeed.utils import safe_get_full_grad
@@ -423,7 +424,7 @@ def gradients_through_deepspeed(
     return {"gradients": gradients, "losses": losses}
 
 
-def gradients_of_the_joint_batch(size: int, reduction: str) -> Result:
+def gradients_of_the_joint_batch(size: int, reduction: Reduction) -> Result:
     """The same in one process, bare torch, all samples in one batch."""
     module = train_module(accumulation_steps=1, reduction=reduction)
     joint = joint_batch(size)
