@@ -91,11 +91,8 @@ def write_branch(
         read: the tensor of a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names: dict[str, dict[str, str]] = {
-        _WEIGHTS: {},
-        _ADAPTER: {},
-        _BACKBONE: {},
-    }  # in the file: in the model
+    # Each name in the file, and what it is called in the model.
+    names: dict[str, dict[str, str]] = {_WEIGHTS: {}, _ADAPTER: {}, _BACKBONE: {}}
     for name in shapes:
         if name.startswith(BRANCH):
             names[_WEIGHTS][name.removeprefix(BRANCH)] = name

@@ -106,9 +106,8 @@ def test_maps_equal_separate_full_runs(
             for question, answer in zip(QUESTIONS, answers, strict=True)
         ]
     )
-    assert (
-        expected.amax(1).min() > 3 * expected.mean()
-    )  # peaked, so that the comparison below means something
+    # Peaked, so that the comparison below means something.
+    assert expected.amax(1).min() > 3 * expected.mean()
     assert torch.cdist(expected, expected, 1).fill_diagonal_(1).min() > 0.05  # and different per question
     torch.testing.assert_close(maps, expected, atol=1e-6, rtol=1e-4)
 

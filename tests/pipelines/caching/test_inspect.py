@@ -29,9 +29,8 @@ def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "0 clips without a given caption" in printed
     with Image.open(tmp_path / "deep" / "sheet.png") as sheet:
         assert sheet.width == inspect._LABEL_WIDTH + inspect._COLUMNS * 96
-    assert (
-        colourful_rows(tmp_path / "deep" / "sheet.png") >= 3 * 2
-    )  # frames and at least a background map each
+    # Each of the three has frames, and at least a background map.
+    assert colourful_rows(tmp_path / "deep" / "sheet.png") >= 3 * 2
 
 
 def test_explain(tiny_cache: Config, tmp_path: Path) -> None:

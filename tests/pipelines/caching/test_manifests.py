@@ -286,9 +286,8 @@ def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
     found = find_videos(str(tmp_path / "list.parquet"))
     assert summary(found.videos) == [("a.mp4", "x", ["melting"]), ("b.mp4", None, []), ("c.mp4", "y", None)]
     assert "row 4 of" in found.refused[0] and "'path' is missing" in found.refused[0]
-    numbers = pa.table(
-        {"path": ["a.mp4", "b.mp4"], "caption": [float("nan"), 1.5]}
-    )  # of pandas: no caption, one
+    # As pandas writes that there is no caption, and one.
+    numbers = pa.table({"path": ["a.mp4", "b.mp4"], "caption": [float("nan"), 1.5]})
     pq.write_table(numbers, tmp_path / "list.parquet")
     found = find_videos(str(tmp_path / "list.parquet"))
     assert summary(found.videos) == [("a.mp4", None, None)]
@@ -407,10 +406,8 @@ def test_files_of_object_stores_come_here_one_at_a_time(bucket: str) -> None:
     with files.open(a) as path:
         assert Path(path).read_bytes() == b"123"
     fsspec.filesystem("memory").rm("/bucket/videos/a.webm")
-    with (
-        pytest.raises(VideoError, match="a.webm is broken$"),
-        files.open(a) as path,
-    ):  # the copy is still here
+    # The copy is still here.
+    with pytest.raises(VideoError, match="a.webm is broken$"), files.open(a) as path:
         raise VideoError(f"{path} is broken")
     with pytest.raises(VideoError, match="b.mp4 is over the limit: its size is 5"), files.open(b):
         pass
