@@ -44,6 +44,8 @@ PrintOption = Annotated[
     bool, typer.Option("--print-config", help="Print what would run, every key explained, and stop.")
 ]
 
+PRESET = "tiny"  # what a command runs without --config: the small models
+
 _START, _DATA = "Start here", "Training data"
 _TRAINING, _VIDEOS, _DEFAULT = "Training", "Videos", "The embedded default"
 
@@ -92,7 +94,7 @@ def config(
     section: Annotated[
         str | None, typer.Argument(help="A part of it, such as train or cache.limits; by default all.")
     ] = None,
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of configurations, for editors.")
@@ -108,7 +110,7 @@ def config(
 
 @app.command(rich_help_panel=_DATA)
 def simulate(
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
     contact_sheet: Annotated[
@@ -132,13 +134,13 @@ app.add_typer(cache_app, name="cache", rich_help_panel=_DATA)
 @cache_app.callback(invoke_without_command=True)
 def cache(
     context: typer.Context,
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
     """Cache physics priors (VLM) and encodings (VAE, text) of all videos to Parquet. Resumes by itself."""
     if command := context.invoked_subcommand:
-        if set_ or print_config or config != "tiny":
+        if set_ or print_config or config != PRESET:
             raise ProPhyError(f"options of `prophy cache {command}` come after its name")
         return
     resolved = _configure("cache", config, set_, print_config)
@@ -148,7 +150,7 @@ def cache(
 
 
 @cache_app.command()
-def verify(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
+def verify(config: ConfigOption = PRESET, set_: SetOption = None) -> None:
     """Check every file of the cache, set damaged ones aside, rebuild the indices."""
     resolved = load_config(config, set_, "cache verify")
     from pipelines.caching import verify
@@ -157,7 +159,7 @@ def verify(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
 
 
 @cache_app.command()
-def prune(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
+def prune(config: ConfigOption = PRESET, set_: SetOption = None) -> None:
     """Remove from the disk what is cached of videos that are in the input no more, unless it is in use.
 
     The input is that of the last `prophy cache`. A training that reads the cache must have ended.
@@ -170,7 +172,7 @@ def prune(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
 
 @cache_app.command()
 def inspect(
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     clips: Annotated[int, typer.Option(min=1, help="How many clips the picture shows.")] = 8,
     output: Annotated[Path, typer.Option(help="The picture: frames, caption, phenomena, maps.")] = Path(
@@ -187,7 +189,7 @@ def inspect(
 @cache_app.command()
 def explain(
     clip: Annotated[str, typer.Argument(help="A video; its first clip is shown to the VLM.")],
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     phenomenon: Annotated[
         list[str] | None, typer.Option(help="Ask for this one, not for those that the VLM names. Repeatable.")
@@ -204,7 +206,7 @@ def explain(
 
 
 @app.command(rich_help_panel=_TRAINING)
-def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
+def train(config: ConfigOption = PRESET, set_: SetOption = None, print_config: PrintOption = False) -> None:
     """Train the Physical Branch on the cache with Ray Train and DeepSpeed. Resumes by itself."""
     resolved = _configure("train", config, set_, print_config)
     from pipelines.training import train
@@ -214,7 +216,7 @@ def train(config: ConfigOption = "tiny", set_: SetOption = None, print_config: P
 
 @app.command(rich_help_panel=_TRAINING)
 def plan(
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
     gpus: Annotated[
@@ -251,7 +253,7 @@ def export(
             help="Which checkpoint: a number, or best (lowest held-out loss); by default the latest."
         ),
     ] = None,
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
@@ -270,7 +272,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt. Repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Also write a picture of all videos.")] = None,
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
@@ -292,7 +294,7 @@ def generate(
 
 
 @app.command(rich_help_panel=_VIDEOS)
-def serve(config: ConfigOption = "tiny", set_: SetOption = None, print_config: PrintOption = False) -> None:
+def serve(config: ConfigOption = PRESET, set_: SetOption = None, print_config: PrintOption = False) -> None:
     """Serve the OpenAI Videos API over HTTP with replicas that scale by themselves, until Ctrl-C."""
     resolved = _configure("serve", config, set_, print_config)
     from pipelines.serving import serve
@@ -335,7 +337,7 @@ def pretrain(
     part: Annotated[
         Part, typer.Argument(help="vlm, vae, backbone (after the vae), branch (after all), or bundle.")
     ],
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
@@ -347,7 +349,7 @@ def pretrain(
 
 
 @app.command(rich_help_panel=_START)
-def doctor(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
+def doctor(config: ConfigOption = PRESET, set_: SetOption = None) -> None:
     """Check that this machine or cluster has what a run needs: room, folders, versions, database."""
     resolved = load_config(config, set_)
     from pipelines import doctor
@@ -357,7 +359,7 @@ def doctor(config: ConfigOption = "tiny", set_: SetOption = None) -> None:
 
 @app.command(rich_help_panel=_START)
 def demo(
-    config: ConfigOption = "tiny",
+    config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:

@@ -100,7 +100,7 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
     priors = _priors_by_source(config)
     metrics = [json.loads(line) for line in RunFolder(config.run_dir).metrics.read_text().splitlines()]
     trace = PhysicsTrace()
-    frames = VideoSampler(config).sample(generate.spec(config, PROMPTS[0], PhysicsSpec()), trace=trace)
+    frames = VideoSampler(config).sample(generate.video_spec(config, PROMPTS[0], PhysicsSpec()), trace=trace)
     report = config.run_dir / "report.html"
     write_report(
         report,

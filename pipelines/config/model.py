@@ -73,7 +73,7 @@ class BackboneConfig(Section):
 
 
 class VlmConfig(Section):
-    """The Qwen2.5-VL that teaches: what it sees, and which of its attention is kept."""
+    """The vision-language model that teaches: what it sees, and which of its attention is kept."""
 
     pretrained: Pretrained
     """Hub id or folder of the vision-language model; 'tiny' is the embedded one."""

@@ -71,7 +71,7 @@ class Config(Section):
     """The video diffusion transformer with its VAE and text encoder, and the clips that it makes."""
 
     vlm: VlmConfig = _LEFT_OUT
-    """The Qwen2.5-VL that teaches: what it sees, and which of its attention is kept."""
+    """The vision-language model that teaches: what it sees, and which of its attention is kept."""
 
     physics: PhysicsConfig = _LEFT_OUT
     """The Physical Branch: where it acts and how many experts it has."""

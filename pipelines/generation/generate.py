@@ -76,7 +76,8 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
     output = config.generate.output
     output.mkdir(parents=True, exist_ok=True)
     specs = [
-        spec(config, prompt, occurrence=prompts[:index].count(prompt)) for index, prompt in enumerate(prompts)
+        video_spec(config, prompt, occurrence=prompts[:index].count(prompt))
+        for index, prompt in enumerate(prompts)
     ]
     paths = [output / f"{_digest(video, model)}.mp4" for video in specs]
     missing = [
@@ -108,7 +109,9 @@ def write_contact_sheet(config: Config, videos: dict[str, Path], path: Path) -> 
     logger.info("wrote %s", path)
 
 
-def spec(config: Config, prompt: str, physics: PhysicsSpec | None = None, occurrence: int = 0) -> VideoSpec:
+def video_spec(
+    config: Config, prompt: str, physics: PhysicsSpec | None = None, occurrence: int = 0
+) -> VideoSpec:
     """The video of a prompt as the configuration has it; a later occurrence of a prompt gets a later seed."""
     backbone = config.backbone
     return VideoSpec(

@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.config import Config
-from pipelines.generation.generate import spec
+from pipelines.generation.generate import video_spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import EVALUATION_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
@@ -126,7 +126,7 @@ def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndar
     folder.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(config.train.sample_prompts):
         trace = PhysicsTrace() if physics.num_semantic_experts and physics.num_refinement_experts else None
-        video = spec(config, prompt, PhysicsSpec() if trace else None)
+        video = video_spec(config, prompt, PhysicsSpec() if trace else None)
         frames = sampler.sample(video, trace=trace)
         write_video(folder / f"{index}.mp4", frames, video.fps)
         rows = {prompt: frames}

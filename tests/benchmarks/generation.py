@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import load_config
-from pipelines.generation.generate import spec
+from pipelines.generation.generate import video_spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec, StepCache, VideoSpec
 from pipelines.training.model import branch_config
@@ -147,7 +147,9 @@ def main() -> None:
     prompts = resources.files("prophy.tiny").joinpath("prompts.txt").read_text().splitlines()
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("tiny", [f"run_dir={folder}"])
-    videos = [spec(config, prompt) for prompt in prompts[: int(sys.argv[1]) if len(sys.argv) > 1 else 8]]
+    videos = [
+        video_spec(config, prompt) for prompt in prompts[: int(sys.argv[1]) if len(sys.argv) > 1 else 8]
+    ]
     denoise = Denoiser(VideoSampler(config))
     denoise(videos[:1])  # warm-up
     num_steps, num_threads = config.sampling.num_inference_steps, torch.get_num_threads()

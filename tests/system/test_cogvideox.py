@@ -134,7 +134,7 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
     complete = export.run(config, tmp_path / "complete", None, complete=True)
     backbone = config.backbone.model_copy(update={"pretrained": str(complete)})
     exported = config.model_copy(update={"backbone": backbone})
-    spec = generate.spec(exported, "a red ball falls")
+    spec = generate.video_spec(exported, "a red ball falls")
     expected = VideoSampler(trained).sample(spec)
     assert np.array_equal(VideoSampler(exported).sample(spec), expected)
     assert not np.array_equal(VideoSampler(config).sample(spec), expected)

@@ -120,7 +120,7 @@ def test_sea_cache_is_for_wan(config: Config) -> None:
 def test_the_step_cache_is_the_operators_choice(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "sampling.step_cache.taylorseer=3")
     served = VideoRequest.parse({"prompt": "a ball"}).to_spec(config, LIMITS)
-    assert served.step_cache == generate.spec(config, "a ball").step_cache == StepCache(taylorseer=3)
+    assert served.step_cache == generate.video_spec(config, "a ball").step_cache == StepCache(taylorseer=3)
     with pytest.raises(ApiError, match="unknown field 'step_cache'"):
         VideoRequest.parse({"prompt": "a ball", "step_cache": {"taylorseer": 3}})
 
