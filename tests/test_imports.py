@@ -137,7 +137,7 @@ def test_the_trainer_imports_torch_alone() -> None:
 
 def test_the_endpoint_knows_no_ray() -> None:
     """As its docstrings say: another server could run it."""
-    modules = ("api", "dispatcher", "jobs", "service", "artefacts", "protocol", "middleware")
+    modules = ("api", "dispatcher", "jobs", "service", "artefacts", "protocol", "middleware", "replica")
     loaded = loaded_by(*(f"pipelines.serving.{name}" for name in modules))
     assert not loaded & (NETWORKS | {"ray"})
 

@@ -8,13 +8,11 @@ import asyncio
 import faulthandler
 import ipaddress
 import logging
-import os
 import re
 import signal
 import textwrap
 import threading
 from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +28,7 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig,
 
 from pipelines.config import Config, ServeConfig, load_config
 from pipelines.generation.limits import check_model, shape_limits
-from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
+from pipelines.generation.spec import ShapeLimits, VideoSpec
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import find_user_error, open_run, ray_session
 from pipelines.serving import haproxy
@@ -40,81 +38,15 @@ from pipelines.serving.dispatcher import Dispatcher, GenerationStep, ReplicaDied
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ApiError
+from pipelines.serving.replica import VideoGenerator
 from pipelines.serving.service import GeneratorStatus, VideoService
 from prophy.errors import ProPhyError
 
-logger = logging.getLogger("ray.serve")  # a replica's own: JSON lines with its context
+logger = logging.getLogger("ray.serve")  # the ingress's own: JSON lines with its context
 
 APP_NAME = "prophy"
 MAX_CONNECTIONS = 1000
 STOP_WITHIN_S = 120  # Serve waits up to 30 s for its parts; ray.shutdown() sets itself no limit
-
-
-class AbortedError(Exception):
-    """The caller no longer wants the video."""
-
-
-class VideoGenerator:
-    """Holds the model and makes one video at a time. It exists once a first forward pass has run.
-
-    Args:
-        config: the run.
-        limits: the shapes that the model can make.
-    """
-
-    def __init__(self, config: Config, limits: ShapeLimits) -> None:
-        from pipelines.generation.sampler import VideoSampler  # torch and diffusers: of no use to the ingress
-
-        self._sampler = VideoSampler(config)
-        self._sampler.warm_up(limits)
-        self._thread = ThreadPoolExecutor(max_workers=1)
-
-    async def check_health(self) -> None:
-        """Raises what the device raises; Serve asks every 10 s, and replaces a replica after three errors."""
-        await asyncio.to_thread(self._sampler.check_device)
-
-    async def generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
-        """Makes a video, in a thread; a caller that goes away stops it after the current denoising step.
-
-        The first step is reported once the video before, should it be on its way out, has left the thread.
-        After an error of the device the process ends: all that follows there would fail too, and at once, so
-        that such a replica would be the free one for every job of the queue.
-        """
-        loop = asyncio.get_running_loop()
-        steps: asyncio.Queue[GenerationStep] = asyncio.Queue()
-        stopped = threading.Event()
-
-        def report(progress: float) -> None:
-            if stopped.is_set():
-                raise AbortedError
-            loop.call_soon_threadsafe(steps.put_nowait, GenerationStep(progress))
-
-        def render() -> VideoResult:
-            report(0.0)
-            try:
-                return self._sampler.render(spec, report)
-            except Exception as error:
-                from prophy.device import is_device_error  # torch
-
-                if is_device_error(error):
-                    logger.critical("the device fails; this replica gives way to a new one", exc_info=error)
-                    logging.shutdown()
-                    os._exit(1)
-                raise
-
-        def wake(making: asyncio.Future[VideoResult]) -> None:
-            steps.put_nowait(GenerationStep(1.0))
-            if stopped.is_set() and not making.cancelled():
-                making.exception()  # AbortedError: nobody else asks for it
-
-        making = loop.run_in_executor(self._thread, render)
-        making.add_done_callback(wake)
-        try:
-            while not making.done():
-                yield await steps.get()
-            yield GenerationStep(1.0, await making)
-        finally:
-            stopped.set()
 
 
 @ray.remote(num_cpus=0)

@@ -19,7 +19,7 @@ from pipelines.generation import generate
 from pipelines.generation.limits import shape_limits
 from pipelines.generation.sampler import VideoSampler
 from pipelines.layout import METRICS_FILE
-from pipelines.serving.serve import VideoGenerator
+from pipelines.serving.replica import VideoGenerator
 from pipelines.training import export, train
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline

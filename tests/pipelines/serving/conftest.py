@@ -2,22 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
 from pipelines.config import Config
 from pipelines.generation.limits import shape_limits
+from pipelines.serving.replica import VideoGenerator
 from tests.databases import new_database, postgres_server
 from tests.servers import (
     http_server,
     save_checkpoint,
     serve_config,
 )
-
-if TYPE_CHECKING:  # the module loads Ray, which most tests here do without
-    from pipelines.serving.serve import VideoGenerator
 
 
 @pytest.fixture(scope="session")
@@ -41,14 +38,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="package")
-def generator(config: Config) -> "VideoGenerator":
-    from pipelines.serving.serve import VideoGenerator
-
+def generator(config: Config) -> VideoGenerator:
     return VideoGenerator(config, shape_limits(config))
 
 
 @pytest.fixture(scope="package")
-def client(config: Config, generator: "VideoGenerator") -> Iterator[httpx.Client]:
+def client(config: Config, generator: VideoGenerator) -> Iterator[httpx.Client]:
     # One model in one thread: what is beyond the first video waits in its executor, as it does for a replica.
     with http_server(config, generator.generate) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.config import Config
 from pipelines.generation.limits import shape_limits
-from pipelines.serving.serve import VideoGenerator
+from pipelines.serving.replica import VideoGenerator
 from prophy.taxonomy import PHENOMENA
 from tests.servers import (
     LIMITS,

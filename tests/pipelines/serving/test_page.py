@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from pipelines.generation.limits import shape_limits
 from pipelines.serving.middleware import hash_key, new_key
-from pipelines.serving.serve import VideoGenerator
+from pipelines.serving.replica import VideoGenerator
 from tests.servers import http_server, save_checkpoint, serve_config
 
 CHROMIUM = shutil.which("chromium")

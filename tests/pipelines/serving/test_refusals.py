@@ -14,7 +14,7 @@ from pipelines.config import Config
 from pipelines.generation.limits import shape_limits
 from pipelines.serving.middleware import hash_key, new_key
 from pipelines.serving.protocol import ApiError, VideoRequest
-from pipelines.serving.serve import VideoGenerator
+from pipelines.serving.replica import VideoGenerator
 from tests.servers import (
     PROMPT,
     SHORT,
