@@ -29,7 +29,7 @@ def _absolute_folder(name: str) -> str:
     return _absolute(name) if name != EMBEDDED and Path(name).is_dir() else name
 
 
-def _checkpoint(name: object) -> object:
+def _branch_folder(name: object) -> object:
     return bundled("branch") if name == EMBEDDED else name
 
 
@@ -37,7 +37,7 @@ def _checkpoint(name: object) -> object:
 LocalPath = Annotated[Path, AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
-Checkpoint = Annotated[Path, BeforeValidator(_checkpoint), AfterValidator(_absolute_path)]
+BranchFolder = Annotated[Path, BeforeValidator(_branch_folder), AfterValidator(_absolute_path)]
 
 
 class Section(BaseModel):

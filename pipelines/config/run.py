@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipelines.config.base import Checkpoint, LocalPath, Section
+from pipelines.config.base import BranchFolder, LocalPath, Section
 from pipelines.config.caching import CacheConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
@@ -58,7 +58,7 @@ class Config(Section):
     run_dir: LocalPath
     """Folder of this run; other folders default to places inside it."""
 
-    checkpoint: Checkpoint | None = None
+    checkpoint: BranchFolder | None = None
     """Folder of a trained branch, for serve and generate: what `prophy train` or `prophy export` wrote.
 
     'tiny' is the embedded one, null the bare backbone.

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.config.base import Checkpoint, Fraction, How, NonNegativeFloat, NonNegativeInt, Section
+from pipelines.config.base import BranchFolder, Fraction, How, NonNegativeFloat, NonNegativeInt, Section
 from prophy.priors.recipes import RECIPE_NAMES
 
 
@@ -33,7 +33,7 @@ class LossWeights(Section):
 class TrainConfig(Section):
     """Training of the branch with Ray Train and DeepSpeed."""
 
-    start_from: Checkpoint | None = None
+    start_from: BranchFolder | None = None
     """Folder of a trained branch to go on from; 'tiny' is the embedded one, null starts a new branch."""
 
     backbone: Literal["frozen", "lora", "full"] = "frozen"
