@@ -1,4 +1,4 @@
-"""Draws what a finished video is asked for. Knows neither Ray nor HTTP; `draw_overlay` imports torch."""
+"""Draws what a finished video is asked for. Knows neither Ray nor HTTP."""
 
 import io
 import json

@@ -51,7 +51,7 @@ STOP_WITHIN_S = 120  # Serve waits up to 30 s for its parts; ray.shutdown() sets
 
 @ray.remote(num_cpus=0)
 def draw(kind: str, *of: Any) -> bytes:
-    """A function of `pipelines.serving.drawing` in a process of its own: it takes seconds, and some torch."""
+    """A function of `pipelines.serving.drawing` in a process of its own: it takes seconds."""
     from pipelines.serving import drawing
 
     return getattr(drawing, kind)(*of)

@@ -41,7 +41,7 @@ _COLUMNS = 6  # frames of a video in its picture
 
 
 def evaluate(config: Config, cache: PriorCache, root: Path, folder: Path) -> None:
-    """Measures the checkpoint in `folder`, and makes its samples; the other arguments as in `evaluating`."""
+    """Measures the checkpoint in `folder` and makes its samples; the rest is as in `watcher.evaluating`."""
     checkpoint = Checkpoint(folder)
     step, train = checkpoint.step, config.train
     with (

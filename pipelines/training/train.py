@@ -204,7 +204,7 @@ def compare_schedule(config: Config) -> None:
     if was != now:
         logger.warning(
             "train.num_steps was %d and is %d: by train.lr_schedule %s the learning rate after step %d jumps "
-            "from %.3g to %.3g, and the steps that follow are others than in a run of %d from its start",
+            "from %.3g to %.3g, and the steps that follow differ from those of a run of %d from its start",
             before.num_steps,
             train.num_steps,
             train.lr_schedule,
