@@ -166,19 +166,28 @@ def source_version(source: dict[str, Any]) -> tuple[str, int, float]:
     return source["uri"], source["size"], source["modified"]
 
 
+class MissingFileError(ProPhyError):
+    """A file of the cache that is not there, or not any more."""
+
+
 @contextmanager
 def open_file(path: Path) -> Iterator[pq.ParquetFile]:
     """A file of the cache, whose pages are checked against their checksums when they are read.
 
     Raises:
-        ProPhyError: it is damaged or gone.
+        MissingFileError: it is gone.
+        ProPhyError: it is damaged.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"{path} is gone; run `prophy cache verify`, then `prophy cache` again"
+        ) from None
     except (OSError, pa.ArrowInvalid):
         raise ProPhyError(
-            f"{path} is damaged or gone; run `prophy cache verify`, then `prophy cache` again"
+            f"{path} is damaged; run `prophy cache verify`, then `prophy cache` again"
         ) from None
 
 

@@ -103,7 +103,8 @@ def probe(
     if interval <= 0:
         raise VideoError(f"{path} gives all of its {len(shown)} frames one timestamp; write it anew")
     end_s = (latest + min(last_duration or interval, interval)) * unit
-    if declared_s > end_s - start_s + 1.5 * interval * unit:
+    missing_s = declared_s - (end_s - start_s)
+    if missing_s > 1.5 * interval * unit and not _has_packets_after(path, end_s + missing_s / 2):
         raise VideoError(
             f"{path} ends after {end_s - start_s:.2f} s although its header promises {declared_s:.2f} s; "
             f"it was cut short, copy it anew"
@@ -240,6 +241,14 @@ def _nearest_frames(
                 f"{path} cannot be decoded at {time:.2f} s; the nearest frame that can is at {shown_s:.2f} s"
             )
         yield frame
+
+
+def _has_packets_after(path: str | Path, time_s: float) -> bool:
+    """Whether an ASF file goes on, with its sound: what its header promises is the duration of the whole."""
+    with open_video(path) as (container, _):
+        return container.format.name == "asf" and any(
+            (packet.pts or 0) * packet.time_base > time_s for packet in container.demux()
+        )
 
 
 def _duration(frame: VideoFrame) -> float:

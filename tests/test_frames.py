@@ -269,6 +269,21 @@ def test_what_lies_before_the_first_key_frame_is_an_error_and_no_frozen_picture(
     assert_frames(path, expected, times_s, np.arange(missing_s, times_s[-1] - 0.4, 0.31))
 
 
+@pytest.mark.parametrize("suffix", [".wmv", ".mp4", ".ts"])
+def test_sound_may_last_longer_but_what_was_cut_off_is_told(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    picture, sound = (["-f", "lavfi", "-i", source] for source in ("testsrc=s=64x48:r=25:d=2", "sine=d=4"))
+    ffmpeg(*picture, *sound, *["-pix_fmt", "yuv420p", "-g", "20"], str(path))
+    assert (probe(path).num_frames, probe(path).duration_s) == (50, pytest.approx(2.0, abs=0.05))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 3])
+    if suffix != ".mp4":  # no header promises anything, or FFmpeg does not believe it
+        assert probe(path).duration_s < 1.5
+    else:
+        with pytest.raises(VideoError, match="was cut short|cannot be read as a video"):
+            probe(path)
+
+
 def test_pictures_without_times_are_refused(tmp_path: Path) -> None:
     """So small ones that a packet of the program stream, which has one time, holds many."""
     encode({tmp_path / "a.mpg": f"{H264} -f vob"})

@@ -14,9 +14,9 @@ from rich.table import Table
 from pipelines.config import Config, TrainConfig
 from pipelines.training.model import branch_config
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import load_configs
+from prophy.backbones.pretrained import check_bare, load_configs
 from prophy.models.physics_transformer import PhysicsTransformer
-from prophy.training.cost import count_flops, count_saved_bytes
+from prophy.training.cost import count_flops, count_routing_flops, count_saved_bytes
 
 USABLE = 0.9  # share of a GPU's memory; the rest is CUDA's context and fragments
 _MASTER_GRADIENT = 4  # bytes per trained parameter: the gradient in float32,
@@ -119,6 +119,7 @@ class Plan:
         num_tokens: tokens of a sample in the transformer.
         text_length: tokens of the text encoder.
         flops: operations of a step, over all GPUs.
+        routing_flops: those of them by which load balancing knows ahead what later micro-batches choose.
         activations: bytes of a micro-batch, by whether gradients are checkpointed; an estimate.
     """
 
@@ -127,6 +128,7 @@ class Plan:
     num_tokens: int
     text_length: int
     flops: int
+    routing_flops: int
     activations: dict[bool, int]
 
     def total(self, way: Way) -> int:
@@ -156,7 +158,8 @@ def run(config: Config, gpu_memory_gb: float) -> None:
         f"a step of {train.global_batch_size} samples, {train.gradient_accumulation_steps} micro-batches of "
         f"{train.micro_batch_size} on each of {train.num_workers} GPUs, takes {plan.flops / 1e15:.3g} PFLOP: "
         f"{seconds:.3g} s if each GPU does {_ASSUMED_FLOPS / 1e12:.0f} TFLOP/s, and about a third more with "
-        f"gradient checkpointing\n",
+        f"gradient checkpointing; {plan.routing_flops / plan.flops:.1%} of it is routing ahead for load "
+        f"balancing over the global batch, which keeps no activations\n",
         highlight=False,
     )
     console.print(_table(plan, gpu_memory))
@@ -189,7 +192,10 @@ def make_plan(config: Config) -> Plan:
     shape = (transformer.config.in_channels, *latents)
     work = (transformer, train.micro_batch_size, shape, backbone.max_sequence_length)
     t, h, w = family.token_grid(latents, transformer_config)
-    micro_batches = train.gradient_accumulation_steps * train.num_workers
+    routing_flops = 0
+    if transformer.physics_branch.refinement is not None and train.gradient_accumulation_steps > 1:
+        ahead = (train.gradient_accumulation_steps - 1) * train.num_workers
+        routing_flops = count_routing_flops(*work) * ahead
     size = _size(transformer, getattr(torch, backbone.dtype))
     saved = count_saved_bytes(*work) * (2 if train.precision == "fp32" else 1)
     # Autocast keeps a copy of each trained weight until the forward pass ends, or is saved for the backward.
@@ -200,7 +206,8 @@ def make_plan(config: Config) -> Plan:
         size=size,
         num_tokens=t * h * w,
         text_length=backbone.max_sequence_length,
-        flops=count_flops(*work) * micro_batches,
+        flops=count_flops(*work) * train.gradient_accumulation_steps * train.num_workers + routing_flops,
+        routing_flops=routing_flops,
         activations={False: saved + copies, True: checkpointed + copies},
     )
 
@@ -238,6 +245,7 @@ def _configs(config: Config) -> tuple[dict, dict]:
     """Configurations of VAE and transformer: those of a published model come with the product."""
     backbone, family = config.backbone, FAMILIES[config.backbone.family]
     if backbone.pretrained not in family.published:
+        check_bare(backbone.family, backbone.pretrained, backbone.revision)
         vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
         return dict(vae), dict(transformer)
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_dama
 from pipelines.training.samples import describe_samples
 from pipelines.training.schedule import learning_rate_factor
 from pipelines.training.watcher import evaluating
-from prophy.backbones.pretrained import check_unchanged, fingerprint, pinned_revision
+from prophy.backbones.pretrained import check_bare, check_unchanged, fingerprint, pinned_revision
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
 
@@ -48,6 +48,8 @@ def run(config: Config) -> Path:
         ProPhyError: no cache, or one that does not fit; the run folder belongs to another run, another
             process trains in it, or it cannot be written to; or a loss is not finite.
     """
+    model = config.backbone
+    check_bare(model.family, model.pretrained, model.revision)
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
     cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))

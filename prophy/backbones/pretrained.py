@@ -222,6 +222,25 @@ def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Mo
     return vae, transformer
 
 
+def check_bare(family: str, pretrained: str, revision: str | None) -> None:
+    """Whether a branch can be put beside this model.
+
+    Args:
+        family: key of `FAMILIES`.
+        pretrained: see `resolve_pretrained`.
+        revision: commit, branch or tag, where it is a hub id.
+
+    Raises:
+        ProPhyError: it has a branch, as `prophy export --complete` writes it; or there is no such model.
+    """
+    if "physics" in load_configs(family, pretrained, revision)[1]:
+        raise ProPhyError(
+            f"{pretrained} is a complete export, which holds a trained branch; set backbone.pretrained to "
+            f"the backbone that it was trained on, and train.start_from to what `prophy export` writes "
+            f"without --complete"
+        )
+
+
 def download(pretrained: str, revision: str | None, parts: list[str] | None = None) -> Path:
     """The folder of a pretrained model, after what is missing was fetched from the hub.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from prophy.errors import ProPhyError
-from prophy.schema import EMPTY_PROMPT, INDEX, CacheInput, open_file, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, INDEX, CacheInput, MissingFileError, open_file, tensor_from_columns
 
 if TYPE_CHECKING:  # the driver of training reads no tensors, and torch takes seconds to import
     import torch
@@ -86,7 +86,29 @@ class PriorCache:
         return tensor_from_columns("text_embeds", row)
 
     def read(self, sample_id: str) -> PriorSample:
-        """One sample."""
+        """One sample; `prophy cache` and its `prune` may have written it into another file since.
+
+        Raises:
+            ProPhyError: they took it out, or its file is damaged or gone.
+        """
+        try:
+            return self._read(sample_id)
+        except MissingFileError:
+            self._find_again(sample_id)
+            return self._read(sample_id)
+
+    def _find_again(self, sample_id: str) -> None:
+        """Looks up anew where each sample is; the indices were written before files went."""
+        priors, encodings = _read_index(self._priors, []), _read_index(self._encodings, ["latents_shape"])
+        if sample_id not in priors or sample_id not in encodings:
+            raise ProPhyError(
+                f"the sample {sample_id} was taken out of the cache ({self._priors.parent}) after this run "
+                f"began, by `prophy cache` or its `prune`; run the same command again to go on without it"
+            )
+        found = self._rows.keys() & priors.keys() & encodings.keys()
+        self._rows |= {key: (_place(priors[key]), encodings[key]) for key in found}
+
+    def _read(self, sample_id: str) -> PriorSample:
         import torch
 
         prior, encoding = self._rows[sample_id]

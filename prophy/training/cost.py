@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prophy.models.physics_transformer import PhysicsTransformer, ProPhyTransformerOutput
+from prophy.models.physics_transformer import PhysicsTransformer
 
 ShapeOf = Callable[[torch.Tensor], torch.Size]
 
@@ -20,15 +21,15 @@ def own_shape(parameter: torch.Tensor) -> torch.Size:
     return parameter.shape
 
 
-class _Predict(nn.Module):
-    """`predict` as a forward pass, for `functional_call`."""
+class _Call(nn.Module):
+    """`predict` or `route` as a forward pass, for `functional_call`."""
 
-    def __init__(self, transformer: PhysicsTransformer) -> None:
+    def __init__(self, transformer: PhysicsTransformer, method: str) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.method = transformer, method
 
-    def forward(self, *inputs: torch.Tensor) -> ProPhyTransformerOutput:
-        return self.transformer.predict(*inputs)
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return getattr(self.transformer, self.method)(*inputs)
 
 
 def count_flops(
@@ -53,10 +54,20 @@ def count_flops(
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     # As two plain products: a fused kernel's formula counts the scores again in the backward pass.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        output = _predict(transformer, batch_size, latents, text_length, "meta", shape_of)
+        output = _call("predict", transformer, batch_size, latents, text_length, "meta", shape_of)
         assert output.routing is not None
         outputs = (output.sample, output.routing.refinement_logits, output.routing.phenomenon_maps)
         torch.autograd.backward([value.float().sum() for value in outputs if value is not None])
+    return counter.get_total_flops()
+
+
+def count_routing_flops(
+    transformer: PhysicsTransformer, batch_size: int, latents: tuple[int, ...], text_length: int
+) -> int:
+    """As `count_flops`, of `route` alone: what load balancing takes ahead of a micro-batch."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        _call("route", transformer, batch_size, latents, text_length, "meta")
     return counter.get_total_flops()
 
 
@@ -76,20 +87,21 @@ def count_saved_bytes(
         return value
 
     with FakeTensorMode(), saved_tensors_hooks(pack, lambda value: value):
-        output = _predict(transformer, batch_size, latents, text_length, "cpu")
+        output = _call("predict", transformer, batch_size, latents, text_length, "cpu")
         assert output.sample.requires_grad  # and so keeps the storages, whose addresses are thus unique
     return sum(storages.values())
 
 
-def _predict(
+def _call(
+    method: str,
     transformer: PhysicsTransformer,
     batch_size: int,
     latents: tuple[int, ...],
     text_length: int,
     device: str,
     shape_of: ShapeOf = own_shape,
-) -> ProPhyTransformerOutput:
-    """The forward pass, with tensors in the place of the parameters that hold nothing."""
+) -> Any:
+    """What `predict` or `route` gives, with tensors in the place of the parameters that hold nothing."""
 
     def empty(value: torch.Tensor) -> torch.Tensor:
         # `grouped_mm` without memory wants bfloat16.
@@ -97,7 +109,7 @@ def _predict(
             shape_of(value), device=device, dtype=torch.bfloat16, requires_grad=value.requires_grad
         )
 
-    module, checkpointing = _Predict(transformer), transformer.is_gradient_checkpointing
+    module, checkpointing = _Call(transformer, method), transformer.is_gradient_checkpointing
     tensors = [*module.named_parameters(), *module.named_buffers()]
     text_dim = transformer.config[transformer._text_dim]
     transformer.disable_gradient_checkpointing()

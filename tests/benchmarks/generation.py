@@ -29,7 +29,7 @@ from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec, StepCache, VideoSpec
 from pipelines.training.model import branch_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.training.cost import _grouped_mm_flop, _predict
+from prophy.training.cost import _call, _grouped_mm_flop
 
 WHOLE = "all steps, branch on (scale 1)"
 CACHES: dict[str, Sequence[float]] = {
@@ -124,7 +124,7 @@ def count_operations() -> Table:
         )
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        _predict(transformer, 1, LATENTS, TEXT_LENGTH, "meta")
+        _call("predict", transformer, 1, LATENTS, TEXT_LENGTH, "meta")
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     def share(*modules: str) -> float:

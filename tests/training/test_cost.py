@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.taxonomy import PHENOMENA
-from prophy.training.cost import count_flops, count_saved_bytes
+from prophy.training.cost import count_flops, count_routing_flops, count_saved_bytes
 
 LATENTS, TEXT_LENGTH, BATCH_SIZE = (16, 5, 16, 16), 64, 2
 N, D, F, L = 5 * 8 * 8, 768, 3072, TEXT_LENGTH  # tokens and widths
@@ -63,6 +63,19 @@ def test_checkpointing_and_batch_do_not_matter(transformer: ProPhyWanTransformer
     transformer.enable_gradient_checkpointing()
     assert count_flops(transformer, BATCH_SIZE, LATENTS, TEXT_LENGTH) == 2 * expected
     assert transformer.is_gradient_checkpointing
+
+
+def test_routing_ahead_runs_the_branch_alone_or_all_where_it_has_no_blocks(
+    transformer: ProPhyWanTransformer3DModel,
+) -> None:
+    routing = count_routing_flops(transformer, BATCH_SIZE, LATENTS, TEXT_LENGTH)
+    assert routing == pytest.approx(BRANCH, rel=0.02)
+    physics = transformer.config.physics | {"physical_blocks": False}
+    with torch.device("meta"):
+        without = ProPhyWanTransformer3DModel.from_config({**transformer.config, "physics": physics})
+    whole = count_flops(without, BATCH_SIZE, LATENTS, TEXT_LENGTH)
+    routing = count_routing_flops(without, BATCH_SIZE, LATENTS, TEXT_LENGTH)
+    assert routing == pytest.approx(whole / 3, rel=0.01)
 
 
 def test_activations_are_those_that_autograd_keeps() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipelines.caching.tables import Table, update_index, write_file
+from pipelines.caching.tables import Table, drop_samples, update_index, write_file
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, ROW_FILES, CacheInput, tensor_columns
@@ -260,11 +260,26 @@ def test_damaged_pages_are_named(tmp_path: Path) -> None:
         content = bytearray(file.read_bytes())
         content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
         file.write_bytes(content)
-    with pytest.raises(ProPhyError, match=r"[0-9a-f]{64}.parquet is damaged .* `prophy cache verify`"):
+    with pytest.raises(ProPhyError, match=r"[0-9a-f]{64}.parquet is damaged; run `prophy cache verify`"):
         for sample_id in "abcd":
             opened.read(sample_id)
     with pytest.raises(ProPhyError, match=f"{EMPTY_PROMPT} is damaged"):
         opened.null_text_embeds()
+
+
+def test_a_cache_that_is_pruned_under_a_reader(tmp_path: Path) -> None:
+    """Its rows are in other files then; a sample that was taken out is named, with the cause."""
+    write_cache(tmp_path, dict.fromkeys("abcdefg", SMALL))
+    opened = open_cache(tmp_path)
+    expected = [opened.read(sample_id).latents for sample_id in "abcdeg"]
+    for folder, schema in (("priors", PRIORS), ("encodings/a", ENCODINGS)):
+        drop_samples(Table(tmp_path / folder, schema, {}, {}), ["f"])
+    found = [opened.read(sample_id).latents for sample_id in "abcdeg"]
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(
+        ProPhyError, match=r"the sample f was taken out of the cache .* by `prophy cache` or its `prune`; run"
+    ):
+        opened.read("f")
 
 
 def test_latents_of_another_grid(cache: PriorCache) -> None:

@@ -1,5 +1,6 @@
 """`prophy cache inspect` and `prophy cache explain` on the tiny cache: what they print and draw."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pipelines.caching.sources import find_videos
 from pipelines.config import Config
 from prophy.errors import ProPhyError
 from prophy.schema import ROW_FILES
+from prophy.video import write_video
+from tests.hostile import FPS, moving_square
 
 
 def colourful_rows(sheet: Path) -> int:
@@ -39,6 +42,16 @@ def test_explain(tiny_cache: Config, tmp_path: Path) -> None:
     assert colourful_rows(tmp_path / "explain.png") >= 1 + 3 * (1 + 4)  # three questions, four layers
 
 
+def test_explain_shows_the_vlm_all_of_a_video_shorter_than_a_clip(
+    tiny_cache: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_video(tmp_path / "short.mp4", moving_square(8), FPS)
+    with caplog.at_level(logging.INFO):
+        inspect.explain(tiny_cache, str(tmp_path / "short.mp4"), ["melting"], tmp_path / "explain.png")
+    assert "short.mp4 lasts 1.00 s, less than a clip; the VLM is shown all of it" in caplog.text
+    assert colourful_rows(tmp_path / "explain.png") >= 1 + 2 * (1 + 4)
+
+
 def test_mistakes(tiny_cache: Config, config: Config, tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="no cache in"):
         inspect.inspect(config, 3, tmp_path / "sheet.png")
@@ -51,7 +64,7 @@ def test_mistakes(tiny_cache: Config, config: Config, tmp_path: Path) -> None:
     shutil.copytree(tiny_cache.cache.output, config.cache.output)
     for path in Path(config.cache.output).glob(f"priors/{ROW_FILES}"):
         damage_every_row(path)
-    with pytest.raises(ProPhyError, match="is damaged or gone; run `prophy cache verify`"):
+    with pytest.raises(ProPhyError, match="is damaged; run `prophy cache verify`"):
         inspect.inspect(config, 1, tmp_path / "sheet.png")
 
 

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from pipelines.config import Config
-from pipelines.training import export
+from pipelines.training import export, train
 from pipelines.training.checkpoint import pin
+from pipelines.training.plan import make_plan
 from pipelines.training.saving import Fragment, save
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint, resolve_pretrained
@@ -93,6 +94,18 @@ def test_a_complete_pipeline(
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     card = (folder / "README.md").read_text()
     assert "Trained for 7 steps" in card and "ProPhyWanPipeline.from_pretrained" in card
+
+
+@pytest.mark.parametrize("use", [train.run, make_plan])
+def test_a_complete_pipeline_is_no_backbone_to_train(
+    trained: Config, tmp_path: Path, use: Callable[[Config], object]
+) -> None:
+    folder = export.run(trained, tmp_path / "pipeline", 7, complete=True)
+    config = tiny_config(tmp_path / "next", f"backbone.pretrained={folder}")
+    with pytest.raises(
+        ProPhyError, match=r"pipeline is a complete export, which holds a trained branch; set"
+    ):
+        use(config)
 
 
 @pytest.mark.parametrize("how", ["lora", "full"])

@@ -61,6 +61,15 @@ def test_plan_of_a_published_model(wan_14b: Plan) -> None:
     assert wan_14b.activations[True] < wan_14b.activations[False] / 5
 
 
+def test_load_balancing_routes_all_but_the_first_micro_batch_ahead(wan_14b: Plan) -> None:
+    assert wan_14b.train.gradient_accumulation_steps == 4
+    assert 0.04 < wan_14b.routing_flops / wan_14b.flops < 0.06
+    assert make_plan(load_config("tiny", ["train.num_workers=1"])).routing_flops > 0
+    assert make_plan(load_config("tiny", ["train.num_workers=2"])).routing_flops == 0
+    overrides = ["train.num_workers=1", "physics.num_refinement_experts=0", "train.start_from=null"]
+    assert make_plan(load_config("tiny", overrides)).routing_flops == 0
+
+
 def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
     assert wan_14b.advice(1e12) == Way(1, "none", gradient_checkpointing=False)
     assert wan_14b.advice(141e9) == Way(1, "none", gradient_checkpointing=True)
