@@ -2,8 +2,8 @@
 
 A path is absolute, a URL, or relative to the list; `~` is the home folder. `phenomena` are names of the
 taxonomy, as a list or as a text that separates them by ';' or ','; nothing says that they are unknown, an
-empty list or 'none' that there are none. Null, NaN and blank texts say nothing. A row that cannot be used is
-left out, and why is told once for all rows of which it is true.
+empty list or 'none' that there are none. Null, NaN, their names as a text, and blank texts say nothing. A row
+that cannot be used is left out, and why is told once for all rows of which it is true.
 """
 
 import difflib
@@ -30,6 +30,7 @@ _WISA = ("file", "video_name", "captions", "en_caption", "physical_annotation", 
 # WISA-80K names what is seen in three answers, one per branch of physics, which may also be nothing.
 _WISA_ANSWERS = ("q0", "q1", "q2")
 _NONE = {"none", *(f"no obvious {branch} phenomenon" for branch in ("dynamic", "thermodynamic", "optical"))}
+_UNSAID = {"nan", "null", "n/a", "<na>"}  # what programs write into a text file where there is nothing
 _SHOWN = 10  # rows that are named, and names that are no phenomenon
 
 
@@ -143,7 +144,11 @@ class _Reader:
             labels = None if said is None else [str(label) for label in parse_phenomena(said)]
         except ProPhyError as error:
             raise _RowError(f"'phenomena' has an {error}") from None
-        return {"source": self._source("path", path), "caption": _text(values, "caption"), "labels": labels}
+        return {
+            "source": self._source("path", path),
+            "caption": _caption(values, "caption"),
+            "labels": labels,
+        }
 
     def _wisa(self, values: dict[str, Any]) -> Video:
         column = "file" if _text(values, "file") else "video_name"
@@ -157,7 +162,7 @@ class _Reader:
         labels = None
         if said:
             labels = [str(label) for label in parse_phenomena(self._known(itertools.chain(*said)))]
-        caption = _text(values, "captions") or _text(values, "en_caption")
+        caption = _caption(values, "captions") or _caption(values, "en_caption")
         return {
             "source": self._source(column, name, search="/" not in name),
             "caption": caption,
@@ -217,6 +222,11 @@ def _text(values: dict[str, Any], column: str) -> str | None:
     return value if value.strip() else None
 
 
+def _caption(values: dict[str, Any], column: str) -> str | None:
+    text = _text(values, column)
+    return None if text is None or text.strip().lower() in {*_UNSAID, "none"} else text
+
+
 def _names(values: dict[str, Any], column: str) -> list[str] | None:
     """The names in a row without those that mean nothing; None where it says nothing."""
     value = values.get(column)
@@ -224,11 +234,13 @@ def _names(values: dict[str, Any], column: str) -> list[str] | None:
         pieces = [_text({column: piece}, column) for piece in value]
     else:
         text = _text(values, column) or ""
-        if text.strip() == "[]":
+        if text.strip() in ("[]", "()", "set()"):
             return []
+        if text.strip().lower() in _UNSAID:
+            return None
         pieces = list(re.split("[;,]", text))
-    # pandas writes a list into a CSV as Python does.
-    names = [name for piece in pieces if piece and (name := piece.strip("[]'\". \t\r\n").lower())]
+    # pandas writes a list, a tuple or a set into a CSV as Python does.
+    names = [name for piece in pieces if piece and (name := piece.strip("[](){}'\". \t\r\n").lower())]
     if not names and value != []:
         return None
     return [name for name in names if name not in _NONE]

@@ -238,6 +238,27 @@ def test_cells_of_csv_are_what_was_written(tmp_path: Path) -> None:
     assert sentence.endswith("it has not as many cells as the header; quote a text that holds ',' (4 for 3)")
 
 
+@pytest.mark.parametrize(
+    ("caption", "phenomena", "labels"),
+    [
+        ("NaN", "nan", None),
+        ("None", "none", []),
+        ("null", "NULL", None),
+        (" N/A ", "[]", []),
+        ("<NA>", "()", []),
+        ("", "['melting', 'collision']", ["collision", "melting"]),
+        ("nan", "('melting',)", ["melting"]),
+        ("none", "{'melting', 'collision'}", ["collision", "melting"]),
+    ],
+)
+def test_what_programs_write_into_csv_for_nothing_and_for_lists(
+    tmp_path: Path, caption: str, phenomena: str, labels: list[str] | None
+) -> None:
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "caption", "phenomena"], ["a.mp4", caption, phenomena]])
+    assert summary(find_videos(str(tmp_path / "list.csv")).videos) == [("a.mp4", None, labels)]
+
+
 def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
     content = "path,caption\na.mp4,x\ncaf\xe9.mp4,x\nb.mp4,caf\xe9\n".encode("latin-1")
     (tmp_path / "list.csv").write_bytes(content)
