@@ -73,7 +73,12 @@ def _minus_others(maps: torch.Tensor) -> torch.Tensor:
 
 def _blur(maps: torch.Tensor) -> torch.Tensor:
     """Mean over the 3x3x3 cells around each cell, in time and space, of those that exist."""
-    return F.avg_pool3d(maps, 3, stride=1, padding=1, count_include_pad=False)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        # Padded here: the pool's own padding refuses maps of fewer than 3 cells in one direction.
+        return F.avg_pool3d(F.pad(values, (1,) * 6), 3, stride=1, divisor_override=1)
+
+    return total(maps) / total(torch.ones_like(maps))
 
 
 _SUBTRACTIONS = {

@@ -59,6 +59,14 @@ def test_recipes(maps: torch.Tensor, latents: torch.Tensor) -> None:
     assert len(RECIPES) == 4 * len(expected)
 
 
+def test_maps_of_few_slices_and_cells_are_blurred_too() -> None:
+    maps = torch.rand(3, 2, 1, 2, generator=torch.Generator().manual_seed(0))
+    latents, grid = torch.zeros(4, 5, 2, 4), (5, 1, 2)
+    found = RECIPES["minus_background_blur"](maps, latents, grid, 17, pairs(2))
+    signed = blurred(maps)[:-1] - blurred(maps)[-1]
+    torch.testing.assert_close(found, resample(signed, grid, 17, pairs(2)))
+
+
 def test_motion_is_where_latents_differ_from_their_median(latents: torch.Tensor) -> None:
     still = latents[:, :1].repeat(1, 5, 1, 1)
     assert not motion(still, (5, 8, 8)).any()
