@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 from prophy.errors import ProPhyError
 from prophy.registry import Registry
@@ -115,7 +115,9 @@ def load_vlm(pretrained: str, revision: str | None, dtype: str, device_map: str 
     revision = revision or "main"
     source = str(bundled("vlm")) if pretrained == EMBEDDED else pretrained
     try:
-        model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
+        # The file alone: a model of another package may be of a kind that transformers does not know.
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        model_type = str(config.get("model_type"))
         if model_type not in VLMS:
             raise ValueError(f"it is a {model_type} model; give one of: {', '.join(VLMS)}")
         return VLMS[model_type](source, revision, dtype, device_map)

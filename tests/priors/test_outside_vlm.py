@@ -1,0 +1,148 @@
+"""A VLM of another package teaches: from a clip to a row of the cache, and to targets on the token grid."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines.caching.cache import priors_table
+from pipelines.caching.stages import CLIPS_WITH_FRAMES, PRIORS_OR_ERROR, ExtractPriors
+from pipelines.caching.tables import Table, WriteRows, file_names
+from pipelines.config import Config
+from prophy.errors import ProPhyError
+from prophy.priors.extractor import PriorExtractor
+from prophy.priors.grounding import make_targets
+from prophy.priors.vlm import VLMS, load_vlm
+from prophy.schema import QUARANTINE, open_file
+from prophy.taxonomy import PHENOMENA, Phenomenon
+from tests.conftest import tiny_config
+from tests.outside import plugged_in
+
+DURATION_S, NUM_FRAMES = 2.0, 6
+SLICE_TIMES = [(0.0, 0.0), (0.4, 1.2), (1.6, 2.0)]  # of the frames 0, 1 to 3, and 4 and 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("site-packages")
+    with plugged_in(folder, "prophy.vlms", "outside_vlm", "tests.priors.outside_vlm:OutsideVlm"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "vlm").mkdir()
+    (folder / "vlm" / "config.json").write_text(
+        json.dumps({"model_type": "outside_vlm", "frames_per_slice": 3})
+    )
+    return tiny_config(
+        folder / "run",
+        f"vlm.pretrained={folder / 'vlm'}",
+        f"vlm.num_frames={NUM_FRAMES}",
+        "vlm.height=64",
+        "vlm.width=96",
+        "vlm.layers=[0]",
+        "vlm.heads=[0]",
+    )
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    """Black; in the last two frames a white square in the second row and fourth column of cells."""
+    frames = np.zeros((NUM_FRAMES, 64, 96, 3), np.uint8)
+    frames[4:, 16:32, 48:64] = 255
+    return frames
+
+
+def extracted(config: Config, frames: np.ndarray, labels: list[str] | None) -> pa.Table:
+    row = {
+        "sample_id": "a-clip",
+        "source": {"uri": "a.mp4", "size": 1, "modified": 0.0},
+        "content_hash": "a",
+        "start_s": 3.0,
+        "end_s": 3.0 + DURATION_S,
+        "fps": 8.0,
+        "num_frames": 17,
+        "height": 64,
+        "width": 96,
+        "labels": labels,
+        "num_clips": 1,
+        "share": 1.0,
+        "frames": frames.tobytes(),
+        "frames_shape": frames.shape,
+    }
+    stage = ExtractPriors(config.vlm, config.run_dir / "attempts")
+    return stage(pa.Table.from_pylist([row], CLIPS_WITH_FRAMES))
+
+
+def test_it_is_found_by_the_model_type_of_its_files(config: Config) -> None:
+    assert [*VLMS] == ["outside_vlm", "qwen2_5_vl", "qwen3_vl"]
+    vlm = load_vlm(config.vlm.pretrained, None, "float32", None)
+    assert type(vlm) is VLMS["outside_vlm"] and vlm.frames_per_slice == 3
+
+
+def test_from_a_clip_to_a_row_and_to_targets(config: Config, frames: np.ndarray) -> None:
+    table = priors_table(config)
+    quarantine = Table(config.run_dir / "quarantine", QUARANTINE, {}, {})
+    assert extracted(config, frames, None).schema.equals(PRIORS_OR_ERROR)
+    assert WriteRows(table, quarantine)(extracted(config, frames, None))["written"].to_pylist() == [1]
+    [name] = file_names(table.folder)
+    with open_file(table.folder / name) as file:
+        [row] = file.read().to_pylist()
+    assert row["vlm_caption"] == "something moves" and row["unparsed"] == []
+    assert row["map_phenomena"] == [Phenomenon.COLLISION.id]
+    times = [[each["start_s"], each["end_s"]] for each in row["slice_times"]]
+    assert np.allclose(times, SLICE_TIMES, rtol=1e-12)
+    maps = torch.tensor(row["maps"]).reshape(row["maps_shape"])
+    assert maps.shape == (2, 3, 4, 6) and not maps[1].any()  # nothing is said of the background
+    assert maps[0].nonzero().tolist() == [[2, 1, 3]]
+
+    slices = torch.tensor(times, dtype=torch.float64) / DURATION_S
+    latents, grid = torch.zeros(4, 5, 8, 12), (5, 4, 6)
+    targets, mask = make_targets(
+        maps,
+        row["map_phenomena"],
+        latents,
+        grid=grid,
+        num_frames=17,
+        slices=slices,
+        num_phenomena=len(PHENOMENA),
+        recipe="minus_background",
+        negatives="zero",
+    )
+    found = targets[:, Phenomenon.COLLISION.id].reshape(grid)
+    # The middles of slices are at 0, 0.4 and 0.9 of the clip; these are those of tokens, of four frames each.
+    middles = torch.tensor([0, 2.5, 6.5, 10.5, 14.5]) / 16
+    signed = ((middles - 0.4) / 0.5).clamp(0, 1)
+    expected = (signed / signed[signed > 0].quantile(0.8)).clamp(0, 1)
+    torch.testing.assert_close(found[:, 1, 3], expected, rtol=1e-5, atol=1e-6)
+    found[:, 1, 3] = 0
+    assert not found.any()
+    assert mask[:, Phenomenon.COLLISION.id].all() and mask.sum() == mask.shape[0]
+
+
+def test_labels_are_asked_for_instead(config: Config, frames: np.ndarray) -> None:
+    [row] = extracted(config, frames, ["melting"]).to_pylist()
+    assert row["map_phenomena"] == [Phenomenon.MELTING.id]
+    assert [each["question"] for each in row["answers"]] == ["caption", "background", "melting"]
+
+
+def test_its_layers_and_heads_are_checked(config: Config, frames: np.ndarray) -> None:
+    source = config.vlm.pretrained
+    with pytest.raises(ProPhyError, match=r"vlm.layers .*0 to 0"):
+        PriorExtractor(source, dtype="float32", layers=[1])
+    with pytest.raises(ProPhyError, match=r"vlm.heads .*0 to 1"):
+        PriorExtractor(source, dtype="float32", heads=[2])
+    everywhere = PriorExtractor(source, dtype="float32", heads=[1])(frames, 2.5, (Phenomenon.COLLISION,))
+    assert (everywhere.maps[0] == 1).all()
+
+
+def test_two_packages_must_not_claim_one_name(tmp_path: Path) -> None:
+    other = plugged_in(tmp_path, "prophy.vlms", "outside_vlm", "elsewhere:Vlm")
+    with pytest.raises(ProPhyError, match=r"'outside_vlm' \(.*elsewhere:Vlm.*; uninstall one"), other:
+        list(VLMS)
