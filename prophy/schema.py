@@ -1,12 +1,15 @@
 """The two tables of the cache, as pyarrow schemas, and the plain columns that hold a tensor.
 
-Both tables join on `sample_id`. Small vectors are lists; large tensors are three columns, `x` (raw bytes, C
-order, little endian), `x_shape` and `x_dtype`: list columns of that size read many times slower. Anything
-that reads Parquet reads this cache without this project; `ROW_FILES` matches the files with rows:
+Both tables join on `sample_id`. Small vectors are lists; a large tensor is raw bytes (C order, little endian)
+beside its shape and dtype: list columns of that size read many times slower. The latents are three columns.
+The text is as many tensors as the backbone's family names (`Family.text`; `prophy.settings` in a file's
+footer has their names and shapes), in one column. Anything that reads Parquet reads this cache without this
+project; `ROW_FILES` matches the files with rows:
 
     row = pyarrow.parquet.read_table(file).to_pylist()[0]
     maps = numpy.float32(row["maps"]).reshape(row["maps_shape"])
     latents = numpy.frombuffer(row["latents"], row["latents_dtype"]).reshape(row["latents_shape"])
+    text = {x["name"]: numpy.frombuffer(x["data"], x["dtype"]).reshape(x["shape"]) for x in row["text"]}
 
     duckdb.sql("SELECT * FROM read_parquet('priors/*[0-9a-f].parquet') p JOIN "
                "read_parquet('encodings/FINGERPRINT/*[0-9a-f].parquet') e USING (sample_id)")
@@ -16,7 +19,7 @@ that reads Parquet reads this cache without this project; `ROW_FILES` matches th
 numpy lacks bfloat16: its values are `(numpy.frombuffer(x, "uint16").astype("uint32") << 16).view("float32")`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,29 +33,26 @@ from prophy.errors import ProPhyError
 if TYPE_CHECKING:  # processes that only move rows need no torch, which takes seconds to import
     import torch
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ROW_FILES = "*[0-9a-f].parquet"  # glob of the files that hold a table's rows: they are named by their sha256
 MANIFEST = "manifest.parquet"  # in a folder of videos: a list of them, with what is known of each
 INDEX = "index.parquet"  # in the folder of each table: where each sample lies
-EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text_embeds` of ""
+EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text` of ""
 INPUT = "input.parquet"  # beside the encodings: `source` of each video of the last run's input, in its order
 
 # Metadata of a column that is left out of the index.
 LARGE = {b"prophy.large": b"true"}
 
 
-def _tensor_fields(name: str) -> list[pa.Field]:
-    return [
-        pa.field(name, pa.binary(), nullable=False, metadata=LARGE),
-        pa.field(f"{name}_shape", pa.list_(pa.int32()), nullable=False),
-        pa.field(f"{name}_dtype", pa.string(), nullable=False),
-    ]
-
-
 SOURCE = pa.struct([("uri", pa.string()), ("size", pa.int64()), ("modified", pa.float64())])
 
 # A list of these and not a map, which Hugging Face datasets cannot read.
 ANSWER = pa.struct([("question", pa.string()), ("answer", pa.string())])
+
+# One of the tensors that a text is encoded to.
+TENSOR = pa.struct(
+    [("name", pa.string()), ("data", pa.binary()), ("shape", pa.list_(pa.int32())), ("dtype", pa.string())]
+)
 
 # The first and the last frame that a slice of the maps covers.
 SLICE = pa.struct([("start_s", pa.float64()), ("end_s", pa.float64())])
@@ -86,9 +86,11 @@ ENCODINGS = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("source", SOURCE, nullable=False),
-        pa.field("caption", pa.string(), nullable=False),  # the text that `text_embeds` encodes
-        *_tensor_fields("latents"),
-        *_tensor_fields("text_embeds"),
+        pa.field("caption", pa.string(), nullable=False),  # what `text` encodes
+        pa.field("latents", pa.binary(), nullable=False, metadata=LARGE),
+        pa.field("latents_shape", pa.list_(pa.int32()), nullable=False),
+        pa.field("latents_dtype", pa.string(), nullable=False),
+        pa.field("text", pa.list_(TENSOR), nullable=False, metadata=LARGE),
     ]
 )
 
@@ -191,18 +193,39 @@ def open_file(path: Path) -> Iterator[pq.ParquetFile]:
         ) from None
 
 
-def tensor_columns(name: str, tensor: "torch.Tensor") -> dict[str, Any]:
-    """The three column values that hold `tensor` under `name`."""
+def latents_columns(latents: "torch.Tensor") -> dict[str, Any]:
+    """The column values that hold the latents of a clip."""
+    data, shape, dtype = _raw(latents)
+    return {"latents": data, "latents_shape": shape, "latents_dtype": dtype}
+
+
+def latents_of(row: dict[str, Any]) -> "torch.Tensor":
+    """The latents that `row` holds: the inverse of `latents_columns`."""
+    return _tensor(row["latents"], row["latents_shape"], row["latents_dtype"])
+
+
+def text_column(text: "Mapping[str, torch.Tensor]") -> dict[str, Any]:
+    """The column value that holds what a text was encoded to, a tensor by name."""
+    tensors = []
+    for name, tensor in text.items():
+        data, shape, dtype = _raw(tensor)
+        tensors.append({"name": name, "data": data, "shape": shape, "dtype": dtype})
+    return {"text": tensors}
+
+
+def text_of(row: dict[str, Any]) -> "dict[str, torch.Tensor]":
+    """The tensors of the text that `row` holds, by name: the inverse of `text_column`."""
+    return {each["name"]: _tensor(each["data"], each["shape"], each["dtype"]) for each in row["text"]}
+
+
+def _raw(tensor: "torch.Tensor") -> tuple[bytes, list[int], str]:
     import torch
 
-    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {name: raw, f"{name}_shape": list(tensor.shape), f"{name}_dtype": dtype}
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return data, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
-def tensor_from_columns(name: str, row: dict[str, Any]) -> "torch.Tensor":
-    """The tensor that `row` holds under `name`: the inverse of `tensor_columns`."""
+def _tensor(data: bytes, shape: list[int], dtype: str) -> "torch.Tensor":
     import torch
 
-    dtype = getattr(torch, row[f"{name}_dtype"])
-    return torch.frombuffer(bytearray(row[name]), dtype=dtype).reshape(tuple(row[f"{name}_shape"]))
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(tuple(shape))

@@ -92,12 +92,14 @@ def priors_table(config: Config) -> Table:
 
 def encodings_table(config: Config) -> Table:
     """The encodings for this backbone, at this resolution and frame rate."""
-    backbone = config.backbone
+    backbone, family = config.backbone, FAMILIES[config.backbone.family]
     _, transformer_config = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    text = family.text(transformer_config, backbone.max_sequence_length)
     settings = {
         # All that matters of the transformer: others of its shape go on with these encodings.
-        "patch_size_t": FAMILIES[backbone.family].patch_size(transformer_config)[0],
-        "encoders": encoders_fingerprint(backbone.pretrained, backbone.revision),
+        "patch_size_t": family.patch_size(transformer_config)[0],
+        "text": {name: [*shape] for name, shape in text.items()},
+        "encoders": encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision),
         **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
         "clip_durations_s": _clip_durations(config),
         "version": _ENCODING_VERSION,

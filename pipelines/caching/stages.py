@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,12 @@ from pipelines.caching.video_files import UNREADABLE, LocalFiles
 from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
 from prophy.decoder import ATTEMPTS, Decoder, DecoderError
 from prophy.errors import ProPhyError
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, tensor_columns
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, latents_columns, text_column
 from prophy.taxonomy import Phenomenon, multi_hot
 from prophy.video import VideoError, clip_spans, nearest_shape
+
+if TYPE_CHECKING:
+    import torch
 
 _ERROR = pa.field("error", pa.struct(list(QUARANTINE)))
 _SHARE = pa.field("share", pa.float64(), nullable=False)
@@ -246,7 +249,7 @@ class ExtractPriors:
 class EncodeClip:
     """`CLIPS_WITH_FRAMES` -> `ENCODINGS_OR_ERROR`: holds the VAE and the text encoder of the backbone.
 
-    Before its first clip it writes the embedding of the empty prompt beside the table, if it is not there.
+    Before its first clip it writes the text of the empty prompt beside the table, if it is not there.
     """
 
     def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
@@ -261,13 +264,13 @@ class EncodeClip:
             backbone.family,
         )
         if not (table.folder / EMPTY_PROMPT).exists():
-            empty = tensor_columns("text_embeds", self.encoder.encode_text([""])[0])
+            empty = text_column(_row_of(self.encoder.encode_text([""]), 0))
             write_file(table.folder, pa.Table.from_pylist([empty]), table.footer, name=EMPTY_PROMPT)
 
         self.attempts = Attempts(attempts, "EncodeClip")
 
     def __call__(self, clips: pa.Table) -> pa.Table:
-        """The latents and the text embeddings, all clips of one shape at once."""
+        """The latents and the encoded text, all clips of one shape at once."""
         rows = clips.to_pylist()
         self.attempts(rows, self._encode)
         return pa.Table.from_pylist(rows, ENCODINGS_OR_ERROR)
@@ -279,9 +282,14 @@ class EncodeClip:
         for group in groups.values():
             frames = np.stack([_frames(clip) for clip in group])
             latents = self.encoder.encode_video(frames)
-            text_embeds = self.encoder.encode_text([clip["caption"] for clip in group])
-            for clip, *tensors in zip(group, latents, text_embeds, strict=True):
-                clip |= tensor_columns("latents", tensors[0]) | tensor_columns("text_embeds", tensors[1])
+            text = self.encoder.encode_text([clip["caption"] for clip in group])
+            for index, clip in enumerate(group):
+                clip |= latents_columns(latents[index]) | text_column(_row_of(text, index))
+
+
+def _row_of(text: "dict[str, torch.Tensor]", index: int) -> "dict[str, torch.Tensor]":
+    """One text of a batch."""
+    return {name: value[index] for name, value in text.items()}
 
 
 def _frames(clip: dict[str, Any]) -> np.ndarray:

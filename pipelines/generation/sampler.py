@@ -8,7 +8,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.taxonomy import PHENOMENA
 from prophy.video import write_video
 
-CACHED_PROMPTS = 32  # text embeddings kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
+CACHED_PROMPTS = 32  # encoded texts kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
 
 
 class VideoSampler:
@@ -147,8 +147,8 @@ class VideoSampler:
         physics = None if spec.physics is None and trace is None else PhysicsControl(**knobs, trace=trace)
         with autocast(self._device, self._autocast), self._caching_steps(spec.step_cache):
             output = self._pipeline(
-                prompt_embeds=torch.cat([self.embed(spec.prompt) for spec in specs]),
-                negative_prompt_embeds=torch.cat([self.embed(spec.negative_prompt) for spec in specs]),
+                **_concatenate([self.embed(spec.prompt) for spec in specs]),
+                **_concatenate([self.embed(spec.negative_prompt) for spec in specs], "negative_"),
                 height=spec.height,
                 width=spec.width,
                 num_frames=spec.num_frames,
@@ -211,16 +211,15 @@ class VideoSampler:
         finally:
             self._pipeline.transformer.disable_cache()
 
-    def _embed(self, text: str) -> torch.Tensor:
-        """What the backbone's text encoder makes of one text."""
+    def _embed(self, text: str) -> dict[str, torch.Tensor]:
+        """What the backbone's text encoders make of one text."""
         with torch.no_grad(), autocast(self._device, self._autocast):
-            embeds, _ = self._pipeline.encode_prompt(
-                text,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self._max_sequence_length,
-                device=self._device,
-            )
-        return embeds
+            return self._pipeline.encode_text([text], self._max_sequence_length)
+
+
+def _concatenate(texts: Sequence[Mapping[str, torch.Tensor]], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Several encoded texts as one batch, by the names of the pipeline's arguments."""
+    return {prefix + name: torch.cat([text[name] for text in texts]) for name in texts[0]}
 
 
 def _diffusers_cache(

@@ -67,32 +67,27 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
     Noise and timesteps are the same every time, so that checkpoints differ by what they learnt alone.
     """
     backbone, train, device = config.backbone, config.train, default_device()
+    family = FAMILIES[backbone.family]
     pipeline = load_pipeline(
         backbone.family,
         backbone.pretrained,
         backbone.revision,
         getattr(torch, backbone.dtype),
         model,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
+        **dict.fromkeys(family.encoders),
     )
     dataset, num_samples = build_held_out_dataset(config, cache)
     module = ProPhyTrainModule(
         pipeline.transformer,
-        FAMILIES[backbone.family].classes().objective.from_scheduler(pipeline.scheduler.config),
-        cache.null_text_embeds(),
+        family.classes().objective.from_scheduler(pipeline.scheduler.config),
+        cache.null_text(),
         train.loss_weights,
         train.reduction,
         gradient_accumulation_steps=num_samples,
     ).to(device)
     # All clips, each at all quantiles, are one global batch: load is balanced, and pairs are made, over all.
     batches = partial(_batches, dataset, num_samples, device)
-    captions = [dataset[index][1] for index in range(num_samples)]
-    semantic = SemanticBatch(
-        torch.cat([each.encoder_hidden_states for each in captions]),
-        torch.cat([each.phenomena for each in captions]),
-    ).to(device)
+    semantic = SemanticBatch.join([dataset[index][1] for index in range(num_samples)]).to(device)
     outputs: list[LossOutput] = []
     load: torch.Tensor | None = None
     later: Iterator[TrainBatch] = islice(batches(), 1, None)
@@ -113,7 +108,8 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
 def _batches(dataset: PriorDataset, num_samples: int, device: torch.device) -> Iterator[TrainBatch]:
     """Each sample at all `QUANTILES`, one at a time."""
     for index in range(num_samples):
-        [batch], _ = dataset[index]
+        with torch.autocast("cpu", enabled=False):  # also where a forward pass asks for the next
+            [batch], _ = dataset[index]
         for quantile in QUANTILES:
             at = torch.full_like(batch.timestep_quantile, quantile)
             yield replace(batch, timestep_quantile=at).to(device)

@@ -69,7 +69,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     dataset = build_dataset(config, cache, rank)
     samples = describe_samples(config, cache)
     checkpoint = latest_on_every_rank(config.checkpoints)
-    module = build_module(config, cache.null_text_embeds(), checkpoint, placement(train))
+    module = build_module(config, cache.null_text(), checkpoint, placement(train))
     if rank == 0:
         flops = _flops_of_micro_batches(module, cache, train)
     engine = initialize(module, train)
@@ -180,9 +180,9 @@ def _flops_of_micro_batches(
     module: ProPhyTrainModule, cache: PriorCache, train: TrainConfig
 ) -> dict[tuple[int, ...], int]:
     """Operations of a micro-batch of each shape of latents in the cache."""
-    text_length = len(module.null_text_embeds)
+    text = {name: tuple(value.shape) for name, value in module.null_text.named_buffers()}
     return {
-        shape: count_flops(module.transformer, train.micro_batch_size, shape, text_length, whole_shape)
+        shape: count_flops(module.transformer, train.micro_batch_size, shape, text, whole_shape)
         for shape in set(cache.shapes.values())
     }
 

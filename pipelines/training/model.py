@@ -32,7 +32,7 @@ _TRANSFORMER = "transformer."  # begins the names of its parameters in the modul
 
 def build_module(
     config: Config,
-    null_text_embeds: torch.Tensor,
+    null_text: Mapping[str, torch.Tensor],
     checkpoint: Checkpoint | None = None,
     place: Callable[[nn.Parameter, torch.dtype], None] = keep,
 ) -> ProPhyTrainModule:
@@ -40,7 +40,7 @@ def build_module(
 
     Args:
         config: the run's; its seed decides the parameters of a new branch and adapter.
-        null_text_embeds: embedding of the empty prompt, `[L, D]`.
+        null_text: the empty prompt, encoded (`PriorCache.null_text`).
         checkpoint: what to resume from.
         place: see `fill`.
 
@@ -56,7 +56,7 @@ def build_module(
     module = ProPhyTrainModule(
         transformer,
         FAMILIES[backbone.family].classes().objective.from_scheduler(_scheduler_config(folder / "scheduler")),
-        null_text_embeds,
+        null_text,
         train.loss_weights,
         train.reduction,
         train.gradient_accumulation_steps,

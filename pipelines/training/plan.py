@@ -190,7 +190,8 @@ def make_plan(config: Config) -> Plan:
         transformer.add_lora(train.lora_rank, train.lora_alpha)
     transformer.train_backbone(train.backbone)
     shape = (transformer.config.in_channels, *latents)
-    work = (transformer, train.micro_batch_size, shape, backbone.max_sequence_length)
+    text = family.text(transformer.config, backbone.max_sequence_length)
+    work = (transformer, train.micro_batch_size, shape, text)
     t, h, w = family.token_grid(latents, transformer_config)
     routing_flops = 0
     if transformer.physics_branch.refinement is not None and train.gradient_accumulation_steps > 1:

@@ -39,6 +39,7 @@ FAMILY = Family(
         transformer["patch_size"],
         transformer["patch_size"],
     ),
+    text=lambda transformer, length: {"prompt_embeds": (length, transformer["text_embed_dim"])},
     pipelines=("CogVideoXPipeline", "ProPhyCogVideoXPipeline"),
     unsupported=_unsupported,
     classes=_classes,

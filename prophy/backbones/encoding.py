@@ -1,4 +1,4 @@
-"""Videos to latents and prompts to text embeddings, exactly as the backbone's pipeline has them."""
+"""Videos to latents and prompts to tensors, exactly as the backbone's pipeline has them."""
 
 import numpy as np
 import torch
@@ -7,6 +7,7 @@ from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import load_configs
 from prophy.device import autocast, default_device
+from prophy.errors import ProPhyError
 
 
 class VideoEncoder:
@@ -30,6 +31,7 @@ class VideoEncoder:
         max_sequence_length: int,
         family: str,
     ) -> None:
+        self._pretrained = pretrained
         self._device = default_device()
         self._autocast = autocast
         self._max_sequence_length = max_sequence_length
@@ -40,6 +42,7 @@ class VideoEncoder:
         mean, std = FAMILIES[family].latent_statistics(vae_config)
         self._mean = torch.tensor(mean, device=self._device).view(-1, 1, 1, 1)
         self._std = torch.tensor(std, device=self._device).view(-1, 1, 1, 1)
+        self._text = FAMILIES[family].text(transformer_config, max_sequence_length)
         self._padding = FAMILIES[family].patch_size(transformer_config)[0] - 1
 
     @torch.no_grad()
@@ -56,10 +59,18 @@ class VideoEncoder:
         return torch.cat([latents[:, :, :1]] * self._padding + [latents], dim=2)
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts -> embeddings `[B, L, D]` as the pipeline's `encode_prompt` returns them, on the CPU."""
+    def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts -> the family's tensors `[B, ...]` as the pipeline's `encode_text` makes them, on the CPU.
+
+        Raises:
+            ProPhyError: they are not what the transformer reads.
+        """
         with autocast(self._device, self._autocast):
-            embeds, _ = self._pipeline.encode_prompt(
-                prompts, do_classifier_free_guidance=False, max_sequence_length=self._max_sequence_length
+            text = self._pipeline.encode_text(prompts, self._max_sequence_length)
+        made = {name: tuple(value.shape[1:]) for name, value in text.items()}
+        if made != self._text:
+            raise ProPhyError(
+                f"the text encoder of {self._pretrained} makes {made}, and its transformer reads "
+                f"{self._text}; choose another backbone.pretrained"
             )
-        return embeds.cpu()
+        return {name: value.cpu() for name, value in text.items()}

@@ -12,14 +12,17 @@ from prophy.errors import ProPhyError
 from prophy.registry import Registry
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import ModelMixin
 
+    from prophy.generation.physics_pipeline import PhysicsPipeline
     from prophy.models.physics_transformer import PhysicsTransformer
     from prophy.training.objectives import Objective
 
 Shape = tuple[int, int, int]
 ModelConfig = Mapping[str, Any]
 """Configuration of a pipeline (`model_index.json`), a VAE or a transformer, as its file has it."""
+TextShapes = dict[str, tuple[int, ...]]
+"""Shape of each tensor that one text is encoded to, by name."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,16 @@ class Classes:
 
     Attributes:
         transformer: diffusers' class.
-        prophy_transformer: ours, with a Physical Branch.
-        pipeline: ours; it takes either transformer.
+        prophy_transformer: ours, with a Physical Branch; its `semantic_text` is the name of the tensor, of
+            those of `Family.text`, that the semantic experts read.
+        pipeline: ours; it takes either transformer, and its `encode_text` makes the tensors of `Family.text`.
         vae: diffusers' class.
         objective: what the transformer is trained to predict.
     """
 
     transformer: "type[ModelMixin]"
     prophy_transformer: "type[PhysicsTransformer]"
-    pipeline: "type[DiffusionPipeline]"
+    pipeline: "type[PhysicsPipeline]"
     vae: "type[ModelMixin]"
     objective: "type[Objective]"
 
@@ -49,10 +53,14 @@ class Family:
         vae_factors: VAE's configuration -> how much it shrinks time and space.
         latent_statistics: VAE's configuration -> mean and standard deviation of latents, per channel or one.
         patch_size: transformer's configuration -> latents per token, (t, h, w).
+        text: transformer's configuration and text tokens -> shape of each tensor that one text is encoded to,
+            by the name that the pipeline's `__call__` has for it; there, "negative_" before the name is the
+            negative prompt's. All of them are floating-point, a mask too (0 and 1).
         pipelines: names of the pipeline classes, in `model_index.json`, that it can read.
         unsupported: configurations of pipeline and transformer -> why this model cannot be run, as a sentence
             goes on after its name; None if it can.
         classes: imports the classes.
+        encoders: components of the pipeline that latents and text are made by.
         supports_sea: whether its pipeline tells SeaCache the noise level of each step.
         published: by hub id, what a published transformer's configuration says where it is not the default of
             diffusers' class: `prophy plan` then needs no network.
@@ -62,9 +70,11 @@ class Family:
     vae_factors: Callable[[ModelConfig], tuple[int, int]]
     latent_statistics: Callable[[ModelConfig], tuple[list[float], list[float]]]
     patch_size: Callable[[ModelConfig], Shape]
+    text: Callable[[ModelConfig, int], TextShapes]
     pipelines: tuple[str, ...]
     unsupported: Callable[[ModelConfig, ModelConfig], str | None]
     classes: Callable[[], Classes]
+    encoders: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     supports_sea: bool = False
     published: Mapping[str, ModelConfig] = field(default_factory=dict)
     published_vae: ModelConfig = field(default_factory=dict)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_checkpoint, load_configs, resolve_pretrained, unloadable
+from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.models.checkpoint import load_branch
 from prophy.models.physics_transformer import BRANCH
 
@@ -19,7 +19,7 @@ def load_pipeline(
     dtype: torch.dtype,
     checkpoint: Path | None,
     **components: Any,
-) -> DiffusionPipeline:
+) -> PhysicsPipeline:
     """Loads a backbone's pipeline, with the branch of `checkpoint` if one is given.
 
     What the checkpoint holds of the backbone takes the place of what it was; an adapter stays beside it, as

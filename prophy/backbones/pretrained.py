@@ -17,8 +17,6 @@ from prophy.models.description import trained_on
 from prophy.tiny import EMBEDDED, part_fingerprint
 from prophy.tiny import pipeline as tiny
 
-_ENCODERS = ("vae", "text_encoder", "tokenizer")  # components that encodings are made by
-
 
 class _Source(Protocol):
     """Where a pretrained model comes from."""
@@ -32,8 +30,8 @@ class _Source(Protocol):
     def fingerprint(self) -> str:
         """See `fingerprint`."""
 
-    def encoders_fingerprint(self) -> str:
-        """See `encoders_fingerprint`."""
+    def encoders_fingerprint(self, encoders: Iterable[str]) -> str:
+        """See `encoders_fingerprint`; `encoders` are the components that make encodings."""
 
 
 class _Embedded:
@@ -48,7 +46,7 @@ class _Embedded:
     def fingerprint(self) -> str:
         return tiny.pipeline_fingerprint()
 
-    def encoders_fingerprint(self) -> str:
+    def encoders_fingerprint(self, encoders: Iterable[str]) -> str:
         return tiny.encoders_fingerprint()
 
 
@@ -65,8 +63,8 @@ class _Folder:
     def fingerprint(self) -> str:
         return self._hash_of(self.path.rglob("*"))
 
-    def encoders_fingerprint(self) -> str:
-        return self._hash_of(file for part in _ENCODERS for file in (self.path / part).rglob("*"))
+    def encoders_fingerprint(self, encoders: Iterable[str]) -> str:
+        return self._hash_of(file for part in encoders for file in (self.path / part).rglob("*"))
 
     def _hash_of(self, files: Iterable[Path]) -> str:
         """Hash of the names and the content of files in the folder."""
@@ -94,7 +92,7 @@ class _OnHub:
     def fingerprint(self) -> str:
         return self.folder(["*.json"]).name
 
-    def encoders_fingerprint(self) -> str:
+    def encoders_fingerprint(self, encoders: Iterable[str]) -> str:
         return self.fingerprint()
 
 
@@ -149,13 +147,18 @@ def pinned_revision(pretrained: str, revision: str | None) -> str | None:
     return source.fingerprint() if isinstance(source, _OnHub) else revision
 
 
-def encoders_fingerprint(pretrained: str, revision: str | None) -> str:
+def encoders_fingerprint(family: str, pretrained: str, revision: str | None) -> str:
     """As `fingerprint`, of what makes encodings: another transformer leaves it, except by a hub's commit.
+
+    Args:
+        family: key of `FAMILIES`.
+        pretrained: see `resolve_pretrained`.
+        revision: commit, branch or tag, where it is a hub id.
 
     Raises:
         ProPhyError: there is no such model.
     """
-    return _source(pretrained, revision).encoders_fingerprint()
+    return _source(pretrained, revision).encoders_fingerprint(FAMILIES[family].encoders)
 
 
 def vlm_fingerprint(pretrained: str, revision: str | None) -> str:

@@ -43,6 +43,7 @@ FAMILY = Family(
     vae_factors=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
     latent_statistics=lambda vae: (vae["latents_mean"], vae["latents_std"]),
     patch_size=lambda transformer: tuple(transformer["patch_size"]),
+    text=lambda transformer, length: {"prompt_embeds": (length, transformer["text_dim"])},
     pipelines=("WanPipeline", "ProPhyWanPipeline"),
     unsupported=_unsupported,
     classes=_classes,

@@ -1,7 +1,7 @@
 """Do the experts act where the physics is? Routing of true clips at all noise levels, against their masks."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ def score_routing(
     objective: Objective,
     clips: Sequence[ClipTruth],
     latents: torch.Tensor,
-    text_embeds: torch.Tensor,
+    text: Mapping[str, torch.Tensor],
     token_grid: tuple[int, int, int],
 ) -> RoutingScores:
     """Runs the transformer once on each clip, at quantiles of the timestep that are spread evenly over them.
@@ -46,7 +46,7 @@ def score_routing(
         objective: what it was trained on.
         clips: the truth about each clip.
         latents: the clips', `[N, C, T, H, W]`.
-        text_embeds: embeddings of their captions, `[N, L, D]`.
+        text: their captions, encoded: the family's tensors `[N, ...]`, by name.
         token_grid: the transformer's, `(T', H', W')`.
     """
     where: dict[Phenomenon, list[float]] = defaultdict(list)
@@ -57,8 +57,9 @@ def score_routing(
         timestep = objective.timesteps(torch.tensor([(index + 0.5) / len(clips)]))
         x_0 = latents[index : index + 1].float()
         noisy = objective.add_noise(x_0, torch.randn(x_0.shape, generator=generator), timestep)
+        caption = {name: value[index : index + 1].float() for name, value in text.items()}
         with autocast(transformer.device, "bfloat16"):
-            routing = transformer.predict(noisy, timestep, text_embeds[index : index + 1].float()).routing
+            routing = transformer.predict(noisy, timestep, caption).routing
         assert routing is not None  # the branch was not skipped, and has both kinds of experts
         assert routing.phenomenon_maps is not None and routing.semantic_weights is not None
         found = routing.phenomenon_maps[0].unflatten(0, token_grid).numpy()

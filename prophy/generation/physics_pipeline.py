@@ -25,6 +25,16 @@ class PhysicsPipeline(DiffusionPipeline):
         length = max_sequence_length or self.config.max_sequence_length
         return super().encode_prompt(prompt, *args, max_sequence_length=length, **kwargs)
 
+    def encode_text(self, prompts: list[str], max_sequence_length: int) -> dict[str, torch.Tensor]:
+        """What the transformer reads of prompts: tensors `[B, ...]`, by `__call__`'s names for them.
+
+        This is for pipelines with one tensor; a family with more overrides it.
+        """
+        embeds, _ = self.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return {"prompt_embeds": embeds}
+
     def __call__(
         self,
         prompt: str | list[str] | None = None,

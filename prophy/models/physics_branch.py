@@ -58,7 +58,7 @@ class PhysicsBranch(nn.Module):
         blocks: copies of the backbone's blocks, one per listed layer; or none.
         config: what else decides the branch.
         hidden_dim: width of a token.
-        text_dim: width of the text encoder's output.
+        text_dim: width of the text that the semantic experts read.
         latent_channels: C.
     """
 
@@ -110,7 +110,8 @@ class PhysicsBranch(nn.Module):
         Args:
             tokens: the backbone's embedding of the noisy latents X `[B, N, D]`.
             text: the backbone's embedding of the text `[B, L, D]`.
-            encoder_hidden_states: text encoder output `[B, L, text_dim]`, before the backbone embeds it.
+            encoder_hidden_states: the text that the semantic experts read `[B, L, text_dim]`, as its encoder
+                gave it.
             latent_shape: (T, H, W) of X.
             embed_mixture: linear part of the backbone's embedding of patches, `[B, C, T, H, W]` -> tokens.
             conditions: what a block takes after tokens and text.

@@ -40,18 +40,21 @@ class ProPhyTransformerOutput(BaseOutput):
 class PhysicsTransformer(ModelMixin):
     """Base of the transformers with a branch, before diffusers' own class in the order of bases.
 
-    A family names its `_block_list` (attribute), its `_block` and `_injected_block` (classes) and `_text_dim`
-    (key of the configuration), makes a `_new_block`, and gives `predict`, `_embed_inputs`, `_embed_patches`.
-    Its `__init__` takes `physics` and ends with `self._add_branch()`. Routers are float32, whatever the
-    precision of the rest.
+    A family names its `_block_list` (attribute), its `_block` and `_injected_block` (classes), its
+    `semantic_text` and the `_text_dim` of it (key of the configuration), makes a `_new_block`, and gives
+    `predict`, `_embed_inputs`, `_embed_patches`. Its `__init__` takes `physics` and ends with
+    `self._add_branch()`. Routers are float32, whatever the precision of the rest.
 
     Attributes:
+        semantic_text: name of the tensor, of those that a text is encoded to, that the semantic experts read:
+            `[B, L, text_dim]`.
         physics: what decides the branch.
         physics_branch: the branch.
     """
 
     physics: BranchConfig
     physics_branch: PhysicsBranch
+    semantic_text: ClassVar[str]
     _block_list: ClassVar[str]
     _block: ClassVar[type[nn.Module]]
     _injected_block: ClassVar[type[nn.Module]]
@@ -128,24 +131,30 @@ class PhysicsTransformer(ModelMixin):
         return name.replace(".base_layer.", ".")
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> ProPhyTransformerOutput:
-        """The forward pass in one form for all families: latents and prediction are `[B, C, T, H, W]`."""
+        """The forward pass in one form for all families: latents and prediction are `[B, C, T, H, W]`.
+
+        Args:
+            latents: noisy.
+            timestep: `[B]`.
+            text: the family's tensors `[B, ...]`, by name.
+        """
         raise NotImplementedError
 
     def route(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> RoutingOutput:
         """The routing of `predict` alone: where there are Physical Blocks, no block of the backbone runs."""
         if not self.physics_branch.blocks:
-            routing = self.predict(latents, timestep, encoder_hidden_states).routing
+            routing = self.predict(latents, timestep, text).routing
             assert routing is not None
             return routing
-        tokens, text, conditions = self._embed_inputs(latents, timestep, encoder_hidden_states)
+        tokens, embedded_text, conditions = self._embed_inputs(latents, timestep, text)
         _, steps, routing = self.physics_branch(
             tokens,
-            text,
-            encoder_hidden_states,
+            embedded_text,
+            text[self.semantic_text],
             latents.shape[2:],
             self._embed_mixture,
             conditions,
@@ -156,7 +165,7 @@ class PhysicsTransformer(ModelMixin):
         return routing
 
     def _embed_inputs(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """Inputs of `predict` -> tokens `[B, N, D]`, text `[B, L, D]` and what a block takes after these."""
         raise NotImplementedError
@@ -222,7 +231,7 @@ class PhysicsTransformer(ModelMixin):
         Args:
             tokens: embedded latents `[B, N, D]`.
             text: embedded text `[B, L, D]`.
-            encoder_hidden_states: text encoder output `[B, L, text_dim]`.
+            encoder_hidden_states: the text that the semantic experts read, `[B, L, text_dim]`.
             latent_shape: (T, H, W).
             conditions: what a block takes after tokens and text.
             attention_kwargs: may hold `physics`, a `PhysicsControl`.

@@ -1,5 +1,6 @@
 """CogVideoX's transformer with a Physical Branch: upstream's forward and an addition per listed block."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +68,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
     ]
     _keep_in_fp32_modules: ClassVar = ["router"]
     _repeated_blocks: ClassVar = ["CogVideoXBlock", "InjectedCogVideoXBlock"]
+    semantic_text = "prompt_embeds"
     _block_list = "transformer_blocks"
     _block = CogVideoXBlock
     _injected_block = InjectedCogVideoXBlock
@@ -209,11 +211,11 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         return ProPhyTransformerOutput(sample=sample, routing=routing)
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> ProPhyTransformerOutput:
         """See the base class."""
         rotary = self._rotary(latents)
-        output = self(latents.transpose(1, 2), encoder_hidden_states, timestep, rotary)
+        output = self(latents.transpose(1, 2), text["prompt_embeds"], timestep, rotary)
         return ProPhyTransformerOutput(sample=output.sample.transpose(1, 2), routing=output.routing)
 
     def rotary_embeddings(self, latents: torch.Tensor) -> Rotary:
@@ -265,11 +267,12 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         return embedded[:, text_length:], embedded[:, :text_length], temb
 
     def _embed_inputs(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """See the base class."""
-        tokens, text, temb = self._embed(latents.transpose(1, 2), timestep, encoder_hidden_states)
-        return tokens, text, (temb, self._rotary(latents))
+        prompt_embeds = text["prompt_embeds"]
+        tokens, embedded_text, temb = self._embed(latents.transpose(1, 2), timestep, prompt_embeds)
+        return tokens, embedded_text, (temb, self._rotary(latents))
 
     def _rotary(self, latents: torch.Tensor) -> Rotary | None:
         """`rotary_embeddings`, where the backbone has them."""

@@ -1,5 +1,6 @@
 """Wan's transformer with a Physical Branch beside it: upstream's forward and an addition per listed block."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +56,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     _no_split_modules: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", "PhysicalBlock"]
     _keep_in_fp32_modules: ClassVar = [*WanTransformer3DModel._keep_in_fp32_modules, "router"]
     _repeated_blocks: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock"]
+    semantic_text = "prompt_embeds"
     _block_list = "blocks"
     _block = WanTransformerBlock
     _injected_block = InjectedWanTransformerBlock
@@ -168,10 +170,10 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         return ProPhyTransformerOutput(sample=sample, routing=routing)
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> ProPhyTransformerOutput:
         """See the base class."""
-        return self(latents, timestep, encoder_hidden_states)
+        return self(latents, timestep, text["prompt_embeds"])
 
     def _new_block(self, block: type[nn.Module]) -> nn.Module:
         config = self.config
@@ -197,10 +199,10 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         )
 
     def _embed_inputs(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """See the base class."""
-        return self._embed(latents, timestep, encoder_hidden_states)[1:]
+        return self._embed(latents, timestep, text["prompt_embeds"])[1:]
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """See the base class."""

@@ -191,7 +191,7 @@ def _encode(folder: Path, recipe: BackboneRecipe) -> tuple[Tensors, Tensors]:
     training = {name: torch.cat([file[name] for file in files]) for name in files[0]}
     frames, captions = np.stack([clip.frames for clip in held_out]), [[clip.caption] for clip in held_out]
     validation = _encode_once(folder / "encodings" / "held_out.safetensors", encoder, frames, captions)
-    return training | {"empty": encoder.encode_text([""])[0]}, validation
+    return training | {"empty": encoder.encode_text([""])["prompt_embeds"][0]}, validation
 
 
 def _encode_once(path: Path, encoder: VideoEncoder, frames: np.ndarray, captions: list[list[str]]) -> Tensors:
@@ -199,7 +199,7 @@ def _encode_once(path: Path, encoder: VideoEncoder, frames: np.ndarray, captions
         latents = torch.cat(
             [encoder.encode_video(frames[index : index + 4]) for index in range(0, len(frames), 4)]
         )
-        text = torch.stack([encoder.encode_text(said) for said in captions])
+        text = torch.stack([encoder.encode_text(said)["prompt_embeds"] for said in captions])
         draft = path.with_suffix(".tmp")
         save_file({"latents": latents.half(), "text": text.half()}, draft)
         draft.replace(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from prophy.errors import ProPhyError
-from prophy.schema import EMPTY_PROMPT, INDEX, CacheInput, MissingFileError, open_file, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, INDEX, CacheInput, MissingFileError, latents_of, open_file, text_of
 
 if TYPE_CHECKING:  # the driver of training reads no tensors, and torch takes seconds to import
     import torch
@@ -19,7 +19,7 @@ class PriorSample:
 
     Attributes:
         latents: `[C, T, H, W]`.
-        text_embeds: `[L, D]`.
+        text: the caption, encoded: the family's tensors, by name.
         phenomena: `[17]`, label vector.
         maps: raw, `[K + 1, T, H, W]` on the VLM's grid, the background's last.
         map_phenomena: taxonomy indices of the first K maps.
@@ -27,7 +27,7 @@ class PriorSample:
     """
 
     latents: "torch.Tensor"
-    text_embeds: "torch.Tensor"
+    text: "dict[str, torch.Tensor]"
     phenomena: "torch.Tensor"
     maps: "torch.Tensor"
     map_phenomena: list[int]
@@ -79,11 +79,11 @@ class PriorCache:
         """Shape of the latents, `(C, T, H, W)`, of each sample id."""
         return {key: tuple(encoding["latents_shape"]) for key, (_, encoding) in self._rows.items()}
 
-    def null_text_embeds(self) -> "torch.Tensor":
-        """Embedding of the empty prompt, `[L, D]`."""
+    def null_text(self) -> "dict[str, torch.Tensor]":
+        """The empty prompt, encoded: the family's tensors, by name."""
         with open_file(self._encodings / EMPTY_PROMPT) as file:
             [row] = file.read().to_pylist()
-        return tensor_from_columns("text_embeds", row)
+        return text_of(row)
 
     def read(self, sample_id: str) -> PriorSample:
         """One sample; `prophy cache` and its `prune` may have written it into another file since.
@@ -114,14 +114,14 @@ class PriorCache:
         prior, encoding = self._rows[sample_id]
         columns = ["phenomena", "map_phenomena", "maps", "maps_shape", "slice_times", "start_s", "end_s"]
         labels = _read_row(self._priors, prior, columns)
-        names = [name + suffix for name in ("latents", "text_embeds") for suffix in ("", "_shape", "_dtype")]
-        tensors = _read_row(self._encodings, encoding, names).to_pylist()[0]
+        names = ["latents", "latents_shape", "latents_dtype", "text"]
+        [encoded] = _read_row(self._encodings, encoding, names).to_pylist()
         maps = labels["maps"].combine_chunks().values.to_numpy(zero_copy_only=False).copy()
         times = [[each["start_s"], each["end_s"]] for each in labels["slice_times"][0].as_py()]
         duration_s = labels["end_s"][0].as_py() - labels["start_s"][0].as_py()
         return PriorSample(
-            latents=tensor_from_columns("latents", tensors),
-            text_embeds=tensor_from_columns("text_embeds", tensors),
+            latents=latents_of(encoded),
+            text=text_of(encoded),
             phenomena=torch.tensor(labels["phenomena"][0].as_py()),
             maps=torch.from_numpy(maps).reshape(labels["maps_shape"][0].as_py()),
             map_phenomena=labels["map_phenomena"][0].as_py(),

@@ -1,6 +1,6 @@
 """What a training step costs: operations and activations, counted on tensors that take no memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -28,7 +28,7 @@ class _Call(nn.Module):
         super().__init__()
         self.transformer, self.method = transformer, method
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         return getattr(self.transformer, self.method)(*inputs)
 
 
@@ -36,7 +36,7 @@ def count_flops(
     transformer: PhysicsTransformer,
     batch_size: int,
     latents: tuple[int, ...],
-    text_length: int,
+    text: Mapping[str, tuple[int, ...]],
     shape_of: ShapeOf = own_shape,
 ) -> int:
     """Floating-point operations of one forward and backward pass: products and convolutions, 2 per element.
@@ -48,13 +48,13 @@ def count_flops(
         transformer: on any device; its parameters are not touched.
         batch_size: B.
         latents: `(C, T, H, W)`.
-        text_length: L, tokens of the text encoder.
+        text: shape of each tensor that a text is encoded to, by name.
         shape_of: gives the whole shape of a parameter, of which an engine may have left a share.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     # As two plain products: a fused kernel's formula counts the scores again in the backward pass.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        output = _call("predict", transformer, batch_size, latents, text_length, "meta", shape_of)
+        output = _call("predict", transformer, batch_size, latents, text, "meta", shape_of)
         assert output.routing is not None
         outputs = (output.sample, output.routing.refinement_logits, output.routing.phenomenon_maps)
         torch.autograd.backward([value.float().sum() for value in outputs if value is not None])
@@ -62,17 +62,23 @@ def count_flops(
 
 
 def count_routing_flops(
-    transformer: PhysicsTransformer, batch_size: int, latents: tuple[int, ...], text_length: int
+    transformer: PhysicsTransformer,
+    batch_size: int,
+    latents: tuple[int, ...],
+    text: Mapping[str, tuple[int, ...]],
 ) -> int:
     """As `count_flops`, of `route` alone: what load balancing takes ahead of a micro-batch."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        _call("route", transformer, batch_size, latents, text_length, "meta")
+        _call("route", transformer, batch_size, latents, text, "meta")
     return counter.get_total_flops()
 
 
 def count_saved_bytes(
-    transformer: PhysicsTransformer, batch_size: int, latents: tuple[int, ...], text_length: int
+    transformer: PhysicsTransformer,
+    batch_size: int,
+    latents: tuple[int, ...],
+    text: Mapping[str, tuple[int, ...]],
 ) -> int:
     """Bytes in bfloat16 that a forward pass keeps for the backward pass, without gradient checkpointing.
 
@@ -87,7 +93,7 @@ def count_saved_bytes(
         return value
 
     with FakeTensorMode(), saved_tensors_hooks(pack, lambda value: value):
-        output = _call("predict", transformer, batch_size, latents, text_length, "cpu")
+        output = _call("predict", transformer, batch_size, latents, text, "cpu")
         assert output.sample.requires_grad  # and so keeps the storages, whose addresses are thus unique
     return sum(storages.values())
 
@@ -97,7 +103,7 @@ def _call(
     transformer: PhysicsTransformer,
     batch_size: int,
     latents: tuple[int, ...],
-    text_length: int,
+    text: Mapping[str, tuple[int, ...]],
     device: str,
     shape_of: ShapeOf = own_shape,
 ) -> Any:
@@ -111,7 +117,6 @@ def _call(
 
     module, checkpointing = _Call(transformer, method), transformer.is_gradient_checkpointing
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    text_dim = transformer.config[transformer._text_dim]
     transformer.disable_gradient_checkpointing()
     try:
         return torch.func.functional_call(
@@ -120,7 +125,10 @@ def _call(
             (
                 torch.empty(batch_size, *latents, device=device, dtype=torch.bfloat16),
                 torch.empty(batch_size, device=device),
-                torch.empty(batch_size, text_length, text_dim, device=device, dtype=torch.bfloat16),
+                {
+                    name: torch.empty(batch_size, *shape, device=device, dtype=torch.bfloat16)
+                    for name, shape in text.items()
+                },
             ),
         )
     finally:

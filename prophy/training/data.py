@@ -5,14 +5,14 @@ only the number of the step. It does not know Ray, DeepSpeed or the model.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
@@ -28,7 +28,7 @@ class TrainBatch:
     Attributes:
         sample_ids: `B` keys of the cache.
         latents: `[B, C, T, H, W]`, normalised as the backbone's pipeline has them.
-        encoder_hidden_states: `[B, L, D]`, embeddings of the true captions.
+        text: the true captions, encoded: tensors `[B, ...]`, by the backbone's family's names for them.
         drop_caption: `[B]`, bool: the diffusion loss sees the empty prompt (classifier-free guidance).
         phenomena: `[B, 17]`, label vectors `q_s`.
         target_maps: `[B, N, 17]`, the targets `Q_r` of Eq. 5.
@@ -39,7 +39,7 @@ class TrainBatch:
 
     sample_ids: list[str]
     latents: torch.Tensor
-    encoder_hidden_states: torch.Tensor
+    text: dict[str, torch.Tensor]
     drop_caption: torch.Tensor
     phenomena: torch.Tensor
     target_maps: torch.Tensor
@@ -49,8 +49,11 @@ class TrainBatch:
 
     def to(self, device: torch.device) -> "TrainBatch":
         """The same batch on `device`."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "sample_ids"}
-        return TrainBatch(sample_ids=self.sample_ids, **tensors)
+        moved: dict[str, Any] = {"text": _text_to(self.text, device)}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,28 @@ class SemanticBatch:
     """Captions and labels of one rank's whole accumulation step, for Eq. 3 over the global batch.
 
     Attributes:
-        encoder_hidden_states: `[M, L, D]`, `M` = micro-batch size times accumulation steps.
+        text: as in `TrainBatch`, `[M, ...]`; `M` = micro-batch size times accumulation steps.
         phenomena: `[M, 17]`, label vectors `q_s`.
     """
 
-    encoder_hidden_states: torch.Tensor
+    text: dict[str, torch.Tensor]
     phenomena: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: "Sequence[TrainBatch | SemanticBatch]") -> "SemanticBatch":
+        """The captions and labels of all parts."""
+        return cls(
+            {name: torch.cat([part.text[name] for part in parts]) for name in parts[0].text},
+            torch.cat([part.phenomena for part in parts]),
+        )
 
     def to(self, device: torch.device) -> "SemanticBatch":
         """The same batch on `device`."""
-        return SemanticBatch(self.encoder_hidden_states.to(device), self.phenomena.to(device))
+        return SemanticBatch(_text_to(self.text, device), self.phenomena.to(device))
+
+
+def _text_to(text: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in text.items()}
 
 
 class BatchPlan:
@@ -192,20 +207,13 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         batches = [
             self._batch(step, start, sample_ids[start : start + self._micro_batch_size]) for start in first
         ]
-        semantic = SemanticBatch(
-            encoder_hidden_states=torch.cat([batch.encoder_hidden_states for batch in batches]),
-            phenomena=torch.cat([batch.phenomena for batch in batches]),
-        )
-        return batches, semantic
+        return batches, SemanticBatch.join(batches)
 
     def _batch(self, step: int, first: int, sample_ids: list[str]) -> TrainBatch:
-        columns: dict[str, list[torch.Tensor]] = {}
-        for place, sample_id in enumerate(sample_ids, start=first):
-            for name, value in self._row(step, place, sample_id).items():
-                columns.setdefault(name, []).append(value)
-        return TrainBatch(sample_ids, **{name: torch.stack(values) for name, values in columns.items()})
+        rows = [self._row(step, place, sample_id) for place, sample_id in enumerate(sample_ids, start=first)]
+        return TrainBatch(sample_ids, **default_collate(rows))
 
-    def _row(self, step: int, place: int, sample_id: str) -> dict[str, torch.Tensor]:
+    def _row(self, step: int, place: int, sample_id: str) -> dict[str, Any]:
         sample = self._cache.read(sample_id)
         shape = self._clip_shapes[tuple(sample.latents.shape)]
         targets, mask = self._make_targets(
@@ -220,7 +228,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         generator = torch.Generator().manual_seed(_seed(self._seed, step, place))
         return {
             "latents": sample.latents,
-            "encoder_hidden_states": sample.text_embeds,
+            "text": sample.text,
             "drop_caption": torch.rand((), generator=generator) < self._caption_dropout,
             "phenomena": sample.phenomena,
             "target_maps": targets,

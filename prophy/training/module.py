@@ -4,7 +4,7 @@ It knows no engine; only that gradients are averaged over the ranks of torch.dis
 micro-steps of an accumulation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,19 +76,17 @@ class ProPhyTrainModule(nn.Module):
     Args:
         transformer: trains whatever of it requires gradients.
         objective: what it predicts.
-        null_text_embeds: embedding of the empty prompt `[L, D]`, for dropped captions.
+        null_text: the empty prompt, encoded, for dropped captions: one of each tensor of `TrainBatch.text`.
         loss_weights: the weights of Eq. 6.
         reduction: how both alignment losses add up.
         gradient_accumulation_steps: micro-steps whose gradients the engine averages.
     """
 
-    null_text_embeds: torch.Tensor
-
     def __init__(
         self,
         transformer: PhysicsTransformer,
         objective: Objective,
-        null_text_embeds: torch.Tensor,
+        null_text: Mapping[str, torch.Tensor],
         loss_weights: LossWeights,
         reduction: Reduction,
         gradient_accumulation_steps: int,
@@ -99,7 +97,9 @@ class ProPhyTrainModule(nn.Module):
         self.loss_weights = loss_weights
         self.reduction = reduction
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.register_buffer("null_text_embeds", null_text_embeds, persistent=False)
+        self.null_text = nn.Module()
+        for name, value in null_text.items():
+            self.null_text.register_buffer(name, value, persistent=False)
 
     def forward(
         self,
@@ -152,7 +152,8 @@ class ProPhyTrainModule(nn.Module):
             terms["expert_load"] = expert_load
         if branch.semantic is not None and semantic is not None:
             # Over the captions of all ranks; only this rank's rows carry gradient.
-            weights = _gather(branch.semantic.router(semantic.encoder_hidden_states.to(noisy.dtype)))
+            captions = semantic.text[self.transformer.semantic_text].to(noisy.dtype)
+            weights = _gather(branch.semantic.router(captions))
             labels = _gather(semantic.phenomena)
             alignment = semantic_alignment_loss(weights, labels, self.reduction)
             loss = loss + self._undo_averaging() * self.loss_weights.semantic_alignment * alignment
@@ -160,16 +161,18 @@ class ProPhyTrainModule(nn.Module):
             terms["semantic_alignment"] = _where(has_pairs, alignment)
         return LossOutput(loss=loss, **terms)
 
-    def _inputs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy latents, timesteps and text, in the precision that the pipeline gives its inputs too."""
+    def _inputs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Noisy latents, timesteps and text, in the precision that the pipeline gives its inputs too.
+
+        The text is that of the empty prompt where the caption is dropped.
+        """
         timesteps = self.objective.timesteps(batch.timestep_quantile)
         noisy = self.objective.add_noise(batch.latents, batch.noise, timesteps)
-        # The empty prompt where the caption is dropped
-        text = torch.where(
-            batch.drop_caption[:, None, None], self.null_text_embeds, batch.encoder_hidden_states
-        )
-        dtype = self.transformer.dtype
-        return noisy.to(dtype), timesteps, text.to(dtype)
+        dtype, text = self.transformer.dtype, {}
+        for name, null in self.null_text.named_buffers():
+            dropped = batch.drop_caption.view(-1, *[1] * null.dim())
+            text[name] = torch.where(dropped, null, batch.text[name]).to(dtype)
+        return noisy.to(dtype), timesteps, text
 
     @torch.no_grad()
     def _choices(self, batch: TrainBatch) -> torch.Tensor:

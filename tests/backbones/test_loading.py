@@ -39,7 +39,8 @@ def predict(transformer: PhysicsTransformer) -> torch.Tensor:
     generator, channels = torch.Generator().manual_seed(1), transformer.config.in_channels
     latents = torch.randn(1, channels, 2, 4, 4, generator=generator).to(transformer.dtype)
     text = torch.randn(1, 5, transformer.config[transformer._text_dim], generator=generator)
-    return transformer.predict(latents, torch.tensor([500]), text.to(transformer.dtype)).sample
+    text = {transformer.semantic_text: text.to(transformer.dtype)}
+    return transformer.predict(latents, torch.tensor([500]), text).sample
 
 
 @torch.no_grad()

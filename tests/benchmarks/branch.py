@@ -48,7 +48,7 @@ def train_lora(run_dir: Path, num_steps: int) -> torch.nn.Module:
     one_worker = ["train.num_workers=1", "train.micro_batch_size=${train.global_batch_size}"]
     config = load_config(str(run_dir / "train.yaml"), one_worker)
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
-    dataset, empty = build_dataset(config, cache, rank=0), cache.null_text_embeds()
+    dataset, empty = build_dataset(config, cache, rank=0), cache.null_text()["prompt_embeds"]
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)
     objective = FlowMatching.from_scheduler(pipeline.scheduler.config)
     transformer = pipeline.transformer.requires_grad_(False)
@@ -62,7 +62,7 @@ def train_lora(run_dir: Path, num_steps: int) -> torch.nn.Module:
         [batch], _ = dataset[step]
         timesteps = objective.timesteps(batch.timestep_quantile)
         noisy = objective.add_noise(batch.latents, batch.noise, timesteps)
-        text = torch.where(batch.drop_caption[:, None, None], empty, batch.encoder_hidden_states)
+        text = torch.where(batch.drop_caption[:, None, None], empty, batch.text["prompt_embeds"])
         with autocast(transformer.device, "bfloat16"):
             predicted = transformer(noisy, timesteps, text, return_dict=False)[0]
         target = objective.target(batch.latents, batch.noise, timesteps)

@@ -92,7 +92,7 @@ def bare_torch(config: Config) -> float:
     """Seconds of the same steps without Ray, DeepSpeed, metrics or clock."""
     train = config.train
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
-    module = build_module(config, cache.null_text_embeds())
+    module = build_module(config, cache.null_text())
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
     dataset = build_dataset(config, cache, rank=0)

@@ -20,10 +20,10 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, clips: list[SimulatedClip]) -> None:
         super().__init__()
-        self.clips = iter(clips)
+        self.clips = clips
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> Any:
-        clip = next(self.clips)
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, text: dict[str, torch.Tensor]) -> Any:
+        clip = self.clips[int(text["prompt_embeds"])]
         maps = torch.zeros(1, 320, NUM_PHENOMENA)
         for phenomenon, mask in clip.masks.items():
             maps[0, :, phenomenon.id] = torch.from_numpy(mask_on_grid(mask, GRID).ravel()).float()
@@ -34,7 +34,7 @@ class Oracle(torch.nn.Module):
 
 def test_a_router_that_knows_the_masks_scores_one() -> None:
     clips = [simulate_clip(seed, num_frames=17, fps=8.0, size=64) for seed in range(12)]
-    latents, text = torch.zeros(12, 16, 5, 16, 16), torch.zeros(12, 32, 384)
+    latents, text = torch.zeros(12, 16, 5, 16, 16), {"prompt_embeds": torch.arange(12.0)}
     oracle: Any = Oracle(clips)
     scores = score_routing(oracle, FlowMatching(3.0), clips, latents, text, GRID)
     assert {value for values in scores.where.values() for value in values} == {1.0}

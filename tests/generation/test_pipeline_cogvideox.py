@@ -112,7 +112,7 @@ def test_latents_and_text_are_what_the_pipeline_takes(folder: Path, bare: ProPhy
     assert torch.equal(latents[:, :, 0], latents[:, :, padding])
     family.token_grid(shape, configs[1])  # fills the patches
 
-    embeds = encoder.encode_text(["a red ball falls", ""])
+    embeds = encoder.encode_text(["a red ball falls", ""])["prompt_embeds"]
     expected, _ = bare.encode_prompt(["a red ball falls", ""], do_classifier_free_guidance=False)
     assert embeds.shape == (2, MAX_SEQUENCE_LENGTH, 16)
     torch.testing.assert_close(embeds, expected)

@@ -19,6 +19,13 @@ from .conftest import BACKBONES, BASELINES, PHYSICS, make_inputs
 pytestmark = pytest.mark.parametrize("family", BACKBONES, indirect=True)
 
 Inputs = dict[str, torch.Tensor]
+
+
+def text_of(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The text of these inputs as `predict` takes it."""
+    return {"prompt_embeds": inputs["encoder_hidden_states"]}
+
+
 TAYLORSEER = partial(TaylorSeerCacheConfig, use_lite_mode=True, taylor_factors_dtype=torch.float32)
 
 
@@ -167,7 +174,7 @@ def test_a_small_mixture_survives_bfloat16(family: str, backbone: ModelMixin, in
 
 def test_routing_alone_runs_no_block_of_the_backbone(awakened: PhysicsTransformer, inputs: Inputs) -> None:
     latents = torch.randn(2, 4, 2, 4, 6)
-    arguments = (latents, inputs["timestep"], inputs["encoder_hidden_states"])
+    arguments = (latents, inputs["timestep"], text_of(inputs))
     expected = awakened.predict(*arguments).routing
     for block in getattr(awakened, awakened._block_list):
         block.register_forward_pre_hook(lambda *_: pytest.fail("not needed"))
@@ -178,7 +185,7 @@ def test_routing_alone_runs_no_block_of_the_backbone(awakened: PhysicsTransforme
 
 def test_routing_alone_of_experts_without_blocks(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
     model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb+reb"])
-    arguments = (torch.randn(2, 4, 2, 4, 6), inputs["timestep"], inputs["encoder_hidden_states"])
+    arguments = (torch.randn(2, 4, 2, 4, 6), inputs["timestep"], text_of(inputs))
     expected = model.predict(*arguments).routing
     assert torch.equal(model.route(*arguments).refinement_logits, expected.refinement_logits)
 
@@ -259,10 +266,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 def test_one_form_of_prediction_for_all_families(awakened: PhysicsTransformer, inputs: Inputs) -> None:
     latents = torch.randn(2, 4, 2, 4, 6)
     expected = awakened(**make_inputs(awakened, latents))
-    output = awakened.predict(latents, inputs["timestep"], inputs["encoder_hidden_states"])
+    output = awakened.predict(latents, inputs["timestep"], text_of(inputs))
     sample = expected.sample if awakened._block_list == "blocks" else expected.sample.transpose(1, 2)
     assert torch.equal(output.sample, sample)
     assert torch.equal(output.routing.phenomenon_maps, expected.routing.phenomenon_maps)
+    read = text_of(inputs)[awakened.semantic_text]
+    assert torch.equal(output.routing.semantic_weights, awakened.physics_branch.semantic.router(read))
 
 
 def test_too_many_layers_are_refused(family: str, backbone: ModelMixin) -> None:

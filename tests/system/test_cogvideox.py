@@ -25,7 +25,7 @@ from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import load_configs
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
-from prophy.schema import EMPTY_PROMPT, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, latents_of, text_of
 from prophy.video import read_frames, write_video
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
@@ -39,7 +39,7 @@ def assert_encoded(row: dict, backbone: Path, pipeline: ProPhyCogVideoXPipeline)
     """The row's latents and text are those that the pipeline of diffusers itself would hand on."""
     shape = SHAPES[int(Path(row["source"]["uri"]).stem)]
     configs = load_configs("cogvideox", str(backbone), None)
-    latents = tensor_from_columns("latents", row)
+    latents = latents_of(row)
     assert latents.shape == (4, *FAMILIES["cogvideox"].latent_shape(17, *shape, *configs))
     frames = read_frames(row["source"]["uri"], 0.0, 2.0, 17, *shape)
     pixels = pipeline.video_processor.preprocess_video([[Image.fromarray(frame) for frame in frames]])
@@ -53,11 +53,11 @@ def assert_encoded(row: dict, backbone: Path, pipeline: ProPhyCogVideoXPipeline)
 
 
 def assert_text(row: dict, prompt: str, pipeline: ProPhyCogVideoXPipeline) -> None:
-    text_embeds = tensor_from_columns("text_embeds", row)
+    text = text_of(row)
     expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
-    torch.testing.assert_close(text_embeds, expected[0])
-    assert text_embeds.shape == (MAX_SEQUENCE_LENGTH, 16)
-    assert text_embeds.any(-1).all()  # T5 has no mask: padding is not zero
+    torch.testing.assert_close(text, {"prompt_embeds": expected[0]})
+    assert text["prompt_embeds"].shape == (MAX_SEQUENCE_LENGTH, 16)
+    assert text["prompt_embeds"].any(-1).all()  # T5 has no mask: padding is not zero
 
 
 def test_encodings_in_several_shapes_are_what_the_pipeline_takes(ray_cluster: None, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from pipelines.caching import cache
 from pipelines.config import Config
-from prophy.schema import EMPTY_PROMPT, ROW_FILES, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, ROW_FILES, text_column
 from prophy.training.cache import PriorCache
 
 
@@ -21,9 +21,11 @@ def folders(tiny_cache: Config) -> tuple[Path, Path]:
     return Path(cache.priors_folder(tiny_cache)), Path(cache.encodings_folder(tiny_cache))
 
 
-def as_array(row: dict, name: str) -> np.ndarray:
-    """As the schema documents it, with numpy alone."""
-    return np.frombuffer(row[name], row[f"{name}_dtype"]).reshape(row[f"{name}_shape"])
+def assert_same_text(row: dict, expected: dict[str, torch.Tensor]) -> None:
+    """Read as the schema documents it, with numpy alone."""
+    text = {x["name"]: np.frombuffer(x["data"], x["dtype"]).reshape(x["shape"]) for x in row["text"]}
+    assert text.keys() == expected.keys() == {"prompt_embeds"}
+    assert all(np.array_equal(text[name], value.numpy()) for name, value in expected.items())
 
 
 def assert_is_the_cache(
@@ -38,8 +40,10 @@ def assert_is_the_cache(
         assert np.array_equal(maps, sample.maps.numpy())
         assert list(priors[sample_id]["map_phenomena"]) == sample.map_phenomena
         assert np.array_equal(np.float32(priors[sample_id]["phenomena"]), sample.phenomena.numpy())
-        assert np.array_equal(as_array(encodings[sample_id], "latents"), sample.latents.numpy())
-        assert np.array_equal(as_array(encodings[sample_id], "text_embeds"), sample.text_embeds.numpy())
+        row = encodings[sample_id]
+        latents = np.frombuffer(row["latents"], row["latents_dtype"]).reshape(row["latents_shape"])
+        assert np.array_equal(latents, sample.latents.numpy())
+        assert_same_text(row, sample.text)
 
 
 def test_pyarrow(folders: tuple[Path, Path]) -> None:
@@ -50,7 +54,7 @@ def test_pyarrow(folders: tuple[Path, Path]) -> None:
     priors, encodings = ({row["sample_id"]: row for row in rows} for rows in tables)
     assert_is_the_cache(priors, encodings, folders)
     [empty] = pq.read_table(folders[1] / EMPTY_PROMPT).to_pylist()
-    assert np.array_equal(as_array(empty, "text_embeds"), PriorCache(*folders).null_text_embeds().numpy())
+    assert_same_text(empty, PriorCache(*folders).null_text())
 
 
 def test_duckdb(folders: tuple[Path, Path]) -> None:
@@ -78,7 +82,7 @@ def test_hugging_face_datasets(folders: tuple[Path, Path], tmp_path: Path) -> No
 def test_bfloat16_has_its_bytes(folders: tuple[Path, Path]) -> None:
     """numpy has no bfloat16: its bytes are the upper halves of a float32's."""
     values = torch.randn(3, 4).bfloat16()
-    content = values.view(torch.uint8).numpy().tobytes()
-    row = {"x": content, "x_shape": [3, 4], "x_dtype": "bfloat16"}
-    as_float = (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(3, 4)
-    assert torch.equal(tensor_from_columns("x", row).float(), torch.from_numpy(as_float))
+    [stored] = text_column({"x": values})["text"]
+    assert stored["dtype"] == "bfloat16"
+    upper = np.frombuffer(stored["data"], np.uint16).astype(np.uint32)
+    assert np.array_equal((upper << 16).view(np.float32).reshape(stored["shape"]), values.float().numpy())

@@ -8,8 +8,8 @@ from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.taxonomy import PHENOMENA
 from prophy.training.cost import count_flops, count_routing_flops, count_saved_bytes
 
-LATENTS, TEXT_LENGTH, BATCH_SIZE = (16, 5, 16, 16), 64, 2
-N, D, F, L = 5 * 8 * 8, 768, 3072, TEXT_LENGTH  # tokens and widths
+LATENTS, TEXT, BATCH_SIZE = (16, 5, 16, 16), {"prompt_embeds": (64, 256)}, 2
+N, D, F, L = 5 * 8 * 8, 768, 3072, 64  # tokens and widths
 NUM_LAYERS, TOP_K = 4, 2
 
 
@@ -45,7 +45,7 @@ BRANCH = 2 * BLOCK + (3 + TOP_K) * product(N, D, D)  # blocks; their and the ref
 
 
 def test_operations_where_all_is_trained(transformer: ProPhyWanTransformer3DModel) -> None:
-    counted = count_flops(transformer, BATCH_SIZE, LATENTS, TEXT_LENGTH)
+    counted = count_flops(transformer, BATCH_SIZE, LATENTS, TEXT)
     assert counted == pytest.approx(3 * (NUM_LAYERS * BLOCK + BRANCH), rel=0.01)
 
 
@@ -55,26 +55,26 @@ def test_operations_with_a_frozen_backbone(transformer: ProPhyWanTransformer3DMo
     backward = (NUM_LAYERS - 2) * (TOKEN_PROJECTIONS + 2 * SELF_ATTENTION + CROSS_ATTENTION)
     text = 2 * TEXT_PROJECTIONS  # of the branch: gradients of weights alone
     expected = NUM_LAYERS * BLOCK + backward + 3 * BRANCH - text / 2
-    assert count_flops(transformer, BATCH_SIZE, LATENTS, TEXT_LENGTH) == pytest.approx(expected, rel=0.005)
+    assert count_flops(transformer, BATCH_SIZE, LATENTS, TEXT) == pytest.approx(expected, rel=0.005)
 
 
 def test_checkpointing_and_batch_do_not_matter(transformer: ProPhyWanTransformer3DModel) -> None:
-    expected = count_flops(transformer, 1, LATENTS, TEXT_LENGTH)
+    expected = count_flops(transformer, 1, LATENTS, TEXT)
     transformer.enable_gradient_checkpointing()
-    assert count_flops(transformer, BATCH_SIZE, LATENTS, TEXT_LENGTH) == 2 * expected
+    assert count_flops(transformer, BATCH_SIZE, LATENTS, TEXT) == 2 * expected
     assert transformer.is_gradient_checkpointing
 
 
 def test_routing_ahead_runs_the_branch_alone_or_all_where_it_has_no_blocks(
     transformer: ProPhyWanTransformer3DModel,
 ) -> None:
-    routing = count_routing_flops(transformer, BATCH_SIZE, LATENTS, TEXT_LENGTH)
+    routing = count_routing_flops(transformer, BATCH_SIZE, LATENTS, TEXT)
     assert routing == pytest.approx(BRANCH, rel=0.02)
     physics = transformer.config.physics | {"physical_blocks": False}
     with torch.device("meta"):
         without = ProPhyWanTransformer3DModel.from_config({**transformer.config, "physics": physics})
-    whole = count_flops(without, BATCH_SIZE, LATENTS, TEXT_LENGTH)
-    routing = count_routing_flops(without, BATCH_SIZE, LATENTS, TEXT_LENGTH)
+    whole = count_flops(without, BATCH_SIZE, LATENTS, TEXT)
+    routing = count_routing_flops(without, BATCH_SIZE, LATENTS, TEXT)
     assert routing == pytest.approx(whole / 3, rel=0.01)
 
 
@@ -101,7 +101,9 @@ def test_activations_are_those_that_autograd_keeps() -> None:
         transformer.predict(
             torch.randn(1, *LATENTS, dtype=torch.bfloat16),
             torch.full((1,), 500.0),
-            torch.randn(1, 8, 16, dtype=torch.bfloat16),
+            {"prompt_embeds": torch.randn(1, 8, 16, dtype=torch.bfloat16)},
         )
     expected = sum(value.untyped_storage().nbytes() for value in kept.values())
-    assert count_saved_bytes(transformer, 1, LATENTS, 8) == pytest.approx(expected, rel=0.02)
+    assert count_saved_bytes(transformer, 1, LATENTS, {"prompt_embeds": (8, 16)}) == pytest.approx(
+        expected, rel=0.02
+    )

@@ -13,13 +13,24 @@ from torch.utils.data import DataLoader
 from pipelines.caching.tables import Table, drop_samples, update_index, write_file
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, ROW_FILES, CacheInput, tensor_columns
+from prophy.schema import (
+    EMPTY_PROMPT,
+    ENCODINGS,
+    INPUT,
+    PRIORS,
+    ROW_FILES,
+    CacheInput,
+    latents_columns,
+    text_column,
+)
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBatch, TrainBatch
 
 SMALL: tuple[int, ...] = (4, 3, 4, 4)
 WIDE: tuple[int, ...] = (4, 3, 4, 8)
 CLIP_SHAPES = [ClipShape(9, SMALL, (3, 2, 2)), ClipShape(9, WIDE, (3, 2, 4))]
+TEXT_SHAPES = {"prompt_embeds": (5, 6), "pooled_prompt_embeds": (3,)}  # as of a family with two text encoders
+NULL_TEXT = {name: torch.full(shape, 0.5) for name, shape in TEXT_SHAPES.items()}
 SOURCE = {"uri": "clip.mp4", "size": 1, "modified": 0.0}
 
 
@@ -47,13 +58,16 @@ def rows(name: str, shape: tuple[int, ...]) -> tuple[dict, dict]:
         "slice_times": [{"start_s": s / 4, "end_s": (s + 1) / 4} for s in range(maps.shape[1])],
     }
     latents = torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
-    text_embeds = torch.from_numpy(random.standard_normal((5, 6), dtype=np.float32))
+    text = {
+        name: torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+        for name, shape in TEXT_SHAPES.items()
+    }
     encoding = {
         "sample_id": name,
         "source": SOURCE,
         "caption": name,
-        **tensor_columns("latents", latents),
-        **tensor_columns("text_embeds", text_embeds),
+        **latents_columns(latents),
+        **text_column(text),
     }
     return prior, encoding
 
@@ -66,7 +80,7 @@ def write_cache(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
             part_rows = pa.Table.from_pylist(list(part), table.schema)
             write_file(table.folder, part_rows, table.footer, row_group_size=1)
         update_index(table)
-    empty = pa.Table.from_pylist([tensor_columns("text_embeds", torch.full((5, 6), 0.5))])
+    empty = pa.Table.from_pylist([text_column(NULL_TEXT)])
     write_file(tables[1].folder, empty, {}, name=EMPTY_PROMPT)
     write_input(tables[1].folder, SOURCE)
 
@@ -108,8 +122,13 @@ def dataset(
 
 
 def by_sample(batches: list[TrainBatch]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each sample, also those of its text, by name."""
     return {
-        sample_id: {name: value[i] for name, value in vars(batch).items() if name != "sample_ids"}
+        sample_id: {
+            name: value[i]
+            for name, value in (vars(batch) | batch.text).items()
+            if isinstance(value, torch.Tensor)
+        }
         for batch in batches
         for i, sample_id in enumerate(batch.sample_ids)
     }
@@ -156,12 +175,14 @@ def test_batch_holds_what_the_cache_holds(cache: PriorCache) -> None:
     for step in range(4):
         [batch], semantic = dataset(cache)[step]
         shapes.add(tuple(batch.latents.shape[1:]))
-        assert torch.equal(semantic.encoder_hidden_states, batch.encoder_hidden_states)
+        torch.testing.assert_close(semantic.text, batch.text, rtol=0, atol=0)
         assert torch.equal(semantic.phenomena, batch.phenomena)
         for sample_id, sample in by_sample([batch]).items():
             prior, encoding = rows(sample_id, SHAPES[sample_id])
             assert sample["latents"].numpy().tobytes() == encoding["latents"]
-            assert sample["encoder_hidden_states"].numpy().tobytes() == encoding["text_embeds"]
+            assert {each["name"] for each in encoding["text"]} == TEXT_SHAPES.keys()
+            for each in encoding["text"]:
+                assert sample[each["name"]].numpy().tobytes() == each["data"]
             assert np.array_equal(sample["phenomena"], prior["phenomena"])
             grid = (3, 2, 2) if SHAPES[sample_id] == SMALL else (3, 2, 4)
             targets, mask = make_targets(
@@ -178,7 +199,7 @@ def test_batch_holds_what_the_cache_holds(cache: PriorCache) -> None:
             assert torch.equal(sample["target_maps"], targets)
             assert torch.equal(sample["target_mask"], mask)
     assert shapes == {SMALL, WIDE}
-    assert torch.equal(cache.null_text_embeds(), torch.full((5, 6), 0.5))
+    torch.testing.assert_close(cache.null_text(), NULL_TEXT, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (2, 1), (2, 2), (4, 1)])
@@ -256,7 +277,7 @@ def test_damaged_pages_are_named(tmp_path: Path) -> None:
     for file in (*files, tmp_path / "encodings" / "a" / EMPTY_PROMPT):
         group = pq.read_metadata(file).row_group(0)
         columns = [group.column(number) for number in range(group.num_columns)]
-        [column] = [column for column in columns if column.path_in_schema == "text_embeds"]
+        [column] = [column for column in columns if column.path_in_schema == "text.list.element.data"]
         content = bytearray(file.read_bytes())
         content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
         file.write_bytes(content)
@@ -264,7 +285,7 @@ def test_damaged_pages_are_named(tmp_path: Path) -> None:
         for sample_id in "abcd":
             opened.read(sample_id)
     with pytest.raises(ProPhyError, match=f"{EMPTY_PROMPT} is damaged"):
-        opened.null_text_embeds()
+        opened.null_text()
 
 
 def test_a_cache_that_is_pruned_under_a_reader(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def build(accumulation: int = 1, reduction: Reduction = "mean") -> ProPhyTrainMo
         },
     )
     transformer.train_backbone("frozen")
-    null = torch.randn(5, 16)
+    null = {"prompt_embeds": torch.randn(5, 16)}
     return ProPhyTrainModule(transformer, FlowMatching(3.0), null, WEIGHTS, reduction, accumulation)
 
 
@@ -59,7 +59,7 @@ def batch() -> TrainBatch:
     return TrainBatch(
         sample_ids=["a", "b", "c"],
         latents=torch.randn(3, 4, 2, 4, 4, generator=generator),
-        encoder_hidden_states=torch.randn(3, 5, 16, generator=generator),
+        text={"prompt_embeds": torch.randn(3, 5, 16, generator=generator)},
         drop_caption=torch.tensor([False, True, False]),
         phenomena=torch.eye(17)[:3] + torch.eye(17)[1:4],
         target_maps=torch.rand(3, TOKENS, 17, generator=generator),
@@ -69,20 +69,17 @@ def batch() -> TrainBatch:
     )
 
 
-def captions(batch: TrainBatch) -> SemanticBatch:
-    return SemanticBatch(batch.encoder_hidden_states, batch.phenomena)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_is_eq_6(batch: TrainBatch, reduction: Reduction) -> None:
     module = build(reduction=reduction)
-    output = module(batch, captions(batch))
+    output = module(batch, SemanticBatch.join([batch]))
 
     odds = torch.distributions.Normal(0.0, 1.0).icdf(batch.timestep_quantile).exp()
     sigma = 3 * odds / (1 + 3 * odds)
     s = sigma.view(3, 1, 1, 1, 1)
-    text = batch.encoder_hidden_states.clone()
-    text[1] = module.null_text_embeds
+    captions = batch.text["prompt_embeds"]
+    text = captions.clone()
+    text[1] = module.null_text.prompt_embeds
     predicted = module.transformer((1 - s) * batch.latents + s * batch.noise, 1000 * sigma, text)
     diffusion = F.mse_loss(predicted.sample, batch.noise - batch.latents)
     routing = predicted.routing
@@ -90,7 +87,7 @@ def test_loss_is_eq_6(batch: TrainBatch, reduction: Reduction) -> None:
     logits = routing.refinement_logits
     balance = load_balancing_loss(logits, expert_load(logits, 2))
     router = module.transformer.physics_branch.semantic.router
-    coarse = semantic_alignment_loss(router(batch.encoder_hidden_states), batch.phenomena, reduction)
+    coarse = semantic_alignment_loss(router(captions), batch.phenomena, reduction)
 
     torch.testing.assert_close(output.diffusion, diffusion.detach())
     torch.testing.assert_close(output.loss, diffusion + 0.1 * coarse + 0.02 * fine + 0.01 * balance)
@@ -114,7 +111,7 @@ def test_semantic_gradient_survives_the_averaging_over_micro_steps(batch: TrainB
             (output.loss / len(micro_steps)).backward()
         return module.get_parameter("transformer.physics_branch.semantic.router.mlp.1.weight").grad
 
-    semantic = captions(batch)
+    semantic = SemanticBatch.join([batch])
     joint = router_gradient(build(accumulation=1), [semantic])
     assert joint.abs().sum() > 0
     # Before the first step the injections are zero: the router's gradient is the semantic alignment's alone.
@@ -122,7 +119,9 @@ def test_semantic_gradient_survives_the_averaging_over_micro_steps(batch: TrainB
 
 
 def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
-    return TrainBatch(**{name: value[index : index + 1] for name, value in vars(batch).items()})
+    chosen = slice(index, index + 1)
+    own = {name: value[chosen] for name, value in vars(batch).items() if name != "text"}
+    return TrainBatch(text={name: value[chosen] for name, value in batch.text.items()}, **own)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -144,7 +143,7 @@ def test_losses_do_not_depend_on_the_size_of_a_micro_batch(
         for micro in batches:
             last = len(outputs) == len(batches) - 1
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                outputs.append(module(micro, captions(batch) if last else None, load, later))
+                outputs.append(module(micro, SemanticBatch.join([batch]) if last else None, load, later))
                 load, later = outputs[-1].expert_load, []
             (outputs[-1].loss / accumulation).backward()
         means = {
@@ -164,7 +163,7 @@ def test_nothing_to_align_is_no_alignment_of_zero(batch: TrainBatch) -> None:
     """One labelled video makes no pair; without a mask there is no map to follow."""
     batch.phenomena[1:] = 0
     batch.target_mask[:] = False
-    output = build()(batch, captions(batch))
+    output = build()(batch, SemanticBatch.join([batch]))
     assert output.semantic_alignment.isnan() and output.token_alignment.isnan()
     assert output.loss.isfinite()
     output.loss.backward()
@@ -175,7 +174,7 @@ def test_from_the_second_step_on_everything_of_the_branch_learns(batch: TrainBat
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        module(batch, captions(batch)).loss.backward()
+        module(batch, SemanticBatch.join([batch])).loss.backward()
         optimizer.step()
     for name, parameter in module.transformer.named_parameters():
         assert (parameter.grad is not None and parameter.grad.any()) == name.startswith("physics_branch."), (
@@ -186,9 +185,9 @@ def test_from_the_second_step_on_everything_of_the_branch_learns(batch: TrainBat
 def test_one_batch_is_overfitted(batch: TrainBatch) -> None:
     module = build()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-    first = module(batch, captions(batch)).diffusion
+    first = module(batch, SemanticBatch.join([batch])).diffusion
     for _ in range(100):
-        output = module(batch, captions(batch))
+        output = module(batch, SemanticBatch.join([batch]))
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()

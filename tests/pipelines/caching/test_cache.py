@@ -20,7 +20,7 @@ from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.pretrained import resolve_pretrained
 from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
-from prophy.schema import EMPTY_PROMPT, INDEX, INPUT, tensor_from_columns
+from prophy.schema import EMPTY_PROMPT, INDEX, INPUT, latents_of, text_of
 from prophy.taxonomy import Phenomenon, from_multi_hot
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames, write_video
@@ -133,15 +133,20 @@ def test_encodings_are_what_the_encoder_gives(cached: tuple[Config, cache.CacheS
         [row] = pq.ParquetFile(folder / entry["file"]).read_row_group(entry["row_group"]).to_pylist()
         prior = priors[row["sample_id"]]
         frames = read_frames(prior["source"]["uri"], prior["start_s"], prior["end_s"], 17, 64, 64)
-        latents = tensor_from_columns("latents", row)
+        latents = latents_of(row)
         assert list(latents.shape) == entry["latents_shape"] == [16, 5, 16, 16]
         # The VAE computes in bfloat16 here, and rounds otherwise in a batch of four than alone.
         torch.testing.assert_close(latents, encoder.encode_video(frames[None])[0], atol=0.05, rtol=0)
-        embeds = tensor_from_columns("text_embeds", row)
-        assert list(embeds.shape) == entry["text_embeds_shape"]
-        torch.testing.assert_close(embeds, encoder.encode_text([row["caption"]])[0])
+        assert text_of(row)["prompt_embeds"].shape == (32, 384)
+        torch.testing.assert_close(text_of(row), first_of(encoder.encode_text([row["caption"]])))
     [empty] = pq.read_table(folder / EMPTY_PROMPT).to_pylist()
-    torch.testing.assert_close(tensor_from_columns("text_embeds", empty), encoder.encode_text([""])[0])
+    torch.testing.assert_close(text_of(empty), first_of(encoder.encode_text([""])))
+    settings = json.loads(pq.read_metadata(folder / EMPTY_PROMPT).metadata[b"prophy.settings"])
+    assert settings["text"] == {"prompt_embeds": [32, 384]}
+
+
+def first_of(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value[0] for name, value in text.items()}
 
 
 def test_the_same_command_adds_nothing(cached: tuple[Config, cache.CacheSummary]) -> None:
@@ -175,8 +180,8 @@ def test_what_a_lost_file_held_is_done_again_and_nothing_else(
     assert kept.items() <= files(folder).items()
     assert rows(folder).keys() == rows_before.keys()
     for sample_id, row in rows(folder).items():
-        latents = tensor_from_columns("latents", rows_before[sample_id])
-        torch.testing.assert_close(tensor_from_columns("latents", row), latents, atol=0.05, rtol=0)
+        latents = latents_of(rows_before[sample_id])
+        torch.testing.assert_close(latents_of(row), latents, atol=0.05, rtol=0)
 
 
 def test_another_recipe_makes_nothing_new(cached: tuple[Config, cache.CacheSummary]) -> None:

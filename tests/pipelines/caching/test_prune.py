@@ -17,7 +17,16 @@ from pipelines.caching.tables import Table, exclusive, file_names, read_quaranti
 from pipelines.caching.verify import rebuild_indices, verify
 from pipelines.config import Config
 from prophy.errors import ProPhyError
-from prophy.schema import ENCODINGS, INDEX, INPUT, PRIORS, QUARANTINE, CacheInput, tensor_columns
+from prophy.schema import (
+    ENCODINGS,
+    INDEX,
+    INPUT,
+    PRIORS,
+    QUARANTINE,
+    CacheInput,
+    latents_columns,
+    text_column,
+)
 from prophy.training.cache import PriorCache
 
 
@@ -47,9 +56,8 @@ def prior(name: str, content: str) -> dict:
 
 
 def encoding(name: str) -> dict:
-    tensors = {"latents": torch.ones(2, 3, 4, 4), "text_embeds": torch.ones(5, 6)}
-    columns = [tensor_columns(key, value) for key, value in tensors.items()]
-    return {"sample_id": name, "source": source(name), "caption": name} | columns[0] | columns[1]
+    columns = latents_columns(torch.ones(2, 3, 4, 4)) | text_column({"prompt_embeds": torch.ones(5, 6)})
+    return {"sample_id": name, "source": source(name), "caption": name} | columns
 
 
 def refusal(name: str) -> dict:

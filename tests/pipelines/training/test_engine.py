@@ -229,7 +229,12 @@ def train_module(
     transformer.train_backbone("frozen" if backbone_mode == "bfloat16" else backbone_mode)
     weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=1.0)
     return ProPhyTrainModule(
-        transformer, FlowMatching(3.0), torch.zeros(5, 16), weights, reduction, accumulation_steps
+        transformer,
+        FlowMatching(3.0),
+        {"prompt_embeds": torch.zeros(5, 16)},
+        weights,
+        reduction,
+        accumulation_steps,
     )
 
 
@@ -241,7 +246,7 @@ def joint_batch(size: int, seed: int = 3) -> TrainBatch:
     return TrainBatch(
         sample_ids=[str(i) for i in range(size)],
         latents=torch.randn(size, 4, 3, 4, 4, generator=generator),
-        encoder_hidden_states=torch.randn(size, 5, 16, generator=generator),
+        text={"prompt_embeds": torch.randn(size, 5, 16, generator=generator)},
         drop_caption=torch.arange(size) == 1,
         phenomena=labels,
         target_maps=torch.rand(size, 12, 17, generator=generator),
@@ -291,7 +296,7 @@ def loss_curve(zero_stage: int, backbone_mode: str, num_steps: int) -> Result:
         outputs, load, later = [], None, batches[1:]
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            outputs.append(engine(batch, captions(batches) if last else None, load, later))
+            outputs.append(engine(batch, SemanticBatch.join(batches) if last else None, load, later))
             load, later = outputs[-1].expert_load, []
             engine.backward(outputs[-1].loss)
             optimizer_step(engine)
@@ -330,7 +335,7 @@ def loss_curve_of_bare_torch(backbone_mode: str, num_steps: int) -> Result:
             group["lr"] = group["rate"] * factors[step].item()
         optimizer.zero_grad()
         joint = curve_batch(step)
-        output = module(joint, captions([joint]))
+        output = module(joint, SemanticBatch.join([joint]))
         output.loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), config.gradient_clipping)
         optimizer.step()
@@ -376,14 +381,9 @@ def test_long_loss_curves_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def one_sample(batch: TrainBatch, index: int) -> TrainBatch:
-    return TrainBatch(**{name: value[index : index + 1] for name, value in vars(batch).items()})
-
-
-def captions(batches: list[TrainBatch]) -> SemanticBatch:
-    return SemanticBatch(
-        torch.cat([batch.encoder_hidden_states for batch in batches]),
-        torch.cat([batch.phenomena for batch in batches]),
-    )
+    chosen = slice(index, index + 1)
+    own = {name: value[chosen] for name, value in vars(batch).items() if name != "text"}
+    return TrainBatch(text={name: value[chosen] for name, value in batch.text.items()}, **own)
 
 
 def gradients_through_deepspeed(
@@ -406,7 +406,7 @@ def gradients_through_deepspeed(
     outputs, load, later = [], None, batches[1:]
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
-        outputs.append(engine(batch, captions(batches) if last else None, load, later))
+        outputs.append(engine(batch, SemanticBatch.join(batches) if last else None, load, later))
         load, later = outputs[-1].expert_load, []
         engine.backward(outputs[-1].loss)
         if not last:
@@ -428,7 +428,7 @@ def gradients_of_the_joint_batch(size: int, reduction: Reduction) -> Result:
     """The same in one process, bare torch, all samples in one batch."""
     module = train_module(accumulation_steps=1, reduction=reduction)
     joint = joint_batch(size)
-    output = module(joint, captions([joint]))
+    output = module(joint, SemanticBatch.join([joint]))
     output.loss.backward()
     gradients = {
         name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad
@@ -524,7 +524,9 @@ def test_buffers_move_and_parameters_stay() -> None:
     saved = set(module.state_dict())
     move_buffers(module, torch.device("meta"))
     buffers = dict(module.named_buffers())
-    assert {"null_text_embeds", "transformer.rope.freqs_cos", "transformer.rope.freqs_sin"} <= buffers.keys()
+    assert {"null_text.prompt_embeds", "transformer.rope.freqs_cos", "transformer.rope.freqs_sin"} <= set(
+        buffers
+    )
     assert all(buffer.is_meta for buffer in buffers.values())
     assert not any(parameter.is_meta for parameter in module.parameters())
     assert set(module.state_dict()) == saved

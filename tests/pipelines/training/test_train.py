@@ -38,6 +38,8 @@ from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, TrainBatch
 from tests.conftest import tiny_config
 
+NULL_TEXT = {"prompt_embeds": torch.zeros(32, 384)}
+
 
 def train_config(tiny_cache: Config, run_dir: Path, *overrides: str) -> Config:
     """Two workers, two accumulation steps of one sample each; the cache of the whole session."""
@@ -279,7 +281,7 @@ def test_trained_branch_loads_into_the_pipeline(on_one_worker: Config) -> None:
         text_encoder=None,
         tokenizer=None,
     )
-    start = build_module(on_one_worker, torch.zeros(32, 384)).transformer
+    start = build_module(on_one_worker, NULL_TEXT).transformer
     loaded = dict(pipeline.transformer.named_parameters())
     for name, parameter in start.named_parameters():
         moved = not torch.equal(parameter, loaded[name])
@@ -287,7 +289,7 @@ def test_trained_branch_loads_into_the_pipeline(on_one_worker: Config) -> None:
 
 
 def test_only_the_branch_is_trained(config: Config) -> None:
-    transformer = build_module(config, torch.zeros(32, 384)).transformer
+    transformer = build_module(config, NULL_TEXT).transformer
     for name, parameter in transformer.named_parameters():
         assert parameter.requires_grad == name.startswith("physics_branch.")
 
