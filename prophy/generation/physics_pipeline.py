@@ -20,7 +20,7 @@ class PhysicsPipeline(DiffusionPipeline):
 
     def encode_prompt(
         self, prompt: str | list[str], *args: Any, max_sequence_length: int | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Any, ...]:
         """As upstream's; `max_sequence_length` defaults to the pipeline's own."""
         length = max_sequence_length or self.config.max_sequence_length
         return super().encode_prompt(prompt, *args, max_sequence_length=length, **kwargs)

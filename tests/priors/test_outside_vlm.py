@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +83,7 @@ def extracted(config: Config, frames: np.ndarray, labels: list[str] | None) -> p
 
 def test_it_is_found_by_the_model_type_of_its_files(config: Config) -> None:
     assert [*VLMS] == ["outside_vlm", "qwen2_5_vl", "qwen3_vl"]
-    vlm = load_vlm(config.vlm.pretrained, None, "float32", None)
+    vlm: Any = load_vlm(config.vlm.pretrained, None, "float32", None)
     assert type(vlm) is VLMS["outside_vlm"] and vlm.frames_per_slice == 3
 
 
