@@ -1,12 +1,19 @@
 """The batches of a run: those that it trains on, and those that it only measures. It knows no Ray."""
 
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader, Dataset
+
 from pipelines.config import BackboneConfig, Config
 from pipelines.training.samples import held_out, trained_on
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import load_configs
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
-from prophy.training.data import BatchPlan, ClipShape, PriorDataset
+from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBatch, TrainBatch
+
+Step = tuple[list[TrainBatch], SemanticBatch]
+"""What a rank trains on in a step: the micro-batches, and all their captions."""
 
 
 def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
@@ -33,6 +40,31 @@ def build_held_out_dataset(config: Config, cache: PriorCache) -> tuple[PriorData
     samples = held_out(shapes, config.train.num_held_out)
     plan = BatchPlan({key: shapes[key] for key in samples}, 1, config.train.seed)
     return _dataset(config, cache, plan, 0, 1, 1, caption_dropout=0.0), len(samples)
+
+
+class _Mistakes(Dataset[Step | ProPhyError]):
+    """A dataset whose mistakes are items: torch would add the traceback of its process to their sentence."""
+
+    def __init__(self, dataset: Dataset[Step]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> Step | ProPhyError:
+        try:
+            return self.dataset[step]
+        except ProPhyError as error:
+            return error
+
+
+def read_ahead(dataset: Dataset[Step], steps: range) -> Iterator[Step]:
+    """The items of these steps, which a process of its own reads.
+
+    Raises:
+        ProPhyError: what reading one raises.
+    """
+    for item in DataLoader(_Mistakes(dataset), batch_size=None, sampler=steps, num_workers=1):
+        if isinstance(item, ProPhyError):
+            raise item
+        yield item
 
 
 def clip_shape(backbone: BackboneConfig, num_frames: int, height: int, width: int) -> ClipShape:

@@ -12,11 +12,10 @@ from typing import Any, Literal
 import ray.train
 import torch
 from ray.train.torch import get_device
-from torch.utils.data import DataLoader
 
 from pipelines.config import TrainConfig
 from pipelines.layout import STOP_FILE, RunFolder
-from pipelines.training.data import build_dataset
+from pipelines.training.data import build_dataset, read_ahead
 from pipelines.training.engine import (
     Ema,
     fragments,
@@ -91,7 +90,7 @@ def _train(loop_config: dict[str, Any]) -> None:
             log = MetricsLog(root, first_step, train, flops, peak)
 
     # 2. Steps; a process of its own reads ahead
-    loader = DataLoader(dataset, batch_size=None, sampler=range(first_step, train.num_steps), num_workers=1)
+    loader = read_ahead(dataset, range(first_step, train.num_steps))
     saved, preempted, asked, clock = first_step, False, 0.0, StepClock()
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
         outputs, learning_rate = [], set_learning_rate(engine, train)
