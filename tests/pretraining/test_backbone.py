@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from prophy.backbones.loading import load_pipeline
 from prophy.errors import ProPhyError
 from prophy.pretraining.backbone import BackboneRecipe, pretrain_backbone
-from prophy.tiny.pipeline import VAE
+from prophy.tiny.pipeline import TRANSFORMER, VAE
 
 SMALL = {
     "num_clips": 3,
@@ -20,8 +21,18 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """Two narrow blocks and a narrow VAE: what is tested is the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VAE, "base_dim", 8)
+        for name, value in {"num_attention_heads": 2, "ffn_dim": 128, "num_layers": 2}.items():
+            patch.setitem(TRANSFORMER, name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(narrow: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbone")
     AutoencoderKLWan(**VAE).save_pretrained(folder / "vae")
     pretrain_backbone(folder, BackboneRecipe(num_steps=8, warmup_steps=1, **SMALL))
