@@ -191,8 +191,8 @@ def test_a_disk_that_is_read_only_and_then_full(
     written = times(encodings)
     assert 1 <= len(written) < 12
     verify_command, index = ["cache", "verify", *command[1:]], output / "priors" / INDEX
-    # Encodings have from 94 to 126 kB, in whatever order they come: what they leave free may be too little for
-    # the indices, so the user frees some.
+    # Encodings have from 94 to 126 kB, in whatever order they come: what they leave free may be too little
+    # for the indices, so the user frees some.
     remount(disk, "size=1100k")
     assert prophy(*verify_command)[0] == 0  # which clears away what was half written, and writes the indices
     fill(disk / "rest")
