@@ -40,6 +40,8 @@ INDEX = "index.parquet"  # in the folder of each table: where each sample lies
 EMPTY_PROMPT = "empty_prompt.parquet"  # beside the encodings: `text` of ""
 INPUT = "input.parquet"  # beside the encodings: `source` of each video of the last run's input, in its order
 
+# Metadata of each file of a table.
+VERSION_FOOTER = {b"prophy.schema_version": str(SCHEMA_VERSION).encode()}
 # Metadata of a column that is left out of the index.
 LARGE = {b"prophy.large": b"true"}
 
@@ -172,25 +174,47 @@ class MissingFileError(ProPhyError):
     """A file of the cache that is not there, or not any more."""
 
 
+class DamagedFileError(ProPhyError):
+    """A file of the cache that is not what was written.
+
+    Args:
+        path: the file.
+        reason: what is wrong with it, to follow its path.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}; run `prophy cache verify`, then `prophy cache` again")
+        self.reason = reason
+
+
 @contextmanager
 def open_file(path: Path) -> Iterator[pq.ParquetFile]:
     """A file of the cache, whose pages are checked against their checksums when they are read.
 
     Raises:
         MissingFileError: it is gone.
-        ProPhyError: it is damaged.
+        DamagedFileError: it is damaged.
+        ProPhyError: another version of this program wrote it.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_version(path, file.metadata.metadata or {})
             yield file
     except FileNotFoundError:
         raise MissingFileError(
             f"{path} is gone; run `prophy cache verify`, then `prophy cache` again"
         ) from None
     except (OSError, pa.ArrowInvalid):
+        raise DamagedFileError(path, "is damaged") from None
+
+
+def _check_version(path: Path, footer: dict[bytes, bytes]) -> None:
+    [(key, ours)] = VERSION_FOOTER.items()
+    if (theirs := footer.get(key, ours)) != ours:
         raise ProPhyError(
-            f"{path} is damaged; run `prophy cache verify`, then `prophy cache` again"
-        ) from None
+            f"another version of this program wrote {path} (format {theirs.decode()}, not {SCHEMA_VERSION}); "
+            f"choose another cache.output and run `prophy cache`, or go on with that version"
+        )
 
 
 def latents_columns(latents: "torch.Tensor") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipelines.caching.tables import (
     stored_table,
     update_index,
 )
-from pipelines.caching.verify import tables_of
+from pipelines.caching.verify import check_versions, tables_of
 from pipelines.config import Config
 from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
@@ -36,6 +36,7 @@ def run(config: Config) -> dict[str, int]:
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)
     with exclusive(folder):
+        check_versions(folder)
         before = _size(folder)
         removed = prune(folder)
         freed = before - _size(folder)

@@ -25,12 +25,11 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from prophy.errors import ProPhyError
-from prophy.schema import INDEX, LARGE, QUARANTINE, SCHEMA_VERSION, open_file
+from prophy.schema import INDEX, LARGE, QUARANTINE, VERSION_FOOTER, DamagedFileError, open_file
 
 ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
-_VERSION_FOOTER = {b"prophy.schema_version": str(SCHEMA_VERSION).encode()}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Table:
     @property
     def footer(self) -> dict[bytes, bytes]:
         """The key-value metadata of each file."""
-        return _VERSION_FOOTER | {
+        return VERSION_FOOTER | {
             b"prophy.fingerprint": fingerprint_of(self.settings).encode(),
             b"prophy.settings": json.dumps(self.settings, sort_keys=True).encode(),
             b"prophy.provenance": json.dumps(self.provenance, sort_keys=True).encode(),
@@ -259,20 +258,18 @@ def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
     """The table that a file belongs to, by its footer.
 
     Raises:
-        ValueError: it has no footer of this version, or not this schema; the message goes on "it ...".
+        DamagedFileError: it has no footer, or not this schema.
+        ProPhyError: another version of this program wrote it.
     """
-    try:
-        file = pq.ParquetFile(folder / name)
-    except (OSError, pa.ArrowInvalid):
-        raise ValueError("is no whole Parquet file") from None
-    footer = file.metadata.metadata or {}
-    if any(footer.get(key) != value for key, value in _VERSION_FOOTER.items()):
-        raise ValueError("was written by another version")
-    if not file.schema_arrow.equals(schema):
-        raise ValueError("has other columns")
+    with open_file(folder / name) as file:
+        footer = file.metadata.metadata or {}
+        if not VERSION_FOOTER.keys() <= footer.keys():
+            raise DamagedFileError(folder / name, "has no footer")
+        if not file.schema_arrow.equals(schema):
+            raise DamagedFileError(folder / name, "has other columns")
     settings, provenance = (json.loads(footer[b"prophy." + key]) for key in (b"settings", b"provenance"))
     if fingerprint_of(settings) != footer[b"prophy.fingerprint"].decode():
-        raise ValueError("has a footer that contradicts itself")
+        raise DamagedFileError(folder / name, "has a footer that contradicts itself")
     return Table(folder, schema, settings, provenance)
 
 
@@ -318,12 +315,12 @@ def _open(table: Table, name: str) -> Iterator[pq.ParquetFile]:
     """A file of the table, after its footer was found to be of this table."""
     with open_file(table.folder / name) as file:
         footer = file.metadata.metadata or {}
-        if any(footer.get(key) != table.footer[key] for key in (*_VERSION_FOOTER, b"prophy.fingerprint")):
+        if footer.get(b"prophy.fingerprint") != table.footer[b"prophy.fingerprint"]:
             made = json.loads(footer.get(b"prophy.settings", b"{}"))
             differing = [key for key, value in table.settings.items() if made.get(key) != value]
             raise ProPhyError(
                 f"{table.folder / name} was made with other settings "
-                f"({', '.join(differing) or 'schema version'}); set them back, or choose another cache.output"
+                f"({', '.join(differing)}); set them back, or choose another cache.output"
             )
         yield file
 

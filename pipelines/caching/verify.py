@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,14 +14,24 @@ from pipelines.caching.tables import exclusive, file_names, stored_table, update
 from pipelines.config import Config
 from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, INDEX, INPUT, PRIORS, QUARANTINE
+from prophy.schema import (
+    EMPTY_PROMPT,
+    ENCODINGS,
+    INDEX,
+    INPUT,
+    PRIORS,
+    QUARANTINE,
+    DamagedFileError,
+    open_file,
+)
 
 
 def run(config: Config) -> dict[str, int]:
     """Verifies the cache, rebuilds its indices and prints what it found; returns the samples of each table.
 
     Raises:
-        ProPhyError: there is no cache, a run writes to it, something in it is damaged, or no room is left.
+        ProPhyError: there is no cache, a run or another version of this program writes to it, something in it
+            is damaged, or no room is left.
     """
     folder = Path(config.cache.output)
     if not folder.is_dir():
@@ -46,7 +57,11 @@ def verify(folder: Path) -> list[str]:
 
     A damaged file gets the ending `.damaged`; then it is no part of the cache any more, and the next
     `prophy cache` makes its rows anew.
+
+    Raises:
+        ProPhyError: another version of this program wrote one of them; nothing was set aside.
     """
+    check_versions(folder)
     damaged = []
     for place, schema in tables_of(folder):
         damaged += _set_damaged_aside(place, schema)
@@ -54,6 +69,14 @@ def verify(folder: Path) -> list[str]:
             if path.exists() and not _is_readable(path):
                 damaged.append(_set_aside(path, "holds other bytes than were written"))
     return damaged + _set_damaged_aside(CacheFolder(folder).quarantine, QUARANTINE)
+
+
+def check_versions(folder: Path) -> None:
+    """Refuses a cache of which another version of this program wrote a file."""
+    for place, _ in tables_of(folder):
+        for name in file_names(place):
+            with suppress(DamagedFileError), open_file(place / name):
+                pass
 
 
 def rebuild_indices(folder: Path) -> dict[str, int]:
@@ -91,8 +114,8 @@ def _set_damaged_aside(folder: Path, schema: pa.Schema) -> list[str]:
         elif schema is not QUARANTINE:
             try:
                 fingerprints[name] = stored_table(folder, name, schema).footer[b"prophy.fingerprint"]
-            except ValueError as error:
-                reasons[name] = str(error)
+            except DamagedFileError as error:
+                reasons[name] = error.reason
     if fingerprints:
         [(common, _)] = Counter(fingerprints.values()).most_common(1)
         for name, fingerprint in fingerprints.items():

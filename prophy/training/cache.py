@@ -54,12 +54,12 @@ class PriorCache:
 
     def __init__(self, priors: Path, encodings: Path) -> None:
         self._priors, self._encodings = priors, encodings
+        prior_rows = _read_index(priors, ["source", "content_hash", "start_s", "end_s"])
         if not (encodings / INDEX).is_file() and any(encodings.parent.glob(f"*/{INDEX}")):
             raise ProPhyError(
                 f"the encodings in {encodings.parent} were made for another backbone or other clips; "
                 f"run `prophy cache` with this configuration"
             )
-        prior_rows = _read_index(priors, ["source", "content_hash", "start_s", "end_s"])
         encoding_rows = _read_index(encodings, ["latents_shape"])
         current = CacheInput.read(encodings)
         common = [row for key, row in prior_rows.items() if key in encoding_rows]

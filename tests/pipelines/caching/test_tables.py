@@ -26,7 +26,16 @@ from pipelines.caching.tables import (
     write_file,
 )
 from prophy.errors import ProPhyError
-from prophy.schema import ENCODINGS, INDEX, QUARANTINE, latents_columns, latents_of, text_column, text_of
+from prophy.schema import (
+    ENCODINGS,
+    INDEX,
+    QUARANTINE,
+    DamagedFileError,
+    latents_columns,
+    latents_of,
+    text_column,
+    text_of,
+)
 
 
 def source(name: str, modified: float = 1.0) -> dict:
@@ -193,7 +202,7 @@ def test_damaged_pages_and_footers_are_named(table: Table) -> None:
         drop_samples(table, ["b"])
     assert file.exists()
     damage(file, footer=True)
-    with pytest.raises(ValueError, match="is no whole Parquet file"):
+    with pytest.raises(DamagedFileError, match=f"{file} is damaged"):
         stored_table(table.folder, file.name, ENCODINGS)
     (table.folder / INDEX).unlink()
     with pytest.raises(ProPhyError, match=f"{file} is damaged"):

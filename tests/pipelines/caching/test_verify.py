@@ -1,16 +1,19 @@
 """A cache whose files are damaged in every way that is known, and what is said of it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.caching import cache, verify
+from pipelines.caching import cache, prune, verify
+from pipelines.caching.inspect import inspect
 from pipelines.caching.tables import exclusive, file_names, write_file
 from pipelines.config import Config
 from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, INDEX
+from prophy.training.cache import PriorCache
 
 
 @pytest.fixture
@@ -61,16 +64,40 @@ def test_every_damage_is_named_set_aside_and_made_good(ray_cluster: None, copy: 
     assert (encodings / EMPTY_PROMPT).exists()
 
 
+def read(config: Config) -> PriorCache:
+    """What training does first."""
+    return PriorCache(Path(cache.priors_folder(config)), Path(cache.encodings_folder(config)))
+
+
 def test_reasons_are_told(copy: Config) -> None:
     priors = Path(cache.priors_folder(copy))
     first, second = (priors / name for name in file_names(priors)[:2])
     flip_a_bit(first)
     rows = pq.read_table(second)
-    version = write_file(priors, rows, {**rows.schema.metadata, b"prophy.schema_version": b"1"})
+    bare = write_file(priors, rows, {b"of": b"another program"})
     assert set(verify.verify(Path(copy.cache.output))) == {
         f"{first} holds other bytes than its name says",
-        f"{version} was written by another version",
+        f"{bare} has no footer",
     }
+
+
+@pytest.mark.parametrize("command", [cache.run, verify.run, prune.run, inspect, read])
+def test_a_cache_of_another_version_is_refused_and_left_as_it_is(
+    copy: Config, tmp_path: Path, command: Callable[..., object]
+) -> None:
+    priors = Path(cache.priors_folder(copy))
+    for path in [*priors.glob("*.parquet")]:
+        rows = pq.read_table(path)
+        path.unlink()
+        older = {**rows.schema.metadata, b"prophy.schema_version": b"1"}
+        write_file(priors, rows, older, name=path.name if path.name == INDEX else "", row_group_size=1)
+    before = sorted(priors.iterdir())
+    arguments = (2, tmp_path / "sheet.png") if command is inspect else ()
+    with pytest.raises(
+        ProPhyError, match=r"another version .* \(format 1, not \d+\); choose another cache.ou"
+    ):
+        command(copy, *arguments)
+    assert sorted(priors.iterdir()) == before
 
 
 def test_no_cache_and_a_busy_one(copy: Config, config: Config) -> None:
