@@ -154,7 +154,7 @@ class CacheInput:
         Of clips with the same content and span, whatever paths lead to them, the first counts.
 
         Args:
-            rows: of the priors, or of their index.
+            rows: the rows of the priors, or of their index.
         """
         place = {source_version(source): number for number, source in enumerate(self.sources)}
         current = [row for row in rows if source_version(row["source"]) in place]
@@ -177,14 +177,19 @@ class MissingFileError(ProPhyError):
 class DamagedFileError(ProPhyError):
     """A file of the cache that is not what was written.
 
+    It also comes out of a process that reads: pickle makes it anew from its arguments.
+
     Args:
         path: the file.
         reason: what is wrong with it, to follow its path.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} {reason}; run `prophy cache verify`, then `prophy cache` again")
-        self.reason = reason
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}; run `prophy cache verify`, then `prophy cache` again"
 
 
 @contextmanager
@@ -245,7 +250,7 @@ def text_of(row: dict[str, Any]) -> "dict[str, torch.Tensor]":
 def _raw(tensor: "torch.Tensor") -> tuple[bytes, list[int], str]:
     import torch
 
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    data = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
     return data, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 

@@ -54,10 +54,11 @@ def encoding(sample_id: str) -> dict:
 
 
 def text(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """As of a family with two text encoders."""
+    """The tensors that a family with two text encoders makes of a text: a table, a vector and a number."""
     return {
         "prompt_embeds": torch.randn(8, 6, generator=generator).bfloat16(),
         "pooled_prompt_embeds": torch.randn(4, generator=generator),
+        "num_tokens": torch.tensor(5.0),
     }
 
 
