@@ -160,9 +160,9 @@ def verify(config: ConfigOption = PRESET, set_: SetOption = None) -> None:
 
 @cache_app.command()
 def prune(config: ConfigOption = PRESET, set_: SetOption = None) -> None:
-    """Remove from the disk what is cached of videos that are in the input no more, unless it is in use.
+    """Remove from the disk what is cached of videos that are in the input no more.
 
-    The input is that of the last `prophy cache`. A training that reads the cache must have ended.
+    The input is that of the last `prophy cache`. A training at work goes on, unless it draws what is removed.
     """
     resolved = load_config(config, set_)
     from pipelines.caching import prune

@@ -29,7 +29,8 @@ def run(config: Config) -> dict[str, int]:
     Killed at any moment it leaves a sound cache, and the same command goes on.
 
     Raises:
-        ProPhyError: there is no cache, a run writes to it, it does not say its input, or a file is damaged.
+        ProPhyError: there is no cache, a run writes to it, another version of this program wrote it, it does
+            not say its input, or a file is damaged.
     """
     folder = Path(config.cache.output)
     if not folder.is_dir():

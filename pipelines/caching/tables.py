@@ -121,7 +121,7 @@ def write_file(
         folder: created if missing.
         rows: its content.
         footer: key-value metadata.
-        name: the file's; None is the sha256 of the bytes.
+        name: the file's; if empty, the sha256 of its bytes.
         row_group_size: rows per row group.
 
     Raises:
@@ -317,7 +317,7 @@ def _open(table: Table, name: str) -> Iterator[pq.ParquetFile]:
         footer = file.metadata.metadata or {}
         if footer.get(b"prophy.fingerprint") != table.footer[b"prophy.fingerprint"]:
             made = json.loads(footer.get(b"prophy.settings", b"{}"))
-            differing = [key for key, value in table.settings.items() if made.get(key) != value]
+            differing = [key for key in made | table.settings if made.get(key) != table.settings.get(key)]
             raise ProPhyError(
                 f"{table.folder / name} was made with other settings "
                 f"({', '.join(differing)}); set them back, or choose another cache.output"

@@ -30,8 +30,8 @@ def run(config: Config) -> dict[str, int]:
     """Verifies the cache, rebuilds its indices and prints what it found; returns the samples of each table.
 
     Raises:
-        ProPhyError: there is no cache, a run or another version of this program writes to it, something in it
-            is damaged, or no room is left.
+        ProPhyError: there is no cache, a run writes to it, another version of this program wrote it,
+            something in it is damaged, or no room is left.
     """
     folder = Path(config.cache.output)
     if not folder.is_dir():
