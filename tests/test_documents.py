@@ -12,8 +12,12 @@ from pipelines.config import Config
 from pipelines.config.base import Section
 
 ROOT = Path(__file__).parents[1]
-# Model cards are of the weights' time, and stay as they were written.
-DOCUMENTS = [path for path in sorted(ROOT.glob("**/*.md")) if not {".venv", "weights"} & {*path.parts}]
+# Model cards are of the weights' time, and stay as they were written. Runs write cards of their own.
+DOCUMENTS = [
+    path
+    for path in sorted(ROOT.glob("[!.]*/**/*.md")) + sorted(ROOT.glob("*.md"))
+    if not {"weights", "runs"} & {*path.relative_to(ROOT).parts}
+]
 TOP_LEVEL = ("prophy/", "pipelines/", "cluster/", "tests/")
 
 
