@@ -13,8 +13,8 @@ def plugged_in(folder: Path, group: str, name: str, value: str) -> Iterator[None
 
     Args:
         folder: as it were `site-packages`.
-        group: of the entry point.
-        name: of the entry point.
+        group: the entry point's group.
+        name: the entry point's name.
         value: `module:attribute`.
     """
     package = value.partition(":")[0].replace(".", "_")

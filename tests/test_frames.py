@@ -23,16 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg i
 FPS, NUM_FRAMES, HEIGHT, WIDTH = 25, 64, 48, 64
 KEY_INTERVAL = 20  # frames from one key frame to the next
 FIRST = 12  # packet with which a recording begins that has no key frame there
-STARTS = [
-    0,
-    11,
-    18,
-    19,
-    20,
-    38,
-    39,
-    41,
-]  # frames with which clips begin: the first, and those around key frames
+STARTS = [0, 11, 18, 19, 20, 38, 39, 41]  # frames with which clips begin: those around key frames, and others
 
 Change = Callable[[Path], None]
 

@@ -27,9 +27,8 @@ class VideoGenerator:
     """
 
     def __init__(self, config: Config, limits: ShapeLimits) -> None:
-        from pipelines.generation.sampler import (
-            VideoSampler,  # torch and diffusers: of no use to who deploys it
-        )
+        # torch and diffusers: of no use to who deploys it
+        from pipelines.generation.sampler import VideoSampler
 
         self._sampler = VideoSampler(config)
         self._sampler.warm_up(limits)

@@ -14,8 +14,8 @@ from prophy.models.control import PhysicsControl
 class PhysicsPipeline(DiffusionPipeline):
     """Base, before diffusers' own class, of a pipeline whose transformer may carry a Physical Branch.
 
-    `max_sequence_length`, text tokens, is in the pipeline's configuration: no family masks the text in
-    attention, so the length is one and the same in training and at inference.
+    `max_sequence_length`, text tokens, is in the pipeline's configuration: where no mask hides padding from
+    attention, another length than in training would make other videos.
     """
 
     def encode_prompt(

@@ -29,7 +29,7 @@ from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBat
 SMALL: tuple[int, ...] = (4, 3, 4, 4)
 WIDE: tuple[int, ...] = (4, 3, 4, 8)
 CLIP_SHAPES = [ClipShape(9, SMALL, (3, 2, 2)), ClipShape(9, WIDE, (3, 2, 4))]
-TEXT_SHAPES = {"prompt_embeds": (5, 6), "pooled_prompt_embeds": (3,)}  # as of a family with two text encoders
+TEXT_SHAPES = {"prompt_embeds": (5, 6), "pooled_prompt_embeds": (3,)}  # as two text encoders make them
 NULL_TEXT = {name: torch.full(shape, 0.5) for name, shape in TEXT_SHAPES.items()}
 SOURCE = {"uri": "clip.mp4", "size": 1, "modified": 0.0}
 
