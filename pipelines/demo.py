@@ -26,7 +26,7 @@ from pipelines.serving import serve
 from pipelines.training import train
 from prophy import sandbox
 from prophy.evaluation.report import Section, Table, write_report
-from prophy.schema import ROW_FILES
+from prophy.schema import ROW_FILES, read_phenomena
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
     from prophy.models.control import PhysicsTrace
 
     clips = sandbox.read_truth(manifest)
-    priors = _priors_by_source(config)
+    priors, names = _priors_by_source(config), read_phenomena(Path(cache.priors_folder(config)))
     metrics = [json.loads(line) for line in RunFolder(config.run_dir).metrics.read_text().splitlines()]
     trace = PhysicsTrace()
     frames = VideoSampler(config).sample(generate.video_spec(config, PROMPTS[0], PhysicsSpec()), trace=trace)
@@ -108,7 +108,7 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
         [
             _summary_section(config, watch),
             sections.clips_section(clips),
-            sections.priors_section(clips, [priors[str(clip.path)] for clip in clips]),
+            sections.priors_section(clips, [priors[str(clip.path)] for clip in clips], names),
             sections.training_section(metrics, CURVES),
             sections.routing_section(PROMPTS[0], frames, trace),
             sections.videos_section("Generated offline", "prophy generate, with the trained branch.", videos),

@@ -17,8 +17,11 @@ project; `ROW_FILES` matches the files with rows:
     datasets.load_dataset("parquet", data_files="priors/*[0-9a-f].parquet")
 
 numpy lacks bfloat16: its values are `(numpy.frombuffer(x, "uint16").astype("uint32") << 16).view("float32")`.
+The footer of each file of the priors has the names of the phenomena, in the order of labels and maps:
+`json.loads(pyarrow.parquet.read_metadata(file).metadata[b"prophy.settings"])["taxonomy"]`.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +45,11 @@ INPUT = "input.parquet"  # beside the encodings: `source` of each video of the l
 
 # Metadata of each file of a table.
 VERSION_FOOTER = {b"prophy.schema_version": str(SCHEMA_VERSION).encode()}
+# In it too: all that decides a row besides the video, as JSON.
+SETTINGS_FOOTER = b"prophy.settings"
+# In these settings of the priors: the names of the phenomena, in the order of labels and maps.
+TAXONOMY = "taxonomy"
+
 # Metadata of a column that is left out of the index.
 LARGE = {b"prophy.large": b"true"}
 
@@ -75,8 +83,10 @@ PRIORS = pa.schema(
         pa.field("vlm_caption", pa.string(), nullable=False),
         pa.field("answers", pa.list_(ANSWER), nullable=False, metadata=LARGE),  # as said
         pa.field("unparsed", pa.list_(pa.string()), nullable=False),  # said of phenomena, but no name of one
-        pa.field("phenomena", pa.list_(pa.float32()), nullable=False),  # [17]; as in labels, else as answered
-        pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K taxonomy indices
+        pa.field(
+            "phenomena", pa.list_(pa.float32()), nullable=False
+        ),  # [num_phenomena]; as in labels, else as answered
+        pa.field("map_phenomena", pa.list_(pa.int32()), nullable=False),  # K places in the taxonomy
         # Raw, of K phenomena, then of the background.
         pa.field("maps", pa.list_(pa.float32()), nullable=False, metadata=LARGE),
         pa.field("maps_shape", pa.list_(pa.int32()), nullable=False),  # [K + 1, T, H, W] on the VLM's grid
@@ -163,6 +173,19 @@ class CacheInput:
         for row in current:
             first.setdefault((row["content_hash"], row["start_s"], row["end_s"]), row["sample_id"])
         return sorted(first.values())
+
+
+def read_phenomena(priors: Path) -> tuple[str, ...]:
+    """The names of a cache's phenomena, in the order of its labels and maps.
+
+    Args:
+        priors: the folder of that table, which has an index.
+
+    Raises:
+        ProPhyError: it is damaged, or another version of this program wrote it.
+    """
+    with open_file(priors / INDEX) as file:
+        return tuple(json.loads(file.metadata.metadata[SETTINGS_FOOTER])[TAXONOMY])
 
 
 def source_version(source: dict[str, Any]) -> tuple[str, int, float]:

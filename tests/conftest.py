@@ -110,11 +110,12 @@ def branch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from prophy.backbones.pretrained import fingerprint
     from prophy.models.checkpoint import save_branch
     from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+    from tests.wisa import PHENOMENA
 
     folder = tmp_path_factory.mktemp("branch") / "model"
     parts = {"vae": None, "text_encoder": None, "tokenizer": None}
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None, **parts)
-    physics = branch_config(tiny_config(folder).physics, (5, 16, 16)).model_dump()
+    physics = branch_config(tiny_config(folder).physics, (5, 16, 16), PHENOMENA).model_dump()
     model = ProPhyWanTransformer3DModel.from_transformer(pipeline.transformer, physics)
     save_branch(model, folder, {"name": "tiny", "revision": None, "fingerprint": fingerprint("tiny", None)})
     return folder

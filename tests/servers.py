@@ -20,8 +20,8 @@ from pipelines.serving.dispatcher import Dispatcher, GenerationStep
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.service import GeneratorStatus, VideoService
-from prophy.taxonomy import PHENOMENA
 from tests.conftest import tiny_config
+from tests.wisa import PHENOMENA
 
 PROMPT = "a red ball falls and bounces"
 LONG = {"prompt": PROMPT, "num_inference_steps": 200, "size": "64x64", "seconds": "2"}
@@ -34,7 +34,7 @@ LIMITS = ShapeLimits(
     width_multiple=16,
     max_num_frames=17,
     max_pixels=4096,
-    has_branch=True,
+    phenomena=PHENOMENA,
 )
 """Of the tiny model."""
 

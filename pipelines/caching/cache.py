@@ -43,8 +43,8 @@ from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import encoders_fingerprint, load_configs, pinned_revision, vlm_fingerprint
 from prophy.errors import ProPhyError
 from prophy.priors.fingerprint import priors_fingerprint
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, CacheInput
-from prophy.taxonomy import from_multi_hot
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, TAXONOMY, CacheInput
+from prophy.taxonomy import Taxonomy, from_multi_hot, load_taxonomy
 from prophy.video import FRAMES_VERSION
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
@@ -61,10 +61,11 @@ def run(config: Config) -> CacheSummary:
         ProPhyError: no video that can be used, another run at work, or a cache made with other settings.
     """
     _check_clips(config)
-    found = find_videos(config.cache.input)
+    taxonomy = load_taxonomy(config.taxonomy)
+    found = find_videos(config.cache.input, taxonomy.names)
     open_run(config, "cache")
     with exclusive(_output(config)):
-        summary = _fill(_pinned(config), found)
+        summary = _fill(_pinned(config), taxonomy, found)
     if not summary.num_priors:
         raise ProPhyError(
             f"none of the {len(found.videos)} videos in {config.cache.input} can be used; the first: "
@@ -74,7 +75,7 @@ def run(config: Config) -> CacheSummary:
     return summary
 
 
-def priors_table(config: Config) -> Table:
+def priors_table(config: Config, taxonomy: Taxonomy) -> Table:
     """The priors of this VLM and these questions."""
     vlm = config.vlm
     parts = {
@@ -85,7 +86,8 @@ def priors_table(config: Config) -> Table:
     }
     settings = parts | {
         "clip_durations_s": _clip_durations(config),
-        "extraction": priors_fingerprint(**parts),
+        TAXONOMY: [*taxonomy.names],
+        "extraction": priors_fingerprint(taxonomy, **parts),
     }
     return Table(_folder(config).priors, PRIORS, settings, {"vlm": vlm.model_dump(mode="json")})
 
@@ -129,7 +131,7 @@ def encodings_folder(config: Config) -> str:
     return str(encodings_table(config).folder)
 
 
-def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
+def build_priors_graph(config: Config, taxonomy: Taxonomy, table: Table, work: pa.Table) -> Dataset:
     """Videos to cut (`stages.SOURCES`) -> files of priors; counts of rows come out."""
     cache, vlm = config.cache, config.vlm
     lengths = [(cache.clip_duration_s, vlm.num_frames)]  # whatever the clip's length
@@ -141,7 +143,7 @@ def build_priors_graph(config: Config, table: Table, work: pa.Table) -> Dataset:
     # Decode what the VLM sees.
     rows = rows.map_batches(ReadClip, **_pool(cache.read, lengths, shapes, shapes, cache.limits))
     # The costly stage: each actor holds a VLM.
-    rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, _attempts(config)))
+    rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, taxonomy, _attempts(config)))
     # Good rows go into a file of the table, errors into one of the quarantine.
     return _write(rows, config, table)
 
@@ -247,11 +249,11 @@ def _check_clips(config: Config) -> None:
     check_shapes(config)
 
 
-def _fill(config: Config, found: Input) -> CacheSummary:
+def _fill(config: Config, taxonomy: Taxonomy, found: Input) -> CacheSummary:
     """Runs both graphs on what is left to do; where that is nothing, Ray is not even started."""
     videos = found.videos
     current = CacheInput(config.cache.input, [video["source"] for video in videos])
-    priors, encodings = priors_table(config), encodings_table(config)
+    priors, encodings = priors_table(config, taxonomy), encodings_table(config)
     drop_samples(priors, changed(update_index(priors), videos, ("source", "caption", "labels")))
     drop_samples(encodings, changed(update_index(encodings), videos))
     # Before any work: training knows these videos by it, also where this run is killed.
@@ -274,7 +276,7 @@ def _fill(config: Config, found: Input) -> CacheSummary:
 
     def extract(work: pa.Table) -> GraphReport:
         fitting, workers = _fit_pools(config, "priors", "extract")
-        return execute(build_priors_graph(fitting, priors, work), "priors", len(work), workers)
+        return execute(build_priors_graph(fitting, taxonomy, priors, work), "priors", len(work), workers)
 
     def encode(work: pa.Table) -> GraphReport:
         drop_samples(encodings, work["sample_id"].to_pylist())  # those of another caption
@@ -291,7 +293,9 @@ def _fill(config: Config, found: Input) -> CacheSummary:
         pc.is_in(index["sample_id"], pa.array(current.samples(index.to_pylist()), pa.string()))
     )
     cut, stretched = misfits(clips, config)
-    labels = Counter(label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row))
+    labels = Counter(
+        label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row, taxonomy.names)
+    )
     cached, counted = _uris(index), _uris(clips)
     return CacheSummary(
         num_videos=len(videos),
@@ -301,7 +305,8 @@ def _fill(config: Config, found: Input) -> CacheSummary:
         num_left_out=len(cached - current.uris),
         quarantined=found.refused
         + refusals(pa.concat_tables(map(refused, (priors, encodings))), videos, left()),
-        phenomena={str(label): count for label, count in labels.most_common()},
+        phenomena=dict(labels.most_common()),
+        branch_of=taxonomy.branch_of,
         unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
         cut=cut,
         stretched=stretched,

@@ -3,7 +3,7 @@
 import logging
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from pipelines.layout import CacheFolder
 from pipelines.pictures import check_picture, save_picture
 from prophy.errors import ProPhyError
 from prophy.evaluation.pictures import heat_overlay
-from prophy.schema import INDEX, CacheInput, open_file
+from prophy.schema import INDEX, CacheInput, open_file, read_phenomena
 from prophy.sheets import evenly, stacked
-from prophy.taxonomy import PHENOMENA, from_multi_hot, parse_phenomena
+from prophy.taxonomy import from_multi_hot, load_taxonomy, parse_phenomena
 from prophy.video import VideoError, nearest_shape
 
 logger = logging.getLogger(__name__)
@@ -72,14 +72,15 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
         f"{sum(row['caption'] is None for row in index)} clips without a given caption have the VLM's",
         f"{sum(bool(row['unparsed']) for row in index)} clips with an answer that was not understood in full",
     ]
-    labels = Counter(label for row in index for label in from_multi_hot(row["phenomena"]))
+    names = read_phenomena(priors)
+    labels = Counter(label for row in index for label in from_multi_hot(row["phenomena"], names))
     lines += [f"{phenomenon:>28} {count:6d}" for phenomenon, count in labels.most_common()]
     refused = read_quarantine(CacheFolder(Path(config.cache.output)).quarantine).to_pylist()
     kinds = Counter(f"{row['error_type']} in {row['stage']}" for row in refused)
     lines += [f"quarantined: {count} by {kind}" for kind, count in kinds.items()]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     places = np.linspace(0, len(index) - 1, min(num_clips, len(index))).round().astype(int)
-    _save([strip for place in places for strip in _cached_clip(config, priors, index[place])], sheet)
+    _save([strip for place in places for strip in _cached_clip(config, priors, names, index[place])], sheet)
 
 
 def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> None:
@@ -96,7 +97,8 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
     """
     check_picture(picture)
     vlm, limits = config.vlm, config.cache.limits
-    given = parse_phenomena(phenomena) or None
+    taxonomy = load_taxonomy(config.taxonomy)
+    given = parse_phenomena(phenomena, taxonomy.names) or None
     with _local(config, clip) as path:
         info = decoder(limits).probe(path)
     duration_s = min(config.cache.clip_duration_s, info.duration_s)
@@ -104,14 +106,21 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
         logger.info("%s lasts %.2f s, less than a clip; the VLM is shown all of it", clip, duration_s)
     frames = _read_frames(config, clip, 0.0, duration_s, (info.height, info.width))
     from prophy.priors.extractor import PriorExtractor
-    from prophy.priors.questionnaire import BACKGROUND, describe
+    from prophy.priors.questionnaire import BACKGROUND, describe_named
 
     extractor = PriorExtractor(
-        vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens, vlm.heads
+        vlm.pretrained,
+        taxonomy,
+        vlm.revision,
+        vlm.dtype,
+        vlm.device_map,
+        vlm.layers,
+        vlm.max_new_tokens,
+        vlm.heads,
     )
     fps = (vlm.num_frames - 1) / duration_s
     priors = extractor(frames, fps, given)
-    questions = [*map(describe, priors.phenomena), BACKGROUND]
+    questions = [*describe_named(taxonomy, priors.phenomena), BACKGROUND]
     video = extractor.vlm.watch(frames, fps)
     by_layer = [
         extractor.vlm.answer(
@@ -128,12 +137,14 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
     _save(strips, picture)
 
 
-def _cached_clip(config: Config, priors: Path, entry: dict[str, Any]) -> list[Image.Image]:
+def _cached_clip(
+    config: Config, priors: Path, phenomena: Sequence[str], entry: dict[str, Any]
+) -> list[Image.Image]:
     """A row of the priors as it is stored, over the frames of its video."""
     with open_file(priors / entry["file"]) as file:
         [row] = file.read_row_group(entry["row_group"]).to_pylist()
     uri = row["source"]["uri"]
-    labels = ", ".join(from_multi_hot(row["phenomena"])) or "no phenomenon"
+    labels = ", ".join(from_multi_hot(row["phenomena"], phenomena)) or "no phenomenon"
     caption = row["caption"] or f"{row['vlm_caption']} (by the VLM)"
     title = _text(f"{uri.rpartition('/')[2]} from {row['start_s']:g} s: {caption} [{labels}]")
     try:
@@ -142,7 +153,7 @@ def _cached_clip(config: Config, priors: Path, entry: dict[str, Any]) -> list[Im
     except ProPhyError as error:
         return [title, _text(str(error))]
     maps = np.float32(row["maps"]).reshape(row["maps_shape"])
-    names = [*(PHENOMENA[number] for number in row["map_phenomena"]), "background"]
+    names = [*(phenomena[number] for number in row["map_phenomena"]), "background"]
     strips = [_strip(frames, name, heat) for name, heat in zip(names, maps, strict=True)]
     return [title, _strip(frames, "frames"), *strips]
 

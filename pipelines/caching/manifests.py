@@ -11,7 +11,7 @@ import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from pipelines.caching.list_files import SUFFIXES, Row, Rows, read_rows
 from pipelines.caching.video_files import find_files, open_store, source_of
 from prophy.errors import ProPhyError
-from prophy.taxonomy import parse_phenomena
+from prophy.taxonomy import parse_phenomena, parse_phenomenon
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,12 @@ class _RowError(ValueError):
         self.detail = detail
 
 
-def read_manifest(location: str) -> Input:
+def read_manifest(location: str, names: Sequence[str]) -> Input:
     """The videos of a list, and why rows of it cannot be used.
+
+    Args:
+        location: the list.
+        names: the taxonomy's.
 
     Raises:
         ProPhyError: a kind of file that is no list, a damaged one, or one without a column of paths.
@@ -83,7 +87,7 @@ def read_manifest(location: str) -> Input:
             f"{location} has no column 'path', which names each row's video; its columns are {found}"
         )
     _tell_unused(location, rows, _WISA if is_wisa else _OURS)
-    return _Reader(location, is_wisa).read(rows.rows)
+    return _Reader(location, is_wisa, names).read(rows.rows)
 
 
 def _tell_unused(location: str, rows: Rows, used: tuple[str, ...]) -> None:
@@ -108,10 +112,11 @@ class _Reader:
         is_wisa: whether it is WISA-80K's JSON. A bare file name is looked for below its folder: the archives
             of the data set unpack into folders of their own. What an answer names besides the taxonomy's
             phenomena is counted, said, and left out. The physical law is left out: a user's prompt has none.
+        names: the taxonomy's.
     """
 
-    def __init__(self, location: str, is_wisa: bool) -> None:
-        self.location, self.is_wisa = location, is_wisa
+    def __init__(self, location: str, is_wisa: bool, names: Sequence[str]) -> None:
+        self.location, self.is_wisa, self.names = location, is_wisa, names
         self.folder = location.rpartition("/")[0]
         self.strange: Counter[str] = Counter()
         self._by_name: dict[str, list[str]] | None = None
@@ -141,7 +146,7 @@ class _Reader:
             raise _RowError("'path' is missing; name the row's video there")
         said = _names(values, "phenomena")
         try:
-            labels = None if said is None else [str(label) for label in parse_phenomena(said)]
+            labels = None if said is None else [*parse_phenomena(said, self.names)]
         except ProPhyError as error:
             raise _RowError(f"'phenomena' has an {error}") from None
         return {
@@ -161,7 +166,7 @@ class _Reader:
         said = [names for answer in _WISA_ANSWERS if (names := _names(annotation, answer)) is not None]
         labels = None
         if said:
-            labels = [str(label) for label in parse_phenomena(self._known(itertools.chain(*said)))]
+            labels = [*parse_phenomena(self._known(itertools.chain(*said)), self.names)]
         caption = _caption(values, "captions") or _caption(values, "en_caption")
         return {
             "source": self._source(column, name, search="/" not in name),
@@ -173,7 +178,7 @@ class _Reader:
         """The names of phenomena; others are counted."""
         for name in names:
             try:
-                parse_phenomena([name])
+                parse_phenomenon(name, self.names)
                 yield name
             except ProPhyError:
                 self.strange[name] += 1

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from prophy.video import SUFFIXES
 logger = logging.getLogger(__name__)
 
 
-def find_videos(location: str) -> Input:
+def find_videos(location: str, names: Sequence[str]) -> Input:
     """The videos of a folder, an object-store prefix or a list, with captions and labels where there are any.
 
     What is left out of them, and why, is logged.
@@ -25,13 +25,14 @@ def find_videos(location: str) -> Input:
     Args:
         location: a list of videos (`pipelines.caching.manifests`); a folder or prefix that holds
             `manifest.parquet`; or one to search for videos, recursively. A path, or a URL such as `s3://bucket/videos`.
+        names: the taxonomy's, which labels are checked against.
 
     Raises:
         ProPhyError: no such place, one that does not let us in, a list that cannot be used, or no videos.
     """
     try:
         with asking(location):
-            found = _listed(location)
+            found = _listed(location, names)
     except OSError as error:
         raise ProPhyError(f"cannot read cache.input: {error}") from None
     videos = [video for video in found.videos if not _is_resource_fork(video)]
@@ -53,16 +54,16 @@ def find_videos(location: str) -> Input:
     return Input([videos[place] for place in places], found.refused)
 
 
-def _listed(location: str) -> Input:
+def _listed(location: str, names: Sequence[str]) -> Input:
     store, path = open_store(location)
     if not store.exists(path):
         raise ProPhyError(f"cache.input {location} does not exist; give a folder of videos or a list of them")
     if store.isfile(path):
-        return read_manifest(location)
+        return read_manifest(location, names)
     if store.isfile(f"{path}/{MANIFEST}"):
         manifest = f"{location.rstrip('/')}/{MANIFEST}"
         logger.info("the videos are those of %s, which the folder holds", manifest)
-        return read_manifest(manifest)
+        return read_manifest(manifest, names)
     found = find_files(location)
     if found.left_out:
         kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(found.left_out.items()))

@@ -23,7 +23,7 @@ from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
 from prophy.decoder import ATTEMPTS, Decoder, DecoderError
 from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, latents_columns, text_column
-from prophy.taxonomy import Phenomenon, multi_hot
+from prophy.taxonomy import Taxonomy, multi_hot
 from prophy.video import VideoError, clip_spans, nearest_shape
 
 if TYPE_CHECKING:
@@ -213,12 +213,20 @@ class Attempts:
 class ExtractPriors:
     """`CLIPS_WITH_FRAMES` -> `PRIORS_OR_ERROR`: holds the VLM and asks it about each clip."""
 
-    def __init__(self, vlm: VlmConfig, attempts: Path) -> None:
+    def __init__(self, vlm: VlmConfig, taxonomy: Taxonomy, attempts: Path) -> None:
         from prophy.priors.extractor import PriorExtractor
 
         self.num_frames = vlm.num_frames
+        self.names = taxonomy.names
         self.extractor = PriorExtractor(
-            vlm.pretrained, vlm.revision, vlm.dtype, vlm.device_map, vlm.layers, vlm.max_new_tokens, vlm.heads
+            vlm.pretrained,
+            taxonomy,
+            vlm.revision,
+            vlm.dtype,
+            vlm.device_map,
+            vlm.layers,
+            vlm.max_new_tokens,
+            vlm.heads,
         )
 
         self.attempts = Attempts(attempts, "ExtractPriors")
@@ -232,13 +240,13 @@ class ExtractPriors:
     def _extract(self, clips: list[dict[str, Any]]) -> None:
         for clip in clips:
             fps = (self.num_frames - 1) / (clip["end_s"] - clip["start_s"])
-            labels = None if clip["labels"] is None else tuple(map(Phenomenon, clip["labels"]))
+            labels = None if clip["labels"] is None else tuple(clip["labels"])
             priors = self.extractor(_frames(clip), fps, labels)
             clip |= {
                 "vlm_caption": priors.vlm_caption,
                 "answers": [{"question": key, "answer": said} for key, said in priors.answers.items()],
                 "unparsed": priors.unparsed,
-                "phenomena": multi_hot(priors.phenomena),
+                "phenomena": multi_hot(priors.phenomena, self.names),
                 "map_phenomena": priors.map_phenomena,
                 "maps": priors.maps.ravel(),
                 "maps_shape": priors.maps.shape,

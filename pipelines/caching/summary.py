@@ -24,6 +24,7 @@ class CacheSummary:
         num_left_out: cached videos that are not in the input any more; training leaves them out.
         quarantined: why a row, a video or a clip of the input cannot be used, a sentence each.
         phenomena: number of clips by phenomenon.
+        branch_of: branch of physics by phenomenon.
         unparsed: clips whose VLM said something of phenomena that is no name of one; that part was not used.
         cut: videos whose pictures are cut to the shape of what the VLM sees.
         stretched: videos whose pictures are stretched from that to the backbone's shape.
@@ -38,6 +39,7 @@ class CacheSummary:
     num_left_out: int
     quarantined: list[str]
     phenomena: dict[str, int]
+    branch_of: dict[str, str]
     unparsed: int
     cut: Misfit | None
     stretched: Misfit | None
@@ -63,7 +65,8 @@ def print_summary(summary: CacheSummary, location: str, quarantine: Path) -> Non
             print_stages(console, name, added)
     widest = max(summary.phenomena.values(), default=0)
     for phenomenon, count in summary.phenomena.items():
-        console.print(f"{phenomenon:>26} {count:5d} " + "█" * math.ceil(30 * count / widest), highlight=False)
+        label = f"{phenomenon} ({summary.branch_of[phenomenon]})"
+        console.print(f"{label:>38} {count:5d} " + "█" * math.ceil(30 * count / widest), highlight=False)
     if summary.unparsed:
         text = "clips of which the VLM said what is no phenomenon; kept in `unparsed`, not used"
         console.print(f"{summary.unparsed} {text}", highlight=False)

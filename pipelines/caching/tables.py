@@ -25,7 +25,15 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from prophy.errors import ProPhyError
-from prophy.schema import INDEX, LARGE, QUARANTINE, VERSION_FOOTER, DamagedFileError, open_file
+from prophy.schema import (
+    INDEX,
+    LARGE,
+    QUARANTINE,
+    SETTINGS_FOOTER,
+    VERSION_FOOTER,
+    DamagedFileError,
+    open_file,
+)
 
 ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
@@ -53,7 +61,7 @@ class Table:
         """The key-value metadata of each file."""
         return VERSION_FOOTER | {
             b"prophy.fingerprint": fingerprint_of(self.settings).encode(),
-            b"prophy.settings": json.dumps(self.settings, sort_keys=True).encode(),
+            SETTINGS_FOOTER: json.dumps(self.settings, sort_keys=True).encode(),
             b"prophy.provenance": json.dumps(self.provenance, sort_keys=True).encode(),
         }
 
@@ -267,7 +275,7 @@ def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
             raise DamagedFileError(folder / name, "has no footer")
         if not file.schema_arrow.equals(schema):
             raise DamagedFileError(folder / name, "has other columns")
-    settings, provenance = (json.loads(footer[b"prophy." + key]) for key in (b"settings", b"provenance"))
+    settings, provenance = (json.loads(footer[key]) for key in (SETTINGS_FOOTER, b"prophy.provenance"))
     if fingerprint_of(settings) != footer[b"prophy.fingerprint"].decode():
         raise DamagedFileError(folder / name, "has a footer that contradicts itself")
     return Table(folder, schema, settings, provenance)
@@ -316,7 +324,7 @@ def _open(table: Table, name: str) -> Iterator[pq.ParquetFile]:
     with open_file(table.folder / name) as file:
         footer = file.metadata.metadata or {}
         if footer.get(b"prophy.fingerprint") != table.footer[b"prophy.fingerprint"]:
-            made = json.loads(footer.get(b"prophy.settings", b"{}"))
+            made = json.loads(footer.get(SETTINGS_FOOTER, b"{}"))
             differing = [key for key in made | table.settings if made.get(key) != table.settings.get(key)]
             raise ProPhyError(
                 f"{table.folder / name} was made with other settings "

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
+from prophy.errors import ProPhyError
+from prophy.taxonomy import built_in_taxonomies, load_taxonomy
 from prophy.tiny import EMBEDDED, bundled
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -33,11 +35,21 @@ def _branch_folder(name: object) -> object:
     return bundled("branch") if name == EMBEDDED else name
 
 
+def _taxonomy(name: str) -> str:
+    location = name if name in built_in_taxonomies() else _absolute(name)
+    try:
+        load_taxonomy(location)
+    except ProPhyError as error:
+        raise ValueError(str(error)) from None
+    return location
+
+
 # Workers run in folders of their own: what is relative on the command line must not stay so.
 LocalPath = Annotated[Path, AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
 BranchFolder = Annotated[Path, BeforeValidator(_branch_folder), AfterValidator(_absolute_path)]
+TaxonomyName = Annotated[str, AfterValidator(_taxonomy)]
 
 
 class Section(BaseModel):

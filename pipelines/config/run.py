@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipelines.config.base import BranchFolder, LocalPath, Section
+from pipelines.config.base import BranchFolder, LocalPath, Section, TaxonomyName
 from pipelines.config.caching import CacheConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
@@ -62,6 +62,13 @@ class Config(Section):
     """Folder of a trained branch, for serve and generate: what `prophy train` or `prophy export` wrote.
 
     'tiny' is the embedded one, null the bare backbone.
+    """
+
+    taxonomy: TaxonomyName = "wisa"
+    """Which phenomena are told apart: a YAML file, or 'wisa', the built-in one of WISA-80K.
+
+    A cache and a trained branch keep the names in their order: another taxonomy needs another cache.output
+    and a new branch. What serves or generates takes the names from its branch.
     """
 
     ray: RayConfig = Field(default_factory=RayConfig)

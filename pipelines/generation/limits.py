@@ -4,9 +4,10 @@ import math
 
 from pipelines.config import Config
 from pipelines.generation.spec import ShapeLimits
-from prophy.backbones.families import FAMILIES
+from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.backbones.pretrained import check_checkpoint, fingerprint, load_configs
 from prophy.errors import ProPhyError
+from prophy.models.description import describe
 
 PIPELINE_MULTIPLE = 16  # diffusers' pipelines refuse other sizes, even where VAE and patches would do with 8
 
@@ -45,7 +46,7 @@ def shape_limits(config: Config) -> ShapeLimits:
     """What the model of a run can make and its endpoint allows; loads no model.
 
     Raises:
-        ProPhyError: there is no such model.
+        ProPhyError: there is no such model or checkpoint.
     """
     backbone = config.backbone
     vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
@@ -56,6 +57,12 @@ def shape_limits(config: Config) -> ShapeLimits:
         width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
         max_num_frames=config.serve.max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
-        # A complete export brings its branch along.
-        has_branch=config.checkpoint is not None or "physics" in transformer,
+        phenomena=_phenomena(config, transformer),
     )
+
+
+def _phenomena(config: Config, transformer: ModelConfig) -> tuple[str, ...]:
+    """Names, in their order, of the branch; a complete export brings its own along."""
+    if config.checkpoint is not None:
+        return tuple(describe(config.checkpoint)["physics"]["phenomena"])
+    return tuple(transformer["physics"]["phenomena"]) if "physics" in transformer else ()

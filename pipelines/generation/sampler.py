@@ -32,7 +32,6 @@ from prophy.backbones.loading import load_pipeline
 from prophy.device import autocast, check_device, default_device
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
-from prophy.taxonomy import PHENOMENA
 from prophy.video import write_video
 
 CACHED_PROMPTS = 32  # encoded texts kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
@@ -252,6 +251,6 @@ def _maps_json(trace: PhysicsTrace) -> bytes:
         "object": "video.physics",
         "semantic_weights": trace.semantic_weights[0].double().numpy().round(4).tolist(),
         "token_grid": maps.shape[:3],
-        "maps": {name: maps[..., index].tolist() for index, name in enumerate(PHENOMENA)},
+        "maps": {name: maps[..., index].tolist() for index, name in enumerate(trace.phenomena)},
     }
     return json.dumps(routing).encode()

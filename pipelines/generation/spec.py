@@ -7,7 +7,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from pipelines.config import StepCache
 from prophy.errors import ProPhyError
-from prophy.taxonomy import Phenomenon, parse_phenomena
 
 VIDEO_FILE, THUMBNAIL_FILE, MAPS_FILE = "video.mp4", "thumbnail.webp", "physics.json"
 SPRITESHEET_FILE = "spritesheet.webp"
@@ -25,18 +24,10 @@ def _refuse_number(value: Any) -> Any:
     return value
 
 
-def _phenomenon(name: str) -> Phenomenon:
-    try:
-        return parse_phenomena([name])[0]
-    except ProPhyError as error:
-        raise ValueError(str(error)) from None  # what pydantic adds the field's name to
-
-
 Boolean = Annotated[bool, BeforeValidator(_refuse_number)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 KnobFactor = Annotated[Number, Field(ge=0.0, le=10.0)]
-PhenomenonName = Annotated[Phenomenon, BeforeValidator(_phenomenon)]
 
 
 class PhysicsSpec(BaseModel):
@@ -47,8 +38,10 @@ class PhysicsSpec(BaseModel):
     scale: KnobFactor = Field(
         1.0, description="factor on all that the Physical Branch adds; 0 switches it off"
     )
-    strength: dict[PhenomenonName, KnobFactor] = Field(
-        {}, description="factor per phenomenon on what the refinement experts add where it acts"
+    strength: dict[str, KnobFactor] = Field(
+        {},
+        description="factor per phenomenon, by its name in /v1/settings, on what the refinement experts add "
+        "where it acts",
     )
     invert_refinement: Boolean = Field(False, description="route tokens to the experts that fit them least")
     return_maps: Boolean = Field(False, description="keep what the routers said, for /v1/videos/{id}/physics")
@@ -98,7 +91,8 @@ class VideoResult(NamedTuple):
 class ShapeLimits(BaseModel):
     """The shapes that a model can make and an operator allows: `k * frame_multiple + 1` frames.
 
-    `has_branch` says whether the model has physics knobs at all.
+    `phenomena` are the names of its branch, in their order; without a branch, and so without physics knobs,
+    there are none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -108,7 +102,7 @@ class ShapeLimits(BaseModel):
     width_multiple: int
     max_num_frames: int
     max_pixels: int
-    has_branch: bool
+    phenomena: tuple[str, ...]
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         """The number of frames, among those that the model can make, that comes nearest to `duration_s`.

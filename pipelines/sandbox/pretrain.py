@@ -19,6 +19,8 @@ from prophy.errors import ProPhyError
 from prophy.pretraining.backbone import BackboneRecipe, pretrain_backbone
 from prophy.pretraining.vae import VaeRecipe, pretrain_vae
 from prophy.pretraining.vlm import VlmRecipe, pretrain_vlm
+from prophy.sandbox import check_taxonomy
+from prophy.taxonomy import load_taxonomy
 from prophy.tiny import WEIGHTS, ship
 
 logger = logging.getLogger(__name__)
@@ -49,10 +51,15 @@ def run(config: Config, part: Part) -> Path:
     settings = config.pretrain
     match part:
         case "vlm":
-            progress = pretrain_vlm(folder, VlmRecipe(num_steps=settings.vlm_steps, seed=settings.seed))
+            taxonomy = load_taxonomy(config.taxonomy)
+            check_taxonomy(taxonomy.names)
+            recipe = VlmRecipe(num_steps=settings.vlm_steps, seed=settings.seed)
+            progress = pretrain_vlm(folder, recipe, taxonomy)
         case "vae":
-            recipe = VaeRecipe(num_steps=settings.vae_steps, num_clips=settings.num_clips, seed=settings.seed)
-            progress = pretrain_vae(folder, recipe)
+            progress = pretrain_vae(
+                folder,
+                VaeRecipe(num_steps=settings.vae_steps, num_clips=settings.num_clips, seed=settings.seed),
+            )
         case "backbone":
             progress = pretrain_backbone(
                 folder,

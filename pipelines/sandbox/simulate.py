@@ -8,6 +8,7 @@ from pipelines.pictures import check_picture, save_picture
 from pipelines.runtime import open_run
 from prophy import sandbox
 from prophy.errors import ProPhyError
+from prophy.taxonomy import load_taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,12 @@ def run(config: Config, contact_sheet: Path | None = None) -> Path:
         The path of the manifest.
 
     Raises:
-        ProPhyError: the output holds other clips, or it or the picture cannot be written.
+        ProPhyError: the output holds other clips, the taxonomy lacks a phenomenon that they show, or the
+            output or the picture cannot be written.
     """
     if contact_sheet is not None:
         check_picture(contact_sheet)
+    sandbox.check_taxonomy(load_taxonomy(config.taxonomy).names)
     settings = config.simulate
     wanted = settings.model_dump(exclude={"output"})
     try:

@@ -33,7 +33,8 @@ from pipelines.serving.protocol import (
     model_name,
 )
 from pipelines.serving.service import VideoService, no_video
-from prophy.taxonomy import Phenomenon
+from prophy.errors import ProPhyError
+from prophy.taxonomy import spelled
 
 STARTED_AT = int(time.time())
 MIN_POLL_MS, MAX_POLL_MS = 250, 10_000
@@ -92,6 +93,7 @@ IdempotencyKey = Annotated[
         description="any text; a request with the same one makes no second video",
     ),
 ]
+PhenomenonName = Annotated[str, Query(description="one that `physics` has a map of")]
 probes = APIRouter()
 router = APIRouter(
     responses=_errors(
@@ -239,13 +241,18 @@ def retrieve_physics(video_id: str, request: Request, service: Service) -> Respo
     },
 )
 async def download_overlay(
-    video_id: str, phenomenon: Phenomenon, request: Request, service: Service
+    video_id: str, phenomenon: PhenomenonName, request: Request, service: Service
 ) -> Response:
     """The mp4 with the map of one phenomenon laid over it; drawn when it is asked for, and then kept."""
     job = await asyncio.to_thread(service.find_with_maps, video_id)
-    name = f"overlay {phenomenon}.mp4".replace(" ", "-")
     files = [VIDEO_FILE, MAPS_FILE]
-    await service.draw_once(job, name, "draw_overlay", files, job.spec, phenomenon)
+    try:
+        # Which there are, the video's own maps say: it may be of another branch than this server's.
+        wanted = spelled(phenomenon)
+        name = f"overlay {wanted}.mp4".replace(" ", "-")
+        await service.draw_once(job, name, "draw_overlay", files, job.spec, wanted)
+    except ProPhyError as error:
+        raise ApiError(422, str(error), "invalid_value", "phenomenon") from None
     return await asyncio.to_thread(service.file, request, job, name, "video/mp4")
 
 

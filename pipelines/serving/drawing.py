@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from pipelines.generation.spec import VIDEO_FILE, VideoSpec
-from prophy.taxonomy import Phenomenon
+from prophy.taxonomy import index_of
 from prophy.video import read_frames, write_video
 
 MAX_SHEET_SIDE = 16_383
 """Pixels: what WebP can hold."""
 
 
-def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenomenon) -> bytes:
+def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: str) -> bytes:
     """Lays the map of one phenomenon over a video.
 
     Args:
@@ -28,10 +28,14 @@ def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: Phenome
 
     Returns:
         An mp4.
+
+    Raises:
+        ProPhyError: the video was made by a branch that does not know this phenomenon.
     """
     from prophy.evaluation.pictures import heat_overlay
 
-    heat = np.array(json.loads(maps)["maps"][phenomenon], np.float32)
+    by_name = json.loads(maps)["maps"]
+    heat = np.array([*by_name.values()][index_of(phenomenon, [*by_name])], np.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / VIDEO_FILE
         write_video(path, heat_overlay(_frames(video, spec), heat), spec.fps)

@@ -6,7 +6,7 @@ Knows no routes, no jobs' life and no models.
 import reprlib
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,7 +14,7 @@ from pipelines.config import Config, key_advice
 from pipelines.generation.spec import Integer, Number, PhysicsSpec, ShapeLimits, VideoSpec
 from pipelines.serving.jobs import Job, JobStatus
 from prophy.errors import ProPhyError
-from prophy.taxonomy import PHENOMENA, Phenomenon
+from prophy.taxonomy import parse_phenomenon
 
 RETRY_AFTER_S = 10
 
@@ -122,7 +122,7 @@ class VideoRequest(BaseModel):
         if self.model not in (None, model_name(config)):
             message = f"no model {self.model!r} here; use {model_name(config)!r}, or leave the field out"
             raise ApiError(404, message, "model_not_found", "model")
-        if self.physics is not None and not limits.has_branch:
+        if self.physics is not None and not limits.phenomena:
             message = "this server runs the bare backbone, which has no physics knobs; leave the field out"
             raise ApiError(422, message, "unsupported_parameter", "physics")
         backbone, sampling = config.backbone, config.sampling
@@ -142,8 +142,30 @@ class VideoRequest(BaseModel):
         given = self.model_dump(include=VideoSpec.model_fields.keys() - {"physics"}, exclude_none=True)
         defaults = sampling.model_dump() | {"fps": fps, "seed": secrets.randbelow(2**31)}
         return VideoSpec(
-            **(defaults | given), num_frames=num_frames, height=height, width=width, physics=self.physics
+            **(defaults | given),
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            physics=self._physics(limits),
         )
+
+    def _physics(self, limits: ShapeLimits) -> PhysicsSpec | None:
+        """The knobs, with strengths by the names that the branch has, whatever their spelling."""
+        if self.physics is None:
+            return None
+        spellings: dict[str, str] = {}
+        for spelling in self.physics.strength:
+            param = f"physics.strength.{spelling}"
+            try:
+                name = parse_phenomenon(spelling, limits.phenomena)
+            except ProPhyError as error:
+                raise ApiError(422, f"bad field {param!r}: {error}", "invalid_value", param) from None
+            if name in spellings:
+                message = f"{spellings[name]!r} and {spelling!r} are one phenomenon; give it one strength"
+                raise ApiError(422, message, "invalid_value", param)
+            spellings[name] = spelling
+        strength = {name: self.physics.strength[spelling] for name, spelling in spellings.items()}
+        return self.physics.model_copy(update={"strength": strength})
 
 
 class VideoError(BaseModel):
@@ -217,8 +239,10 @@ class PhysicsMaps(BaseModel):
 
     object: Literal["video.physics"] = "video.physics"
     semantic_weights: list[float] = Field(description="weight of each semantic expert; they sum to 1")
-    token_grid: tuple[int, int, int] = Field(description="frames, rows and columns of tokens")
-    maps: dict[Phenomenon, list[list[list[float]]]] = Field(
+    token_grid: list[int] = Field(
+        min_length=3, max_length=3, description="frames, rows and columns of tokens"
+    )
+    maps: dict[str, list[list[list[float]]]] = Field(
         description="where each phenomenon acts: 0 to 1 for each token, by frame, row and column"
     )
 
@@ -264,12 +288,14 @@ class Settings(BaseModel):
     model: str
     has_physics: bool = Field(description="whether requests may hold `physics`")
     defaults: dict[str, str | int | float] = Field(description="values of fields that a request leaves out")
-    ranges: dict[str, tuple[float, float]] = Field(description="smallest and largest value of a field")
+    ranges: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
+        description="smallest and largest value of a field"
+    )
     max_seconds: str = Field(description="length of the longest video at the default rate")
     width_multiple: int
     height_multiple: int
     max_pixels: int = Field(description="per frame")
-    phenomena: list[Phenomenon] = Field(description="what `physics.strength` may name")
+    phenomena: list[str] = Field(description="what `physics.strength` may name")
     examples: list[str] = Field(description="prompts of what the model was trained on")
 
     @classmethod
@@ -280,7 +306,7 @@ class Settings(BaseModel):
         bounds = {name: field.get("anyOf", [{}])[0] for name, field in schema.items()}
         return cls(
             model=model_name(config),
-            has_physics=limits.has_branch,
+            has_physics=bool(limits.phenomena),
             defaults=sampling.model_dump(exclude={"step_cache"})
             | {
                 "seconds": f"{backbone.num_frames / backbone.fps:.3f}".rstrip("0").rstrip("."),
@@ -288,7 +314,7 @@ class Settings(BaseModel):
                 "fps": backbone.fps,
             },
             ranges={
-                name: (bound["minimum"], bound["maximum"])
+                name: [bound["minimum"], bound["maximum"]]
                 for name, bound in bounds.items()
                 if "maximum" in bound
             },
@@ -296,7 +322,7 @@ class Settings(BaseModel):
             width_multiple=limits.width_multiple,
             height_multiple=limits.height_multiple,
             max_pixels=limits.max_pixels,
-            phenomena=list(PHENOMENA) if limits.has_branch else [],
+            phenomena=list(limits.phenomena),
             examples=config.serve.examples,
         )
 

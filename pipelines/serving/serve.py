@@ -57,6 +57,13 @@ def draw(kind: str, *of: Any) -> bytes:
     return getattr(drawing, kind)(*of)
 
 
+async def _draw(kind: str, *of: Any) -> bytes:
+    try:
+        return await draw.remote(kind, *of)
+    except RayTaskError as error:
+        raise find_user_error(error) or error from None
+
+
 @serve.ingress()
 class VideoAPI:
     """The HTTP side: routes, jobs and dispatcher, in one process without torch.
@@ -87,7 +94,7 @@ class VideoAPI:
             Dispatcher(store, artefacts, self._generate, metrics, settings),
             metrics,
             _generator_status,
-            draw.remote,
+            _draw,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

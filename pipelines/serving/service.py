@@ -121,6 +121,7 @@ class VideoService:
 
         Raises:
             ApiError: one of the files has expired, or the video was deleted meanwhile.
+            ProPhyError: they cannot be drawn as asked.
         """
         async with self.drawing:
             if await asyncio.to_thread(self.artefacts.size, job.id, name) is not None:

@@ -28,7 +28,6 @@ from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
 from prophy.models.control import PhysicsTrace
 from prophy.sheets import film_sheet
-from prophy.taxonomy import PHENOMENA
 from prophy.training.cache import PriorCache
 from prophy.training.data import PriorDataset, SemanticBatch, TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
@@ -129,7 +128,7 @@ def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndar
         if trace is not None and trace.phenomenon_maps is not None:
             maps = trace.phenomenon_maps[0].numpy()
             strongest = maps.mean((0, 1, 2)).argsort()[::-1][:_MAPS_SHOWN]
-            rows |= {str(PHENOMENA[number]): heat_overlay(frames, maps[..., number]) for number in strongest}
+            rows |= {trace.phenomena[number]: heat_overlay(frames, maps[..., number]) for number in strongest}
         sheet = film_sheet(rows, _COLUMNS, scale=1)
         sheet.save(folder / f"{index}.png")
         yield np.asarray(sheet)

@@ -68,7 +68,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     dataset = build_dataset(config, cache, rank)
     samples = describe_samples(config, cache)
     checkpoint = latest_on_every_rank(config.checkpoints)
-    module = build_module(config, cache.null_text(), checkpoint, placement(train))
+    module = build_module(config, cache.null_text(), cache.phenomena, checkpoint, placement(train))
     if rank == 0:
         flops = _flops_of_micro_batches(module, cache, train)
     engine = initialize(module, train)

@@ -24,7 +24,6 @@ from prophy.models.checkpoint import BranchCheckpoint, load_branch
 from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.weights import WeightFiles, empty_model, fill, keep
-from prophy.taxonomy import PHENOMENA
 from prophy.training.module import ProPhyTrainModule
 
 _TRANSFORMER = "transformer."  # begins the names of its parameters in the module
@@ -33,6 +32,7 @@ _TRANSFORMER = "transformer."  # begins the names of its parameters in the modul
 def build_module(
     config: Config,
     null_text: Mapping[str, torch.Tensor],
+    phenomena: Sequence[str],
     checkpoint: Checkpoint | None = None,
     place: Callable[[nn.Parameter, torch.dtype], None] = keep,
 ) -> ProPhyTrainModule:
@@ -41,6 +41,7 @@ def build_module(
     Args:
         config: the run's; its seed decides the parameters of a new branch and adapter.
         null_text: the empty prompt, encoded (`PriorCache.null_text`).
+        phenomena: the cache's, in the order of its labels and maps.
         checkpoint: what to resume from.
         place: see `fill`.
 
@@ -51,8 +52,8 @@ def build_module(
     backbone, train = config.backbone, config.train
     parts = ["model_index.json", "scheduler/*", "transformer/*"]
     folder = download(backbone.pretrained, backbone.revision, parts)
-    transformer = _empty_transformer(config)
-    start = None if train.start_from is None else _start(config, train.start_from)
+    transformer = _empty_transformer(config, phenomena)
+    start = None if train.start_from is None else _start(config, phenomena, train.start_from)
     module = ProPhyTrainModule(
         transformer,
         FAMILIES[backbone.family].classes().objective.from_scheduler(_scheduler_config(folder / "scheduler")),
@@ -79,15 +80,17 @@ def build_module(
     return module
 
 
-def branch_config(physics: PhysicsConfig, latent_shape: Sequence[int]) -> BranchConfig:
+def branch_config(
+    physics: PhysicsConfig, latent_shape: Sequence[int], phenomena: Sequence[str]
+) -> BranchConfig:
     """The branch that a run trains, for clips whose latents have this (T, H, W)."""
-    return BranchConfig(**physics.model_dump(), latent_shape=[*latent_shape], phenomena=[*PHENOMENA])
+    return BranchConfig(**physics.model_dump(), latent_shape=[*latent_shape], phenomena=[*phenomena])
 
 
-def _branch_of(config: Config) -> BranchConfig:
+def _branch_of(config: Config, phenomena: Sequence[str]) -> BranchConfig:
     clip = config.backbone
     shape = clip_shape(clip, clip.num_frames, clip.height, clip.width)
-    return branch_config(config.physics, shape.latents[1:])
+    return branch_config(config.physics, shape.latents[1:], phenomena)
 
 
 def _scheduler_config(folder: Path) -> Mapping[str, Any]:
@@ -96,7 +99,7 @@ def _scheduler_config(folder: Path) -> Mapping[str, Any]:
     return getattr(diffusers, settings["_class_name"]).from_config(settings).config
 
 
-def _empty_transformer(config: Config) -> PhysicsTransformer:
+def _empty_transformer(config: Config, phenomena: Sequence[str]) -> PhysicsTransformer:
     """Backbone and copied blocks are on the meta device; the rest of branch and adapter is new, and real."""
     backbone, train = config.backbone, config.train
     classes = FAMILIES[backbone.family].classes()
@@ -105,7 +108,8 @@ def _empty_transformer(config: Config) -> PhysicsTransformer:
     dtype = torch.float32 if exact else getattr(torch, backbone.dtype)
     upstream = empty_model(classes.transformer, settings, dtype)
     torch.manual_seed(train.seed)
-    transformer = classes.prophy_transformer.from_transformer(upstream, _branch_of(config).model_dump())
+    physics = _branch_of(config, phenomena)
+    transformer = classes.prophy_transformer.from_transformer(upstream, physics.model_dump())
     transformer.physics_branch.float()
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)
@@ -115,7 +119,7 @@ def _empty_transformer(config: Config) -> PhysicsTransformer:
     return transformer
 
 
-def _start(config: Config, folder: Path) -> BranchCheckpoint:
+def _start(config: Config, phenomena: Sequence[str], folder: Path) -> BranchCheckpoint:
     """The trained branch that a run goes on from.
 
     Raises:
@@ -125,7 +129,7 @@ def _start(config: Config, folder: Path) -> BranchCheckpoint:
     check_checkpoint(folder, config.backbone.pretrained, config.backbone.revision)
     start = load_branch(folder)
     theirs = BranchConfig.read(start.physics).model_dump()
-    ours = _branch_of(config).model_dump()
+    ours = _branch_of(config, phenomena).model_dump()
     if start.lora is not None:
         theirs["lora"] = start.lora
         lora = {"rank": train.lora_rank, "alpha": train.lora_alpha}

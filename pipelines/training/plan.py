@@ -16,6 +16,7 @@ from pipelines.training.model import branch_config
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_bare, load_configs
 from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.taxonomy import load_taxonomy
 from prophy.training.cost import count_flops, count_routing_flops, count_saved_bytes
 
 USABLE = 0.9  # share of a GPU's memory; the rest is CUDA's context and fragments
@@ -182,9 +183,10 @@ def make_plan(config: Config) -> Plan:
     latents = family.latent_shape(
         backbone.num_frames, backbone.height, backbone.width, vae, transformer_config
     )
+    physics = branch_config(config.physics, latents, load_taxonomy(config.taxonomy).names)
     with torch.device("meta"):
         transformer = family.classes().prophy_transformer.from_config(
-            {**transformer_config, "physics": branch_config(config.physics, latents).model_dump(mode="json")}
+            {**transformer_config, "physics": physics.model_dump(mode="json")}
         )
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)

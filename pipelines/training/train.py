@@ -26,6 +26,8 @@ from pipelines.training.schedule import learning_rate_factor
 from pipelines.training.watcher import evaluating
 from prophy.backbones.pretrained import check_bare, check_unchanged, fingerprint, pinned_revision
 from prophy.errors import ProPhyError
+from prophy.models.description import describe
+from prophy.taxonomy import difference, load_taxonomy
 from prophy.training.cache import PriorCache
 
 if TYPE_CHECKING:  # the module loads torch
@@ -45,8 +47,9 @@ def run(config: Config) -> Path:
         Folder of the trained branch.
 
     Raises:
-        ProPhyError: no cache, or one that does not fit; the run folder belongs to another run, another
-            process trains in it, or it cannot be written to; or a loss is not finite.
+        ProPhyError: no cache, or one that does not fit; what the run goes on from has another taxonomy; the
+            run folder belongs to another run, another process trains in it, or it cannot be written to; or a
+            loss is not finite.
     """
     model = config.backbone
     check_bare(model.family, model.pretrained, model.revision)
@@ -54,6 +57,7 @@ def run(config: Config) -> Path:
     pinned = _at_revision(config, backbone["revision"])
     cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
     tell_samples(cache)
+    compare_phenomena(pinned, cache)
     compare_samples(pinned, cache)
     compare_schedule(pinned)
     # Loads torch, for seconds: after all that can be refused without it.
@@ -177,6 +181,27 @@ def tell_samples(cache: PriorCache) -> None:
             "%d cached video(s) are not in that input and are left out; `prophy cache prune` removes them",
             cache.num_left_out,
         )
+
+
+def compare_phenomena(config: Config, cache: PriorCache) -> None:
+    """Checks that all that a run goes on from has the phenomena of its taxonomy, in the same order.
+
+    Raises:
+        ProPhyError: the cache, the last checkpoint or the branch to start from has others.
+    """
+    start, newest = config.train.start_from, newest_run(config.checkpoints)
+    found = [(f"the cache in {config.cache.output}", cache.phenomena, "cache.output")]
+    if newest is not None:
+        folder, saved = newest
+        found.append((f"the checkpoint {folder}", saved["physics"]["phenomena"], "run_dir"))
+    if start is not None:
+        found.append((f"the branch in {start}", describe(start)["physics"]["phenomena"], "train.start_from"))
+    for what, theirs, key in found:
+        if other := difference(theirs, load_taxonomy(config.taxonomy).names):
+            raise ProPhyError(
+                f"{what} was made with another taxonomy than {config.taxonomy}: {other}; set taxonomy to "
+                f"that one, or choose another {key}"
+            )
 
 
 def compare_samples(config: Config, cache: PriorCache) -> None:

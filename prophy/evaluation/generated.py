@@ -15,8 +15,17 @@ from prophy.device import autocast
 from prophy.evaluation.motion import Fall, first_fall
 from prophy.evaluation.semantics import ClipJudge, PartVerdict
 from prophy.models.control import PhysicsControl
-from prophy.sandbox import COLOURS, HELD_OUT_PAIRS, HELD_OUT_TRIPLES, SCENES, Part, Scene, describe
-from prophy.taxonomy import PHENOMENA, Phenomenon
+from prophy.sandbox import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_TRIPLES,
+    PHENOMENA,
+    SCENES,
+    Part,
+    Phenomenon,
+    Scene,
+    describe,
+)
 
 _VIDEOS_PER_BATCH = 4
 _FIRST_FALL_SEED = 10_000

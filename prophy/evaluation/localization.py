@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from prophy.taxonomy import Phenomenon
-
 MASK_THRESHOLD = 0.1
 """A cell of the map's grid counts as inside when this share of its pixels is."""
 
@@ -18,9 +16,7 @@ def mask_on_grid(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     return torch.nn.functional.adaptive_avg_pool3d(pixels, grid)[0, 0].numpy() > MASK_THRESHOLD
 
 
-def localization_auroc(
-    maps: Mapping[Phenomenon, np.ndarray], masks: Mapping[Phenomenon, np.ndarray]
-) -> dict[Phenomenon, float]:
+def localization_auroc(maps: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Area under the ROC curve of each map as a detector of its mask's cells; 0.5 is chance.
 
     Args:
@@ -38,9 +34,7 @@ def localization_auroc(
     return scores
 
 
-def discrimination_auroc(
-    maps: Mapping[Phenomenon, np.ndarray], masks: Mapping[Phenomenon, np.ndarray]
-) -> dict[Phenomenon, float]:
+def discrimination_auroc(maps: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]) -> dict[str, float]:
     """How well a map tells its own mask's cells from those of the other masks; cells of no mask do not count.
 
     Args:
@@ -54,7 +48,7 @@ def discrimination_auroc(
     for phenomenon in maps.keys() & masks.keys():
         grid = maps[phenomenon].shape
         own = mask_on_grid(masks[phenomenon], grid)
-        others = [mask_on_grid(mask, grid) for other, mask in masks.items() if other is not phenomenon]
+        others = [mask_on_grid(mask, grid) for other, mask in masks.items() if other != phenomenon]
         counted = own ^ np.any(others, axis=0) if others else np.zeros(grid, bool)
         if own[counted].any() and not own[counted].all():
             scores[phenomenon] = float(roc_auc_score(own[counted], maps[phenomenon][counted]))

@@ -11,7 +11,6 @@ from prophy.device import autocast
 from prophy.evaluation.localization import discrimination_auroc, localization_auroc
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.sandbox import ClipTruth
-from prophy.taxonomy import PHENOMENA, Phenomenon
 from prophy.training.objectives import Objective
 
 
@@ -25,9 +24,9 @@ class RoutingScores:
         semantic_weights: per phenomenon, mean rho_s `[E_s]` of the clips that hold it alone.
     """
 
-    where: dict[Phenomenon, list[float]]
-    which: dict[Phenomenon, list[float]]
-    semantic_weights: dict[Phenomenon, np.ndarray]
+    where: dict[str, list[float]]
+    which: dict[str, list[float]]
+    semantic_weights: dict[str, np.ndarray]
 
 
 @torch.no_grad()
@@ -42,16 +41,17 @@ def score_routing(
     """Runs the transformer once on each clip, at quantiles of the timestep that are spread evenly over them.
 
     Args:
-        transformer: with a Physical Branch.
+        transformer: with a Physical Branch, whose phenomena are all that the clips show.
         objective: what it was trained on.
         clips: the truth about each clip.
         latents: the clips', `[N, C, T, H, W]`.
         text: their captions, encoded: the family's tensors `[N, ...]`, by name.
         token_grid: the transformer's, `(T', H', W')`.
     """
-    where: dict[Phenomenon, list[float]] = defaultdict(list)
-    which: dict[Phenomenon, list[float]] = defaultdict(list)
-    weights: dict[Phenomenon, list[np.ndarray]] = defaultdict(list)
+    where: dict[str, list[float]] = defaultdict(list)
+    which: dict[str, list[float]] = defaultdict(list)
+    weights: dict[str, list[np.ndarray]] = defaultdict(list)
+    names = transformer.physics.phenomena
     generator = torch.Generator().manual_seed(0)
     for index, clip in enumerate(clips):
         timestep = objective.timesteps(torch.tensor([(index + 0.5) / len(clips)]))
@@ -63,7 +63,9 @@ def score_routing(
         assert routing is not None  # the branch was not skipped, and has both kinds of experts
         assert routing.phenomenon_maps is not None and routing.semantic_weights is not None
         found = routing.phenomenon_maps[0].unflatten(0, token_grid).numpy()
-        maps = {phenomenon: found[..., phenomenon.id] for phenomenon in clip.phenomena}
+        maps: dict[str, np.ndarray] = {
+            phenomenon: found[..., names.index(phenomenon)] for phenomenon in clip.phenomena
+        }
         for scores, of_clip in (
             (where, localization_auroc(maps, clip.masks)),
             (which, discrimination_auroc(maps, clip.masks)),
@@ -75,5 +77,5 @@ def score_routing(
     return RoutingScores(
         where,
         which,
-        {phenomenon: np.mean(weights[phenomenon], 0) for phenomenon in PHENOMENA if phenomenon in weights},
+        {phenomenon: np.mean(weights[phenomenon], 0) for phenomenon in names if phenomenon in weights},
     )

@@ -15,7 +15,6 @@ from prophy.evaluation.report import Picture, Section, Table
 from prophy.models.control import PhysicsTrace
 from prophy.sandbox import StoredClip, contact_sheet
 from prophy.sheets import evenly, side_by_side
-from prophy.taxonomy import PHENOMENA, Phenomenon
 
 SHOWN_CLIPS = 4
 SHOWN_MAPS = 3
@@ -37,28 +36,36 @@ def clips_section(clips: Sequence[StoredClip]) -> Section:
     )
 
 
-def raw_maps(row: Mapping[str, Any]) -> dict[Phenomenon, np.ndarray]:
-    """The VLM's maps in a row of the priors table, before any subtraction: `[T, H, W]` per phenomenon."""
+def raw_maps(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The VLM's maps in a row of the priors table, before any subtraction: `[T, H, W]` per phenomenon.
+
+    Args:
+        row: the table's.
+        names: the table's phenomena, in its order.
+    """
     maps = np.asarray(row["maps"], np.float32).reshape(row["maps_shape"])
-    return {PHENOMENA[index]: map_ for index, map_ in zip(row["map_phenomena"], maps[:-1], strict=True)}
+    return {names[index]: map_ for index, map_ in zip(row["map_phenomena"], maps[:-1], strict=True)}
 
 
-def priors_section(clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]]) -> Section:
+def priors_section(
+    clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> Section:
     """The VLM's raw maps over frames, and how well they find the masks.
 
     Args:
         clips: the truth.
         rows: the same clips' rows of the priors table.
+        names: the table's phenomena, in its order.
     """
-    scores: dict[Phenomenon, list[float]] = defaultdict(list)
+    scores: dict[str, list[float]] = defaultdict(list)
     for clip, row in zip(clips, rows, strict=True):
-        for phenomenon, score in localization_auroc(raw_maps(row), clip.masks).items():
+        for phenomenon, score in localization_auroc(raw_maps(row, names), clip.masks).items():
             scores[phenomenon].append(score)
     everything = [score for values in scores.values() for score in values]
     pictures = []
     for clip, row in list(zip(clips, rows, strict=True))[:SHOWN_CLIPS]:
         answers = {answer["question"]: answer["answer"] for answer in row["answers"]}
-        for phenomenon, map_ in raw_maps(row).items():
+        for phenomenon, map_ in raw_maps(row, names).items():
             strip = _strip(clip.frames, map_)
             said = f"{phenomenon}; the VLM said: {textwrap.shorten(answers[phenomenon], SHOWN_CHARACTERS)!r}"
             pictures.append(Picture(uri=png_uri(strip), caption=said))
@@ -69,7 +76,9 @@ def priors_section(clips: Sequence[StoredClip], rows: Sequence[Mapping[str, Any]
         table=Table(
             header=["phenomenon", "maps", "mean AUROC"],
             rows=[
-                [str(p), str(len(scores[p])), f"{np.mean(scores[p]):.2f}"] for p in PHENOMENA if p in scores
+                [name, str(len(scores[name])), f"{np.mean(scores[name]):.2f}"]
+                for name in names
+                if name in scores
             ],
         ),
         pictures=pictures,
@@ -113,7 +122,7 @@ def routing_section(prompt: str, frames: np.ndarray, trace: PhysicsTrace) -> Sec
         pictures=[
             Picture(
                 uri=png_uri(_strip(frames, maps[..., index])),
-                caption=f"{PHENOMENA[index]}: mean {maps[..., index].mean():.2f}, "
+                caption=f"{trace.phenomena[index]}: mean {maps[..., index].mean():.2f}, "
                 f"from {maps[..., index].min():.2f} to {maps[..., index].max():.2f}",
             )
             for index in strongest

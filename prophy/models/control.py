@@ -4,14 +4,14 @@ Both belong to the request and travel as `attention_kwargs={"physics": PhysicsCo
 no state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from diffusers.utils import BaseOutput
 from torch.utils.weak import WeakIdKeyDictionary
 
-from prophy.taxonomy import Phenomenon
+from prophy.taxonomy import index_of
 
 
 @dataclass
@@ -21,7 +21,7 @@ class RoutingOutput(BaseOutput):
     Attributes:
         semantic_weights: rho_s `[B, E_s]`, rows sum to 1.
         refinement_logits: `[B, N, E_r]`; their softmax is rho_r.
-        phenomenon_maps: P' `[B, N, E_phys]` in (0, 1): where each phenomenon acts.
+        phenomenon_maps: P' `[B, N, num_phenomena]` in (0, 1): where each phenomenon acts.
     """
 
     semantic_weights: torch.Tensor | None = None
@@ -36,7 +36,8 @@ class PhysicsTrace:
         num_videos: B, where a forward pass holds their unguided twins before them; None where it never does.
         num_passes: conditional passes seen.
         semantic_weights: `[B, E_s]`.
-        phenomenon_maps: `[B, T', H', W', E_phys]` on the transformer's token grid.
+        phenomenon_maps: `[B, T', H', W', num_phenomena]` on the transformer's token grid.
+        phenomena: the branch's names of the maps, in their order.
     """
 
     def __init__(self) -> None:
@@ -44,13 +45,21 @@ class PhysicsTrace:
         self.num_passes = 0
         self.semantic_weights: torch.Tensor | None = None
         self.phenomenon_maps: torch.Tensor | None = None
+        self.phenomena: tuple[str, ...] = ()
         self._timestep: float | None = None
 
-    def record(self, timestep: float, routing: RoutingOutput, token_grid: tuple[int, int, int]) -> None:
+    def record(
+        self,
+        timestep: float,
+        routing: RoutingOutput,
+        token_grid: tuple[int, int, int],
+        phenomena: Sequence[str],
+    ) -> None:
         """Adds a forward pass. The first at a timestep is the prompt's; a second one there is guidance."""
         if timestep == self._timestep:
             return
         self._timestep = timestep
+        self.phenomena = tuple(phenomena)
         self.num_passes += 1
         guided = slice(None) if self.num_videos is None else slice(-self.num_videos, None)
         assert routing.semantic_weights is not None and routing.phenomenon_maps is not None
@@ -69,8 +78,9 @@ class PhysicsControl:
 
     Attributes:
         scale: factor on everything that the branch injects; 0 skips the branch.
-        strength: factor per phenomenon on what the refinement experts inject, 1 where not given. At token n
-            it is multiplied by sum_p w[n, p] strength[p], w = the phenomenon maps normalised over p.
+        strength: factor per phenomenon of the branch, by name, on what the refinement experts inject; 1 where
+            not given. At token n it is multiplied by sum_p w[n, p] strength[p], w = the phenomenon maps
+            normalised over p.
         invert_refinement: routes by the negated logits of the refinement router.
         trace: collects the routing, if given.
         mixtures: keeps what semantic experts made of each text, by its tensor, if given: their weights and
@@ -78,15 +88,23 @@ class PhysicsControl:
     """
 
     scale: float = 1.0
-    strength: Mapping[Phenomenon, float] = field(default_factory=dict)
+    strength: Mapping[str, float] = field(default_factory=dict)
     invert_refinement: bool = False
     trace: PhysicsTrace | None = None
     mixtures: WeakIdKeyDictionary | None = None
 
-    def token_gain(self, phenomenon_maps: torch.Tensor) -> torch.Tensor:
-        """Factor `[B, N, 1]` on each token's refinement, from maps `[B, N, E_phys]`; 1 at strength 1."""
+    def token_gain(self, phenomenon_maps: torch.Tensor, phenomena: Sequence[str]) -> torch.Tensor:
+        """Factor `[B, N, 1]` on each token's refinement; 1 at strength 1.
+
+        Args:
+            phenomenon_maps: `[B, N, num_phenomena]`.
+            phenomena: their names, in the order of the maps.
+
+        Raises:
+            ProPhyError: a strength is of none of them.
+        """
         excess = phenomenon_maps.new_zeros(phenomenon_maps.shape[-1])
         for phenomenon, strength in self.strength.items():
-            excess[phenomenon.id] = strength - 1.0
+            excess[index_of(phenomenon, phenomena)] = strength - 1.0
         weights = phenomenon_maps / phenomenon_maps.sum(dim=-1, keepdim=True)
         return 1.0 + (weights * excess).sum(dim=-1, keepdim=True)

@@ -78,6 +78,7 @@ class PhysicsBranch(nn.Module):
         latent_channels: int,
     ) -> None:
         super().__init__()
+        self.phenomena = tuple(config.phenomena)
         self.semantic = self.semantic_injection = self.refinement = self.refinement_injection = None
         if config.num_semantic_experts:
             self.semantic = SemanticExpertBlock(
@@ -141,7 +142,7 @@ class PhysicsBranch(nn.Module):
         routing["refinement_logits"], routing["phenomenon_maps"] = logits, maps
         refinement = self.refinement_injection(refined)
         if control.strength:
-            refinement = (refinement * control.token_gain(maps)).to(refinement.dtype)
+            refinement = (refinement * control.token_gain(maps, self.phenomena)).to(refinement.dtype)
         return refinement * control.scale
 
     def _mix(

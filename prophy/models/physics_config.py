@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -14,6 +15,7 @@ from pydantic import (
 )
 
 from prophy.errors import ProPhyError
+from prophy.taxonomy import check_names
 
 
 class PhysicsConfig(BaseModel):
@@ -33,13 +35,13 @@ class PhysicsConfig(BaseModel):
     num_semantic_experts: NonNegativeInt = 8
     """Experts that the text chooses, for the whole video; 0: no Semantic Expert Block.
 
-    The paper gives no number; 8 is fewer than the 17 phenomena, so that related ones share an expert.
+    The paper gives no number; 8 is fewer than WISA's phenomena, so that related ones share an expert.
     """
 
     num_refinement_experts: NonNegativeInt = 8
     """Experts that each token chooses; 0: no Refinement Expert Block.
 
-    The paper gives no number, but widens it to the 17 phenomena, so it has fewer.
+    The paper gives no number, but widens it to the phenomena, so it has fewer.
     """
 
     top_k: PositiveInt = 2
@@ -67,7 +69,7 @@ class BranchConfig(PhysicsConfig):
     latent_shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
     """Native (T, H, W) of the basis maps."""
 
-    phenomena: Annotated[list[str], Field(min_length=1)]
+    phenomena: Annotated[list[str], Field(min_length=1), AfterValidator(check_names)]
     """Names, in the order of every label vector and map that the branch was trained on."""
 
     @classmethod
@@ -82,6 +84,5 @@ class BranchConfig(PhysicsConfig):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise ProPhyError(
-                f"the Physical Branch cannot be what physics says: {key}: {first['msg']}"
-            ) from None
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ProPhyError(f"the Physical Branch cannot be what physics says: {key}: {reason}") from None

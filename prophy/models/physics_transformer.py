@@ -265,7 +265,7 @@ class PhysicsTransformer(ModelMixin):
 
         def record() -> None:
             if control.trace is not None:
-                control.trace.record(timestep[0].item(), routing, token_grid)
+                control.trace.record(timestep[0].item(), routing, token_grid, branch.phenomena)
 
         def refine(hidden_states: torch.Tensor) -> torch.Tensor:
             refinement = branch.refine(hidden_states, control, routing)

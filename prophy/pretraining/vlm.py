@@ -29,11 +29,18 @@ from prophy.pretraining.recipe import (
     trapezoid,
 )
 from prophy.priors.extractor import PriorExtractor
-from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, Question, describe, format_presence
+from prophy.priors.questionnaire import (
+    BACKGROUND,
+    CAPTION,
+    Question,
+    ask_presence,
+    describe_named,
+    format_presence,
+)
 from prophy.priors.qwen_vl import Qwen25VL
 from prophy.sandbox import ClipTruth, Part, SimulatedClip, simulate_clip
 from prophy.sandbox import describe as wordings
-from prophy.taxonomy import PHENOMENA
+from prophy.taxonomy import Taxonomy
 from prophy.tiny.vlm import ABSENT_ANSWER, BACKGROUND_ANSWER, write_vlm
 
 logger = logging.getLogger(__name__)
@@ -73,14 +80,14 @@ class VlmRecipe:
     validate_every: int = 100
 
 
-def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
+def pretrain_vlm(folder: Path, recipe: VlmRecipe, taxonomy: Taxonomy) -> Progress:
     """Trains, measures and saves; goes on where it was cut off.
 
     Writes `vlm/` (transformers' layout, bfloat16) and `vlm.json` (recipe and measurements) in `folder`; keeps
-    `vlm.pt` there.
+    `vlm.pt` there. The taxonomy names all that simulated clips show.
     """
     if not (folder / "vlm.pt").exists():
-        write_vlm(folder / "vlm")
+        write_vlm(folder / "vlm", taxonomy)
     vlm = Qwen25VL(str(folder / "vlm"), "main", "float32", None)
     model = vlm.model
     matrices = [p for name, p in model.named_parameters() if _IN_BLOCK.search(name) and p.ndim == 2]
@@ -103,7 +110,7 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
         ]
         model.train()
         with autocast(model.device, "bfloat16"):
-            loss = model(**pack(vlm, clips, rng)).loss
+            loss = model(**pack(vlm, taxonomy, clips, rng)).loss
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,7 +118,7 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
             optimiser.step()
         measured = {"loss": loss.item()}
         if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.num_steps:
-            measured["validation"] = _validate(vlm, held_out[: 8 * recipe.batch_size], recipe)
+            measured["validation"] = _validate(vlm, taxonomy, held_out[: 8 * recipe.batch_size], recipe)
         return measured
 
     state = {"model": model, "muon": optimisers[0], "adamw": optimisers[1]}
@@ -123,7 +130,7 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe) -> Progress:
         "seconds": progress.seconds,
         "cpu_seconds": progress.cpu_seconds,
         "parameters": model.num_parameters(),
-        **extraction_quality(str(folder / "vlm"), held_out),
+        **extraction_quality(str(folder / "vlm"), taxonomy, held_out),
     }
     (folder / "vlm.json").write_text(json.dumps(measured, indent=2))
     logger.info("phenomena %.3f, captions %.3f", measured["phenomena"], measured["captions"])
@@ -135,20 +142,20 @@ def vlm_frames(frames: np.ndarray) -> np.ndarray:
     return frames[np.linspace(0, len(frames) - 1, VLM_NUM_FRAMES).round().astype(int)]
 
 
-def true_answers(clip: ClipTruth, rng: np.random.Generator) -> list[tuple[Question, str]]:
+def true_answers(taxonomy: Taxonomy, clip: ClipTruth, rng: np.random.Generator) -> list[tuple[Question, str]]:
     """Questions about a clip with true answers: all that extraction asks, and one phenomenon that is absent.
 
     Wordings are drawn from those that are true.
     """
     parts = _without_sides(clip.parts)
-    said = {part.phenomenon: str(rng.choice(wordings((part,)))) for part in parts}
-    absent = rng.choice([phenomenon for phenomenon in PHENOMENA if phenomenon not in said])
+    said = {str(part.phenomenon): str(rng.choice(wordings((part,)))) for part in parts}
+    absent = str(rng.choice([name for name in taxonomy.names if name not in said]))
+    answers = said | {absent: f"{ABSENT_ANSWER} {absent}"}
     return [
         (CAPTION, str(rng.choice(wordings(parts)))),
-        (PRESENCE, format_presence(clip.phenomena)),
+        (ask_presence(taxonomy), format_presence(clip.phenomena)),
         (BACKGROUND, BACKGROUND_ANSWER),
-        *((describe(phenomenon), answer) for phenomenon, answer in said.items()),
-        (describe(absent), f"{ABSENT_ANSWER} {absent}"),
+        *zip(describe_named(taxonomy, answers), answers.values(), strict=True),
     ]
 
 
@@ -156,7 +163,9 @@ def _without_sides(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return tuple(replace(part, side="middle") for part in parts)
 
 
-def pack(vlm: Qwen25VL, clips: Sequence[SimulatedClip], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+def pack(
+    vlm: Qwen25VL, taxonomy: Taxonomy, clips: Sequence[SimulatedClip], rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
     """Arguments of the model's forward for a batch of clips, loss included.
 
     A token sees the video and what precedes it in its own question: an additive mask `[B, 1, L, L]`. Every
@@ -172,7 +181,7 @@ def pack(vlm: Qwen25VL, clips: Sequence[SimulatedClip], rng: np.random.Generator
     rows = []
     for clip in clips:
         parts = [(prefix[0], torch.full_like(prefix[0], _IGNORED), _PREFIX, prefix_positions[:, 0])]
-        for branch, (question, answer) in enumerate(true_answers(clip, rng)):
+        for branch, (question, answer) in enumerate(true_answers(taxonomy, clip, rng)):
             asked = tokens(vlm.split_prompt(question.text)[1])
             said = tokens(answer + vlm.tokenizer.eos_token)
             ids = torch.cat([asked, said])
@@ -206,26 +215,27 @@ def pack(vlm: Qwen25VL, clips: Sequence[SimulatedClip], rng: np.random.Generator
 
 
 @torch.no_grad()
-def _validate(vlm: Qwen25VL, clips: Sequence[SimulatedClip], recipe: VlmRecipe) -> float:
+def _validate(vlm: Qwen25VL, taxonomy: Taxonomy, clips: Sequence[SimulatedClip], recipe: VlmRecipe) -> float:
     """Mean loss on clips with a combination that was never trained."""
     vlm.model.eval()
     losses = []
     for start in range(0, len(clips), recipe.batch_size):
         rng = np.random.default_rng((recipe.seed, start))
         with autocast(vlm.model.device, "bfloat16"):
-            losses.append(vlm.model(**pack(vlm, clips[start : start + recipe.batch_size], rng)).loss.item())
+            batch = pack(vlm, taxonomy, clips[start : start + recipe.batch_size], rng)
+            losses.append(vlm.model(**batch).loss.item())
     return float(np.mean(losses))
 
 
-def extraction_quality(pretrained: str, clips: Sequence[SimulatedClip]) -> dict[str, float]:
+def extraction_quality(
+    pretrained: str, taxonomy: Taxonomy, clips: Sequence[SimulatedClip]
+) -> dict[str, float]:
     """Shares of what extraction gets right: (clip, phenomenon) pairs, label sets, captions, descriptions."""
-    extractor = PriorExtractor(pretrained, dtype="float32", max_new_tokens=_MAX_NEW_TOKENS)
+    extractor = PriorExtractor(pretrained, taxonomy, dtype="float32", max_new_tokens=_MAX_NEW_TOKENS)
     presence, sets, captions, described = [], [], [], []
     for clip in clips:
         named = extractor(vlm_frames(clip.frames), VLM_FPS)
-        presence += [
-            (phenomenon in named.phenomena) == (phenomenon in clip.phenomena) for phenomenon in PHENOMENA
-        ]
+        presence += [(name in named.phenomena) == (name in clip.phenomena) for name in taxonomy.names]
         sets.append(named.phenomena == clip.phenomena)
         parts = _without_sides(clip.parts)
         captions.append(named.vlm_caption in wordings(parts))

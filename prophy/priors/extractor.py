@@ -12,13 +12,13 @@ from prophy.errors import ProPhyError
 from prophy.priors.questionnaire import (
     BACKGROUND,
     CAPTION,
-    PRESENCE,
     Question,
-    describe,
+    ask_presence,
+    describe_named,
     parse_presence,
 )
 from prophy.priors.vlm import Answer, SliceTimes, load_vlm
-from prophy.taxonomy import Phenomenon
+from prophy.taxonomy import Taxonomy, index_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Priors:
     Attributes:
         vlm_caption: the VLM's own caption.
         answers: question id -> answer, as said.
-        phenomena: those given, else those that the VLM names; taxonomy order.
+        phenomena: names, as given, else as the VLM says; in the taxonomy's order.
         unparsed: pieces of the presence answer that are no phenomenon's name; they were not used.
         map_phenomena: taxonomy indices of the K phenomena that have a map, in the maps' order.
         maps: `[K + 1, T, H, W]` float32 on the VLM's grid: attention of each answer to the video, raw; the
@@ -38,7 +38,7 @@ class Priors:
 
     vlm_caption: str
     answers: dict[str, str]
-    phenomena: tuple[Phenomenon, ...]
+    phenomena: tuple[str, ...]
     unparsed: tuple[str, ...]
     map_phenomena: list[int]
     maps: np.ndarray
@@ -50,6 +50,7 @@ class PriorExtractor:
 
     Args:
         pretrained: hub id or folder; "tiny" is the embedded one.
+        taxonomy: the phenomena that are asked for.
         revision: of a hub id.
         dtype: "float32" or "bfloat16".
         device_map: as in transformers; None is this process's device.
@@ -64,6 +65,7 @@ class PriorExtractor:
     def __init__(
         self,
         pretrained: str,
+        taxonomy: Taxonomy,
         revision: str | None = None,
         dtype: str = "bfloat16",
         device_map: str | None = None,
@@ -71,6 +73,7 @@ class PriorExtractor:
         max_new_tokens: int = 64,
         heads: list[int] | None = None,
     ) -> None:
+        self.taxonomy = taxonomy
         self.vlm = load_vlm(pretrained, revision, dtype, device_map)
         self.layers = frozenset(range(self.vlm.num_layers) if layers is None else layers)
         if not self.layers or max(self.layers) >= self.vlm.num_layers:
@@ -86,15 +89,13 @@ class PriorExtractor:
         self.heads = heads
         self.max_new_tokens = max_new_tokens
 
-    def __call__(
-        self, frames: np.ndarray, fps: float, phenomena: tuple[Phenomenon, ...] | None = None
-    ) -> Priors:
+    def __call__(self, frames: np.ndarray, fps: float, phenomena: tuple[str, ...] | None = None) -> Priors:
         """Extracts the priors of one clip.
 
         Args:
             frames: `[T, H, W, 3]` uint8 RGB, T, H and W as the VLM can divide them into patches.
             fps: frame rate of these frames.
-            phenomena: the clip's labels; None lets the VLM name them.
+            phenomena: the clip's labels, by name; None lets the VLM name them.
         """
         video = self.vlm.watch(frames, fps)
 
@@ -103,21 +104,25 @@ class PriorExtractor:
             answers = self.vlm.answer(video, texts, self.max_new_tokens, self.layers, self.heads)
             return {question.id: answer for question, answer in zip(questions, answers, strict=True)}
 
+        names = self.taxonomy.names
         unparsed: tuple[str, ...] = ()
         if phenomena is None:
-            answers = ask(CAPTION, PRESENCE, BACKGROUND)
-            phenomena, unparsed = parse_presence(answers[PRESENCE.id].text)
-            if phenomena:
-                answers |= ask(*map(describe, phenomena))
+            presence = ask_presence(self.taxonomy)
+            answers = ask(CAPTION, presence, BACKGROUND)
+            phenomena, unparsed = parse_presence(answers[presence.id].text, names)
+            descriptions = describe_named(self.taxonomy, phenomena)
+            if descriptions:
+                answers |= ask(*descriptions)
         else:
-            answers = ask(CAPTION, BACKGROUND, *map(describe, phenomena))
-        mapped = [*map(describe, phenomena), BACKGROUND]
+            descriptions = describe_named(self.taxonomy, phenomena)
+            answers = ask(CAPTION, BACKGROUND, *descriptions)
+        mapped = [*descriptions, BACKGROUND]
         return Priors(
             vlm_caption=answers[CAPTION.id].text,
             answers={key: answer.text for key, answer in answers.items()},
             phenomena=phenomena,
             unparsed=unparsed,
-            map_phenomena=[phenomenon.id for phenomenon in phenomena],
+            map_phenomena=[index_of(phenomenon, names) for phenomenon in phenomena],
             maps=torch.stack([answers[question.id].attention for question in mapped]).numpy(),
             slice_times=video.slice_times,
         )

@@ -3,12 +3,14 @@
 import hashlib
 import json
 
-from prophy.priors.questionnaire import QUESTIONNAIRE
+from prophy.priors.questionnaire import questionnaire
+from prophy.taxonomy import Taxonomy
 
 EXTRACTION_VERSION = 1  # raise it when the same model and questions would give other maps or answers
 
 
 def priors_fingerprint(
+    taxonomy: Taxonomy,
     *,
     model: str,
     dtype: str,
@@ -22,6 +24,7 @@ def priors_fingerprint(
     """Names everything that the priors of a clip depend on, besides the clip: sha256 in hexadecimal.
 
     Args:
+        taxonomy: what the VLM is asked for.
         model: fingerprint of the VLM's files or its resolved commit.
         dtype: precision of the VLM.
         layers: as given to `PriorExtractor`.
@@ -33,7 +36,7 @@ def priors_fingerprint(
     """
     parts = {
         "version": EXTRACTION_VERSION,
-        "questions": [[question.id, question.text] for question in QUESTIONNAIRE],
+        "questions": [[question.id, question.text] for question in questionnaire(taxonomy)],
         "model": model,
         "dtype": dtype,
         "layers": layers,

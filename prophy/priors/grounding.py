@@ -169,12 +169,13 @@ def make_targets(
         num_frames: frames that the video model sees, `1 + c (T' - 1)`.
         slices: `[T, 2]`, float64: when the first and the last frame of each slice of the maps are, as parts
             of the clip from its first frame (0) to its last (1).
-        num_phenomena: E_phys, phenomena of the taxonomy.
+        num_phenomena: phenomena of the taxonomy.
         recipe: a key of `RECIPES`.
         negatives: what cells outside the positive part say: nothing, or "not here".
 
     Returns:
-        `Q_r [N, E_phys]` float32 in [0, 1], and `M [N, E_phys]` bool; `N = T' H' W'`, t slowest.
+        `Q_r [N, num_phenomena]` float32 in [0, 1], and `M [N, num_phenomena]` bool; `N = T' H' W'`, t
+        slowest.
 
     Raises:
         ProPhyError: there is no such recipe.

@@ -4,6 +4,7 @@ from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, play_pa
 from prophy.sandbox.contact_sheet import contact_sheet
 from prophy.sandbox.dataset import StoredClip, held_clips, read_truth, write_dataset
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, FLOOR_M, WORLD_M
+from prophy.sandbox.phenomena import PHENOMENA, Phenomenon, check_taxonomy
 from prophy.sandbox.scene import SIDES, Part, Scene, describe
 from prophy.sandbox.splits import HELD_OUT_PAIRS, HELD_OUT_TRIPLES, Split
 
@@ -13,16 +14,19 @@ __all__ = [
     "FLOOR_M",
     "HELD_OUT_PAIRS",
     "HELD_OUT_TRIPLES",
+    "PHENOMENA",
     "SCENES",
     "SIDES",
     "WORLD_M",
     "ClipTruth",
     "Part",
+    "Phenomenon",
     "Scene",
     "SimulatedClip",
     "Split",
     "StoredClip",
     "Track",
+    "check_taxonomy",
     "contact_sheet",
     "describe",
     "held_clips",

@@ -7,9 +7,9 @@ import numpy as np
 
 from prophy.sandbox import dynamics, optics, thermodynamics
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, WORLD_M, Canvas
+from prophy.sandbox.phenomena import PHENOMENA, Phenomenon
 from prophy.sandbox.scene import SIDES, Part, Scene, describe, words_of
 from prophy.sandbox.splits import Split, split_of
-from prophy.taxonomy import PHENOMENA, Phenomenon
 
 SCENES: tuple[Scene, ...] = dynamics.SCENES + thermodynamics.SCENES + optics.SCENES
 
@@ -39,7 +39,7 @@ class ClipTruth:
         parts: the scenes by name, colour and side, from left to right.
         caption: one of `captions`, drawn at random.
         captions: every wording, in every order.
-        phenomena: what happens, in taxonomy order.
+        phenomena: what happens, in the order of `PHENOMENA`.
         masks: per phenomenon where it happens, bool `[T, H, W]`.
         tracks: the objects' true ways.
         constants: the laws' constants, in SI units; the key carries the unit.
@@ -51,7 +51,7 @@ class ClipTruth:
     caption: str
     captions: tuple[str, ...]
     phenomena: tuple[Phenomenon, ...]
-    masks: dict[Phenomenon, np.ndarray]
+    masks: dict[str, np.ndarray]
     tracks: tuple[Track, ...]
     constants: dict[str, float]
     pixels_per_m: float
@@ -105,7 +105,7 @@ def play_parts(
     gradient = np.linspace(top, bottom, size, dtype=np.float32)[:, None]
     frames = np.tile(gradient, (num_frames, 1, size, 1))
 
-    masks: dict[Phenomenon, np.ndarray] = {}
+    masks: dict[str, np.ndarray] = {}
     tracks: list[Track] = []
     constants: dict[str, float] = {}
     for part in parts:

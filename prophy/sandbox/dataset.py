@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 
 from prophy.errors import ProPhyError
 from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, simulate_clip
+from prophy.sandbox.phenomena import Phenomenon
 from prophy.sandbox.scene import Part, describe
 from prophy.sandbox.splits import Split
 from prophy.schema import MANIFEST
-from prophy.taxonomy import Phenomenon
 from prophy.video import read_frames, write_video
 
 _COLUMNS = pa.schema(

@@ -5,8 +5,8 @@ import pymunk
 
 from prophy.sandbox.drawing import DARK, FLOOR_M, GREY, WHITE, Canvas, Colour, mix, over_time
 from prophy.sandbox.engine import add_ball, add_walls, new_space, record, steps
+from prophy.sandbox.phenomena import Phenomenon
 from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, scene
-from prophy.taxonomy import Phenomenon
 
 
 def _paint_ball(

@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 
 from prophy.sandbox.drawing import COLOURS, DARK, FLOOR_M, GREY, WHITE, Canvas, Colour, mix, over_time
+from prophy.sandbox.phenomena import Phenomenon
 from prophy.sandbox.scene import Outcome, scene
-from prophy.taxonomy import Phenomenon
 
 BEAM_M = 0.5
 """Thickness of a beam."""

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from prophy.sandbox.drawing import COLOURS, Canvas, Colour
-from prophy.taxonomy import Phenomenon
+from prophy.sandbox.phenomena import Phenomenon
 
 Outcome: TypeAlias = tuple[dict[str, np.ndarray], dict[str, float]]
 Play: TypeAlias = Callable[[Canvas, np.random.Generator, Colour], Outcome]

@@ -6,8 +6,8 @@ on another side, and each phenomenon of a held-out pair with others: the combina
 
 from typing import Literal, TypeAlias
 
+from prophy.sandbox.phenomena import Phenomenon
 from prophy.sandbox.scene import Part
-from prophy.taxonomy import Phenomenon
 
 Split: TypeAlias = Literal["train", "held_out"]
 

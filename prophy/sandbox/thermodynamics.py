@@ -3,8 +3,8 @@
 import numpy as np
 
 from prophy.sandbox.drawing import DARK, FLOOR_M, GREY, ICE, WHITE, Canvas, Colour, mix, over_time
+from prophy.sandbox.phenomena import Phenomenon
 from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, scene
-from prophy.taxonomy import Phenomenon
 
 FLAME: tuple[Colour, ...] = ((240, 110, 20), (255, 190, 40), (255, 240, 170))
 """Colours of a flame from its edge to its core."""

@@ -1,7 +1,8 @@
 """The embedded VLM: a Qwen2.5-VL of 2.5 million parameters with a word-level tokenizer.
 
 It has the files that a large one has, so that the same code reads both. Its vocabulary is what the questions
-ask and what the sandbox's captions can say: after a change of either it must be trained anew.
+about a taxonomy ask and what the sandbox's captions can say; after a change of either it must be trained
+anew.
 """
 
 from pathlib import Path
@@ -15,9 +16,9 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from prophy.priors.questionnaire import NONE, QUESTIONNAIRE
+from prophy.priors.questionnaire import NONE, questionnaire
 from prophy.sandbox import vocabulary
-from prophy.taxonomy import PHENOMENA
+from prophy.taxonomy import Taxonomy
 
 SEED = 0
 BACKGROUND_ANSWER = "a dark background"
@@ -44,10 +45,10 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(taxonomy: Taxonomy) -> PreTrainedTokenizerFast:
     """One token per word or punctuation mark of the questionnaire and the sandbox's captions."""
     special = [_PAD, _START, _END, _VISION_START, _VISION_END, _VIDEO, _IMAGE, _UNKNOWN]
-    vocabulary_ids = {word: index for index, word in enumerate([*special, *_words()])}
+    vocabulary_ids = {word: index for index, word in enumerate([*special, *_words(taxonomy)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary_ids, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(cleanup=True)  # puts a comma back onto the word before it
@@ -107,20 +108,20 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def _words() -> list[str]:
+def _words(taxonomy: Taxonomy) -> list[str]:
     """Every token that a question or an answer can hold, each once, in a fixed order."""
     texts = [
-        *(*_ROLES, NONE, BACKGROUND_ANSWER, ABSENT_ANSWER, *PHENOMENA),
-        *(question.text for question in QUESTIONNAIRE),
+        *(*_ROLES, NONE, BACKGROUND_ANSWER, ABSENT_ANSWER, *taxonomy.names),
+        *(question.text for question in questionnaire(taxonomy)),
         *vocabulary(),
     ]
     split = pre_tokenizers.Whitespace().pre_tokenize_str
     return list(dict.fromkeys(word for text in texts for word, _ in split(text)))
 
 
-def write_vlm(folder: Path) -> None:
+def write_vlm(folder: Path, taxonomy: Taxonomy) -> None:
     """Writes the VLM with fresh weights."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(taxonomy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from prophy.errors import ProPhyError
-from prophy.schema import EMPTY_PROMPT, INDEX, CacheInput, MissingFileError, latents_of, open_file, text_of
+from prophy.schema import (
+    EMPTY_PROMPT,
+    INDEX,
+    CacheInput,
+    MissingFileError,
+    latents_of,
+    open_file,
+    read_phenomena,
+    text_of,
+)
 
 if TYPE_CHECKING:  # the driver of training reads no tensors, and torch takes seconds to import
     import torch
@@ -20,9 +29,9 @@ class PriorSample:
     Attributes:
         latents: `[C, T, H, W]`.
         text: the caption, encoded: the family's tensors, by name.
-        phenomena: `[17]`, label vector.
+        phenomena: `[num_phenomena]`, label vector.
         maps: raw, `[K + 1, T, H, W]` on the VLM's grid, the background's last.
-        map_phenomena: taxonomy indices of the first K maps.
+        map_phenomena: places in the taxonomy of the first K maps.
         slices: `[T, 2]`, which part of the clip each slice of the maps covers (`make_targets`).
     """
 
@@ -40,6 +49,7 @@ class PriorCache:
     They are in both tables of the cache; a clip that several paths lead to is one sample.
 
     Attributes:
+        phenomena: names, in the order of labels and maps.
         location: `cache.input` of the last `prophy cache` with these encodings.
         num_videos: videos that the samples are of.
         num_left_out: videos that are cached, but not in the current input.
@@ -61,6 +71,7 @@ class PriorCache:
                 f"run `prophy cache` with this configuration"
             )
         encoding_rows = _read_index(encodings, ["latents_shape"])
+        self.phenomena = read_phenomena(priors)
         current = CacheInput.read(encodings)
         common = [row for key, row in prior_rows.items() if key in encoding_rows]
         samples = current.samples(common)

@@ -30,9 +30,9 @@ class TrainBatch:
         latents: `[B, C, T, H, W]`, normalised as the backbone's pipeline has them.
         text: the true captions, encoded: tensors `[B, ...]`, by the backbone's family's names for them.
         drop_caption: `[B]`, bool: the diffusion loss sees the empty prompt (classifier-free guidance).
-        phenomena: `[B, 17]`, label vectors `q_s`.
-        target_maps: `[B, N, 17]`, the targets `Q_r` of Eq. 5.
-        target_mask: `[B, N, 17]`, bool: the mask `M` of Eq. 5.
+        phenomena: `[B, num_phenomena]`, label vectors `q_s`.
+        target_maps: `[B, N, num_phenomena]`, the targets `Q_r` of Eq. 5.
+        target_mask: `[B, N, num_phenomena]`, bool: the mask `M` of Eq. 5.
         noise: like `latents`, standard normal.
         timestep_quantile: `[B]` in (0, 1), mapped to a timestep by the objective.
     """
@@ -62,7 +62,7 @@ class SemanticBatch:
 
     Attributes:
         text: as in `TrainBatch`, `[M, ...]`; `M` = micro-batch size times accumulation steps.
-        phenomena: `[M, 17]`, label vectors `q_s`.
+        phenomena: `[M, num_phenomena]`, label vectors `q_s`.
     """
 
     text: dict[str, torch.Tensor]

@@ -15,7 +15,8 @@ def semantic_alignment_loss(
 
     Args:
         weights: semantic routing weights rho_s `[B, E_s]`.
-        labels: label vectors q_s `[B, E_phys]`; videos without any are left out, their cosine is undefined.
+        labels: label vectors q_s `[B, num_phenomena]`; videos without any are left out, their cosine is
+            undefined.
         reduction: "mean" over the pairs, or "sum" as in the formula. 0 where there is no pair.
     """
     labelled = labels.any(dim=1)
@@ -31,9 +32,9 @@ def token_alignment_loss(
     """Alignment of tokens (Eq. 5): sum over M[n, e] = 1 of |P'[n, e] - Q[n, e]|.
 
     Args:
-        maps: phenomenon maps P' `[B, N, E_phys]`.
-        targets: Q_r `[B, N, E_phys]`.
-        mask: M `[B, N, E_phys]`, bool. What it leaves out gets no gradient.
+        maps: phenomenon maps P' `[B, N, num_phenomena]`.
+        targets: Q_r `[B, N, num_phenomena]`.
+        mask: M `[B, N, num_phenomena]`, bool. What it leaves out gets no gradient.
         reduction: "mean" over each video's masked entries, then over the videos, so that the loss of a batch
             is the mean over its micro-batches; or "sum" as in the formula, so that it is the sum. A video
             without any counts as 0.

@@ -25,12 +25,13 @@ from prophy.errors import ProPhyError
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsTrace
 from prophy.schema import INPUT, QUARANTINE, CacheInput
-from prophy.taxonomy import PHENOMENA, Phenomenon, multi_hot
+from prophy.taxonomy import multi_hot
 from prophy.training.cache import PriorCache
 from prophy.training.data import PriorDataset
 from prophy.training.module import ProPhyTrainModule
 from tests.conftest import tiny_config
 from tests.outside import plugged_in
+from tests.wisa import PHENOMENA, WISA
 
 CAPTIONS = ("a red ball falls", "a candle burns and burns and burns", "ice", "smoke on the left")
 LENGTH = 8
@@ -100,7 +101,7 @@ def prior(number: int) -> dict:
         "vlm_caption": "",
         "answers": [],
         "unparsed": [],
-        "phenomena": multi_hot([PHENOMENA[number], Phenomenon.MELTING]),
+        "phenomena": multi_hot([PHENOMENA[number], "melting"], PHENOMENA),
         "map_phenomena": [number],
         "maps": np.random.default_rng(number).random(2 * 8, dtype=np.float32),
         "maps_shape": [2, 2, 2, 2],
@@ -111,7 +112,7 @@ def prior(number: int) -> dict:
 @pytest.fixture(scope="module")
 def cache(config: Config) -> PriorCache:
     """The stage's rows in the cache's own tables, and priors beside them."""
-    priors, encodings = priors_table(config), encodings_table(config)
+    priors, encodings = priors_table(config, WISA), encodings_table(config)
     numbers = range(len(CAPTIONS))
     stage = EncodeClip(config.backbone, encodings, config.run_dir / "attempts")
     encoded = stage(pa.Table.from_pylist([clip(number) for number in numbers], CLIPS_WITH_FRAMES))
@@ -135,7 +136,7 @@ def dataset(config: Config, cache: PriorCache) -> PriorDataset:
 @pytest.fixture(scope="module")
 def trained(config: Config, cache: PriorCache, dataset: PriorDataset) -> ProPhyTrainModule:
     """After some steps, so that the branch injects something."""
-    module = build_module(config, cache.null_text())
+    module = build_module(config, cache.null_text(), cache.phenomena)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-2)
     for step in range(3):
         [batch], captions = dataset[step]

@@ -6,6 +6,7 @@ import torch
 from pipelines.config import load_config
 from pipelines.training.model import branch_config
 from prophy.backbones.families import FAMILIES
+from tests.wisa import PHENOMENA
 
 # By preset: parameters of the published model; latents and tokens of a clip.
 PUBLISHED: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
@@ -29,7 +30,7 @@ def test_published_configuration(preset: str) -> None:
             clip.num_frames, clip.height, clip.width, family.published_vae, upstream.config
         )
         model = classes.prophy_transformer(
-            **published, physics=branch_config(config.physics, shape).model_dump()
+            **published, physics=branch_config(config.physics, shape, PHENOMENA).model_dump()
         )
     assert shape == latents and family.token_grid(shape, upstream.config) == tokens
 

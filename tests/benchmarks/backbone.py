@@ -32,9 +32,8 @@ from prophy.evaluation.generated import (
 from prophy.evaluation.semantics import PartVerdict
 from prophy.pretraining.backbone import SAMPLING
 from prophy.pretraining.vae import reconstruct
-from prophy.sandbox import SCENES, WORLD_M, Part, play_parts
+from prophy.sandbox import PHENOMENA, SCENES, WORLD_M, Part, play_parts
 from prophy.sandbox.scene import GRAVITY_M_S2
-from prophy.taxonomy import PHENOMENA
 
 NUM_FALLS = 48
 NUM_WORDINGS = 4  # prompts of each combination

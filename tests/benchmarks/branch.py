@@ -30,7 +30,7 @@ from prophy.evaluation.routing import RoutingScores, score_routing
 from prophy.models.control import PhysicsControl
 from prophy.pretraining.backbone import SAMPLING
 from prophy.pretraining.recipe import held_out_clips
-from prophy.taxonomy import PHENOMENA, Phenomenon
+from prophy.sandbox import PHENOMENA, Phenomenon
 from prophy.tiny import bundled
 from prophy.training.cache import PriorCache
 from prophy.training.objectives import FlowMatching

@@ -30,6 +30,7 @@ from pipelines.generation.spec import PhysicsSpec, StepCache, VideoSpec
 from pipelines.training.model import branch_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.training.cost import _call, _grouped_mm_flop
+from tests.wisa import PHENOMENA
 
 WHOLE = "all steps, branch on (scale 1)"
 CACHES: dict[str, Sequence[float]] = {
@@ -120,7 +121,7 @@ def count_operations() -> Table:
             num_attention_heads=12,
             ffn_dim=8960,
             num_layers=30,
-            physics=branch_config(load_config("wan2.1-1.3b").physics, LATENTS[1:]).model_dump(),
+            physics=branch_config(load_config("wan2.1-1.3b").physics, LATENTS[1:], PHENOMENA).model_dump(),
         )
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

@@ -24,6 +24,7 @@ from torch import multiprocessing, nn
 from pipelines.config import Config, load_config
 from prophy.backbones.pretrained import resolve_pretrained
 from prophy.tiny.pipeline import TRANSFORMER
+from tests.wisa import PHENOMENA
 
 WORLD_SIZE = 2
 WIDE = {"num_attention_heads": 16, "attention_head_dim": 64, "ffn_dim": 4096}
@@ -94,7 +95,7 @@ def rank_main(rank: int, port: int, folder: Path, mode: str) -> None:
                 folder / "backbone" / "transformer", dtype=torch.bfloat16
             )
         else:
-            module = build_module(config, null, place=place)
+            module = build_module(config, null, PHENOMENA, place=place)
         seconds = time.perf_counter() - start
     parameters = list(module.parameters())
     total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

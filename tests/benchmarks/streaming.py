@@ -47,6 +47,7 @@ from prophy.sandbox import simulate_clip
 from prophy.schema import PRIORS, QUARANTINE
 from prophy.tiny.vlm import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, build_config, build_tokenizer
 from prophy.video import write_video
+from tests.wisa import PHENOMENA, WISA
 
 DIFFERENT_CLIPS = 8
 SAMPLE_CLIPS = 32  # for the rate of a stage alone
@@ -56,7 +57,7 @@ WINDOWS = 20
 
 def write_minimal_vlm(folder: Path) -> None:
     """The embedded VLM's files with one layer of width 32 in each tower."""
-    config: Any = build_config(build_tokenizer())
+    config: Any = build_config(build_tokenizer(WISA))
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32, 32, 1
     text.num_attention_heads = text.num_key_value_heads = 2
@@ -65,7 +66,7 @@ def write_minimal_vlm(folder: Path) -> None:
     vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 1, 32, 32, 2
     vision.out_hidden_size, vision.fullatt_block_indexes = 32, [0]
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    build_tokenizer(WISA).save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
     sizes: dict[str, Any] = {
         "patch_size": PATCH_SIZE,
@@ -91,13 +92,15 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
     limits, vlm, backbone = config.cache.limits, config.vlm, config.backbone
     durations_s = [config.cache.clip_duration_s]
     nothing = PRIORS.empty_table(), QUARANTINE.empty_table()
-    videos = videos_left(find_videos(config.cache.input).videos[:SAMPLE_CLIPS], *nothing, durations_s)
+    videos = videos_left(
+        find_videos(config.cache.input, PHENOMENA).videos[:SAMPLE_CLIPS], *nothing, durations_s
+    )
     clips = pa.concat_tables(CutVideo(durations_s, limits)(videos))
     table = cache.encodings_table(config)
     table = type(table)(folder / "encodings", table.schema, table.settings, table.provenance)
     stages: dict[str, tuple[Callable[[pa.Table], pa.Table], ReadClip, int, float]] = {
         "ExtractPriors": (
-            ExtractPriors(vlm, folder / "attempts"),
+            ExtractPriors(vlm, WISA, folder / "attempts"),
             ReadClip([(durations_s[0], vlm.num_frames)], vlm.frame_shapes, vlm.frame_shapes, limits),
             1,
             config.cache.extract.num_cpus,

@@ -37,6 +37,7 @@ from prophy.device import autocast
 from prophy.priors.extractor import PriorExtractor
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames
+from tests.wisa import WISA
 
 BLOCK = 5  # steps
 BATCH_SIZE = 4
@@ -92,7 +93,7 @@ def bare_torch(config: Config) -> float:
     """Seconds of the same steps without Ray, DeepSpeed, metrics or clock."""
     train = config.train
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
-    module = build_module(config, cache.null_text())
+    module = build_module(config, cache.null_text(), cache.phenomena)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
     dataset = build_dataset(config, cache, rank=0)
@@ -123,7 +124,7 @@ def online(config: Config) -> list[float]:
     encoder = VideoEncoder(
         clip.pretrained, None, clip.dtype, clip.autocast, clip.max_sequence_length, clip.family
     )
-    extractor = PriorExtractor(vlm.pretrained, None, vlm.dtype, None, vlm.layers, vlm.max_new_tokens)
+    extractor = PriorExtractor(vlm.pretrained, WISA, None, vlm.dtype, None, vlm.layers, vlm.max_new_tokens)
     duration_s = config.cache.clip_duration_s
     videos = sorted(config.simulate.output.rglob("*.mp4"))[: BATCH_SIZE + 1]
     times = []

@@ -23,7 +23,7 @@ from prophy.pretraining.vlm import VLM_FPS, extraction_quality, vlm_frames
 from prophy.priors.extractor import PriorExtractor
 from prophy.priors.grounding import RECIPES
 from prophy.sandbox import SimulatedClip
-from prophy.taxonomy import PHENOMENA
+from tests.wisa import PHENOMENA, WISA
 
 GRID = (5, 8, 8)
 
@@ -32,7 +32,7 @@ Scores = dict[str, dict[str, list[list[float]]]]  # recipe -> where or which -> 
 
 def score(clips: list[SimulatedClip]) -> tuple[Scores, dict[str, list[float]]]:
     """All recipes on all clips, labels given; and "where" of each phenomenon by the plain VLM map."""
-    extractor = PriorExtractor("tiny", dtype="float32", max_new_tokens=40)
+    extractor = PriorExtractor("tiny", WISA, dtype="float32", max_new_tokens=40)
     encoder = VideoEncoder("tiny", None, "float32", "bfloat16", 32, family="wan")
     scores: Scores = {name: {"where": [[], []], "which": [[], []]} for name in RECIPES}
     by_phenomenon: dict[str, list[float]] = defaultdict(list)
@@ -57,7 +57,7 @@ def score(clips: list[SimulatedClip]) -> tuple[Scores, dict[str, list[float]]]:
 def main() -> None:
     console = Console(width=110)
     clips = held_out_clips(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
-    for name, share in extraction_quality("tiny", clips).items():
+    for name, share in extraction_quality("tiny", WISA, clips).items():
         console.print(f"{name}: {share:.4f} of {len(clips)} clips")
     scores, by_phenomenon = score(clips)
     winner = max(RECIPES, key=lambda name: sum(np.mean(halves[0]) for halves in scores[name].values()))

@@ -15,8 +15,8 @@ from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
-from prophy.taxonomy import PHENOMENA
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, SCALING_FACTOR, write_pipeline
+from tests.wisa import PHENOMENA
 
 
 @pytest.fixture(scope="module", params=[None, 2], ids=["1.0", "1.5"])

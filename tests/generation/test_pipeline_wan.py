@@ -14,7 +14,7 @@ from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.taxonomy import PHENOMENA
+from tests.wisa import PHENOMENA
 
 
 @pytest.fixture(scope="module")

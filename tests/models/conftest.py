@@ -10,7 +10,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, ModelMixin
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.taxonomy import PHENOMENA
+from tests.wisa import PHENOMENA
 
 WAN: dict[str, Any] = {
     "num_attention_heads": 2,

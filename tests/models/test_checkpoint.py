@@ -76,6 +76,7 @@ def test_settings_that_no_branch_has(transformer: PhysicsTransformer) -> None:
     for wrong, message in (
         ({"top_k": 5}, r"top_k \(5\) must not exceed num_refinement_experts \(4\)"),
         ({"dropout": 0.1}, "physics says: dropout"),
+        ({"phenomena": ["a", "b", "a"]}, "physics says: phenomena: 2 phenomena have the name 'a'"),
     ):
         with pytest.raises(ProPhyError, match=message):
             BranchConfig.read(PHYSICS | wrong)

@@ -12,7 +12,7 @@ from diffusers import FirstBlockCacheConfig, ModelMixin, TaylorSeerCacheConfig
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.physics_transformer import PhysicsTransformer
-from prophy.taxonomy import PHENOMENA, Phenomenon
+from tests.wisa import PHENOMENA
 
 from .conftest import BACKBONES, BASELINES, PHYSICS, make_inputs
 
@@ -227,7 +227,7 @@ def test_scale_zero_is_the_backbone(
 def test_knobs(awakened: PhysicsTransformer, inputs: Inputs) -> None:
     plain = awakened(**inputs).sample
     assert torch.equal(controlled(awakened, inputs, strength=dict.fromkeys(PHENOMENA, 1.0)), plain)
-    assert not torch.equal(controlled(awakened, inputs, strength={Phenomenon.COMBUSTION: 4.0}), plain)
+    assert not torch.equal(controlled(awakened, inputs, strength={"combustion": 4.0}), plain)
     assert not torch.equal(controlled(awakened, inputs, invert_refinement=True), plain)
 
     silenced = controlled(awakened, inputs, strength=dict.fromkeys(PHENOMENA, 0.0))

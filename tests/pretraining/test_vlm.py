@@ -11,6 +11,7 @@ from prophy.pretraining.vlm import VlmRecipe, pack, pretrain_vlm, true_answers, 
 from prophy.priors.qwen_vl import Qwen25VL
 from prophy.priors.vlm import load_vlm
 from prophy.sandbox import SimulatedClip, simulate_clip
+from tests.wisa import WISA
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def test_a_packed_sequence_equals_separate_ones(clips: list[SimulatedClip]) -> N
     vlm = load_vlm("tiny", None, "float32", None)
     assert isinstance(vlm, Qwen25VL)
     assert [len(clip.parts) for clip in clips] == [1, 2]  # so that one sequence is padded
-    batch = pack(vlm, clips, np.random.default_rng(0))
+    batch = pack(vlm, WISA, clips, np.random.default_rng(0))
     with torch.inference_mode():
         packed = vlm.model(**batch)
     learned = batch["labels"] != -100
@@ -41,7 +42,7 @@ def test_a_packed_sequence_equals_separate_ones(clips: list[SimulatedClip]) -> N
     for row, clip in enumerate(clips):
         separate = []
         patches, grid = vlm.pixels(vlm_frames(clip.frames))
-        for question, answer in true_answers(clip, rng):
+        for question, answer in true_answers(WISA, clip, rng):
             head, tail = vlm.split_prompt(question.text)
             prompt = vlm.tokenizer(head + "<|video_pad|>" * 256 + tail, add_special_tokens=False).input_ids
             said = vlm.tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
@@ -65,12 +66,12 @@ def test_a_packed_sequence_equals_separate_ones(clips: list[SimulatedClip]) -> N
 
 def test_goes_on_where_it_was_cut_off_as_if_it_had_not_been(tmp_path: Path) -> None:
     recipe = VlmRecipe(num_steps=3, num_held_out=1, batch_size=1, warmup_steps=1, validate_every=2)
-    whole = pretrain_vlm(tmp_path / "whole", recipe)
+    whole = pretrain_vlm(tmp_path / "whole", recipe, WISA)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr("prophy.pretraining.recipe._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         patch.setattr("prophy.pretraining.vlm._validate", _interrupt)
-        pretrain_vlm(tmp_path / "cut", recipe)
-    cut = pretrain_vlm(tmp_path / "cut", recipe)
+        pretrain_vlm(tmp_path / "cut", recipe, WISA)
+    cut = pretrain_vlm(tmp_path / "cut", recipe, WISA)
     assert cut.history == whole.history
     assert whole.history[2]["validation"] < whole.history[1]["validation"]
     weights = [load_file(tmp_path / name / "vlm" / "model.safetensors") for name in ("whole", "cut")]

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from prophy.errors import ProPhyError
-from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE
+from prophy.priors.questionnaire import BACKGROUND, CAPTION, ask_presence
 from prophy.priors.vlm import Answer, SliceTimes
-from prophy.taxonomy import Phenomenon
+from tests.wisa import WISA
 
 CELL = 16  # pixels
-SAID = {CAPTION.text: "something moves", PRESENCE.text: f"{Phenomenon.COLLISION}", BACKGROUND.text: ""}
+SAID = {CAPTION.text: "something moves", ask_presence(WISA).text: "collision", BACKGROUND.text: ""}
 
 
 @dataclass(frozen=True)

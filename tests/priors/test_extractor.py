@@ -9,13 +9,13 @@ import torch
 from prophy.errors import ProPhyError
 from prophy.priors.extractor import PriorExtractor
 from prophy.priors.fingerprint import priors_fingerprint
-from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
+from prophy.priors.questionnaire import BACKGROUND, CAPTION, ask_presence, describe_named
 from prophy.priors.qwen_vl import Qwen25VL
 from prophy.priors.vlm import load_vlm
-from prophy.taxonomy import Phenomenon
+from tests.wisa import WISA
 
 FPS = 4.0
-PRESENT = (Phenomenon.COLLISION, Phenomenon.COMBUSTION)
+PRESENT = ("collision", "combustion")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, peaked_vlm: Path, frames: n
     patches, grid = vlm.pixels(frames)
     states, tokens = [], []
     for question, answer in [
-        (PRESENCE, "combustion; collision; video"),
+        (ask_presence(WISA), "combustion; collision; video"),
         (CAPTION, "collision"),
         (BACKGROUND, "none"),
     ]:
@@ -57,7 +57,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, peaked_vlm: Path, frames: n
 
 @pytest.fixture(scope="module")
 def extractor(taught: Path) -> PriorExtractor:
-    return PriorExtractor(str(taught), dtype="float32", max_new_tokens=8)
+    return PriorExtractor(str(taught), WISA, dtype="float32", max_new_tokens=8)
 
 
 def test_the_vlm_names_the_phenomena(extractor: PriorExtractor, frames: np.ndarray) -> None:
@@ -84,7 +84,7 @@ def test_given_labels_are_taken_and_not_asked_for(extractor: PriorExtractor, fra
 
 def test_each_map_belongs_to_its_question(extractor: PriorExtractor, frames: np.ndarray) -> None:
     priors = extractor(frames, FPS, PRESENT)
-    for question, row in zip([*map(describe, PRESENT), BACKGROUND], priors.maps, strict=True):
+    for question, row in zip([*describe_named(WISA, PRESENT), BACKGROUND], priors.maps, strict=True):
         alone = extractor.vlm.answer(extractor.vlm.watch(frames, FPS), [question.text], 8, range(4))[0]
         np.testing.assert_allclose(row, alone.attention, atol=1e-6)
         assert priors.answers[question.id] == alone.text
@@ -93,20 +93,20 @@ def test_each_map_belongs_to_its_question(extractor: PriorExtractor, frames: np.
 @pytest.mark.parametrize("layers", [[4], [], [0, 7]])
 def test_layers_that_do_not_exist(taught: Path, layers: list[int]) -> None:
     with pytest.raises(ProPhyError, match=r"vlm.layers .* 0 to 3"):
-        PriorExtractor(str(taught), layers=layers)
+        PriorExtractor(str(taught), WISA, layers=layers)
 
 
 @pytest.mark.parametrize("heads", [[4], []])
 def test_heads_that_do_not_exist(taught: Path, heads: list[int]) -> None:
     with pytest.raises(ProPhyError, match=r"vlm.heads .* 0 to 3"):
-        PriorExtractor(str(taught), heads=heads)
+        PriorExtractor(str(taught), WISA, heads=heads)
 
 
 def test_chosen_heads_add_up_to_all_of_them(
     taught: Path, extractor: PriorExtractor, frames: np.ndarray
 ) -> None:
     by_head = [
-        PriorExtractor(str(taught), dtype="float32", max_new_tokens=8, heads=[head])(
+        PriorExtractor(str(taught), WISA, dtype="float32", max_new_tokens=8, heads=[head])(
             frames, FPS, PRESENT
         ).maps
         for head in range(4)
@@ -117,6 +117,7 @@ def test_chosen_heads_add_up_to_all_of_them(
 
 def test_the_fingerprint_names_everything_that_priors_depend_on() -> None:
     base: dict[str, Any] = {
+        "taxonomy": WISA,
         "model": "a",
         "dtype": "float32",
         "layers": [1, 2],
@@ -127,6 +128,7 @@ def test_the_fingerprint_names_everything_that_priors_depend_on() -> None:
         "video_frames": 1,
     }
     changed = {
+        "taxonomy": WISA.model_copy(update={"phenomena": WISA.phenomena[::-1]}),
         "model": "b",
         "dtype": "bfloat16",
         "layers": None,

@@ -19,9 +19,9 @@ from prophy.priors.extractor import PriorExtractor
 from prophy.priors.grounding import make_targets
 from prophy.priors.vlm import VLMS, load_vlm
 from prophy.schema import QUARANTINE, open_file
-from prophy.taxonomy import PHENOMENA, Phenomenon
 from tests.conftest import tiny_config
 from tests.outside import plugged_in
+from tests.wisa import PHENOMENA, WISA
 
 DURATION_S, NUM_FRAMES = 2.0, 6
 SLICE_TIMES = [(0.0, 0.0), (0.4, 1.2), (1.6, 2.0)]  # of the frames 0, 1 to 3, and 4 and 5
@@ -77,7 +77,7 @@ def extracted(config: Config, frames: np.ndarray, labels: list[str] | None) -> p
         "frames": frames.tobytes(),
         "frames_shape": frames.shape,
     }
-    stage = ExtractPriors(config.vlm, config.run_dir / "attempts")
+    stage = ExtractPriors(config.vlm, WISA, config.run_dir / "attempts")
     return stage(pa.Table.from_pylist([row], CLIPS_WITH_FRAMES))
 
 
@@ -88,7 +88,7 @@ def test_it_is_found_by_the_model_type_of_its_files(config: Config) -> None:
 
 
 def test_from_a_clip_to_a_row_and_to_targets(config: Config, frames: np.ndarray) -> None:
-    table = priors_table(config)
+    table = priors_table(config, WISA)
     quarantine = Table(config.run_dir / "quarantine", QUARANTINE, {}, {})
     assert extracted(config, frames, None).schema.equals(PRIORS_OR_ERROR)
     assert WriteRows(table, quarantine)(extracted(config, frames, None))["written"].to_pylist() == [1]
@@ -96,7 +96,7 @@ def test_from_a_clip_to_a_row_and_to_targets(config: Config, frames: np.ndarray)
     with open_file(table.folder / name) as file:
         [row] = file.read().to_pylist()
     assert row["vlm_caption"] == "something moves" and row["unparsed"] == []
-    assert row["map_phenomena"] == [Phenomenon.COLLISION.id]
+    assert row["map_phenomena"] == [PHENOMENA.index("collision")]
     times = [[each["start_s"], each["end_s"]] for each in row["slice_times"]]
     assert np.allclose(times, SLICE_TIMES, rtol=1e-12)
     maps = torch.tensor(row["maps"]).reshape(row["maps_shape"])
@@ -116,7 +116,7 @@ def test_from_a_clip_to_a_row_and_to_targets(config: Config, frames: np.ndarray)
         recipe="minus_background",
         negatives="zero",
     )
-    found = targets[:, Phenomenon.COLLISION.id].reshape(grid)
+    found = targets[:, PHENOMENA.index("collision")].reshape(grid)
     # The middles of slices are at 0, 0.4 and 0.9 of the clip; these are those of tokens, of four frames each.
     middles = torch.tensor([0, 2.5, 6.5, 10.5, 14.5]) / 16
     signed = ((middles - 0.4) / 0.5).clamp(0, 1)
@@ -124,22 +124,22 @@ def test_from_a_clip_to_a_row_and_to_targets(config: Config, frames: np.ndarray)
     torch.testing.assert_close(found[:, 1, 3], expected, rtol=1e-5, atol=1e-6)
     found[:, 1, 3] = 0
     assert not found.any()
-    assert mask[:, Phenomenon.COLLISION.id].all() and mask.sum() == mask.shape[0]
+    assert mask[:, PHENOMENA.index("collision")].all() and mask.sum() == mask.shape[0]
 
 
 def test_labels_are_asked_for_instead(config: Config, frames: np.ndarray) -> None:
     [row] = extracted(config, frames, ["melting"]).to_pylist()
-    assert row["map_phenomena"] == [Phenomenon.MELTING.id]
+    assert row["map_phenomena"] == [PHENOMENA.index("melting")]
     assert [each["question"] for each in row["answers"]] == ["caption", "background", "melting"]
 
 
 def test_its_layers_and_heads_are_checked(config: Config, frames: np.ndarray) -> None:
     source = config.vlm.pretrained
     with pytest.raises(ProPhyError, match=r"vlm.layers .*0 to 0"):
-        PriorExtractor(source, dtype="float32", layers=[1])
+        PriorExtractor(source, WISA, dtype="float32", layers=[1])
     with pytest.raises(ProPhyError, match=r"vlm.heads .*0 to 1"):
-        PriorExtractor(source, dtype="float32", heads=[2])
-    everywhere = PriorExtractor(source, dtype="float32", heads=[1])(frames, 2.5, (Phenomenon.COLLISION,))
+        PriorExtractor(source, WISA, dtype="float32", heads=[2])
+    everywhere = PriorExtractor(source, WISA, dtype="float32", heads=[1])(frames, 2.5, ("collision",))
     assert (everywhere.maps[0] == 1).all()
 
 

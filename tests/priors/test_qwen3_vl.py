@@ -17,8 +17,8 @@ from prophy.priors.extractor import PriorExtractor
 from prophy.priors.grounding import make_targets
 from prophy.priors.qwen_vl import Qwen3VL
 from prophy.priors.vlm import load_vlm
-from prophy.taxonomy import Phenomenon
 from prophy.tiny import bundled
+from tests.wisa import WISA
 
 FPS = 4.0
 QUESTIONS = ["Describe this video in one sentence.", "Describe the collision in this video in one sentence."]
@@ -137,9 +137,7 @@ def test_maps_equal_stock_runs(folder: Path, vlm: Qwen3VL, frames: np.ndarray) -
 
 
 def test_its_priors_become_targets(folder: Path, frames: np.ndarray) -> None:
-    priors = PriorExtractor(str(folder), dtype="float32", max_new_tokens=4)(
-        frames, FPS, (Phenomenon.COLLISION,)
-    )
+    priors = PriorExtractor(str(folder), WISA, dtype="float32", max_new_tokens=4)(frames, FPS, ("collision",))
     assert priors.maps.shape == (2, 4, 6, 8) and (priors.maps > 0).all()
     targets, mask = make_targets(
         torch.from_numpy(priors.maps),

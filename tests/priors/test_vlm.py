@@ -13,13 +13,13 @@ from transformers import (
 )
 
 from prophy.errors import ProPhyError
-from prophy.priors.questionnaire import BACKGROUND, CAPTION, PRESENCE, describe
+from prophy.priors.questionnaire import questionnaire
 from prophy.priors.qwen_vl import Qwen25VL
 from prophy.priors.vlm import load_vlm
-from prophy.taxonomy import PHENOMENA
+from tests.wisa import WISA
 
 FPS = 4.0
-QUESTIONS = [question.text for question in (CAPTION, PRESENCE, BACKGROUND, *map(describe, PHENOMENA[:3]))]
+QUESTIONS = [question.text for question in questionnaire(WISA)[:6]]
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,17 @@ from prophy.sandbox import (
     COLOURS,
     HELD_OUT_PAIRS,
     HELD_OUT_TRIPLES,
+    PHENOMENA,
     SCENES,
     SIDES,
     Part,
+    Phenomenon,
     SimulatedClip,
     describe,
     simulate_clip,
     vocabulary,
 )
-from prophy.taxonomy import PHENOMENA, Phenomenon
+from prophy.taxonomy import load_taxonomy
 
 SHAPE: dict[str, Any] = {"num_frames": 17, "fps": 8.0, "size": 64}
 
@@ -54,6 +56,7 @@ def held_out(parts: tuple[Part, ...]) -> bool:
 
 def test_every_phenomenon_has_a_scene_and_turns_up(clips: list[SimulatedClip]) -> None:
     assert {scene.phenomenon for scene in SCENES} == set(PHENOMENA)
+    assert load_taxonomy("wisa").names == PHENOMENA
     assert {part.scene.name for clip in clips for part in clip.parts} == {scene.name for scene in SCENES}
     assert {part.side for clip in clips for part in clip.parts} == set(SIDES)
     assert {len(clip.parts) for clip in clips} == {1, 2}

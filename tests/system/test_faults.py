@@ -26,6 +26,7 @@ from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import FPS, REFUSED, moving_square
 from tests.pipelines.test_cli import CommandLine, in_folder
+from tests.wisa import PHENOMENA, WISA
 
 WORK = """
 import json, os, signal, sys
@@ -84,7 +85,7 @@ def video(tmp_path: Path) -> Path:
 
 
 def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: Path) -> None:
-    [source] = [video["source"] for video in find_videos(str(video.parent)).videos]
+    [source] = [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos]
     [row] = cut(source, max_seconds=1e-4)
     assert (row["error"]["error_type"], row["error"]["attempts"]) == ("DecoderError", 2)
     clips = pa.Table.from_pylist(cut(source), CLIPS)
@@ -96,7 +97,7 @@ def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: P
 def test_limits_of_the_configuration_reach_the_decoder(tmp_path: Path) -> None:
     write, message = REFUSED["forty streams"]
     write(tmp_path / "a.mkv")
-    [source] = [video["source"] for video in find_videos(str(tmp_path)).videos]
+    [source] = [video["source"] for video in find_videos(str(tmp_path), PHENOMENA).videos]
     [row] = cut(source)
     assert message in row["error"]["message"]
     [row] = cut(source, max_streams=40)
@@ -104,7 +105,7 @@ def test_limits_of_the_configuration_reach_the_decoder(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> None:
-    [source] = [video["source"] for video in find_videos(str(video.parent)).videos]
+    [source] = [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos]
     clips = cut(source)
     content, status = video.read_bytes(), video.stat()
     video.unlink()
@@ -118,7 +119,7 @@ def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> Non
         assert (row["error"]["source"], row["error"]["sample_id"]) == (missing, None)
     video.write_bytes(content)
     os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert [video["source"] for video in find_videos(str(video.parent)).videos] == [source]
+    assert [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos] == [source]
 
 
 FILL = """
@@ -245,7 +246,7 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     clips.mkdir(parents=True)
     for number in range(4):
         write_video(clips / f"{number}.mp4", moving_square(17 + number), FPS)
-    deadly = find_videos(str(clips)).videos[1]["source"]
+    deadly = find_videos(str(clips), PHENOMENA).videos[1]["source"]
     [row] = cut(deadly)
     marker = Path(config.cache.output, ATTEMPTS_FOLDER, f"ExtractPriors-{row['sample_id']}")
     priors, stop = Path(cache.priors_folder(config)), threading.Event()
@@ -276,8 +277,11 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     assert verify(Path(config.cache.output)) == []
 
     (tmp_path / "hidden").rename(clips / "3.mp4")
-    videos, refused = find_videos(str(clips)).videos, read_quarantine(Path(config.cache.output, "quarantine"))
-    index, encodings = map(update_index, (cache.priors_table(config), cache.encodings_table(config)))
+    videos, refused = (
+        find_videos(str(clips), PHENOMENA).videos,
+        read_quarantine(Path(config.cache.output, "quarantine")),
+    )
+    index, encodings = map(update_index, (cache.priors_table(config, WISA), cache.encodings_table(config)))
     work = videos_left(videos, index, refused, [2.0]), clips_left(videos, index, encodings, refused)
     left = {row["source"]["uri"] for table in work for row in table.to_pylist()}
     assert left == {str(clips / "3.mp4")}  # it vanished from the one or the other

@@ -14,12 +14,12 @@ import httpx
 from pipelines.generation.spec import MAPS_FILE, THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
 from pipelines.serving.dispatcher import GenerationStep
 from pipelines.serving.protocol import PhysicsMaps
-from prophy.taxonomy import PHENOMENA
 from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import moving_square
 from tests.pipelines.serving.test_jobs import DURATIONS
 from tests.servers import PROMPT, http_server, submit, wait
+from tests.wisa import PHENOMENA
 
 # Which sizes and lengths a model can make is more than a schema can say: a well-formed one may get 422.
 SETTINGS = """
@@ -36,14 +36,17 @@ async def at_once(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
         files = {VIDEO_FILE: path.read_bytes(), THUMBNAIL_FILE: b"webp"}
     if spec.physics is not None and spec.physics.return_maps:
         maps = PhysicsMaps(
-            semantic_weights=[1.0], token_grid=(1, 1, 2), maps={name: [[[0.0, 1.0]]] for name in PHENOMENA}
+            semantic_weights=[1.0], token_grid=[1, 1, 2], maps={name: [[[0.0, 1.0]]] for name in PHENOMENA}
         )
         files[MAPS_FILE] = maps.model_dump_json().encode()
     yield GenerationStep(1.0, VideoResult(files, DURATIONS))
 
 
 def described_with_an_id(client: httpx.Client) -> dict[str, Any]:
-    """The description of the API with a finished video as the example wherever files are asked for."""
+    """The description of the API with a finished video as the example wherever files are asked for.
+
+    Where a phenomenon is asked for, it has the names of the branch.
+    """
     video_id = submit(client, prompt=PROMPT, physics={"return_maps": True})
     wait(client, video_id)
     description = client.get("/openapi.json").json()
@@ -51,6 +54,9 @@ def described_with_an_id(client: httpx.Client) -> dict[str, Any]:
         if path.startswith("/v1/videos/{video_id}/"):
             [parameter] = [one for one in operations["get"]["parameters"] if one["name"] == "video_id"]
             parameter["example"] = video_id
+        for parameter in operations.get("get", {}).get("parameters", []):
+            if parameter["name"] == "phenomenon":  # which there are, the server's branch decides
+                parameter["schema"]["enum"] = client.get("/v1/settings").json()["phenomena"]
     return description
 
 

@@ -18,6 +18,7 @@ from prophy.errors import ProPhyError
 from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import FPS, moving_square
+from tests.wisa import PHENOMENA, WISA
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_prefix_is_cached_and_what_changes_in_it_is_seen(
     assert (summary.num_videos, summary.num_priors, summary.num_encodings) == (3, 2, 2)
     [refused] = summary.quarantined
     assert refused.startswith("s3://bucket/videos/broken.mp4 cannot be read as a video")
-    priors = update_index(cache.priors_table(config))
+    priors = update_index(cache.priors_table(config, WISA))
     uris = {row["source"]["uri"]: row["sample_id"] for row in priors.to_pylist()}
     assert uris.keys() == {"s3://bucket/videos/a.mp4", "s3://bucket/videos/deep/b.mp4"}
     assert cache.run(config).added_priors.written == 0
@@ -59,7 +60,9 @@ def test_a_prefix_is_cached_and_what_changes_in_it_is_seen(
 
     put_video(store, "bucket/videos/a.mp4", tmp_path, 19)
     S3FileSystem.clear_instance_cache()  # as a new process has it
-    assert changed(priors, find_videos(config.cache.input).videos) == [uris["s3://bucket/videos/a.mp4"]]
+    assert changed(priors, find_videos(config.cache.input, PHENOMENA).videos) == [
+        uris["s3://bucket/videos/a.mp4"]
+    ]
 
 
 def test_a_manifest_lies_beside_its_videos(store: S3FileSystem, tmp_path: Path) -> None:
@@ -68,7 +71,7 @@ def test_a_manifest_lies_beside_its_videos(store: S3FileSystem, tmp_path: Path) 
     rows = pa.table({"path": ["a.mp4", "gone.mp4"], "caption": ["a ball", None]})
     pq.write_table(rows, tmp_path / "manifest.parquet")
     store.put_file(str(tmp_path / "manifest.parquet"), "listed/videos/manifest.parquet")
-    here, gone = find_videos("s3://listed/videos").videos
+    here, gone = find_videos("s3://listed/videos", PHENOMENA).videos
     assert (here["source"]["uri"], here["source"]["size"]) == ("s3://listed/videos/a.mp4", 3)
     assert here["caption"] == "a ball" and here["source"]["modified"] > 1.7e9
     assert gone["source"] == {"uri": "s3://listed/videos/gone.mp4", "size": 0, "modified": 0.0}
@@ -79,5 +82,5 @@ def test_a_store_that_does_not_let_us_in(monkeypatch: pytest.MonkeyPatch) -> Non
     Path(os.environ["AWS_CONFIG_FILE"]).write_text("[default]\nregion = us-east-1\n")
     S3FileSystem.clear_instance_cache()
     with pytest.raises(ProPhyError, match=r"cannot read cache.input: s3://bucket/videos .*NoCredentials"):
-        find_videos("s3://bucket/videos")
+        find_videos("s3://bucket/videos", PHENOMENA)
     S3FileSystem.clear_instance_cache()

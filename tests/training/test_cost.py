@@ -5,8 +5,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.taxonomy import PHENOMENA
 from prophy.training.cost import count_flops, count_routing_flops, count_saved_bytes
+from tests.wisa import PHENOMENA
 
 LATENTS, TEXT, BATCH_SIZE = (16, 5, 16, 16), {"prompt_embeds": (64, 256)}, 2
 N, D, F, L = 5 * 8 * 8, 768, 3072, 64  # tokens and widths

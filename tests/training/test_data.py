@@ -25,6 +25,7 @@ from prophy.schema import (
 )
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBatch, TrainBatch
+from tests.wisa import PHENOMENA
 
 SMALL: tuple[int, ...] = (4, 3, 4, 4)
 WIDE: tuple[int, ...] = (4, 3, 4, 8)
@@ -72,8 +73,15 @@ def rows(name: str, shape: tuple[int, ...]) -> tuple[dict, dict]:
     return prior, encoding
 
 
+def tables_in(folder: Path) -> tuple[Table, Table]:
+    return (
+        Table(folder / "priors", PRIORS, {"taxonomy": [*PHENOMENA]}, {}),
+        Table(folder / "encodings" / "a", ENCODINGS, {}, {}),
+    )
+
+
 def write_cache(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    tables = Table(folder / "priors", PRIORS, {}, {}), Table(folder / "encodings" / "a", ENCODINGS, {}, {})
+    tables = tables_in(folder)
     samples = [rows(name, shape) for name, shape in shapes.items()]
     for table, content in zip(tables, zip(*samples, strict=True), strict=True):
         for part in (content[:3], content[3:]):  # two files
@@ -293,8 +301,8 @@ def test_a_cache_that_is_pruned_under_a_reader(tmp_path: Path) -> None:
     write_cache(tmp_path, dict.fromkeys("abcdefg", SMALL))
     opened = open_cache(tmp_path)
     expected = [opened.read(sample_id).latents for sample_id in "abcdeg"]
-    for folder, schema in (("priors", PRIORS), ("encodings/a", ENCODINGS)):
-        drop_samples(Table(tmp_path / folder, schema, {}, {}), ["f"])
+    for table in tables_in(tmp_path):
+        drop_samples(table, ["f"])
     found = [opened.read(sample_id).latents for sample_id in "abcdeg"]
     assert all(map(torch.equal, found, expected))
     with pytest.raises(

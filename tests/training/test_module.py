@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.taxonomy import PHENOMENA
 from prophy.tiny.pipeline import TRANSFORMER
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.losses import (
@@ -20,6 +19,7 @@ from prophy.training.losses import (
 )
 from prophy.training.module import LossOutput, ProPhyTrainModule
 from prophy.training.objectives import FlowMatching
+from tests.wisa import PHENOMENA
 
 SMALL: dict[str, Any] = {
     "num_attention_heads": 4,

@@ -21,11 +21,12 @@ from prophy.backbones.pretrained import resolve_pretrained
 from prophy.errors import ProPhyError
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, INDEX, INPUT, latents_of, text_of
-from prophy.taxonomy import Phenomenon, from_multi_hot
+from prophy.taxonomy import from_multi_hot
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames, write_video
 from tests.cogvideox import write_pipeline
 from tests.conftest import tiny_config
+from tests.wisa import PHENOMENA
 
 NUM_GOOD, NUM_BAD = 4, 4
 
@@ -233,7 +234,7 @@ def test_another_vlm_in_the_same_folder_is_refused(cached: tuple[Config, cache.C
 
 
 def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
-    truth = {video["source"]["uri"]: video for video in find_videos(tiny_cache.cache.input).videos}
+    truth = {video["source"]["uri"]: video for video in find_videos(tiny_cache.cache.input, PHENOMENA).videos}
     priors, encodings = rows(cache.priors_folder(tiny_cache)), rows(cache.encodings_folder(tiny_cache))
     assert len(priors) == len(encodings) == len(truth) == 12
     for sample_id, prior in priors.items():
@@ -281,7 +282,7 @@ def test_what_changes_in_a_list_or_in_the_limits_is_done_anew_and_nothing_else(
     captions = ["a rises", "b falls", "c falls", "large falls"]
     assert [row["caption"] for row in priors] == [row["caption"] for row in encodings] == captions
     assert [row["labels"] for row in priors] == [None, ["melting"], None, None]
-    assert from_multi_hot(priors[1]["phenomena"]) == (Phenomenon.MELTING,)
+    assert from_multi_hot(priors[1]["phenomena"], PHENOMENA) == ("melting",)
 
 
 def test_the_current_input_alone_counts_and_each_content_once(

@@ -16,6 +16,7 @@ from prophy.errors import ProPhyError
 from prophy.schema import ROW_FILES
 from prophy.video import write_video
 from tests.hostile import FPS, moving_square
+from tests.wisa import PHENOMENA
 
 
 def colourful_rows(sheet: Path) -> int:
@@ -37,7 +38,7 @@ def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_explain(tiny_cache: Config, tmp_path: Path) -> None:
-    video = find_videos(tiny_cache.cache.input).videos[0]["source"]["uri"]
+    video = find_videos(tiny_cache.cache.input, PHENOMENA).videos[0]["source"]["uri"]
     inspect.explain(tiny_cache, video, ["collision", "combustion"], tmp_path / "explain.png")
     assert colourful_rows(tmp_path / "explain.png") >= 1 + 3 * (1 + 4)  # three questions, four layers
 

@@ -17,6 +17,7 @@ from pipelines.caching.sources import find_videos
 from pipelines.caching.video_files import LocalFiles, find_files, source_of
 from prophy.errors import ProPhyError
 from prophy.video import VideoError
+from tests.wisa import PHENOMENA
 
 
 def summary(videos: list[dict]) -> list[tuple]:
@@ -44,7 +45,7 @@ def test_csv_and_json_lines_say_the_same(tmp_path: Path) -> None:
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     for name in ("list.csv", "list.jsonl"):
-        videos = find_videos(str(tmp_path / name)).videos
+        videos = find_videos(str(tmp_path / name), PHENOMENA).videos
         assert summary(videos) == EXPECTED
         assert {Path(video["source"]["uri"]).parent for video in videos} == {tmp_path}
 
@@ -98,7 +99,7 @@ def test_both_layouts_of_wisa(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     unlabelled = {"video_name": "none.mp4", "captions": "Nothing is known.", "physical_annotation": {}}
     (tmp_path / "wisa-80k.json").write_text(json.dumps([NESTED, FLAT, by_name, unlabelled]))
     with caplog.at_level(logging.WARNING):
-        videos = find_videos(str(tmp_path / "wisa-80k.json")).videos
+        videos = find_videos(str(tmp_path / "wisa-80k.json"), PHENOMENA).videos
     assert summary(videos) == [
         ("0.mp4", NESTED["captions"], ["liquid motion", "gas motion", "solidification", "vaporization"]),
         ("1.mp4", FLAT["en_caption"], []),
@@ -124,9 +125,9 @@ def test_a_bare_name_that_two_folders_have_is_ambiguous(tmp_path: Path) -> None:
         ProPhyError,
         match=r"row 1 of .*: 'file' is the name of more than one file; add its folder \(.*/1/a.mp4 or .*/2/",
     ):
-        find_videos(str(tmp_path / "wisa.json"))
+        find_videos(str(tmp_path / "wisa.json"), PHENOMENA)
     (tmp_path / "wisa.json").write_text(json.dumps([{"file": "2/a.mp4"}]))
-    [video] = find_videos(str(tmp_path / "wisa.json")).videos
+    [video] = find_videos(str(tmp_path / "wisa.json"), PHENOMENA).videos
     assert video["source"]["uri"] == str(tmp_path / "2/a.mp4")
 
 
@@ -147,7 +148,7 @@ def test_a_video_that_two_rows_lead_to_counts_once(tmp_path: Path, caplog: pytes
     ]
     records = [{"path": path, "caption": f"row {row}"} for row, path in enumerate([*paths, "gone.mp4"], 1)]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, records)))
-    found = find_videos(str(tmp_path / "list.jsonl"))
+    found = find_videos(str(tmp_path / "list.jsonl"), PHENOMENA)
     assert summary(found.videos) == [
         ("a.mp4", "row 1", None),
         ("b.mp4", "row 2", None),
@@ -179,7 +180,7 @@ def test_rows_that_cannot_be_used_are_told_with_their_number_and_column(
         '{"path": ',
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    found = find_videos(str(tmp_path / "list.jsonl"))
+    found = find_videos(str(tmp_path / "list.jsonl"), PHENOMENA)
     assert summary(found.videos) == [
         ("a.mp4", "good", None),
         ("m.mp4", None, None),
@@ -217,7 +218,7 @@ def test_rows_that_cannot_be_used_are_told_with_their_number_and_column(
 )
 def test_dialects_of_csv(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "list.csv").write_bytes(content)
-    found = find_videos(str(tmp_path / "list.csv"))
+    found = find_videos(str(tmp_path / "list.csv"), PHENOMENA)
     assert (summary(found.videos), found.refused) == ([("a.mp4", "x", None), ("b.mp4", None, None)], [])
 
 
@@ -227,7 +228,7 @@ def test_cells_of_csv_are_what_was_written(tmp_path: Path) -> None:
         csv.writer(file).writerows([["path", "caption", "phenomena"], ["a.mp4", caption, "['melting']"]])
         file.write('b.mp4,a 5" nail, as it is,melting\nc.mp4,a 5" nail,"melting;collision;"\n')
         csv.writer(file).writerow(["d.mp4", "a", "Rigid_Body motion., collision"])
-    found = find_videos(str(tmp_path / "list.csv"))
+    found = find_videos(str(tmp_path / "list.csv"), PHENOMENA)
     assert summary(found.videos) == [
         ("a.mp4", caption, ["melting"]),
         ("c.mp4", 'a 5" nail', ["collision", "melting"]),
@@ -256,7 +257,7 @@ def test_what_programs_write_into_csv_for_nothing_and_for_lists(
 ) -> None:
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["path", "caption", "phenomena"], ["a.mp4", caption, phenomena]])
-    assert summary(find_videos(str(tmp_path / "list.csv")).videos) == [("a.mp4", None, labels)]
+    assert summary(find_videos(str(tmp_path / "list.csv"), PHENOMENA).videos) == [("a.mp4", None, labels)]
 
 
 def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
     as_text = [values.view(pa.string()) for values in (paths, binary)]  # Parquet does not look at it
     pq.write_table(pa.Table.from_arrays(as_text, ["path", "caption"]), tmp_path / "text.parquet")
     for name in ("list.csv", "list.parquet", "text.parquet"):
-        found = find_videos(str(tmp_path / name))
+        found = find_videos(str(tmp_path / name), PHENOMENA)
         assert summary(found.videos) == [("a.mp4", "x", None)]
         reasons = [sentence.partition(f"of {tmp_path / name}: ")[2] for sentence in found.refused]
         assert reasons == [
@@ -290,7 +291,7 @@ def test_json_may_be_lines_or_an_array_and_hold_every_separator(tmp_path: Path) 
             json.dumps(records, indent=1),
         ):
             (tmp_path / name).write_bytes(text.encode())
-            found = find_videos(str(tmp_path / name))
+            found = find_videos(str(tmp_path / name), PHENOMENA)
             assert (summary(found.videos), found.refused) == (
                 [("a.mp4", caption, None), ("b.mp4", "x", None)],
                 [],
@@ -304,20 +305,20 @@ def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
         "phenomena": pa.array([["melting"], [], None, None]),
     }
     pq.write_table(pa.table(columns), tmp_path / "list.parquet")
-    found = find_videos(str(tmp_path / "list.parquet"))
+    found = find_videos(str(tmp_path / "list.parquet"), PHENOMENA)
     assert summary(found.videos) == [("a.mp4", "x", ["melting"]), ("b.mp4", None, []), ("c.mp4", "y", None)]
     assert "row 4 of" in found.refused[0] and "'path' is missing" in found.refused[0]
     # As pandas writes that there is no caption, and one.
     numbers = pa.table({"path": ["a.mp4", "b.mp4"], "caption": [float("nan"), 1.5]})
     pq.write_table(numbers, tmp_path / "list.parquet")
-    found = find_videos(str(tmp_path / "list.parquet"))
+    found = find_videos(str(tmp_path / "list.parquet"), PHENOMENA)
     assert summary(found.videos) == [("a.mp4", None, None)]
     assert found.refused[0].endswith("'caption' is no text (1.5)")
 
 
 def test_columns_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "list.csv").write_text("path,captions,phenomenon,fps\na.mp4,x,y,8\n")
-    find_videos(str(tmp_path / "list.csv"))
+    find_videos(str(tmp_path / "list.csv"), PHENOMENA)
     assert (
         "list.csv that are not used: 'captions' (did you mean 'caption'?), 'phenomenon' (did you mean "
         "'phenomena'?), 'fps'" in caplog.text
@@ -342,7 +343,7 @@ def test_paths_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "home" / "h.mp4").write_bytes(b"")
     paths = [*names, "~/h.mp4", "home/../home/h2.mp4", "n/o.mp4", "z" * 5000]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"path": path}) for path in paths))
-    found = [video["source"] for video in find_videos(str(tmp_path / "list.jsonl")).videos]
+    found = [video["source"] for video in find_videos(str(tmp_path / "list.jsonl"), PHENOMENA).videos]
     assert [source["size"] for source in found] == [*range(1, len(names) + 1), 0, 0, 0, 0]
     assert found[8]["uri"] == str(tmp_path / "home" / "h.mp4") and found[8]["modified"] > 0
     assert {source["modified"] for source in found[9:]} == {0.0}
@@ -384,7 +385,7 @@ def test_paths_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_lists_that_cannot_be_used(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ProPhyError, match=message) as caught:
-        find_videos(str(tmp_path / name))
+        find_videos(str(tmp_path / name), PHENOMENA)
     assert "\n" not in str(caught.value)
 
 
@@ -411,12 +412,12 @@ def test_object_store_prefixes(bucket: str) -> None:
     assert (a["size"], b["size"]) == (3, 5)
     assert a["modified"] > 1e9
     assert source_of(b["uri"]) == b
-    assert [video["source"] for video in find_videos(f"{bucket}/videos").videos] == [a, b]
+    assert [video["source"] for video in find_videos(f"{bucket}/videos", PHENOMENA).videos] == [a, b]
     manifest = (
         json.dumps({"path": "videos/a.webm", "caption": "seen"}) + "\n" + json.dumps({"path": "gone.mp4"})
     )
     fsspec.filesystem("memory").pipe("/bucket/list.jsonl", manifest.encode())
-    listed, gone = find_videos(f"{bucket}/list.jsonl").videos
+    listed, gone = find_videos(f"{bucket}/list.jsonl", PHENOMENA).videos
     assert (listed["source"]["size"], listed["caption"]) == (3, "seen")
     assert gone["source"]["modified"] == 0
 
@@ -438,7 +439,7 @@ def test_files_of_object_stores_come_here_one_at_a_time(bucket: str) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.mp4")
-    [video] = find_videos(str(tmp_path)).videos
+    [video] = find_videos(str(tmp_path), PHENOMENA).videos
     with (
         pytest.raises(OSError, match="no regular file"),
         LocalFiles(max_bytes=4).open(video["source"]["uri"]),
@@ -448,11 +449,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_unknown_stores(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="cannot open nosuchscheme://bucket"):
-        find_videos("nosuchscheme://bucket")
+        find_videos("nosuchscheme://bucket", PHENOMENA)
 
 
 def test_a_path_below_a_file_is_one_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"123")
     (tmp_path / "list.jsonl").write_text(json.dumps({"path": "a.mp4/b.mp4"}))
-    [video] = find_videos(str(tmp_path / "list.jsonl")).videos
+    [video] = find_videos(str(tmp_path / "list.jsonl"), PHENOMENA).videos
     assert video["source"] == {"uri": str(tmp_path / "a.mp4/b.mp4"), "size": 0, "modified": 0.0}

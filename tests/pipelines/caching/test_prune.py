@@ -28,6 +28,7 @@ from prophy.schema import (
     text_column,
 )
 from prophy.training.cache import PriorCache
+from tests.wisa import PHENOMENA
 
 
 def source(name: str, modified: float = 1.0) -> dict:
@@ -84,7 +85,7 @@ def set_input(encodings: Path, *sources: dict) -> None:
 def folder(tmp_path: Path) -> Path:
     """Videos a to e in the cache of two backbones, e with the content of a; and x, which is in quarantine."""
     folder = tmp_path / "cache"
-    priors = Table(folder / "priors", PRIORS, {"model": "vlm"}, {})
+    priors = Table(folder / "priors", PRIORS, {"model": "vlm", "taxonomy": [*PHENOMENA]}, {})
     write(priors, prior("a", "1"), prior("b", "2"), prior("c", "3"))
     write(priors, prior("d", "4"), prior("e", "1"))
     for name in ("one", "two"):

@@ -12,6 +12,7 @@ from pipelines.caching.sources import changed, clips_left, find_videos, of_video
 from pipelines.caching.stages import clip_ids
 from prophy.errors import ProPhyError
 from prophy.schema import PRIORS, QUARANTINE
+from tests.wisa import PHENOMENA
 
 CLIP_DURATIONS_S = [2.0]
 
@@ -63,7 +64,7 @@ def test_a_folder_is_searched_for_videos(tmp_path: Path, caplog: pytest.LogCaptu
         "._b.mp4",
     ):
         (tmp_path / name).write_bytes(b"123")
-    found = find_videos(str(tmp_path))
+    found = find_videos(str(tmp_path), PHENOMENA)
     assert (names(found.videos), found.refused) == (["b.mp4", "a.MOV", "c.webm"], [])
     assert {video["source"]["size"] for video in found.videos} == {3}
     assert {video["caption"] for video in found.videos} == {None}
@@ -90,7 +91,7 @@ def test_links_are_followed_and_lead_to_each_file_once(tmp_path: Path) -> None:
     (top / "1.mp4").symlink_to("../far.mp4")
     (top / "gone.mp4").symlink_to("nowhere.mp4")
     (top / "hard.mp4").hardlink_to(top / "real" / "r.mp4")
-    found = find_videos(str(top))
+    found = find_videos(str(top), PHENOMENA)
     assert names(found.videos) == ["hard.mp4", "1.mp4", "d.mp4", "e.mp4", "gone.mp4"]
     assert [video["source"]["modified"] > 0 for video in found.videos] == [True] * 4 + [False]
 
@@ -99,7 +100,7 @@ def test_names_that_are_not_utf_8_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"123")
     for name in (b"caf\xe9.mp4", b"caf\xe9.txt"):
         Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"123")
-    found = find_videos(str(tmp_path))
+    found = find_videos(str(tmp_path), PHENOMENA)
     assert names(found.videos) == ["a.mp4"]
     assert found.refused == [
         f"{bytes(tmp_path) + b'/caf' + bytes([233]) + b'.mp4'!r} has a name that is not UTF-8; rename it"
@@ -115,7 +116,7 @@ def test_a_manifest_gives_captions_and_labels(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet")
     (tmp_path / "not_listed.mp4").write_bytes(b"")
     for location in (tmp_path, tmp_path / "manifest.parquet"):
-        a, b, c = find_videos(str(location)).videos
+        a, b, c = find_videos(str(location), PHENOMENA).videos
         assert a["source"]["uri"] == str(tmp_path / "clips/a.mp4")
         assert (a["caption"], a["labels"]) == ("a ball", ["collision", "liquid motion"])
         assert (b["source"]["uri"], b["caption"], b["labels"]) == ("/elsewhere/b.mp4", None, None)
@@ -124,25 +125,25 @@ def test_a_manifest_gives_captions_and_labels(tmp_path: Path) -> None:
 
 def test_input_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="does not exist"):
-        find_videos(str(tmp_path / "nowhere"))
+        find_videos(str(tmp_path / "nowhere"), PHENOMENA)
     with pytest.raises(ProPhyError, match="no videos in"):
-        find_videos(str(tmp_path))
+        find_videos(str(tmp_path), PHENOMENA)
     (tmp_path / "text.parquet").write_text("not Parquet")
     with pytest.raises(ProPhyError, match="cannot be read as .parquet"):
-        find_videos(str(tmp_path / "text.parquet"))
+        find_videos(str(tmp_path / "text.parquet"), PHENOMENA)
     pq.write_table(pa.table({"file": ["a.mp4"]}), tmp_path / "other.parquet")
     with pytest.raises(ProPhyError, match="no column 'path'"):
-        find_videos(str(tmp_path / "other.parquet"))
+        find_videos(str(tmp_path / "other.parquet"), PHENOMENA)
     pq.write_table(pa.table({"path": ["a.mp4"], "phenomena": [["colision"]]}), tmp_path / "typo.parquet")
     with pytest.raises(ProPhyError, match="did you mean 'collision'"):
-        find_videos(str(tmp_path / "typo.parquet"))
+        find_videos(str(tmp_path / "typo.parquet"), PHENOMENA)
 
 
 def test_a_rewritten_file_is_another_source(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"123")
-    [before] = find_videos(str(tmp_path)).videos
+    [before] = find_videos(str(tmp_path), PHENOMENA).videos
     os.utime(tmp_path / "a.mp4", (5, 5))
-    [after] = find_videos(str(tmp_path)).videos
+    [after] = find_videos(str(tmp_path), PHENOMENA).videos
     assert before["source"] != after["source"]
     rows = table(priors_of(before["source"]))
     assert changed(rows, [before]) == []

@@ -22,8 +22,9 @@ from pipelines.caching.tables import Table
 from pipelines.config import Config, VideoLimits
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
-from prophy.taxonomy import Phenomenon, from_multi_hot
+from prophy.taxonomy import from_multi_hot
 from prophy.video import read_frames, write_video
+from tests.wisa import PHENOMENA, WISA
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(
     labelled, unlabelled = cut(video)
     [failed] = cut(video, max_pixels=10)
     clips = pa.Table.from_pylist([labelled, {**unlabelled, "labels": None}, failed], CLIPS)
-    stage = ExtractPriors(vlm, tmp_path)
+    stage = ExtractPriors(vlm, WISA, tmp_path)
     shapes = vlm.frame_shapes
     rows = stage(ReadClip([(2.0, vlm.num_frames)], shapes, shapes, VideoLimits())(clips))
     assert rows.schema.equals(PRIORS_OR_ERROR)
@@ -145,12 +146,12 @@ def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(
 
     first, second, third = rows.to_pylist()
     assert third["error"] == failed["error"]
-    assert from_multi_hot(first["phenomena"]) == (Phenomenon.COLLISION,)
+    assert from_multi_hot(first["phenomena"], PHENOMENA) == ("collision",)
     frames = read_frames(video, 0.0, 2.0, vlm.num_frames, vlm.height, vlm.width)
-    expected = stage.extractor(frames, (vlm.num_frames - 1) / 2.0, (Phenomenon.COLLISION,))
+    expected = stage.extractor(frames, (vlm.num_frames - 1) / 2.0, ("collision",))
     assert first["vlm_caption"] == expected.vlm_caption
     assert {row["question"]: row["answer"] for row in first["answers"]} == expected.answers
-    assert first["map_phenomena"] == [Phenomenon.COLLISION.id]
+    assert first["map_phenomena"] == [PHENOMENA.index("collision")]
     assert first["maps_shape"] == [2, 4, 8, 8]
     assert np.array_equal(np.float32(first["maps"]).reshape(first["maps_shape"]), expected.maps)
     assert "presence" in [row["question"] for row in second["answers"]]

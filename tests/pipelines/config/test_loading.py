@@ -115,6 +115,7 @@ def test_local_paths_become_absolute_and_the_rest_stays(
             "train.recipe=minus_all",
             "bad value for 'train.recipe' on the command line: .* set it to one of: none, minus_background, ",
         ),
+        ("taxonomy=none.yaml", "bad value for 'taxonomy' on the command line: no taxonomy '/.*/none.yaml'"),
         ("cache.read=null", "bad value for 'cache.read' on the command line"),
         ("train.num_steps", "missing|bad value for 'train.num_steps' on the command line"),
     ],

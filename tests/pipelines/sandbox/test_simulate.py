@@ -79,3 +79,14 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
             ProPhyError, match=f"bad value for '{override.partition('=')[0]}' on the command line"
         ):
             tiny_config(tmp_path / "run", override)
+
+
+def test_a_taxonomy_without_what_is_simulated_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("branches: [heat]\nphenomena: [{name: melting, branch: heat, wording: the melting}]")
+    config = small(tmp_path / "run", 1, f"taxonomy={path}")
+    with pytest.raises(
+        ProPhyError, match="simulated clips show collision, rigid body motion, .*set taxonomy"
+    ):
+        simulate.run(config)
+    assert not config.run_dir.exists()

@@ -18,7 +18,6 @@ from PIL import Image
 from pipelines.config import Config
 from pipelines.generation.limits import shape_limits
 from pipelines.serving.replica import VideoGenerator
-from prophy.taxonomy import PHENOMENA
 from tests.servers import (
     LIMITS,
     LONG,
@@ -32,6 +31,7 @@ from tests.servers import (
     submit,
     wait,
 )
+from tests.wisa import PHENOMENA
 
 STEP = {"num_inference_steps": 1, "seed": 0}
 
@@ -192,7 +192,7 @@ def test_routing_maps(client: httpx.Client, with_maps: str) -> None:
     physics = client.get(f"/v1/videos/{with_maps}/physics").json()
     assert physics["object"] == "video.physics"
     assert sum(physics["semantic_weights"]) == pytest.approx(1, abs=1e-3)
-    assert list(physics["maps"]) == [str(phenomenon) for phenomenon in PHENOMENA]
+    assert list(physics["maps"]) == [*PHENOMENA]
     maps = np.array(list(physics["maps"].values()))
     assert list(maps.shape[1:]) == physics["token_grid"]
     assert 0 <= maps.min() < maps.max() <= 1
@@ -206,8 +206,11 @@ def test_routing_maps(client: httpx.Client, with_maps: str) -> None:
     plain = submit(client, **SHORT)
     wait(client, plain)
     check_error(client.get(f"/v1/videos/{plain}/physics"), 409, "no_maps")
-    wrong = client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": "magic"})
-    check_error(wrong, 422, "invalid_value", "phenomenon")
+    for name, reason in (("magic", "did you mean"), ("../collision", "cannot be the name")):
+        wrong = client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": name})
+        assert reason in check_error(wrong, 422, "invalid_value", "phenomenon")
+    spelled = client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": "Liquid_Motion"})
+    assert np.array_equal(decode(spelled.content), overlays[1])
 
 
 def test_overlay_for_two_at_once_and_of_a_video_that_goes(client: httpx.Client, config: Config) -> None:

@@ -16,7 +16,6 @@ from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.serving import database
 from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
-from prophy.taxonomy import Phenomenon
 from tests.databases import new_database
 
 SPEC = VideoSpec(
@@ -29,7 +28,7 @@ SPEC = VideoSpec(
     fps=8,
     num_inference_steps=4,
     guidance_scale=3.0,
-    physics=PhysicsSpec(strength={Phenomenon.COLLISION: 2.0}),
+    physics=PhysicsSpec(strength={"collision": 2.0}),
 )
 DURATIONS = {"text": 0.1, "denoise": 2.0}
 

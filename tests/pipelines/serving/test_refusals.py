@@ -66,6 +66,12 @@ FOREIGN, ADDRESS = "http://evil.example", "127.0.0.1:8000"
             "did you mean 'collision'?",
         ),
         (
+            {"prompt": "x", "physics": {"strength": {"gas motion": 1, "Gas_Motion": 2}}},
+            "invalid_value",
+            "physics.strength.Gas_Motion",
+            "'gas motion' and 'Gas_Motion' are one phenomenon; give it one strength",
+        ),
+        (
             {"prompt": "x", "physics": {"scale": 0, "return_maps": True}},
             "invalid_value",
             "physics",

@@ -20,10 +20,10 @@ from pipelines.training.checkpoint import Checkpoint, latest
 from prophy.device import has_bfloat16
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.models.weights import fill
-from prophy.taxonomy import PHENOMENA
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.module import ProPhyTrainModule
 from prophy.training.objectives import FlowMatching
+from tests.wisa import PHENOMENA
 
 pytestmark = pytest.mark.processes
 

@@ -22,8 +22,8 @@ from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, lora_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.taxonomy import PHENOMENA
 from tests.conftest import tiny_config
+from tests.wisa import PHENOMENA
 
 PARTS = {"vae": None, "text_encoder": None, "tokenizer": None}
 

@@ -37,6 +37,7 @@ from prophy.schema import INDEX
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, TrainBatch
 from tests.conftest import tiny_config
+from tests.wisa import PHENOMENA
 
 NULL_TEXT = {"prompt_embeds": torch.zeros(32, 384)}
 
@@ -281,7 +282,7 @@ def test_trained_branch_loads_into_the_pipeline(on_one_worker: Config) -> None:
         text_encoder=None,
         tokenizer=None,
     )
-    start = build_module(on_one_worker, NULL_TEXT).transformer
+    start = build_module(on_one_worker, NULL_TEXT, PHENOMENA).transformer
     loaded = dict(pipeline.transformer.named_parameters())
     for name, parameter in start.named_parameters():
         moved = not torch.equal(parameter, loaded[name])
@@ -289,7 +290,7 @@ def test_trained_branch_loads_into_the_pipeline(on_one_worker: Config) -> None:
 
 
 def test_only_the_branch_is_trained(config: Config) -> None:
-    transformer = build_module(config, NULL_TEXT).transformer
+    transformer = build_module(config, NULL_TEXT, PHENOMENA).transformer
     for name, parameter in transformer.named_parameters():
         assert parameter.requires_grad == name.startswith("physics_branch.")
 
