@@ -42,8 +42,10 @@ class PhysicsTransformer(ModelMixin):
 
     A family names its `_block_list` (attribute), its `_block` and `_injected_block` (classes), its
     `semantic_text` and the `_text_dim` of it (key of the configuration), makes a `_new_block`, and gives
-    `predict`, `_embed_inputs`, `_embed_patches`. Its `__init__` takes `physics` and ends with
-    `self._add_branch()`. Routers are float32, whatever the precision of the rest.
+    `predict`, `_embed_inputs`, `_embed_patches`. Its `__init__` takes `physics`, `lora_rank` and `lora_alpha`
+    (None without an adapter), and ends with `self._add_branch()`. The configuration has `in_channels`, and
+    `num_attention_heads` times `attention_head_dim` is the width of a token. Routers are float32, whatever
+    the precision of the rest: `_keep_in_fp32_modules` names "router".
 
     Attributes:
         semantic_text: name of the tensor, of those that a text is encoded to, that the semantic experts read:

@@ -119,7 +119,7 @@ def load_vlm(pretrained: str, revision: str | None, dtype: str, device_map: str 
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         model_type = str(config.get("model_type"))
         if model_type not in VLMS:
-            raise ValueError(f"it is a {model_type} model; give one of: {', '.join(VLMS)}")
+            raise ValueError(f"its model_type is {model_type}; give one of: {', '.join(VLMS)}")
         return VLMS[model_type](source, revision, dtype, device_map)
     except (OSError, ValueError) as error:
         if isinstance(error, ProPhyError):

@@ -168,7 +168,7 @@ def test_what_is_not_a_qwen(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match="cannot load vlm.pretrained"):
         load_vlm(str(tmp_path), None, "float32", None)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ProPhyError, match="bert model; give one of: qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(ProPhyError, match="model_type is bert; give one of: qwen2_5_vl, qwen3_vl"):
         load_vlm(str(tmp_path), None, "float32", None)
 
 
