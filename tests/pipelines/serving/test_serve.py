@@ -231,11 +231,15 @@ def test_request_ids_in_answers_and_logs(client: httpx.Client) -> None:
     wait(client, answer.json()["id"])
     node: Any = ray._private.worker._global_node
     folder = Path(node.get_session_dir_path()) / "logs" / "serve"
-    lines = [line for file in folder.glob("replica_prophy_VideoAPI_*") for line in file.open()]
-    events = [json.loads(line) for line in lines if "from-the-client" in line]
-    assert any("accepted" in event["message"] for event in events)
-    completed = [event for event in events if "completed" in event["message"]]
-    assert completed[0]["video_id"] == answer.json()["id"]
+
+    def events(message: str) -> list[dict[str, Any]]:
+        lines = [line for file in folder.glob("replica_prophy_VideoAPI_*") for line in file.open()]
+        found = [json.loads(line) for line in lines if "from-the-client" in line and line.endswith("\n")]
+        return [event for event in found if message in event["message"]]
+
+    assert events("accepted")
+    until(lambda: bool(events("completed")), "a job that a client saw completed is in the log")
+    assert events("completed")[0]["video_id"] == answer.json()["id"]
 
 
 @pytest.mark.parametrize(
