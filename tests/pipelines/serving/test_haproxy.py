@@ -51,7 +51,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.fixture
-def client(written: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+def binary(monkeypatch: pytest.MonkeyPatch) -> str:
+    """HAProxy itself; a Ray of this process has put the product's command in its place."""
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_BINARY_PATH", raising=False)
+    return get_haproxy_binary()
+
+
+@pytest.fixture
+def client(written: tuple[Path, int], binary: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
     """A HAProxy that knows of no application yet, and waits for a request for a second.
 
     It may have 512 files open, and Serve asks for 4096 connections.
@@ -61,11 +68,12 @@ def client(written: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterat
     path = folder / "changed.cfg"
     path.write_text(haproxy.configure(without_socket(folder / "starting.cfg")))
     with subprocess.Popen(
-        [get_haproxy_binary(), "-db", "-f", path],
+        [binary, "-db", "-f", path],
         stderr=subprocess.DEVNULL,
         preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (512, 512)),
     ) as process:
         until(lambda: is_open(port) or process.poll() is not None, "HAProxy listens")
+        assert process.poll() is None, "HAProxy has ended"
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
             yield http
         process.terminate()
@@ -102,13 +110,13 @@ def test_half_a_request_is_cut_off(client: httpx.Client, request_part: str, is_o
 
 
 @pytest.mark.parametrize("name", ["starting", "running"])
-def test_changed_configurations_are_valid(written: tuple[Path, int], name: str) -> None:
+def test_changed_configurations_are_valid(written: tuple[Path, int], binary: str, name: str) -> None:
     folder, port = written
     path = folder / f"{name}-changed.cfg"
     path.write_text(text := haproxy.configure(without_socket(folder / f"{name}.cfg")))
     assert re.findall(r"^ *bind (.*)", text, re.MULTILINE) == [f"127.0.0.1:{port}"]
     assert not re.search("splice-request|prometheus|stats uri|errorfile", text)
-    checked = subprocess.run([get_haproxy_binary(), "-c", "-f", path], stderr=subprocess.PIPE, text=True)
+    checked = subprocess.run([binary, "-c", "-f", path], stderr=subprocess.PIPE, text=True)
     assert checked.returncode == 0, checked.stderr
 
 
