@@ -129,7 +129,7 @@ def count_operations() -> Table:
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     def share(*modules: str) -> float:
-        return sum(counts[f"_Predict.transformer.{name}"] for name in modules) / counts["Global"]
+        return sum(counts[f"_Call.transformer.{name}"] for name in modules) / counts["Global"]
 
     branch = transformer.physics_branch
     blocks = [f"physics_branch.blocks.{index}" for index in range(len(branch.blocks))]
