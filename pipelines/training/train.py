@@ -51,8 +51,9 @@ def run(config: Config) -> Path:
             run folder belongs to another run, another process trains in it, or it cannot be written to; or a
             loss is not finite.
     """
-    model = config.backbone
-    check_bare(model.family, model.pretrained, model.revision)
+    if newest_run(config.checkpoints) is None:  # a run that goes on was let in, and its hub may have moved on
+        model = config.backbone
+        check_bare(model.family, model.pretrained, model.revision)
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
     cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
