@@ -325,7 +325,7 @@ def _open(table: Table, name: str) -> Iterator[pq.ParquetFile]:
         footer = file.metadata.metadata or {}
         if footer.get(b"prophy.fingerprint") != table.footer[b"prophy.fingerprint"]:
             made = json.loads(footer.get(SETTINGS_FOOTER, b"{}"))
-            differing = [key for key in made | table.settings if made.get(key) != table.settings.get(key)]
+            differing = [key for key in table.settings | made if made.get(key) != table.settings.get(key)]
             raise ProPhyError(
                 f"{table.folder / name} was made with other settings "
                 f"({', '.join(differing)}); set them back, or choose another cache.output"
