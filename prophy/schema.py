@@ -22,6 +22,7 @@ The footer of each file of the priors has the names of the phenomena, in the ord
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def open_file(path: Path) -> Iterator[pq.ParquetFile]:
     Raises:
         MissingFileError: it is gone.
         DamagedFileError: it is damaged.
-        ProPhyError: another version of this program wrote it.
+        ProPhyError: another version of this program wrote it, or the system does not let it be read.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -232,7 +233,11 @@ def open_file(path: Path) -> Iterator[pq.ParquetFile]:
         raise MissingFileError(
             f"{path} is gone; run `prophy cache verify`, then `prophy cache` again"
         ) from None
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid) as error:
+        if getattr(error, "errno", None):  # the system's word, and not pyarrow's about the content
+            raise ProPhyError(
+                f"{path} cannot be read ({os.strerror(error.errno)}); see to that first"
+            ) from None
         raise DamagedFileError(path, "is damaged") from None
 
 

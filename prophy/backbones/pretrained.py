@@ -218,8 +218,9 @@ def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Mo
     files = ["model_index.json", "vae/config.json", "transformer/config.json"]
     folder = download(pretrained, revision, files)
     try:
-        pipeline, vae, transformer = (json.loads((folder / file).read_text()) for file in files)
-    except (OSError, ValueError):
+        # A dict of what is no JSON object fails too.
+        pipeline, vae, transformer = (dict(json.loads((folder / file).read_text())) for file in files)
+    except (OSError, ValueError, TypeError):
         raise unloadable(pretrained) from None
     FAMILIES[family].check(pretrained, pipeline, transformer)
     return vae, transformer

@@ -25,7 +25,12 @@ def describe(folder: Path) -> dict[str, Any]:
             f"no trained branch in {folder}; give the `model` folder of a finished training run, or what "
             "`prophy export` wrote"
         )
-    description = json.loads((folder / DESCRIPTION).read_text())
+    try:
+        description = dict(json.loads((folder / DESCRIPTION).read_text()))
+    except (ValueError, TypeError):
+        raise ProPhyError(f"{folder / DESCRIPTION} is no JSON object; export the branch anew") from None
+    if not description.keys() >= {"physics", "backbone"}:
+        raise ProPhyError(f"{folder / DESCRIPTION} holds no physics or no backbone; export the branch anew")
     if "phenomena" not in description["physics"]:
         raise ProPhyError(
             f"{folder / DESCRIPTION} is of an earlier version, which wrote how many phenomena the branch "

@@ -67,3 +67,8 @@ def test_a_name_that_is_no_model(tmp_path: Path) -> None:
             load("nobody/nothing", None)
     with pytest.raises(ProPhyError, match="cannot load"):
         load_configs("wan", str(tmp_path), None)
+    for name in ("model_index.json", "vae/config.json", "transformer/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[1]")
+    with pytest.raises(ProPhyError, match="cannot load"):
+        load_configs("wan", str(tmp_path), None)

@@ -72,6 +72,18 @@ def test_a_branch_that_names_no_phenomena_is_refused(transformer: PhysicsTransfo
         load_branch(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "wrong"), [("{", "no JSON object"), ("[1]", "no JSON object"), ("{}", "holds no physics")]
+)
+def test_a_damaged_description_is_named(
+    transformer: PhysicsTransformer, tmp_path: Path, content: str, wrong: str
+) -> None:
+    save_branch(transformer, tmp_path, {"name": "x", "revision": None, "fingerprint": "0"})
+    (tmp_path / "physics_branch.json").write_text(content)
+    with pytest.raises(ProPhyError, match=f"physics_branch.json .*{wrong}.*; export the branch anew"):
+        load_branch(tmp_path)
+
+
 def test_settings_that_no_branch_has(transformer: PhysicsTransformer) -> None:
     for wrong, message in (
         ({"top_k": 5}, r"top_k \(5\) must not exceed num_refinement_experts \(4\)"),

@@ -6,6 +6,7 @@ import { byId, element } from "./dom.js";
 const known = new Map();    // id -> video, newest first by created_at
 const begun = new Map();    // id -> [time, progress] when its progress was first seen
 const polled = new Set();   // ids that are being asked after
+const removed = new Set();  // ids that this tab deleted; a list that was under way still has them
 let last = null;            // the last id of the last page
 let report = () => {};
 
@@ -55,6 +56,7 @@ function remember(page) {
 }
 
 export function add(video) {
+  if (removed.has(video.id)) return;
   const before = known.get(video.id)?.status;
   known.set(video.id, video);
   if (video.status === "in_progress" && video.progress > 0 && !begun.has(video.id))
@@ -86,6 +88,7 @@ async function poll(id) {
 
 async function forget(video) {
   await remove(video.id).catch((error) => { if (error.status !== 404) throw error; });
+  removed.add(video.id);
   known.delete(video.id);
   render();
 }

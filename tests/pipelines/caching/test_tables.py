@@ -33,6 +33,7 @@ from prophy.schema import (
     DamagedFileError,
     latents_columns,
     latents_of,
+    open_file,
     text_column,
     text_of,
 )
@@ -208,6 +209,16 @@ def test_damaged_pages_and_footers_are_named(table: Table) -> None:
     (table.folder / INDEX).unlink()
     with pytest.raises(ProPhyError, match=f"{file} is damaged"):
         update_index(table)
+
+
+def test_what_the_system_does_not_let_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.parquet"
+    loop.symlink_to(loop)
+    with (
+        pytest.raises(ProPhyError, match=r"cannot be read \(Too many levels of symbolic links\)"),
+        open_file(loop),
+    ):
+        pass
 
 
 def test_a_damaged_quarantine_is_named(table: Table) -> None:
