@@ -234,10 +234,8 @@ def open_file(path: Path) -> Iterator[pq.ParquetFile]:
             f"{path} is gone; run `prophy cache verify`, then `prophy cache` again"
         ) from None
     except (OSError, pa.ArrowInvalid) as error:
-        if getattr(error, "errno", None):  # the system's word, and not pyarrow's about the content
-            raise ProPhyError(
-                f"{path} cannot be read ({os.strerror(error.errno)}); see to that first"
-            ) from None
+        if number := getattr(error, "errno", None):  # the system's word, not pyarrow's about the content
+            raise ProPhyError(f"{path} cannot be read ({os.strerror(number)}); see to that first") from None
         raise DamagedFileError(path, "is damaged") from None
 
 
