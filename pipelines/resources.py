@@ -64,7 +64,10 @@ def needs_of(config: Config, work: Work) -> list[Need]:
     """What runs at the same time for some work; each reader beside a cutter and a task of the sink."""
     if work == "train":
         train, size = config.train, config.train.num_workers
-        return [Need("train.num_workers", size, train.cpus_per_worker, train.gpus_per_worker, size)]
+        needs = [Need("train.num_workers", size, train.cpus_per_worker, train.gpus_per_worker, size)]
+        if train.evaluates and train.evaluation_gpus:  # else it may wait for a CPU
+            needs.append(Need("train.evaluation_gpus", 1, train.evaluation_cpus, train.evaluation_gpus))
+        return needs
     if work == "serve":
         serve, at_least = config.serve, max(1, config.serve.min_replicas)
         return [Need("serve.max_replicas", serve.max_replicas, serve.num_cpus, serve.num_gpus, at_least)]

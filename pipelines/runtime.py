@@ -30,6 +30,8 @@ WORKER_ENVIRONMENT = {
     "RAY_task_events_max_num_task_in_gcs": "1000",
     # By default workers yield to all else that runs, which slows them on a machine of few cores.
     "RAY_worker_niceness": "0",
+    # By default what reserves no GPU sees all of them, and would take one beside what has reserved it.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # By default a node that is not there after 30 s, as on a busy machine, is given up.
     "RAY_raylet_start_wait_time_s": "180",
 }

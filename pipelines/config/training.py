@@ -152,7 +152,10 @@ class TrainConfig(Section):
     """CPUs of the task that measures and samples beside the workers; they do not wait for it."""
 
     evaluation_gpus: Annotated[NonNegativeFloat, How()] = 0.0
-    """GPUs of the task that measures and samples beside the workers; 0 runs it on the CPU."""
+    """GPUs of the task that measures and samples beside the workers; 0 runs it on the CPU.
+
+    Where workers have GPUs it needs one of its own, beside theirs: it loads the whole backbone.
+    """
 
     seed: int = 0
     """Seed of new parameters, of the order of clips, of noise and of timesteps."""
@@ -162,6 +165,9 @@ class TrainConfig(Section):
 
     save_every: Annotated[PositiveInt, How()] = 500
     """Optimizer steps between two checkpoints: at most this much work is lost."""
+
+    save_every_s: Annotated[PositiveFloat, How()] = 1800.0
+    """Seconds after which a checkpoint is due in any case; a step of a large backbone takes minutes."""
 
     num_to_keep: Annotated[PositiveInt, How()] = 2
     """Checkpoints that are kept, the newest. Two, so that a damaged one has a predecessor."""
@@ -175,6 +181,11 @@ class TrainConfig(Section):
 
     max_failures: Annotated[NonNegativeInt, How()] = 2
     """Restarts from the last checkpoint when a worker dies, after which the run ends with the error."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether checkpoints are measured or make videos."""
+        return bool(self.num_held_out or self.sample_prompts)
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -191,4 +202,9 @@ class TrainConfig(Section):
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} at least")
+        if self.gpus_per_worker and self.evaluates and not self.evaluation_gpus:
+            raise ValueError(
+                f"evaluation_gpus is 0 while workers have gpus_per_worker ({self.gpus_per_worker:g}); set it "
+                f"to 1, with a GPU more than workers take, or num_held_out to 0 and no sample_prompts"
+            )
         return self

@@ -92,6 +92,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     # 2. Steps; a process of its own reads ahead
     loader = read_ahead(dataset, range(first_step, train.num_steps))
     saved, preempted, asked, clock = first_step, False, 0.0, StepClock()
+    saved_at = time.monotonic()
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
         outputs, learning_rate = [], set_learning_rate(engine, train)
         load, later = None, [batch.to(device) for batch in batches[1:]]
@@ -120,18 +121,22 @@ def _train(loop_config: dict[str, Any]) -> None:
             with writing(f"write the metrics of step {step}"):
                 if log is not None:
                     log.write(step, metrics, clock.read())
-        overdue = time.monotonic() - asked > _ASK_EVERY_S
-        stop, ask = _from_rank_0(rank == 0 and (root / STOP_FILE).exists(), overdue)
+        now = time.monotonic()
+        stop, ask, due = _from_rank_0(
+            rank == 0 and (root / STOP_FILE).exists(),
+            now - asked > _ASK_EVERY_S,
+            now - saved_at > train.save_every_s or step % train.save_every == 0 or step == train.num_steps,
+        )
         # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
         leaving = ask and ray.train.get_preemption_info() is not None and not preempted
         if ask:
-            asked = time.monotonic()
-        if step % train.save_every == 0 or step == train.num_steps or stop or leaving:
+            asked = now
+        if due or stop or leaving:
             transformer = engine.module.transformer
             run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
             run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
             save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
-            saved, preempted = step, preempted or leaving
+            saved, saved_at, preempted = step, time.monotonic(), preempted or leaving
         if stop:
             return
 

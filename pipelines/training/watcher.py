@@ -35,7 +35,7 @@ def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
         cache: its samples.
         root: folder of the results: `evaluation.jsonl`, `samples/`, and `tensorboard/evaluation/`.
     """
-    if not (config.train.num_held_out or config.train.sample_prompts):
+    if not config.train.evaluates:
         yield
         return
     ended, failed = threading.Event(), threading.Event()

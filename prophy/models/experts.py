@@ -159,7 +159,10 @@ class RefinementExpertBlock(nn.Module):
 
         # 2. One product per expert, then back to the order of the tokens
         rows = x_TD.to(dtype).index_select(0, order // self.top_k)
-        products = F.grouped_mm(rows, self.weight.to(dtype).mT, offs=ends_E)
+        # Some GPUs give an expert without rows a gradient of whatever lay in memory (pytorch#172439).
+        has_rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
+        weight_EDD = self.weight.to(dtype).where(has_rows_E[:, None, None], 0)
+        products = F.grouped_mm(rows, weight_EDD.mT, offs=ends_E)
         products_TKD = products.index_select(0, order.argsort()).view(*experts_TK.shape, -1)
 
         # 3. The weighted sum; biases are added for all experts at once, by weights that are mostly zero

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 import torch
 from diffusers import ModelMixin
@@ -61,6 +61,16 @@ class PhysicsTransformer(ModelMixin):
     _block: ClassVar[type[nn.Module]]
     _injected_block: ClassVar[type[nn.Module]]
     _text_dim: ClassVar[str]
+
+    def enable_parallelism(self, **_: Any) -> NoReturn:
+        """Refuses: the backbones' plans split their own tokens, and leave those of the branch whole.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a transformer with a Physical Branch runs on one device; load one per device"
+        )
 
     @classmethod
     def from_transformer(cls, backbone: ModelMixin, physics: Mapping[str, Any]) -> Self:

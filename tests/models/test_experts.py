@@ -119,6 +119,24 @@ def test_only_chosen_experts_get_gradient() -> None:
     assert [bool(gradient.any()) for gradient in block.bias.grad] == reached
 
 
+def test_an_expert_without_tokens_has_no_gradient_whatever_the_kernel_leaves_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Blackwell (pytorch#172439): there the product's gradient is what lay in memory."""
+    product, empty = F.grouped_mm, torch.tensor([False, False, True])[:, None, None]
+
+    def leaves_garbage(rows: torch.Tensor, weight: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        weight.register_hook(lambda gradient: gradient.where(~empty, torch.nan))
+        return product(rows, weight, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", leaves_garbage)
+    block = RefinementExpertBlock(8, 3, 1, 17)
+    choices = torch.tensor([[0], [1], [0], [1]])
+    block._apply_experts(torch.randn(4, 8), torch.ones(4, 1), choices).square().sum().backward()
+    gradient = block.weight.grad
+    assert gradient.isfinite().all() and not gradient[2].any() and gradient[:2].flatten(1).any(1).all()
+
+
 def test_inversion_takes_the_last_experts_and_leaves_the_maps_alone() -> None:
     block = RefinementExpertBlock(8, 4, 1, 17)
     tokens = torch.randn(1, 6, 8)

@@ -1,12 +1,16 @@
 """What has room in the cluster, and what is said of what has none."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import ray
 
-from pipelines.resources import Need, room_for
+from pipelines.resources import Need, needs_of, room_for
 from prophy.errors import ProPhyError
+from tests.conftest import tiny_config
 
 
 @pytest.fixture
@@ -42,6 +46,30 @@ def test_gpus_of_two_nodes_do_not_make_one_actor(nodes: list[dict[str, float]]) 
         match=r"^cache.extract needs 1 x 1 CPU \+ 2 GPU; the cluster has 16 CPU and 2 GPU in 2 node",
     ):
         room_for([Need("cache.extract", 1, 1.0, 2.0)])
+
+
+def test_an_evaluation_on_a_gpu_has_one_of_its_own(tmp_path: Path) -> None:
+    on_gpus = ("train.gpus_per_worker=1", "train.num_held_out=2", "train.evaluation_gpus=1")
+    config = tiny_config(tmp_path, *on_gpus)
+    workers = Need("train.num_workers", 2, config.train.cpus_per_worker, 1, at_least=2)
+    assert needs_of(config, "train") == [workers, Need("train.evaluation_gpus", 1, 1, 1)]
+    assert len(needs_of(tiny_config(tmp_path, "train.num_held_out=2"), "train")) == 1
+
+
+def test_what_reserves_no_gpu_sees_none() -> None:
+    """With GPUs that are not there: Ray hides them by a variable that it reads as it starts."""
+    script = (
+        "import os, ray\n"
+        "from pipelines.runtime import WORKER_ENVIRONMENT\n"
+        "os.environ.update(WORKER_ENVIRONMENT)\n"
+        "ray.init('local', num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)\n"
+        "seen = ray.remote(lambda: os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
+        "print(ray.get([seen.options(num_gpus=count).remote() for count in (0, 1)]))\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.splitlines()[-1] in ("['', '0']", "['', '1']")
 
 
 def test_workers_that_start_together_fit_all_or_none(nodes: list[dict[str, float]]) -> None:

@@ -134,6 +134,14 @@ def test_nothing_to_train() -> None:
     assert not load_config("tiny", [*nothing, "train.backbone=lora"]).physics.any
 
 
+def test_an_evaluation_beside_the_workers_of_a_gpu() -> None:
+    """It would take a GPU that a worker has."""
+    beside = ["train.gpus_per_worker=1", "train.sample_prompts=[a ball falls]"]
+    with pytest.raises(ProPhyError, match=r"evaluation_gpus is 0 while workers have gpus_per_worker \(1\)"):
+        load_config("tiny", beside)
+    assert load_config("tiny", [*beside, "train.evaluation_gpus=1"]).train.evaluates
+
+
 def test_precisions_that_do_not_go_together() -> None:
     mixed = ["train.precision=fp32", "backbone.dtype=bfloat16"]
     with pytest.raises(

@@ -15,12 +15,12 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from pipelines.generation.limits import shape_limits
 from pipelines.serving.middleware import hash_key, new_key
 from pipelines.serving.replica import VideoGenerator
-from tests.servers import http_server, save_checkpoint, serve_config
+from tests.servers import PATIENCE_S, http_server, save_checkpoint, serve_config
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
 KEY = new_key()
-PATIENCE_MS = 60_000
+PATIENCE_MS = 1000 * PATIENCE_S
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> a red ball falls"
 
 expect.set_options(timeout=PATIENCE_MS)

@@ -118,8 +118,14 @@ def resumed(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("resumed")
     cache = folder / "cache"
     shutil.copytree(tiny_cache.cache.output, cache)
-    overrides = (f"cache.output={cache}", "train.num_steps=50", "train.save_every=1", "train.num_to_keep=50")
-    config = train_config(tiny_cache, stopped(through, folder / "run"), *overrides, "train.max_failures=2")
+    overrides = (
+        f"cache.output={cache}",
+        "train.num_steps=50",
+        "train.num_to_keep=50",
+        "train.max_failures=2",
+    )
+    by_time = ("train.save_every=1000", "train.save_every_s=1e-9")  # at every step
+    config = train_config(tiny_cache, stopped(through, folder / "run"), *overrides, *by_time)
     table = Path(encodings_folder(config))
     shapes = PriorCache(cache / "priors", table).shapes
     plan = BatchPlan(shapes, 4, config.train.seed)
