@@ -125,9 +125,9 @@ def test_an_expert_without_tokens_has_no_gradient_whatever_the_kernel_leaves_the
     """As on Blackwell (pytorch#172439): there the product's gradient is what lay in memory."""
     product, empty = F.grouped_mm, torch.tensor([False, False, True])[:, None, None]
 
-    def leaves_garbage(rows: torch.Tensor, weight: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+    def leaves_garbage(rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         weight.register_hook(lambda gradient: gradient.where(~empty, torch.nan))
-        return product(rows, weight, **options)
+        return product(rows, weight, offs=offs)
 
     monkeypatch.setattr(F, "grouped_mm", leaves_garbage)
     block = RefinementExpertBlock(8, 3, 1, 17)
