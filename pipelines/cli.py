@@ -378,6 +378,8 @@ def main() -> None:
     for name in ("pipelines", "prophy"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Whatever loads diffusers loads DeepSpeed, whose first word on a laptop is a warning that it has no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     # Workers inherit it: no bar for each file that a library loads.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
