@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -346,6 +347,24 @@ def test_defaults_beyond_the_limits(tmp_path: Path, limit: str) -> None:
 def test_replicas_out_of_order(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match=r"min_replicas \(3\) must not exceed max_replicas \(2\)"):
         tiny_config(tmp_path, "serve.min_replicas=3", "serve.max_replicas=2")
+
+
+@pytest.mark.parametrize("attempts", [[TimeoutError("60 s")] * 2, [ray.exceptions.ActorDiedError()]])
+def test_a_serve_that_does_not_start_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, attempts: list[Exception]
+) -> None:
+    """As on a machine so busy that a proxy is given up; one that is only slow is waited for once more."""
+    left = iter(attempts)
+    app: Any = None  # never reached
+
+    def start(**_: Any) -> None:
+        raise next(left)
+
+    monkeypatch.setattr(serve.serve, "start", start)
+    monkeypatch.setattr(serve.serve, "status", lambda: SimpleNamespace(applications={}))
+    with pytest.raises(ProPhyError, match=r"^Ray Serve does not start: .*; is the machine too busy"):
+        serve._deploy(app, "127.0.0.1", 1)
+    assert not list(left)
 
 
 def test_checkpoint_of_another_backbone(config: Config, tmp_path: Path) -> None:
