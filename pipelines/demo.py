@@ -25,6 +25,7 @@ from pipelines.sandbox import simulate
 from pipelines.serving import serve
 from pipelines.training import train
 from prophy import sandbox
+from prophy.errors import ProPhyError
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.schema import ROW_FILES, read_phenomena
 
@@ -76,6 +77,12 @@ def run(config: Config) -> Path:
     with watch.step("report"):
         report = _report(trained, manifest, dict(zip(PROMPTS, videos, strict=True)), served, watch)
     logger.info("the report is %s", report.resolve())
+    logger.info(
+        "make videos of your own on the page at http://127.0.0.1:8000: "
+        "prophy serve --set run_dir=%s --set checkpoint=%s",
+        config.run_dir,
+        trained.checkpoint,
+    )
     return report
 
 
@@ -86,6 +93,8 @@ def _request(url: str, prompt: str, path: Path) -> Path:
         while job["status"] not in ("completed", "failed"):
             time.sleep(0.2)
             job = client.get(f"/v1/videos/{job['id']}").raise_for_status().json()
+        if job["status"] == "failed":
+            raise ProPhyError(f"the server did not make the video: {job['error']['message']}")
         path.write_bytes(client.get(f"/v1/videos/{job['id']}/content").raise_for_status().content)
     return path
 
