@@ -226,15 +226,19 @@ def times(folder: str) -> dict[str, int]:
     return {name: Path(folder, name).stat().st_mtime_ns for name in file_names(Path(folder))}
 
 
-def kill_whoever_begins(file: Path, stop: threading.Event) -> None:
-    """Sends SIGSEGV to every process that begins to work on a clip."""
-    killed = 0
-    while not stop.is_set():
-        pids = file.read_text().splitlines() if file.exists() else []
-        for pid in map(int, pids[killed:]):
-            os.kill(pid, signal.SIGSEGV)
-            killed += 1
-        time.sleep(0.002)
+# A process of its own: a thread of the driver may wait for it longer than a clip takes.
+KILL_WHOEVER_BEGINS = """
+import os, signal, sys, time
+from pathlib import Path
+
+marker, killed = Path(sys.argv[1]), 0
+while True:
+    pids = marker.read_text().splitlines() if marker.exists() else []
+    for pid in map(int, pids[killed:]):
+        os.kill(pid, signal.SIGSEGV)
+        killed += 1
+    time.sleep(0.001)
+"""
 
 
 def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
@@ -256,18 +260,15 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
             time.sleep(0.002)
         (clips / "3.mp4").rename(tmp_path / "hidden")
 
-    helpers = [
-        threading.Thread(target=kill_whoever_begins, args=(marker, stop)),
-        threading.Thread(target=hide_the_last),
-    ]
-    for helper in helpers:
-        helper.start()
-    try:
-        summary = cache.run(config)
-    finally:
-        stop.set()
-        for helper in helpers:
-            helper.join()
+    hiding = threading.Thread(target=hide_the_last)
+    hiding.start()
+    with subprocess.Popen([sys.executable, "-c", KILL_WHOEVER_BEGINS, marker]) as killer:
+        try:
+            summary = cache.run(config)
+        finally:
+            killer.kill()
+            stop.set()
+            hiding.join()
     assert summary.num_encodings == 2
     quarantine = read_quarantine(Path(config.cache.output, "quarantine")).to_pylist()
     [gone] = [row for row in quarantine if row["error_type"] == "DeadlyClipError"]

@@ -208,10 +208,12 @@ def test_one_worker_goes_on_where_two_stopped(through: Config, on_one_worker: Co
         before = expected.tensor("parameter", f"transformer.physics_branch.{name}")
         # Adam makes a whole step of a gradient that is nothing but rounding, so single numbers may differ.
         assert torch.linalg.vector_norm(value - before) <= 1e-3 * torch.linalg.vector_norm(before), name
+    first = saved_steps(through.run_dir)[1] + 1  # the same parameters, and no step of Adam yet
     for old, new in zip(rows(through.run_dir), rows(on_one_worker.run_dir), strict=True):
         assert old["step"] == new["step"]
         for key in ("loss", "diffusion", "token_alignment", "semantic_alignment", "load_balancing"):
-            assert new[key] == pytest.approx(old[key], rel=1e-3)
+            # Then a rounding may send a token to another expert, and its losses jump.
+            assert new[key] == pytest.approx(old[key], rel=1e-5 if old["step"] <= first else 1e-2)
 
 
 def test_a_loss_that_is_not_finite(through: Config, resumed: Ended) -> None:
