@@ -208,12 +208,16 @@ def test_one_worker_goes_on_where_two_stopped(through: Config, on_one_worker: Co
         before = expected.tensor("parameter", f"transformer.physics_branch.{name}")
         # Adam makes a whole step of a gradient that is nothing but rounding, so single numbers may differ.
         assert torch.linalg.vector_norm(value - before) <= 1e-3 * torch.linalg.vector_norm(before), name
-    first = saved_steps(through.run_dir)[1] + 1  # the same parameters, and no step of Adam yet
     for old, new in zip(rows(through.run_dir), rows(on_one_worker.run_dir), strict=True):
         assert old["step"] == new["step"]
-        for key in ("loss", "diffusion", "token_alignment", "semantic_alignment", "load_balancing"):
-            # Then a rounding may send a token to another expert, and its losses jump.
-            assert new[key] == pytest.approx(old[key], rel=1e-5 if old["step"] <= first else 1e-2)
+        # After a step of Adam a rounding may send a token to another expert: shares move by whole choices, of
+        # which there are 2560 in a step, and the losses jump. Where no token moved, nothing does.
+        moved = sum(abs(new[f"expert_load/{index}"] - old[f"expert_load/{index}"]) for index in range(8))
+        bound = 1e-3 + moved if moved > 1e-6 else 1e-5
+        for key in ("loss", "diffusion", "token_alignment", "semantic_alignment"):
+            assert new[key] == pytest.approx(old[key], rel=bound)
+        # E times the sum of f_i P_i, where P_i is 1 at most and f_i the share.
+        assert new["load_balancing"] == pytest.approx(old["load_balancing"], rel=bound, abs=8 * moved)
 
 
 def test_a_loss_that_is_not_finite(through: Config, resumed: Ended) -> None:
