@@ -61,7 +61,7 @@ def asking(location: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ProPhyError, VideoError):
+    except (OSError, ProPhyError):
         raise
     except Exception as error:
         raise OSError(f"{location} cannot be had: {type(error).__name__}: {error}") from error
