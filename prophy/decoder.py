@@ -31,7 +31,7 @@ class Decoder:
     """`probe` and `read_frames` of `prophy.video` in a child process, which starts on the first call.
 
     Args:
-        max_memory_bytes: address space of the child, most of 1 GB of which are its libraries.
+        max_memory_bytes: address space of the child, about 0.25 GB of which are its libraries.
         max_seconds: time that one call may take.
     """
 

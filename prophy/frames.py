@@ -44,6 +44,7 @@ SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixe
 # Demuxers of the suffixes above. Playlists and network protocols, which open other files, are not among them.
 _OPEN_OPTIONS = {"format_whitelist": ",".join(_SUFFIXES), "protocol_whitelist": "file"}
 _READ_THROUGH = ("mpeg",)  # demuxers whose times are wrong after a seek: most packets have none of their own
+_MOST_BYTES_OF_A_PIXEL = 8
 _MOST_COMPARED = 64  # packets from the beginning of a file; B-frames come every few
 _DEFAULT_TRACK = 5_000_000  # pixels that FFmpeg counts a track as larger for being the default one
 
@@ -283,6 +284,9 @@ def _decoded(packets: Iterable[Packet]) -> Iterator[tuple[Packet, list[VideoFram
     """Each packet, and the frames that the decoder lets go when given it.
 
     There are none before the first key frame, nor for a packet that the decoder refuses.
+
+    Raises:
+        MemoryError: a packet was refused for want of memory.
     """
     has_begun = False
     for packet in packets:
@@ -294,8 +298,14 @@ def _decoded(packets: Iterable[Packet]) -> Iterator[tuple[Packet, list[VideoFram
             except MemoryError:
                 raise
             except av.FFmpegError:
-                pass
+                _check_memory(packet)
         yield packet, frames
+
+
+def _check_memory(packet: Packet) -> None:
+    """A decoder calls a packet invalid too where there is no room for its frame."""
+    context = packet.stream.codec_context
+    bytes(_MOST_BYTES_OF_A_PIXEL * context.width * context.height)  # raises; gives back at once what it takes
 
 
 def _bwdif(layout: Layout) -> Graph:

@@ -32,8 +32,8 @@ class VideoLimits(Section):
     The default lets a slow disk or bucket pass, and stops a decoder that hangs.
     """
 
-    max_memory_bytes: PositiveInt = 4_000_000_000
-    """Address space of a decoding process in bytes. Its libraries take about 1 GB of it."""
+    max_memory_bytes: int = Field(4_000_000_000, ge=500_000_000)
+    """Address space of a decoding process in bytes. Its libraries take about 0.25 GB of it."""
 
 
 class CacheConfig(Section):

@@ -137,11 +137,19 @@ def test_openai_client(openai_client: Any) -> None:
 
 
 def test_openai_client_that_tries_again_with_one_key_makes_one_video(client: httpx.Client) -> None:
+    class LosesAnswers(httpx.HTTPTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            super().handle_request(request).read()
+            requests.append(request)
+            raise httpx.ReadTimeout("the answer is lost", request=request)
+
     url = f"{client.base_url}/v1"
-    timeout: Any = httpx.Timeout(9, read=0.001)
-    retrying = openai.OpenAI(base_url=url, api_key="unused", max_retries=2, timeout=timeout)
+    requests: list[httpx.Request] = []
+    http_client: Any = httpx.Client(transport=LosesAnswers(), timeout=60)
+    retrying = openai.OpenAI(base_url=url, api_key="unused", max_retries=2, http_client=http_client)
     with pytest.raises(openai.APITimeoutError):
         retrying.videos.create(prompt="again", extra_headers={"idempotency-key": "one"}, extra_body=STEP)
+    assert len(requests) == 3
     patient = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
     made = patient.videos.create(prompt="again", extra_headers={"idempotency-key": "one"}, extra_body=STEP)
     listed = client.get("/v1/videos", params={"limit": 100}).json()["data"]
