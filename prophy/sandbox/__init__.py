@@ -4,6 +4,7 @@ from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, play_pa
 from prophy.sandbox.contact_sheet import contact_sheet
 from prophy.sandbox.dataset import StoredClip, held_clips, read_truth, write_dataset
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, FLOOR_M, WORLD_M
+from prophy.sandbox.laws import WHEN_BROKEN, Law
 from prophy.sandbox.phenomena import PHENOMENA, Phenomenon, check_taxonomy
 from prophy.sandbox.scene import SIDES, Part, Scene, describe
 from prophy.sandbox.splits import HELD_OUT_PAIRS, HELD_OUT_TRIPLES, Split
@@ -17,8 +18,10 @@ __all__ = [
     "PHENOMENA",
     "SCENES",
     "SIDES",
+    "WHEN_BROKEN",
     "WORLD_M",
     "ClipTruth",
+    "Law",
     "Part",
     "Phenomenon",
     "Scene",

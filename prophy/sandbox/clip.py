@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prophy.sandbox import dynamics, optics, thermodynamics
+from prophy.sandbox import dynamics, matter, optics, thermodynamics
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, WORLD_M, Canvas
+from prophy.sandbox.laws import Law
 from prophy.sandbox.phenomena import PHENOMENA, Phenomenon
 from prophy.sandbox.scene import SIDES, Part, Scene, describe, words_of
 from prophy.sandbox.splits import Split, split_of
 
-SCENES: tuple[Scene, ...] = dynamics.SCENES + thermodynamics.SCENES + optics.SCENES
+SCENES: tuple[Scene, ...] = dynamics.SCENES + matter.SCENES + thermodynamics.SCENES + optics.SCENES
 
 _ARRANGEMENTS = (("left",), ("right",), ("middle",), ("left", "right"))
 _ARRANGEMENT_SHARES = (0.2, 0.2, 0.1, 0.5)
@@ -97,9 +98,24 @@ def simulate_clip(
 
 
 def play_parts(
-    parts: tuple[Part, ...], rng: np.random.Generator, *, num_frames: int, fps: float, size: int
+    parts: tuple[Part, ...],
+    rng: np.random.Generator,
+    *,
+    num_frames: int,
+    fps: float,
+    size: int,
+    broken: Law | None = None,
 ) -> SimulatedClip:
-    """Simulates just these scenes; `rng` draws what they leave open. The rest is as in `simulate_clip`."""
+    """Simulates just these scenes.
+
+    Args:
+        parts: the scenes.
+        rng: draws what they leave open.
+        num_frames: as in `simulate_clip`, as are `fps` and `size`.
+        fps: frame rate.
+        size: height and width in pixels.
+        broken: a law that these scenes break; from the same `rng` comes the same clip but for that law.
+    """
     times_s = np.arange(num_frames) / fps
     top, bottom = rng.uniform(*BACKGROUND, 3), rng.uniform(*BACKGROUND, 3)
     gradient = np.linspace(top, bottom, size, dtype=np.float32)[:, None]
@@ -111,7 +127,7 @@ def play_parts(
     for part in parts:
         columns = slice(*(round(share * size) for share in SIDES[part.side]))
         canvas = Canvas(frames[:, :, columns], times_s, size / WORLD_M)
-        positions, laws = part.scene.play(canvas, rng, COLOURS[part.colour])
+        positions, laws = part.scene.play(canvas, rng, COLOURS[part.colour], broken)
         masks[part.phenomenon] = np.zeros(frames.shape[:3], bool)
         masks[part.phenomenon][:, :, columns] = canvas.mask
         centre = np.array([(columns.start + columns.stop) / 2 / canvas.pixels_per_m, 0.0])

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 
 from prophy.sandbox.drawing import COLOURS, DARK, FLOOR_M, GREY, WHITE, Canvas, Colour, mix, over_time
+from prophy.sandbox.laws import Law
 from prophy.sandbox.phenomena import Phenomenon
 from prophy.sandbox.scene import Outcome, scene
 
@@ -45,8 +46,9 @@ def _unit(angle: float) -> np.ndarray:
     "a {colour} light beam hits a mirror",
     "a mirror reflects a {colour} light beam",
     "a {colour} light beam reflects off a mirror",
+    laws=(Law.REFLECTION,),
 )
-def mirror(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def mirror(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """A beam of direction d meets a mirror of normal n: r = d - 2 (d.n) n, so angle in = angle out."""
     side = rng.choice([-1.0, 1.0])
     tilt, speed = rng.uniform(-0.12, 0.12), rng.uniform(7.0, 9.0)
@@ -55,6 +57,8 @@ def mirror(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
     normal = _unit(tilt)
     incoming = (hit - start) / np.linalg.norm(hit - start)
     outgoing = incoming - 2 * (incoming @ normal) * normal
+    if broken is Law.REFLECTION:  # along the normal, whatever the angle
+        outgoing = normal
     corners = np.stack([start, hit, hit + 12 * outgoing])
     arrival = np.cumsum([-0.15, np.linalg.norm(hit - start) / speed, 12 / speed])
 
@@ -75,12 +79,13 @@ def mirror(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
     "a {colour} light beam bends in glass",
     "a {colour} light beam enters glass and bends",
     "a glass block bends a {colour} light beam",
+    laws=(Law.REFRACTION,),
 )
-def glass_block(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def glass_block(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """A beam crosses glass of index n: sin(in) = n sin(out) (Snell), its front is n times slower inside."""
     side, index = rng.choice([-1.0, 1.0]), rng.uniform(1.4, 2.2)
     angle, speed, surface = rng.uniform(0.6, 0.9), rng.uniform(7.0, 9.0), rng.uniform(5.8, 6.6)
-    refracted = np.arcsin(np.sin(angle) / index)
+    refracted = np.arcsin(np.sin(angle) / index) * (-1 if broken is Law.REFRACTION else 1)
     thickness = rng.uniform(2.4, 3.0)
     hit = np.array([-0.3 * side * canvas.half_width, surface])
     outside, within = _unit(np.pi - side * angle), _unit(np.pi - side * refracted)
@@ -108,8 +113,9 @@ def glass_block(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Out
     "a {colour} light beam scatters in fog",
     "fog scatters a {colour} light beam",
     "{colour} light scatters in a cloud",
+    laws=(Law.ABSORPTION,),
 )
-def foggy_beam(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def foggy_beam(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """Light in fog is scattered after an exponential free path: the beam fades as exp(-depth / path) (Beer).
 
     Each scattered photon leaves in a random direction.
@@ -121,10 +127,11 @@ def foggy_beam(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outc
     canvas.blend(0.3 * np.clip(haze, 0, 1), GREY)
 
     depth = np.maximum(top - canvas.y, 0)
+    fading = np.float32(np.inf if broken is Law.ABSORPTION else path)
     reached = canvas.cover(over_time(9.5 - speed * (canvas.times_s + 0.15)) - canvas.y)
-    beam = np.exp(-depth / np.float32(path)) * reached * canvas.cover(np.abs(canvas.x - x) - BEAM_M / 2)
+    beam = np.exp(-depth / fading) * reached * canvas.cover(np.abs(canvas.x - x) - BEAM_M / 2)
     canvas.blend(beam, mix(colour, WHITE, 0.3), masked_above=0.2)
-    halo = np.exp(-depth / np.float32(path) - np.abs(canvas.x - x) / 0.8) * reached * (depth > 0)
+    halo = np.exp(-depth / fading - np.abs(canvas.x - x) / 0.8) * reached * (depth > 0)
     canvas.blend(0.5 * halo, colour, masked_above=0.06)
 
     scattered_at = rng.exponential(path, count)
@@ -150,14 +157,16 @@ def foggy_beam(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outc
     "{colour} light interferes behind two slits",
     "two slits make a {colour} pattern of light",
     "{colour} light makes fringes behind two slits",
+    laws=(Law.INTERFERENCE,),
 )
-def two_slits(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def two_slits(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """Two slits of width a: intensity = cos^2(pi (r1 - r2) / wavelength) sinc^2(a sin(angle) / wavelength).
 
     r1 and r2 are the ways from the slits. On a screen at distance L behind slits d apart, fringes are
     wavelength x L / d apart. The wavelength is that of the colour, magnified `MAGNIFICATION` times.
     """
     wavelength = MAGNIFICATION * WAVELENGTHS_M[colour]
+    apparent = wavelength * (1.8 if broken is Law.INTERFERENCE else 1)  # what the fringes obey
     apart, wall, screen, opening = rng.uniform(1.5, 1.9), rng.uniform(7.0, 7.6), FLOOR_M, 0.4
     speed = rng.uniform(7.0, 9.0)
     slits = np.array([-apart / 2, apart / 2])
@@ -165,7 +174,7 @@ def two_slits(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outco
     to_left, to_right = (np.hypot(canvas.x - np.float32(slit), below) for slit in slits)
     angle = canvas.x / np.hypot(canvas.x, below)
     envelope = np.sinc(opening * angle / wavelength) ** 2
-    intensity = np.cos(np.pi * (to_left - to_right) / wavelength) ** 2 * envelope
+    intensity = np.cos(np.pi * (to_left - to_right) / apparent) ** 2 * envelope
     front = 9.8 - speed * (canvas.times_s + 0.1)
     beyond = over_time(np.maximum(wall - front, 0))
     lit = canvas.cover(np.minimum(to_left, to_right) - beyond) * (canvas.y < wall) * (canvas.y > screen)
@@ -179,7 +188,7 @@ def two_slits(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outco
     shown = canvas.cover(canvas.box(-9, 9, screen - 0.9, screen)) * (beyond > wall - screen)
     canvas.blend(intensity * shown, colour)
     canvas.mask |= envelope * shown > 0.2
-    spacing = wavelength * (wall - screen) / apart
+    spacing = apparent * (wall - screen) / apart
     return {"wave_front": np.stack([np.zeros_like(front), np.maximum(front, screen)], 1)}, {
         "wavelength_m": wavelength,
         "slit_distance_m": apart,
@@ -193,8 +202,9 @@ def two_slits(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outco
     "a {colour} lamp switches on",
     "a {colour} lamp lights up",
     "a {colour} lamp shines on the floor",
+    laws=(Law.INVERSE_SQUARE,),
 )
-def lamp(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def lamp(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """A lamp at height h warms up as 1 - exp(-t / tau); it lights the floor by inverse square and cosine.
 
     Illuminance at x is that below the lamp times (h^2 / (h^2 + x^2))^(3/2).
@@ -209,9 +219,12 @@ def lamp(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
 
     canvas.floor()
     floor = canvas.cover(canvas.box(-9, 9, -1, FLOOR_M))
-    canvas.blend(power * floor * (height**2 / (height**2 + away**2)) ** 1.5, colour, masked_above=0.4)
+    lit, near = (height**2 / (height**2 + away**2)) ** 1.5, np.minimum(3.0 / (squared + 3.0), 1)
+    if broken is Law.INVERSE_SQUARE:
+        lit, near = away**2 / (away**2 + 1), 1 - near
+    canvas.blend(power * floor * lit, colour, masked_above=0.4)
     cone = np.clip(1.2 * (down - 0.9 * np.abs(away) + 0.6), 0, 1) * (1 - floor)
-    canvas.blend(power * cone * np.minimum(3.0 / (squared + 3.0), 1) * 0.9, colour, masked_above=0.25)
+    canvas.blend(power * cone * near * 0.9, colour, masked_above=0.25)
     canvas.paint(canvas.line((x, above), (x, 11), 0.25), GREY)
     canvas.paint(canvas.disc(x, above, 0.95), mix(colour, DARK, 0.65), masked=True)
     canvas.blend(power * canvas.cover(canvas.disc(x, above, 0.95)), mix(colour, WHITE, 0.55))

@@ -2,6 +2,7 @@
 
 A scene's function states its law in its docstring, computes the motion, paints it, and returns the true
 tracks (in the canvas's metres, float64 `[T, 2]`) and the constants of the law (SI, the key carries the unit).
+Its last argument is a law to break, or None. That changes nothing else: it draws the same numbers.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from typing import TypeAlias
 import numpy as np
 
 from prophy.sandbox.drawing import COLOURS, Canvas, Colour
+from prophy.sandbox.laws import Law
 from prophy.sandbox.phenomena import Phenomenon
 
 Outcome: TypeAlias = tuple[dict[str, np.ndarray], dict[str, float]]
-Play: TypeAlias = Callable[[Canvas, np.random.Generator, Colour], Outcome]
+Play: TypeAlias = Callable[[Canvas, np.random.Generator, Colour, Law | None], Outcome]
 
 GRAVITY_M_S2 = 9.81
 
@@ -23,6 +25,11 @@ SIDES: dict[str, tuple[float, float]] = {"left": (0.0, 0.5), "right": (0.5, 1.0)
 """Where a scene can happen: from and to which share of the frame's width."""
 
 _SIDE_WORDS = {"left": " on the left", "right": " on the right", "middle": ""}
+
+
+def gravity_m_s2(broken: Law | None) -> float:
+    """The g of a clip that breaks this law, or none."""
+    return 0.4 * GRAVITY_M_S2 if broken is Law.GRAVITY else GRAVITY_M_S2
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,14 @@ class Scene:
         name: the function's name.
         phenomenon: its label.
         wordings: sentences without a side, each with the field `{colour}`.
+        laws: those that it can break.
         play: paints the scene and returns its tracks and constants.
     """
 
     name: str
     phenomenon: Phenomenon
     wordings: tuple[str, ...]
+    laws: tuple[Law, ...]
     play: Play
 
     def __reduce__(self) -> tuple[Callable[[str, str], "Scene"], tuple[str, str]]:
@@ -50,9 +59,9 @@ def _find_scene(module: str, name: str) -> Scene:
     return getattr(import_module(module), name)
 
 
-def scene(phenomenon: Phenomenon, *wordings: str) -> Callable[[Play], Scene]:
+def scene(phenomenon: Phenomenon, *wordings: str, laws: tuple[Law, ...]) -> Callable[[Play], Scene]:
     """Makes a function a scene of `phenomenon`."""
-    return lambda play: Scene(play.__name__, phenomenon, wordings, play)
+    return lambda play: Scene(play.__name__, phenomenon, wordings, laws, play)
 
 
 @dataclass(frozen=True)

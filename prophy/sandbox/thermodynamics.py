@@ -3,8 +3,9 @@
 import numpy as np
 
 from prophy.sandbox.drawing import DARK, FLOOR_M, GREY, ICE, WHITE, Canvas, Colour, mix, over_time
+from prophy.sandbox.laws import Law
 from prophy.sandbox.phenomena import Phenomenon
-from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, scene
+from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, gravity_m_s2, scene
 
 FLAME: tuple[Colour, ...] = ((240, 110, 20), (255, 190, 40), (255, 240, 170))
 """Colours of a flame from its edge to its core."""
@@ -25,15 +26,16 @@ def _paint_flame(canvas: Canvas, x: float, bottom: np.ndarray, height: np.ndarra
     "a {colour} candle burns",
     "a flame burns on a {colour} candle",
     "a {colour} candle burns down with a flame",
+    laws=(Law.TIME,),
 )
-def candle(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def candle(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """A candle of diameter D burns down at a constant speed; its flame puffs at 1.5 / sqrt(D) (fires)."""
     diameter, burn_speed = rng.uniform(1.6, 2.0), rng.uniform(0.4, 0.7)
     height, flame = rng.uniform(3.6, 4.6), rng.uniform(2.8, 3.4)
     frequency, phase = 1.5 / np.sqrt(diameter), rng.uniform(0, 2 * np.pi)
     x = rng.uniform(-0.15, 0.15) * canvas.half_width
     puff = 2 * np.pi * frequency * canvas.times_s + phase
-    wick = FLOOR_M + height - burn_speed * canvas.times_s
+    wick = FLOOR_M + height - burn_speed * (canvas.times_s[::-1] if broken is Law.TIME else canvas.times_s)
     flame_height = flame * (1 + 0.2 * np.sin(puff))
 
     tip_sway = 0.5 * np.cos(puff)
@@ -59,18 +61,20 @@ def candle(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
     "a {colour} ice block melts",
     "a {colour} ice block melts into a puddle",
     "{colour} ice melts on the floor",
+    laws=(Law.TIME, Law.VOLUME),
 )
-def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """Heat comes in at a constant power P: the puddle gets the volume P t / (density x latent heat).
 
     The block keeps its shape; the puddle is half an ellipse, a third as high as wide, both a metre deep.
     """
     width, height = rng.uniform(2.2, 2.6), rng.uniform(2.8, 3.3)
     share = 1 - canvas.times_s / rng.uniform(3.2, 4.2)
+    share = share[::-1] if broken is Law.TIME else share
     solid = width * height * np.maximum(share, 0)
     melted = width * height - solid
     scale = np.sqrt(solid / (width * height))
-    puddle = np.sqrt(12 * melted / np.pi)
+    puddle = np.sqrt(12 * melted / np.pi) * (0.0 if broken is Law.VOLUME else 1.0)
     x = rng.uniform(-0.1, 0.1) * canvas.half_width
     top = FLOOR_M + height * scale
 
@@ -86,7 +90,7 @@ def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> O
     return {"block_top": np.stack([np.full_like(top, x), top], 1)}, {
         "block_volume_m3": width * height,
         "block_height_m": height,
-        "melting_rate_m3_s": float(melted[-1] / canvas.times_s[-1]),
+        "melting_rate_m3_s": float((melted[-1] - melted[0]) / canvas.times_s[-1]),
     }
 
 
@@ -95,12 +99,14 @@ def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> O
     "{colour} liquid freezes in a tank",
     "{colour} liquid freezes into ice",
     "a tank of {colour} liquid freezes",
+    laws=(Law.TIME,),
 )
-def freezing_tank(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def freezing_tank(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """Cold from below: the ice grows as s = sqrt(2 k dT t / (density x latent heat)) = K sqrt(t) (Stefan)."""
     half = min(0.84 * canvas.half_width, 2.6) * rng.uniform(0.85, 1.0)
     level, growth = FLOOR_M + rng.uniform(4.2, 5.6), rng.uniform(2.0, 2.6)
     ice = FLOOR_M + growth * np.sqrt(canvas.times_s)
+    ice = ice[::-1] if broken is Law.TIME else ice
     ripple = 0.15 * np.sin(2.2 * canvas.x + over_time(5.0 * canvas.times_s) + rng.uniform(0, 2 * np.pi))
     inside = canvas.box(-half, half, FLOOR_M, 10)
     liquid = np.maximum(inside, canvas.y - np.float32(level) - ripple)
@@ -121,15 +127,16 @@ def freezing_tank(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> O
     "{colour} liquid boils in a pot",
     "{colour} liquid boils and steams",
     "a pot of {colour} liquid boils away",
+    laws=(Law.TIME, Law.BUOYANCY),
 )
-def boiling_pot(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def boiling_pot(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """A burner of power P: the level falls by P t / (density x latent heat x area).
 
     Bubbles of radius r rise at (2/3) sqrt(g r) (Davies and Taylor); the steam above spreads as it rises.
     """
     half = min(0.78 * canvas.half_width, 2.4) * rng.uniform(0.85, 1.0)
     start, fall_speed, bottom = rng.uniform(4.4, 5.2), rng.uniform(0.5, 0.8), 1.8
-    level = start - fall_speed * canvas.times_s
+    level = start - fall_speed * (canvas.times_s[::-1] if broken is Law.TIME else canvas.times_s)
     time = canvas.times_s[:, None]
     inside = canvas.box(-half, half, bottom, 10)
     boil = 0.12 * np.sin(3.1 * canvas.x + over_time(11 * canvas.times_s))
@@ -152,7 +159,8 @@ def boiling_pot(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Out
     for x, r, speed, phase in zip(
         np.linspace(-0.8, 0.8, 7) * half, radius, rise, rng.uniform(0, 3, 7), strict=True
     ):
-        y = bottom + (phase + speed * canvas.times_s) % (start - bottom)
+        way = speed * canvas.times_s * (-1 if broken is Law.BUOYANCY else 1)
+        y = bottom + (phase + way) % (start - bottom)
         canvas.paint(np.maximum(canvas.disc(x, y, r), surface), mix(colour, WHITE, 0.6))
     pot = np.maximum(canvas.box(-half - 0.3, half + 0.3, bottom - 0.4, start + 0.9), -inside)
     canvas.paint(pot, GREY)
@@ -170,8 +178,9 @@ def boiling_pot(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Out
     "{colour} vapor condenses into drops",
     "{colour} drops form on a cold plate",
     "{colour} vapor turns into falling drops",
+    laws=(Law.GRAVITY,),
 )
-def condensing_vapor(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def condensing_vapor(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """Vapor becomes liquid at a constant rate q per drop: r = (3 q t / 4 pi)^(1/3).
 
     A drop that reaches the critical radius lets go and falls by g; the next one starts to grow in its place.
@@ -179,7 +188,7 @@ def condensing_vapor(canvas: Canvas, rng: np.random.Generator, colour: Colour) -
     count, plate = (3 if canvas.half_width < 3 else 5), 8.2
     half = 0.88 * canvas.half_width
     critical = rng.uniform(0.55, 0.7)
-    growing_s = rng.uniform(0.9, 1.3)
+    growing_s, gravity = rng.uniform(0.9, 1.3), gravity_m_s2(broken)
     places = np.linspace(-0.68, 0.68, count) * half
     head_start = rng.permutation(np.linspace(0.15, 0.85, count)) * growing_s
     mist = np.stack([rng.uniform(-0.6, 0.6, 14) * half, rng.uniform(4.5, 7.6, 14)], 1)
@@ -194,12 +203,12 @@ def condensing_vapor(canvas: Canvas, rng: np.random.Generator, colour: Colour) -
         for generation in range(3):
             age_s = canvas.times_s + already_s - generation * growing_s
             radius = critical * np.cbrt(np.clip(age_s / growing_s, 0, 1))
-            y = plate - 0.8 * radius - 0.5 * GRAVITY_M_S2 * np.maximum(age_s - growing_s, 0) ** 2
+            y = plate - 0.8 * radius - 0.5 * gravity * np.maximum(age_s - growing_s, 0) ** 2
             canvas.paint(canvas.disc(x, y, radius), colour, opacity=age_s > 0, masked=True)
             if generation == 0:
                 tracks[f"drop_{index}"] = np.stack([np.full_like(y, x), y], 1)
     return tracks, {
-        "g_m_s2": GRAVITY_M_S2,
+        "g_m_s2": gravity,
         "drop_critical_radius_m": critical,
         "condensation_m3_s": 4 / 3 * np.pi * critical**3 / growing_s,
         "cold_plate_height_m": plate,
@@ -211,8 +220,9 @@ def condensing_vapor(canvas: Canvas, rng: np.random.Generator, colour: Colour) -
     "a {colour} bomb explodes",
     "a {colour} bomb blows up",
     "an exploding {colour} bomb",
+    laws=(Law.GRAVITY,),
 )
-def bomb(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
+def bomb(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """A point blast: the shock's radius is (E t^2 / density)^(1/5) (Sedov, Taylor); fragments fly by g."""
     radius, blast_s = rng.uniform(0.95, 1.2), rng.uniform(0.4, 0.8)
     x, y = rng.uniform(-0.1, 0.1) * canvas.half_width, rng.uniform(4.2, 6.0)
@@ -231,7 +241,7 @@ def bomb(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
     count = 9
     angles = np.linspace(0, 2 * np.pi, count, endpoint=False) + rng.uniform(0, 0.7, count)
     velocity = rng.uniform(3.0, 6.0, (count, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
-    drop = np.array([0, -0.5 * GRAVITY_M_S2]) * age_s[:, None, None] ** 2
+    drop = np.array([0, -0.5 * gravity_m_s2(broken)]) * age_s[:, None, None] ** 2
     pieces = centre + velocity * age_s[:, None, None] + drop
     for piece in pieces.swapaxes(0, 1):
         canvas.paint(canvas.disc(piece[:, 0], piece[:, 1], 0.38), colour, opacity=gone, masked=True)
@@ -244,7 +254,7 @@ def bomb(canvas: Canvas, rng: np.random.Generator, colour: Colour) -> Outcome:
         "shock": centre + np.stack([shock, np.zeros_like(shock)], 1),
         "fragment": pieces[:, 0],
     }, {
-        "g_m_s2": GRAVITY_M_S2,
+        "g_m_s2": gravity_m_s2(broken),
         "blast_energy_j": energy,
         "air_density_kg_m3": density,
         "blast_time_s": blast_s,

@@ -28,5 +28,6 @@ def play(
     times_s = np.arange(int(duration_s * fps) + 1) / fps
     frames = np.zeros((len(times_s), size, size if wide else size // 2, 3), np.float32)
     canvas = Canvas(frames, times_s, size / WORLD_M)
-    tracks, constants = SCENES_BY_NAME[name].play(canvas, np.random.default_rng(seed), COLOURS["red"])
+    rng = np.random.default_rng(seed)
+    tracks, constants = SCENES_BY_NAME[name].play(canvas, rng, COLOURS["red"], None)
     return Played(canvas, tracks, constants)
