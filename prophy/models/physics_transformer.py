@@ -149,7 +149,7 @@ class PhysicsTransformer(ModelMixin):
 
         Args:
             latents: noisy.
-            timestep: `[B]`.
+            timestep: `[B]`, or `[B, N]` of each token, where the family takes that.
             text: the family's tensors `[B, ...]`, by name.
         """
         raise NotImplementedError
@@ -247,7 +247,7 @@ class PhysicsTransformer(ModelMixin):
             latent_shape: (T, H, W).
             conditions: what a block takes after tokens and text.
             attention_kwargs: may hold `physics`, a `PhysicsControl`.
-            timestep: `[B]`.
+            timestep: `[B]`, or `[B, N]`, where given tokens have less than the others.
             token_grid: `(T', H', W')`.
 
         Raises:
@@ -277,7 +277,7 @@ class PhysicsTransformer(ModelMixin):
 
         def record() -> None:
             if control.trace is not None:
-                control.trace.record(timestep[0].item(), routing, token_grid, branch.phenomena)
+                control.trace.record(timestep[0].max().item(), routing, token_grid, branch.phenomena)
 
         def refine(hidden_states: torch.Tensor) -> torch.Tensor:
             refinement = branch.refine(hidden_states, control, routing)

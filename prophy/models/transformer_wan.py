@@ -122,7 +122,8 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
 
         Args:
             hidden_states: noisy latents `[B, C, T, H, W]`.
-            timestep: `[B]`, 0 to 1000.
+            timestep: `[B]`, 0 to 1000; or `[B, N]`, of each token, as Wan2.2-TI2V-5B takes them: 0 where the
+                latent frame is given.
             encoder_hidden_states: text encoder output `[B, L, text_dim]`.
             return_dict: False gives the tuple (sample,), as diffusers' pipelines want it.
             attention_kwargs: may hold `physics`, a `PhysicsControl`.
@@ -159,7 +160,11 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
                 hidden_states = block(hidden_states, text, *conditions, *injected)
 
         # 4. Output norm, projection and unpatchify
-        shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
+        if temb.ndim == 3:  # of each token
+            table = self.scale_shift_table.unsqueeze(0).to(temb.device)
+            shift, scale = (part.squeeze(2) for part in (table + temb.unsqueeze(2)).chunk(2, dim=2))
+        else:
+            shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
         hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
         hidden_states = self.proj_out(hidden_states)
         hidden_states = hidden_states.reshape(batch_size, *token_grid, p_t, p_h, p_w, -1)
@@ -189,13 +194,18 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     def _embed(
         self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[object, ...]]:
-        """Embedded time `[B, D]`, tokens `[B, N, D]`, text `[B, L, D]`; what a block takes after these."""
-        temb, timestep_proj, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
+        """Embedded time `[B, D]`, tokens `[B, N, D]`, text `[B, L, D]`; what a block takes after these.
+
+        Where each token has a timestep of its own, embedded time is `[B, N, D]`.
+        """
+        temb, timestep_proj, text, _ = self.condition_embedder(
+            timestep.flatten(), encoder_hidden_states, timestep_seq_len=_tokens_of(timestep)
+        )
         return (
             temb,
             self._embed_patches(latents),
             text,
-            (timestep_proj.unflatten(1, (6, -1)), self.rope(latents)),
+            (timestep_proj.unflatten(-1, (6, -1)), self.rope(latents)),
         )
 
     def _embed_inputs(
@@ -207,3 +217,8 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """See the base class."""
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+
+
+def _tokens_of(timestep: torch.Tensor) -> int | None:
+    """How many timesteps a sample has, where each token has its own."""
+    return timestep.shape[1] if timestep.ndim == 2 else None

@@ -8,6 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from prophy.errors import ProPhyError
+from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 
 from .conftest import PHYSICS, WAN
@@ -53,6 +54,69 @@ def test_residuals_are_added_after_the_listed_blocks(
         for column in range(2):
             expected[..., row::2, column::2] = patches[:, :, :, :, row, column].permute(0, 4, 1, 2, 3)
     torch.testing.assert_close(model(**inputs).sample, expected)
+
+
+def of_each_token(inputs: Inputs) -> Inputs:
+    """The same inputs, where the first latent frame is given: its 6 of the 12 tokens have timestep 0."""
+    timesteps = inputs["timestep"][:, None].float().repeat(1, 12)
+    timesteps[:, :6] = 0
+    return inputs | {"timestep": timesteps}
+
+
+def test_untrained_equals_the_backbone_at_timesteps_of_each_token(
+    backbone: WanTransformer3DModel, transformer: ProPhyWanTransformer3DModel, inputs: Inputs
+) -> None:
+    given = of_each_token(inputs)
+    expected = backbone(**given).sample
+    assert not torch.equal(expected, backbone(**inputs).sample)
+    assert torch.equal(transformer(**given).sample, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transformer(**given).sample, backbone(**given).sample)
+
+
+def test_one_timestep_for_all_tokens_is_that_of_the_sample(
+    awakened: ProPhyWanTransformer3DModel, inputs: Inputs
+) -> None:
+    repeated = inputs | {"timestep": inputs["timestep"][:, None].float().repeat(1, 12)}
+    expected, output = awakened(**inputs), awakened(**repeated)
+    torch.testing.assert_close(output.sample, expected.sample)
+    torch.testing.assert_close(output.routing.phenomenon_maps, expected.routing.phenomenon_maps)
+
+
+def test_the_branch_reads_the_timestep_of_each_token(
+    awakened: ProPhyWanTransformer3DModel, inputs: Inputs
+) -> None:
+    given = of_each_token(inputs)
+    routing, whole = awakened(**given).routing, awakened(**inputs).routing
+    assert not torch.equal(routing.phenomenon_maps, whole.phenomenon_maps)
+    text = {"prompt_embeds": given["encoder_hidden_states"]}
+    alone = awakened.route(given["hidden_states"], given["timestep"], text)
+    assert torch.equal(alone.phenomenon_maps, routing.phenomenon_maps)
+
+
+def test_gradients_are_the_same_with_checkpointing_at_timesteps_of_each_token(
+    awakened: ProPhyWanTransformer3DModel, inputs: Inputs
+) -> None:
+    def gradients() -> list[torch.Tensor]:
+        awakened.zero_grad()
+        awakened(**of_each_token(inputs)).sample.square().mean().backward()
+        return [value.grad.clone() for value in awakened.parameters() if value.grad is not None]
+
+    plain = gradients()
+    awakened.enable_gradient_checkpointing()
+    torch.testing.assert_close(gradients(), plain)
+
+
+@torch.no_grad()
+def test_a_trace_tells_steps_apart_whose_first_frame_is_given(
+    awakened: ProPhyWanTransformer3DModel, inputs: Inputs
+) -> None:
+    trace, given = PhysicsTrace(), of_each_token(inputs)
+    for factor in (1.0, 0.5):
+        for _ in ("prompt", "guidance"):
+            now = given | {"timestep": factor * given["timestep"]}
+            awakened(**now, attention_kwargs={"physics": PhysicsControl(trace=trace)})
+    assert trace.num_passes == 2
 
 
 def test_an_image_to_video_backbone_is_refused(backbone: WanTransformer3DModel) -> None:
