@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from prophy.device import autocast
-from prophy.evaluation.motion import Fall, first_fall
+from prophy.evaluation.motion import Fall, measure_fall
 from prophy.evaluation.semantics import ClipJudge, PartVerdict
 from prophy.models.control import PhysicsControl
 from prophy.sandbox import (
@@ -134,7 +134,7 @@ def measure_falls(
 ) -> list[Fall]:
     """How the ball of each request fell."""
     return [
-        first_fall(
+        measure_fall(
             video,
             colour=request.parts[0].colour,
             side=request.parts[0].side,

@@ -37,7 +37,15 @@ from prophy.sandbox.scene import GRAVITY_M_S2
 
 NUM_FALLS = 48
 NUM_WORDINGS = 4  # prompts of each combination
-FALLS_HEADER = ("falls", "followed", "acceleration, m/s^2", "within 30 % of g", "several balls")
+FALLS_HEADER = (
+    "falls",
+    "fitted",
+    "acceleration, m/s^2",
+    "within 30 % of g",
+    "residual, m",
+    "frames with a ball",
+    "with several",
+)
 SCENE = {scene.name: scene for scene in SCENES}
 PARAPHRASES = (
     ("a crimson sphere drops on the left", "bouncing_ball", "red", "left"),
@@ -83,7 +91,7 @@ def rates(verdicts: Sequence[Sequence[PartVerdict]]) -> list[str]:
 
 
 def falls_row(videos: Sequence[np.ndarray], requests: Sequence[Request], sampling: Sampling) -> list[str]:
-    """Falls that could be followed, their accelerations, those near the law, frames with several balls."""
+    """Falls that follow a law, their accelerations, those near g; how well, and how often there is a ball."""
     falls = measure_falls(videos, requests, sampling, sampling.size / WORLD_M)
     found = [fall.acceleration_m_s2 for fall in falls if fall.acceleration_m_s2 is not None]
     low, middle, high = np.percentile(found, [10, 50, 90]) if found else (np.nan,) * 3
@@ -91,6 +99,8 @@ def falls_row(videos: Sequence[np.ndarray], requests: Sequence[Request], samplin
         f"{len(found)} of {len(falls)}",
         f"{middle:.1f} ({low:.1f} to {high:.1f})",
         f"{100 * np.mean([fall.obeys(GRAVITY_M_S2) for fall in falls]):.0f} %",
+        f"{np.median([fall.residual_m for fall in falls if fall.residual_m is not None]):.2f}",
+        f"{100 * np.mean([fall.seen for fall in falls]):.0f} %",
         f"{100 * np.mean([fall.split for fall in falls]):.0f} %",
     ]
 
@@ -132,9 +142,7 @@ def main() -> None:
 
     falls = fall_requests(int(sys.argv[1]) if len(sys.argv) > 1 else NUM_FALLS)
     truth = true_videos(falls, SAMPLING)
-    table = Table(
-        "falls", "followed", "acceleration, m/s^2", "within 30 % of g", "several balls", title="gravity"
-    )
+    table = Table(*FALLS_HEADER, title="gravity")
     table.add_row("true clips", *falls_row(truth, falls, SAMPLING))
     table.add_row("VAE reconstructions", *falls_row(list(reconstruct(pipeline.vae, truth)), falls, SAMPLING))
     table.add_row("generated", *falls_row(list(make_videos(pipeline, falls, SAMPLING)), falls, SAMPLING))
