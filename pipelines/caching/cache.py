@@ -35,7 +35,7 @@ from pipelines.caching.tables import (
     update_index,
     write_file,
 )
-from pipelines.config import Config, PoolConfig
+from pipelines.config import BackboneConfig, Config, PoolConfig, how_keys
 from pipelines.layout import CacheFolder
 from pipelines.resources import SMALL_CPUS, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
@@ -102,7 +102,7 @@ def encodings_table(config: Config) -> Table:
         "patch_size_t": family.patch_size(transformer_config)[0],
         "text": {name: [*shape] for name, shape in text.items()},
         "encoders": encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision),
-        **backbone.model_dump(mode="json", exclude={"pretrained", "revision"}),
+        **backbone.model_dump(mode="json", exclude={"pretrained", "revision", *how_keys(BackboneConfig)}),
         "clip_durations_s": _clip_durations(config),
         "version": _ENCODING_VERSION,
         "cut_to": [list(shape) for shape in config.vlm.frame_shapes],

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
-from pipelines.config.base import NonNegativeInt, Pretrained, Section
+from pipelines.config.base import How, NonNegativeInt, Pretrained, Section
 from prophy.backbones.families import FAMILIES
 from prophy.models import physics_config
 
@@ -42,6 +42,22 @@ class BackboneConfig(Section):
 
     For float32 weights on a CPU: small 3-D convolutions are about ten times faster in bfloat16, where the CPU
     has the instructions; elsewhere it is ignored.
+    """
+
+    attention: Annotated[
+        Literal["native", "_native_cudnn", "_native_flash", "_flash_3", "_flash_3_hub", "sage", "sage_hub"],
+        How(),
+    ] = "native"
+    """Kernel of the transformer's attention, by diffusers' name; what does not run here is refused.
+
+    `native` is PyTorch's own choice and runs everywhere. `_native_cudnn` needs nothing installed, `_flash_3`
+    the package flash-attn-3, `sage` (which cannot train) sageattention; `_hub` takes a kernel from the hub.
+    """
+
+    compile: Annotated[Literal["none", "regional"], How()] = "none"
+    """Whether torch.compile compiles the blocks of backbone and branch, to train and to serve.
+
+    It takes minutes at the first step or video, so it is off by default.
     """
 
     num_frames: PositiveInt

@@ -29,8 +29,9 @@ from pipelines.generation.spec import (
     VideoSpec,
 )
 from prophy.backbones.loading import load_pipeline
-from prophy.device import autocast, check_device, default_device
+from prophy.device import autocast, check_device, default_device, has_bfloat16
 from prophy.errors import ProPhyError
+from prophy.models.acceleration import accelerate, check_attention
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.video import write_video
 
@@ -52,6 +53,9 @@ class VideoSampler:
         self._autocast = backbone.autocast
         self._max_sequence_length = backbone.max_sequence_length
         self._device = default_device()
+        computes_in = self._autocast if has_bfloat16(self._device) else None
+        dtype = getattr(torch, computes_in or backbone.dtype)
+        check_attention(backbone.attention, self._device, dtype, trains=False)
         self._pipeline = load_pipeline(
             backbone.family,
             backbone.pretrained,
@@ -60,6 +64,7 @@ class VideoSampler:
             config.checkpoint,
         ).to(self._device)
         self._pipeline.set_progress_bar_config(disable=True)
+        accelerate(self._pipeline.transformer, backbone.attention, backbone.compile)
         self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
 
     def warm_up(self, limits: ShapeLimits) -> None:

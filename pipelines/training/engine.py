@@ -6,7 +6,7 @@ pickles that only as many ranks with the same ZeRO stage can read.
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,11 @@ def placement(train: TrainConfig) -> Callable[[torch.nn.Parameter, torch.dtype],
     return shard
 
 
-def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
+def initialize(module: torch.nn.Module, train: TrainConfig, compiled: Sequence[str] = ()) -> DeepSpeedEngine:
     """Wraps `module` for this rank of the process group; optimises the parameters that require gradients.
 
-    The branch has the learning rate of its own, what is trained of the backbone has the other.
+    The branch has the learning rate of its own, what is trained of the backbone has the other. With ZeRO 3 a
+    part of the class `compiled` is gathered as a whole: its graph knows nothing of shards.
     """
     _build_no_ops()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -101,6 +102,8 @@ def initialize(module: torch.nn.Module, train: TrainConfig) -> DeepSpeedEngine:
     num_trained = sum(getattr(part, "ds_numel", part.numel()) for group in groups for part in group["params"])
     settings["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_size(num_trained)
     move_buffers(module, default_device())
+    if compiled and train.zero_stage == 3:
+        deepspeed.utils.set_z3_leaf_modules(module, [*compiled])
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=settings)
     _make_optimizer_state(engine)
     return engine

@@ -26,6 +26,7 @@ from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
+from prophy.models.acceleration import accelerate
 from prophy.models.control import PhysicsTrace
 from prophy.sheets import film_sheet
 from prophy.training.cache import PriorCache
@@ -75,6 +76,7 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
         model,
         **dict.fromkeys(family.encoders),
     )
+    accelerate(pipeline.transformer, backbone.attention, backbone.compile)
     dataset, num_samples = build_held_out_dataset(config, cache)
     module = ProPhyTrainModule(
         pipeline.transformer,

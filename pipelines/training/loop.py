@@ -32,6 +32,8 @@ from pipelines.training.model import build_module
 from pipelines.training.samples import describe_samples
 from pipelines.training.saving import EveryRankError, latest_on_every_rank, writing
 from prophy.device import has_bfloat16, peak_flops
+from prophy.errors import ProPhyError
+from prophy.models.acceleration import check_attention
 from prophy.models.checkpoint import lora_config
 from prophy.training.cache import PriorCache
 from prophy.training.cost import count_flops
@@ -64,6 +66,12 @@ def _train(loop_config: dict[str, Any]) -> None:
     train, root = config.train, RunFolder(config.run_dir).training
     rank, device = ray.train.get_context().get_world_rank(), get_device()
 
+    precision = torch.bfloat16 if train.precision == "bf16" and has_bfloat16(device) else torch.float32
+    try:
+        check_attention(config.backbone.attention, device, precision, trains=True)
+    except ProPhyError as error:  # alike on every rank
+        raise EveryRankError(str(error)) from None
+
     # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
     dataset = build_dataset(config, cache, rank)
     samples = describe_samples(config, cache)
@@ -71,19 +79,18 @@ def _train(loop_config: dict[str, Any]) -> None:
     module = build_module(config, cache.null_text(), cache.phenomena, checkpoint, placement(train))
     if rank == 0:
         flops = _flops_of_micro_batches(module, cache, train)
-    engine = initialize(module, train)
+    compiled = () if config.backbone.compile == "none" else module.transformer._repeated_blocks
+    engine = initialize(module, train, compiled)
     ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
     if checkpoint is not None:
         load_optimizer(engine, ema, checkpoint)
     first_step = engine.global_steps
     log = None
     if rank == 0:
-        precision = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        if precision == torch.bfloat16 and not has_bfloat16(device):
+        if train.precision == "bf16" and precision == torch.float32:
             logger.warning(
                 "this CPU has no bfloat16: training computes in fp32, whatever train.precision says"
             )
-            precision = torch.float32
         peak = peak_flops(device, precision)
     with writing("write the metrics"):
         if rank == 0:

@@ -20,6 +20,7 @@ from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_checkpoint, download, load_configs
 from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
+from prophy.models.acceleration import accelerate
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
 from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
@@ -116,6 +117,7 @@ def _empty_transformer(config: Config, phenomena: Sequence[str]) -> PhysicsTrans
     transformer.train_backbone(train.backbone)
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    accelerate(transformer, backbone.attention, backbone.compile)
     return transformer
 
 

@@ -19,6 +19,8 @@ from prophy.models.physics_branch import PhysicsBranch
 from prophy.models.physics_config import BranchConfig
 
 BRANCH = "physics_branch."  # begins the names of the branch's parameters
+# Compiled beside blocks. The experts themselves are one kernel, which cannot be traced in float32.
+EXPERT_BLOCKS = ("RefinementRouter",)
 _ENLARGED = 2.0**14  # exact in any precision, and far from the ends of the range of bfloat16
 Residual = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 """What is injected at a layer, `[B, N, D]`, or what computes it from the layer's output."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from prophy.errors import ProPhyError
 from prophy.models.physics_transformer import (
+    EXPERT_BLOCKS,
     PhysicsTransformer,
     ProPhyTransformerOutput,
     Residual,
@@ -29,6 +30,8 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 class InjectedCogVideoXBlock(CogVideoXBlock):
     """A listed block. It adds its residual itself: a step cache, which wraps blocks, then counts it once."""
 
+    run_block = CogVideoXBlock.forward  # what is compiled: a residual may be computed after it
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -38,7 +41,7 @@ class InjectedCogVideoXBlock(CogVideoXBlock):
         residual: Residual | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As upstream's, then the residual on the video stream."""
-        hidden_states, text = super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+        hidden_states, text = self.run_block(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
         return inject(hidden_states, residual), text
 
 
@@ -67,7 +70,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         "PhysicalBlock",
     ]
     _keep_in_fp32_modules: ClassVar = ["router"]
-    _repeated_blocks: ClassVar = ["CogVideoXBlock", "InjectedCogVideoXBlock"]
+    _repeated_blocks: ClassVar = ["CogVideoXBlock", "InjectedCogVideoXBlock", *EXPERT_BLOCKS]
     semantic_text = "prompt_embeds"
     _block_list = "transformer_blocks"
     _block = CogVideoXBlock

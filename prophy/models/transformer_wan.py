@@ -15,6 +15,7 @@ from torch import nn
 
 from prophy.errors import ProPhyError
 from prophy.models.physics_transformer import (
+    EXPERT_BLOCKS,
     PhysicsTransformer,
     ProPhyTransformerOutput,
     Residual,
@@ -25,6 +26,8 @@ from prophy.models.physics_transformer import (
 class InjectedWanTransformerBlock(WanTransformerBlock):
     """A listed block. It adds its residual itself: a step cache, which wraps blocks, then counts it once."""
 
+    run_block = WanTransformerBlock.forward  # what is compiled: a residual may be computed after it
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -34,7 +37,7 @@ class InjectedWanTransformerBlock(WanTransformerBlock):
         residual: Residual | None = None,
     ) -> torch.Tensor:
         """As upstream's, then the residual."""
-        return inject(super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb), residual)
+        return inject(self.run_block(hidden_states, encoder_hidden_states, temb, rotary_emb), residual)
 
 
 TransformerBlockRegistry.register(
@@ -55,7 +58,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
 
     _no_split_modules: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", "PhysicalBlock"]
     _keep_in_fp32_modules: ClassVar = [*WanTransformer3DModel._keep_in_fp32_modules, "router"]
-    _repeated_blocks: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock"]
+    _repeated_blocks: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", *EXPERT_BLOCKS]
     semantic_text = "prompt_embeds"
     _block_list = "blocks"
     _block = WanTransformerBlock

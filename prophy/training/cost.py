@@ -118,6 +118,7 @@ def _call(
     module, checkpointing = _Call(transformer, method), transformer.is_gradient_checkpointing
     tensors = [*module.named_parameters(), *module.named_buffers()]
     transformer.disable_gradient_checkpointing()
+    torch.compiler.set_stance("force_eager")  # what holds nothing is not worth a graph
     try:
         return torch.func.functional_call(
             module,
@@ -132,6 +133,7 @@ def _call(
             ),
         )
     finally:
+        torch.compiler.set_stance("default")
         if checkpointing:
             transformer.enable_gradient_checkpointing()
 

@@ -325,6 +325,7 @@ def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: 
 
     folder = cache.encodings_folder(config)
     assert with_backbone() == folder
+    assert with_backbone(attention="sage", compile="regional") == folder  # how the transformer runs
     changes: list[dict[str, Any]] = [
         {"height": 32},
         {"fps": 4.0},

@@ -117,6 +117,13 @@ def test_sea_cache_is_for_wan(config: Config) -> None:
             check_model(config)
 
 
+def test_a_kernel_that_does_not_run_here_is_refused_before_anything_loads(config: Config) -> None:
+    nowhere = {"attention": "_native_cudnn", "pretrained": "nowhere"}
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update=nowhere)})
+    with pytest.raises(ProPhyError, match="backbone.attention '_native_cudnn' needs an NVIDIA GPU"):
+        VideoSampler(config)
+
+
 def test_the_step_cache_is_the_operators_choice(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "sampling.step_cache.taylorseer=3")
     served = VideoRequest.parse({"prompt": "a ball"}).to_spec(config, LIMITS)

@@ -1,0 +1,118 @@
+"""Kernels of attention and compiled blocks change nothing but the rounding."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, ModelMixin
+from torch._dynamo.utils import counters
+
+from prophy.errors import ProPhyError
+from prophy.models.acceleration import check_attention, compile_blocks, set_attention
+from prophy.models.physics_transformer import PhysicsTransformer
+
+from .conftest import BACKBONES, BASELINES, PHYSICS, make_inputs
+
+CPU = torch.device("cpu")
+SHAPES = ((2, 4, 6), (4, 8, 4))
+
+
+def awaken(transformer: PhysicsTransformer) -> None:
+    """A branch that injects something, as after training."""
+    torch.manual_seed(1)
+    for name, parameter in transformer.physics_branch.named_parameters():
+        if "injection" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def differences(compiled: ModelMixin, eager: ModelMixin, latents: torch.Tensor) -> list[float]:
+    """Of four steps of a video with a step cache, and of one without."""
+    inputs = make_inputs(eager, latents)
+    found = []
+    for caches in (False, True):
+        steps: list[list[torch.Tensor]] = []
+        for model in (compiled, eager):
+            if caches:
+                model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+            with torch.no_grad(), model.cache_context("cond"):
+                steps.append(
+                    [model(**inputs | {"timestep": inputs["timestep"] - n}).sample for n in range(3)]
+                )
+            if caches:
+                model.disable_cache()
+        found += [(one - other).abs().max().item() for one, other in zip(*steps, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox1.5-5b"], indirect=True)
+def test_compiled_blocks_are_whole_graphs_that_every_step_takes_again(
+    family: str, backbone: ModelMixin, transformer: PhysicsTransformer
+) -> None:
+    """With residuals, with such as are computed while their block runs, and without: one set of graphs."""
+    no_blocks = PHYSICS | BASELINES["lora+seb+reb"]
+    baseline = BACKBONES[family][1].from_transformer(copy.deepcopy(backbone), no_blocks)
+    torch._dynamo.reset()
+    for name, eager in {"branch": transformer, "no Physical Blocks": baseline, "bare": backbone}.items():
+        if isinstance(eager, PhysicsTransformer):
+            awaken(eager)
+        compiled = copy.deepcopy(eager)
+        set_attention(compiled, "native")
+        compile_blocks(compiled, "aot_eager")
+        for shape in SHAPES if name == "branch" else SHAPES[:1]:
+            before = graphs()
+            seen = differences(compiled, eager, torch.randn(2, 4, *shape))
+            made = graphs()
+            assert made - before <= 6
+            seen += differences(compiled, eager, torch.randn(2, 4, *shape))
+            assert graphs() == made, "compiled again for a shape that it knew"
+            print(f"{family}, {name}, {shape}: {made - before} graphs; differs by {max(seen):.1e}")
+            assert max(seen) < 1e-5
+    assert graphs() and not counters["graph_break"]
+
+
+def test_a_kernel_is_that_of_every_attention(transformer: PhysicsTransformer) -> None:
+    set_attention(transformer, "_native_math")
+    kernels = [
+        module.processor._attention_backend
+        for module in transformer.modules()
+        if hasattr(module, "processor")
+    ]
+    assert len(kernels) >= 5 and {kernel.value for kernel in kernels} == {"_native_math"}
+
+
+def test_own_attention_of_cogvideox_equals_upstreams_bit_for_bit() -> None:
+    for family in ("cogvideox-2b", "cogvideox-5b"):
+        torch.manual_seed(0)
+        upstream = BACKBONES[family][0](**BACKBONES[family][2])
+        inputs = make_inputs(upstream, torch.randn(2, 4, 2, 4, 6))
+        own = copy.deepcopy(upstream)
+        set_attention(own, "native")
+        assert torch.equal(own(**inputs).sample, upstream(**inputs).sample)
+
+
+def test_a_family_that_takes_neither_is_refused() -> None:
+    with pytest.raises(ProPhyError, match="'regional', and SimpleNamespace names no _repeated_blocks"):
+        compile_blocks(SimpleNamespace(_repeated_blocks=[]))
+    own = SimpleNamespace(modules=lambda: [SimpleNamespace(processor=SimpleNamespace())])
+    with pytest.raises(ProPhyError, match="'sage', and SimpleNamespace takes no kernel"):
+        set_attention(own, "sage")
+
+
+@pytest.mark.parametrize(
+    "backend, trains, reason",
+    [
+        ("_native_cudnn", False, "needs an NVIDIA GPU of compute capability 8.0, and this is a CPU"),
+        ("_flash_3", True, "needs an NVIDIA GPU of compute capability 9.0, and this is a CPU"),
+        ("sage", True, "has no backward pass"),
+        ("xformers", False, r"cannot be loaded \(Xformers .* is not usable because of missing package"),
+    ],
+)
+def test_a_kernel_that_does_not_run_here_is_refused_by_name(backend: str, trains: bool, reason: str) -> None:
+    with pytest.raises(ProPhyError, match=f"backbone.attention '{backend}' {reason}.*set it to 'native'"):
+        check_attention(backend, CPU, torch.bfloat16, trains=trains)
+    check_attention("native", CPU, torch.float32, trains=True)
