@@ -280,9 +280,7 @@ def generate(
     resolved = _configure("generate", config, set_, print_config)
     texts = list(prompt or [])
     if prompts is not None:
-        if not prompts.is_file():
-            raise ProPhyError(f"no prompt file {prompts}; give a text file with one prompt per line")
-        texts += [line for line in prompts.read_text().splitlines() if line.strip()]
+        texts += _read_prompts(prompts)
     from pipelines.generation import generate
     from pipelines.pictures import check_picture
 
@@ -291,6 +289,20 @@ def generate(
     videos = generate.run(resolved, texts)
     if contact_sheet is not None:
         generate.write_contact_sheet(resolved, dict(zip(texts, videos, strict=True)), contact_sheet)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise ProPhyError(f"no prompt file {path}; give a text file with one prompt per line") from None
+    if any(line.lstrip().startswith("{") for line in lines):
+        raise ProPhyError(
+            f"{path} holds more than prompts; give one per line and nothing else: videos are made from text "
+            "alone, and images are not taken"
+        )
+    return [line for line in lines if line.strip()]
 
 
 @app.command(rich_help_panel=_VIDEOS)
@@ -316,11 +328,14 @@ def request(
             "--field", "-f", metavar="NAME=VALUE", help="Such as seconds=2 or physics.scale=0.5. Repeatable."
         ),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to start from, for a model that takes one.")
+    ] = None,
 ) -> None:
     """Ask a server for a video, watch its progress, and save it. Ctrl-C cancels it on the server too."""
     from pipelines.serving import client
 
-    client.run(url, prompt, out, fields or [], api_key)
+    client.run(url, prompt, out, fields or [], api_key, image)
 
 
 @app.command(rich_help_panel=_VIDEOS)

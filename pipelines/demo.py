@@ -28,6 +28,7 @@ from prophy import sandbox
 from prophy.errors import ProPhyError
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.schema import ROW_FILES, read_phenomena
+from prophy.taxonomy import load_taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
     metrics = [json.loads(line) for line in RunFolder(config.run_dir).metrics.read_text().splitlines()]
     trace = PhysicsTrace()
     frames = VideoSampler(config).sample(generate.video_spec(config, PROMPTS[0], PhysicsSpec()), trace=trace)
+    named = load_taxonomy(config.taxonomy).named_in(PROMPTS[0], trace.phenomena)
     report = config.run_dir / "report.html"
     write_report(
         report,
@@ -119,7 +121,7 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
             sections.clips_section(clips),
             sections.priors_section(clips, [priors[str(clip.path)] for clip in clips], names),
             sections.training_section(metrics, CURVES),
-            sections.routing_section(PROMPTS[0], frames, trace),
+            sections.routing_section(PROMPTS[0], frames, trace, named),
             sections.videos_section("Generated offline", "prophy generate, with the trained branch.", videos),
             sections.videos_section("Served", "POST /v1/videos, polled, downloaded.", {PROMPTS[0]: served}),
         ],

@@ -3,7 +3,7 @@
     branches: [dynamics, optics]
     phenomena:
       - {name: collision, branch: dynamics, wording: the collision}
-      - {name: reflection, branch: optics, wording: the reflection}
+      - {name: reflection, branch: optics, wording: the reflection, words: [reflect, mirror]}
 
 The place of a phenomenon in the list is its index in every label and map. So a cache and a trained branch
 carry the names in their order, and what reads one takes the names from there. Built-in files lie in
@@ -47,6 +47,8 @@ class Entry(BaseModel):
         name: what labels, answers and requests call it.
         branch: which of the taxonomy's branches of physics it belongs to.
         wording: what the VLM is asked to describe, with its article.
+        words: what a prompt calls it besides its name: words or phrases, each of which may go on with further
+            letters, as `melt` in melts and melting.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +56,7 @@ class Entry(BaseModel):
     name: _Text
     branch: _Text
     wording: _Text
+    words: tuple[_Text, ...] = ()
 
 
 class Taxonomy(BaseModel):
@@ -88,7 +91,26 @@ class Taxonomy(BaseModel):
                     f"{entry.name!r} is of the branch {entry.branch!r}, which is none of its branches "
                     f"({', '.join(self.branches)}); add it to them, or name one of them"
                 )
+        calls = Counter(call for entry in self.phenomena for call in {entry.name, *map(_call, entry.words)})
+        for call, count in calls.items():
+            if count > 1:
+                raise ValueError(f"{count} phenomena are called {call!r}; let it stand for one of them")
         return self
+
+    def named_in(self, prompt: str, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of `names` that a prompt names, in their order.
+
+        The longest phrase counts where several begin: "swings on a spring" does not name what "swing" does.
+
+        Args:
+            prompt: what a video shows.
+            names: a branch's; one that this taxonomy lacks has no words besides itself.
+        """
+        words = {entry.name: entry.words for entry in self.phenomena}
+        meant = {_call(phrase): name for name in names for phrase in (name, *words.get(name, ()))}
+        phrases = "|".join(map(re.escape, sorted(meant, key=len, reverse=True)))
+        found = {meant[phrase] for phrase in re.findall(rf"\b({phrases})", _call(prompt)) if phrase}
+        return tuple(name for name in names if name in found)
 
 
 def built_in_taxonomies() -> list[str]:
@@ -210,6 +232,11 @@ def difference(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
     return None
 
 
+def _call(phrase: str) -> str:
+    """A phrase as it is looked for: of lower case, with single blanks."""
+    return " ".join(phrase.lower().split())
+
+
 def _plain(given: str) -> str:
     return " ".join(re.split(r"[\s_-]+", given.strip(" \t\r\n.").lower()))
 
@@ -232,8 +259,8 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     *place, key = first["loc"] or ("",)
     where = f" of phenomenon {int(place[1]) + 1}" if len(place) > 1 else ""
-    if place == ["branches"]:
-        place, key = [], "branches"
+    if place and place[-1] in ("branches", "words"):
+        *place, key = place
     match first["type"]:
         case "value_error":
             return str(first["ctx"]["error"])

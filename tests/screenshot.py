@@ -1,28 +1,33 @@
 """Takes the README's picture of the page of a running server:
 
     prophy serve
-    python -m tests.screenshot http://127.0.0.1:8000 page.png
+    python -m tests.screenshot http://127.0.0.1:8000 page.webp
 
-It makes a video from the page's first example, the same with the branch off, and lays a map over it.
+It makes a video from the page's first example and the same with the branch off, which it lays the map of what
+the prompt names beside.
 """
 
+import io
 import shutil
 import sys
+from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-PATIENCE_MS = 300_000
+PATIENCE_MS = 600_000
+EXAMPLE = "a yellow light beam hits a mirror on the left"
 
 
 def main(url: str, out: str) -> None:
-    """Writes a PNG of the page at `url`, which must not ask for a key."""
+    """Writes a picture, as its name ends, of the page at `url`, which must not ask for a key."""
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1240, "height": 900})
+        page.set_default_timeout(PATIENCE_MS)
         page.goto(url)
-        example = page.locator("#examples button").first
-        example.click()
+        page.get_by_role("button", name=EXAMPLE).click()
         page.get_by_label("Seed").fill("1")
         page.get_by_role("button", name="Make the video").click()
         row = page.get_by_role("list", name="Videos").get_by_role("listitem").first
@@ -32,10 +37,14 @@ def main(url: str, out: str) -> None:
         twin = "the same with the branch off"
         expect(page.locator("#compare option", has_text=twin)).to_have_count(1)
         page.get_by_label("Compare with").select_option(label=twin)
-        page.get_by_label("Map of").select_option(index=1)
+        expect(page.locator("#other-caption")).to_have_text("Branch off")
         page.get_by_label("Opacity of the map").fill("60")
         page.get_by_label("Frame", exact=True).fill("8")
-        page.screenshot(path=out, full_page=True)
+        with page.expect_response("**/metrics"):  # the figures of the status that are true now
+            pass
+        page.evaluate("scrollTo(0, 0)")
+        picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+        picture.save(Path(out), quality=80)
         browser.close()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from prophy.errors import ProPhyError
+from prophy.sandbox import SCENES, Part, describe
 from prophy.taxonomy import (
     RESERVED,
     built_in_taxonomies,
@@ -60,14 +61,17 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("branches: [a]\nphenomena: []", "'phenomena' is empty; name at least one"),
         ("branches: [a]\nphenomena: x", "bad value 'x' for 'phenomena': Input should be a valid list"),
         ("branches: [3]\nphenomena: [{name: x, branch: a, wording: the x}]", "bad value 3 for 'branches'"),
-        ("branches: [a]\nphenomena: [x]", r"phenomenon 1 \('x'\) must have the keys name, branch, wording"),
+        (
+            "branches: [a]\nphenomena: [x]",
+            r"phenomenon 1 \('x'\) must have the keys name, branch, wording, words",
+        ),
         (
             "branches: [a]\nphenomena: [{name: x, branch: a}]",
             "the key 'wording' of phenomenon 1 is missing; add it",
         ),
         (
             "branches: [a]\nphenomena: [{name: x, branch: a, wording: the x, hue: 1}]",
-            "unknown key 'hue' of phenomenon 1; the keys are name, branch, wording",
+            "unknown key 'hue' of phenomenon 1; the keys are name, branch, wording, words",
         ),
         ((ONE % "x") + "\nextra: 1", "unknown key 'extra'; the keys are branches, phenomena"),
         ((ONE % "x").replace("the x", "' '"), "bad value ' ' for 'wording' of phenomenon 1"),
@@ -76,6 +80,12 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
             r"'x' is of the branch 'b', which is none of its branches \(a\)",
         ),
         (ONE % "x, branch: a, wording: y}, {name: x", "2 phenomena have the name 'x'; give each its own"),
+        (ONE % "x, words: [y, 3]", "bad value 3 for 'words' of phenomenon 1"),
+        (ONE % "x, words: melt", "bad value 'melt' for 'words' of phenomenon 1"),
+        (
+            ONE % "x, words: [Light  beam], branch: a, wording: y}, {name: z, words: [light beam]",
+            "2 phenomena are called 'light beam'; let it stand for one of them",
+        ),
         (ONE % "no", "bad value False for 'name' of phenomenon 1"),
         *[
             (ONE % f"'{name}'", "no phenomenon can have the name")
@@ -128,3 +138,32 @@ def test_what_tells_two_lists_apart() -> None:
     assert difference(NAMES, list(NAMES)) is None
     assert difference(NAMES[::-1], NAMES) == "phenomenon 1 is 'combustion' there and 'melting' here"
     assert difference(NAMES[:2], NAMES) == "there are 2 phenomena there and 3 here"
+
+
+def test_prompts_of_the_sandbox_name_what_its_clips_show() -> None:
+    for first in SCENES:
+        for second in SCENES:
+            parts = (Part(first, "red", "left"), Part(second, "blue", "right"))
+            shown = {first.phenomenon, second.phenomenon}
+            for prompt in describe(parts[: len(shown)]):
+                assert set(WISA.named_in(prompt, PHENOMENA)) == shown, prompt
+
+
+def test_a_prompt_names_a_phenomenon_by_its_name_or_the_beginning_of_a_word() -> None:
+    assert WISA.named_in("Smoke, REFLECTIONS\nand  melted wax", PHENOMENA) == (
+        "gas motion",
+        "melting",
+        "reflection",
+    )
+    for prompt in ("", "a cat sits", "smelting", "anti-", "unburned"):
+        assert WISA.named_in(prompt, PHENOMENA) == ()
+
+
+def test_of_phrases_that_begin_together_the_longest_counts() -> None:
+    assert WISA.named_in("a block swings on a spring", PHENOMENA) == ("elastic motion",)
+    assert WISA.named_in("a block swings", PHENOMENA) == ("rigid body motion",)
+
+
+def test_a_branch_of_another_taxonomy_is_named_by_its_own_names() -> None:
+    assert WISA.named_in("ice melts; hard impacts", ("hard impact", "melting")) == ("hard impact", "melting")
+    assert WISA.named_in("ice melts; hard impacts", ("burning",)) == ()

@@ -68,7 +68,8 @@ class Config(Section):
     """Which phenomena are told apart: a YAML file, or 'wisa', the built-in one of WISA-80K.
 
     A cache and a trained branch keep the names in their order: another taxonomy needs another cache.output
-    and a new branch. What serves or generates takes the names from its branch.
+    and a new branch. What serves or generates takes the names from its branch, and from here with which
+    words a prompt names them.
     """
 
     ray: RayConfig = Field(default_factory=RayConfig)

@@ -25,9 +25,9 @@ def _refuse_number(value: Any) -> Any:
 
 
 Boolean = Annotated[bool, BeforeValidator(_refuse_number)]
-Number = Annotated[float, BeforeValidator(_refuse_bool)]
-Integer = Annotated[int, BeforeValidator(_refuse_bool)]
-KnobFactor = Annotated[Number, Field(ge=0.0, le=10.0)]
+# After the bounds of a number, which pydantic leaves out of the JSON schema where it comes before them.
+NO_BOOL = BeforeValidator(_refuse_bool)
+KnobFactor = Annotated[float, Field(ge=0.0, le=10.0), NO_BOOL]
 
 
 class PhysicsSpec(BaseModel):

@@ -115,6 +115,10 @@ _VARIANTS = {
     "thumbnail": (THUMBNAIL_FILE, "image/webp"),
     "spritesheet": (SPRITESHEET_FILE, "image/webp"),
 }
+_OVERLAYS = {
+    "video": ("draw_overlay", [VIDEO_FILE, MAPS_FILE], "overlay {}.mp4", "video/mp4"),
+    "layer": ("draw_layer", [MAPS_FILE], "layer {}.png", "image/png"),
+}
 _NOT_ACCEPTED = _errors(
     _400="The body cannot be read",
     _404="No such model",
@@ -235,25 +239,33 @@ def retrieve_physics(video_id: str, request: Request, service: Service) -> Respo
     "/v1/videos/{video_id}/physics/overlay",
     response_class=Response,
     responses={
-        200: {"content": {"video/mp4": {}}, "description": "The video"},
-        206: {"content": {"video/mp4": {}}, "description": "A part of it"},
+        200: {"content": {"video/mp4": {}, "image/png": {}}, "description": "The video"},
+        206: {"content": {"video/mp4": {}, "image/png": {}}, "description": "A part of it"},
         **_NO_FILE,
     },
 )
 async def download_overlay(
-    video_id: str, phenomenon: PhenomenonName, request: Request, service: Service
+    video_id: str,
+    phenomenon: PhenomenonName,
+    request: Request,
+    service: Service,
+    variant: Literal["video", "layer"] = "video",
 ) -> Response:
-    """The mp4 with the map of one phenomenon laid over it; drawn when it is asked for, and then kept."""
+    """The mp4 with the map of one phenomenon laid over it; drawn when it is asked for, and then kept.
+
+    `layer` is the map alone: a PNG of all frames as in the video's spritesheet, each as small as the grid of
+    tokens and as opaque as the map is hot.
+    """
     job = await asyncio.to_thread(service.find_with_maps, video_id)
-    files = [VIDEO_FILE, MAPS_FILE]
+    kind, files, name, media_type = _OVERLAYS[variant]
     try:
         # Which there are, the video's own maps say: it may be of another branch than this server's.
         wanted = spelled(phenomenon)
-        name = f"overlay {wanted}.mp4".replace(" ", "-")
-        await service.draw_once(job, name, "draw_overlay", files, job.spec, wanted)
+        name = name.format(wanted).replace(" ", "-")
+        await service.draw_once(job, name, kind, files, job.spec, wanted)
     except ProPhyError as error:
         raise ApiError(422, str(error), "invalid_value", "phenomenon") from None
-    return await asyncio.to_thread(service.file, request, job, name, "video/mp4")
+    return await asyncio.to_thread(service.file, request, job, name, media_type)
 
 
 @router.post("/v1/videos/edits", include_in_schema=False)
@@ -353,4 +365,6 @@ def _video(job: Job, service: VideoService, response: Response | None = None) ->
         # A tenth of the time that is left.
         poll_ms = int(100 * elapsed_s * (100 - progress) / progress) if progress else 1000
         response.headers["openai-poll-after-ms"] = str(min(max(poll_ms, MIN_POLL_MS), MAX_POLL_MS))
-    return Video.from_job(job, model_name(service.config), progress)
+    phenomena = service.taxonomy.named_in(job.spec.prompt, service.limits.phenomena)
+    position = service.dispatcher.queue_position(job.id)
+    return Video.from_job(job, model_name(service.config), progress, position, phenomena)

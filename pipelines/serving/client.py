@@ -1,5 +1,6 @@
 """`prophy request`: asks a server for a video, shows its progress and saves it."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ TIMEOUT_S = 60.0
 _TEXTS = ("seconds", "size")  # strings in the Videos API, even where they look like numbers
 
 
-def run(url: str, prompt: str, out: Path, fields: list[str], api_key: str | None = None) -> Path:
+def run(
+    url: str,
+    prompt: str,
+    out: Path,
+    fields: list[str],
+    api_key: str | None = None,
+    image: Path | None = None,
+) -> Path:
     """Makes one video on a server, and writes it to `out`.
 
     Args:
@@ -27,14 +35,16 @@ def run(url: str, prompt: str, out: Path, fields: list[str], api_key: str | None
         out: the mp4; its folder is created.
         fields: further fields of the request, `name=value` each, as `physics.strength.collision=2`.
         api_key: if the server asks for one.
+        image: what the video starts from, if the server's model takes one.
 
     Raises:
-        ProPhyError: the server cannot be reached, refuses the request, or could not make the video.
+        ProPhyError: there is no such image; the server cannot be reached, refuses the request, or could not
+            make the video.
     """
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S) as http:
         body = {"prompt": prompt, **_parse(fields)}
-        video = _call(http, "POST", "/v1/videos", json=body).json()
+        video = _call(http, "POST", "/v1/videos", **_content(body, image)).json()
         try:
             _watch(http, video)
         except KeyboardInterrupt:
@@ -57,6 +67,18 @@ def _parse(fields: list[str]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ProPhyError(f"bad --field: {error}; give NAME=VALUE") from None
     return {name: str(value) if name in _TEXTS else value for name, value in parsed.items()}
+
+
+def _content(body: dict[str, Any], image: Path | None) -> dict[str, Any]:
+    """The arguments of a request: JSON, or a form where there is an image."""
+    if image is None:
+        return {"json": body}
+    try:
+        content = image.read_bytes()
+    except OSError as error:
+        raise ProPhyError(f"cannot read the image {image}: {error.strerror}") from None
+    form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in body.items()}
+    return {"data": form, "files": {"input_reference": (image.name, content)}}
 
 
 def _watch(http: httpx.Client, video: dict[str, Any]) -> None:

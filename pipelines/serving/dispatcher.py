@@ -109,6 +109,11 @@ class Dispatcher:
         """How many jobs are `queued` and `in_progress`."""
         return {"queued": len(self._tasks) - len(self._progress), "in_progress": len(self._progress)}
 
+    def queue_position(self, job_id: str) -> int | None:
+        """How many jobs wait before this one; None for one that does not wait."""
+        waiting = [other for other in list(self._tasks) if other not in self._progress]
+        return waiting.index(job_id) if job_id in waiting else None
+
     def progress(self, job_id: str) -> int:
         """0 to 99 for a job that is being made, 0 for any other."""
         return self._progress.get(job_id, 0)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,26 @@ def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: str) ->
     """
     from prophy.evaluation.pictures import heat_overlay
 
-    by_name = json.loads(maps)["maps"]
-    heat = np.array([*by_name.values()][index_of(phenomenon, [*by_name])], np.float32)
+    heat = _map_of(phenomenon, maps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / VIDEO_FILE
         write_video(path, heat_overlay(_frames(video, spec), heat), spec.fps)
         return path.read_bytes()
+
+
+def draw_layer(maps: bytes, spec: VideoSpec, phenomenon: str) -> bytes:
+    """Draws what `draw_overlay` lays over a video, on the grid of its tokens, for who lays it over elsewhere.
+
+    The arguments and the error are those of `draw_overlay`.
+
+    Returns:
+        A PNG with one picture a frame, as in `draw_spritesheet`, whose opacity is that of the map.
+    """
+    from prophy.evaluation.pictures import heat_layer
+
+    heat = _map_of(phenomenon, maps)
+    pictures = heat_layer(heat, (spec.num_frames, *heat.shape[1:]))
+    return _save(_on_one_sheet([Image.fromarray(picture) for picture in pictures]), "png")
 
 
 def draw_spritesheet(video: bytes, spec: VideoSpec) -> bytes:
@@ -51,17 +66,37 @@ def draw_spritesheet(video: bytes, spec: VideoSpec) -> bytes:
         A WebP.
     """
     frames = _frames(video, spec)
-    columns = math.ceil(math.sqrt(len(frames)))
+    columns = _num_columns(len(frames))
     rows = -(-len(frames) // columns)
     shrink = max(1.0, columns * spec.width / MAX_SHEET_SIDE, rows * spec.height / MAX_SHEET_SIDE)
-    width, height = int(spec.width / shrink), int(spec.height / shrink)
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for index, frame in enumerate(frames):
-        picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BOX)
+    size = int(spec.width / shrink), int(spec.height / shrink)
+    pictures = [Image.fromarray(frame).resize(size, Image.Resampling.BOX) for frame in frames]
+    return _save(_on_one_sheet(pictures), "webp", quality=95, method=2)
+
+
+def _on_one_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+    columns = _num_columns(len(pictures))
+    width, height = pictures[0].size
+    sheet = Image.new(pictures[0].mode, (columns * width, -(-len(pictures) // columns) * height))
+    for index, picture in enumerate(pictures):
         sheet.paste(picture, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def _num_columns(num_pictures: int) -> int:
+    return math.ceil(math.sqrt(num_pictures))
+
+
+def _save(sheet: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    sheet.save(buffer, "webp", quality=95, method=2)
+    sheet.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def _map_of(phenomenon: str, maps: bytes) -> np.ndarray:
+    """The map of one phenomenon in a `MAPS_FILE`, float32 on the grid of tokens."""
+    by_name = json.loads(maps)["maps"]
+    return np.array([*by_name.values()][index_of(phenomenon, [*by_name])], np.float32)
 
 
 def _frames(video: bytes, spec: VideoSpec) -> np.ndarray:

@@ -29,7 +29,7 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.protocol import ApiError
+from pipelines.serving.protocol import ApiError, no_image
 
 MAX_FORM_FIELDS = 100
 BODY_WITHIN_S = 60.0  # what HAProxy has not waited for: all but the first 16 kB
@@ -297,8 +297,7 @@ def _form_fields(form: FormData, may_be_blank: Collection[str]) -> dict[str, Any
         if isinstance(value, UploadFile):
             if not value.filename and not value.size:  # an input of files, none of them chosen
                 continue
-            message = f"this model makes videos from text only; leave out the file {name!r}"
-            raise ApiError(422, message, "unsupported_parameter", name)
+            raise no_image(name)
         if not value and name not in may_be_blank:
             continue
         *sections, key = re.findall(r"[^\[\]]+", name) or [name]

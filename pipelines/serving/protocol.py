@@ -5,18 +5,20 @@ Knows no routes, no jobs' life and no models.
 
 import reprlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.config import Config, key_advice
-from pipelines.generation.spec import Integer, Number, PhysicsSpec, ShapeLimits, VideoSpec
+from pipelines.generation.spec import NO_BOOL, PhysicsSpec, ShapeLimits, VideoSpec
 from pipelines.serving.jobs import Job, JobStatus
 from prophy.errors import ProPhyError
 from prophy.taxonomy import parse_phenomenon
 
 RETRY_AFTER_S = 10
+IMAGE_FIELD = "input_reference"
+"""Where clients put an image: a file, or an object with its URL or data."""
 
 
 class ErrorDetail(BaseModel):
@@ -60,6 +62,12 @@ class ApiError(Exception):
         self.body = ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 
+def no_image(field: str) -> ApiError:
+    """What is said of an image, or of any file, that a request holds in `field`."""
+    message = f"this model makes videos from text alone and takes no image; leave out the field {field!r}"
+    return ApiError(422, message, "unsupported_parameter", field)
+
+
 class VideoRequest(BaseModel):
     """A video to be made. What is left out comes from the server's configuration."""
 
@@ -77,19 +85,26 @@ class VideoRequest(BaseModel):
         examples=["64x64"],
     )
     negative_prompt: str | None = Field(None, max_length=32_000)
-    seed: Integer | None = Field(None, ge=0, le=2**63 - 1, description="drawn at random if left out")
-    num_inference_steps: Integer | None = Field(None, ge=1, le=200)
-    guidance_scale: Number | None = Field(None, ge=0, le=20)
-    fps: Number | None = Field(None, ge=1, le=120)
+    # Larger numbers are not exact in JavaScript: what is answered would not make the video again.
+    seed: Annotated[int, Field(ge=0, le=2**53 - 1), NO_BOOL] | None = Field(
+        None, description="drawn at random if left out"
+    )
+    num_inference_steps: Annotated[int, Field(ge=1, le=200), NO_BOOL] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=20), NO_BOOL] | None = None
+    fps: Annotated[float, Field(ge=1, le=120), NO_BOOL] | None = None
     physics: PhysicsSpec | None = None
 
     @classmethod
     def parse(cls, fields: Any) -> Self:
         """Checks the fields of a request.
 
+        An image is refused unseen, whatever it is: nothing decodes it, and nothing is fetched from a URL.
+
         Raises:
             ApiError: 422, about one field that is wrong; names the nearest one where it is unknown.
         """
+        if isinstance(fields, Mapping) and fields.get(IMAGE_FIELD) is not None:
+            raise no_image(IMAGE_FIELD)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -200,12 +215,24 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     physics: PhysicsSpec | None
+    queue_position: int | None = Field(description="videos that wait before it; null if it does not wait")
+    phenomena: list[str] = Field(description="those of the model that the prompt names")
     inference_time_s: float | None
     stage_durations: dict[str, float] | None = Field(description="seconds of text, denoise, decode, encode")
 
     @classmethod
-    def from_job(cls, job: Job, model: str, progress: int) -> Self:
-        """What clients see of `job`, which is `progress` per cent done if it is being made."""
+    def from_job(
+        cls, job: Job, model: str, progress: int, queue_position: int | None, phenomena: Sequence[str]
+    ) -> Self:
+        """What clients see of a job.
+
+        Args:
+            job: as the database has it.
+            model: what clients call the model.
+            progress: per cent that are done, if it is being made.
+            queue_position: jobs before it, if it waits.
+            phenomena: those of the model that its prompt names.
+        """
         spec = job.spec
         error = (
             VideoError(code=job.error_code, message=job.error_message)
@@ -228,6 +255,8 @@ class Video(BaseModel):
             seconds=spec.seconds,
             size=f"{spec.width}x{spec.height}",
             error=error,
+            queue_position=queue_position,
+            phenomena=[*phenomena],
             inference_time_s=taken,
             stage_durations=job.stage_durations,
             **dict(spec),
@@ -289,7 +318,7 @@ class Settings(BaseModel):
     has_physics: bool = Field(description="whether requests may hold `physics`")
     defaults: dict[str, str | int | float] = Field(description="values of fields that a request leaves out")
     ranges: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
-        description="smallest and largest value of a field"
+        description="smallest and largest value of a field; `physics.strength` is that of each phenomenon"
     )
     max_seconds: str = Field(description="length of the longest video at the default rate")
     width_multiple: int
@@ -302,8 +331,12 @@ class Settings(BaseModel):
     def of_run(cls, config: Config, limits: ShapeLimits) -> Self:
         """What holds for the server of a run."""
         backbone, sampling = config.backbone, config.sampling
-        schema = VideoRequest.model_json_schema()["properties"]
-        bounds = {name: field.get("anyOf", [{}])[0] for name, field in schema.items()}
+        schema = VideoRequest.model_json_schema()
+        bounds = {name: field.get("anyOf", [{}])[0] for name, field in schema["properties"].items()}
+        if limits.phenomena:
+            knobs = schema["$defs"]["PhysicsSpec"]["properties"]
+            bounds["physics.scale"] = knobs["scale"]
+            bounds["physics.strength"] = knobs["strength"]["additionalProperties"]
         return cls(
             model=model_name(config),
             has_physics=bool(limits.phenomena),

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -18,6 +18,7 @@ from pipelines.serving.dispatcher import Dispatcher
 from pipelines.serving.jobs import Job, JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ApiError
+from prophy.taxonomy import Taxonomy, load_taxonomy
 
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 
@@ -60,6 +61,11 @@ class VideoService:
     generator_status: Callable[[], Awaitable[GeneratorStatus]]
     draw: Callable[..., Awaitable[bytes]]
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @cached_property
+    def taxonomy(self) -> Taxonomy:
+        """What phenomena are called in prompts."""
+        return load_taxonomy(self.config.taxonomy)
 
     def find(self, video_id: str, param: str | None = None) -> Job:
         """The job of a video; `param` is the field of the request that names it, where one does.

@@ -29,6 +29,7 @@ from prophy.evaluation.pictures import heat_overlay
 from prophy.models.acceleration import accelerate
 from prophy.models.control import PhysicsTrace
 from prophy.sheets import film_sheet
+from prophy.taxonomy import index_of, load_taxonomy
 from prophy.training.cache import PriorCache
 from prophy.training.data import PriorDataset, SemanticBatch, TrainBatch
 from prophy.training.module import LossOutput, ProPhyTrainModule
@@ -36,7 +37,6 @@ from prophy.video import write_video
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # places in the timestep's distribution at which losses are measured
 
-_MAPS_SHOWN = 3  # those of the phenomena that act most
 _COLUMNS = 6  # frames of a video in its picture
 
 
@@ -117,9 +117,9 @@ def _batches(dataset: PriorDataset, num_samples: int, device: torch.device) -> I
 
 
 def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndarray]:
-    """Writes a video per prompt and a picture of it with its routing maps; yields the pictures."""
+    """Writes a video per prompt and a picture of it with the maps of what that names; yields the pictures."""
     sampler = VideoSampler(config.model_copy(update={"checkpoint": model}))
-    physics = config.physics
+    physics, taxonomy = config.physics, load_taxonomy(config.taxonomy)
     folder.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(config.train.sample_prompts):
         trace = PhysicsTrace() if physics.num_semantic_experts and physics.num_refinement_experts else None
@@ -128,9 +128,12 @@ def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndar
         write_video(folder / f"{index}.mp4", frames, video.fps)
         rows = {prompt: frames}
         if trace is not None and trace.phenomenon_maps is not None:
-            maps = trace.phenomenon_maps[0].numpy()
-            strongest = maps.mean((0, 1, 2)).argsort()[::-1][:_MAPS_SHOWN]
-            rows |= {trace.phenomena[number]: heat_overlay(frames, maps[..., number]) for number in strongest}
+            named = taxonomy.named_in(prompt, trace.phenomena)
+            for name in named:
+                map_ = trace.phenomenon_maps[0, ..., index_of(name, trace.phenomena)].numpy()
+                rows[f"where {name} acts"] = heat_overlay(frames, map_)
+            if not named:
+                rows = {f"{prompt} (names no phenomenon)": frames}
         sheet = film_sheet(rows, _COLUMNS, scale=1)
         sheet.save(folder / f"{index}.png")
         yield np.asarray(sheet)

@@ -11,26 +11,41 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 PLOTS_PER_ROW = 3
+OPACITY = 0.75  # of a map's hottest place; where the page's slider begins
 
 
 def heat_overlay(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Lays a map over frames; the more heat, the more opaque.
+    """Lays a map over frames.
 
     Args:
         frames: uint8 `[T, H, W, 3]`.
-        heat: `[t, h, w]` on any grid; resampled to the frames and scaled to its own range.
+        heat: `[t, h, w]` on any grid.
 
     Returns:
         uint8 `[T, H, W, 3]`.
     """
-    resampled = heat.astype(np.float32)
-    for axis, size in enumerate(frames.shape[:3]):
-        resampled = _resample(resampled, axis, size)
-    low, high = resampled.min(), resampled.max()
-    scaled = (resampled - low) / max(high - low, 1e-12)
-    opacity = 0.75 * scaled[..., None]
-    colours = mpl.colormaps["inferno"](scaled)[..., :3] * 255
-    return (frames * (1 - opacity) + colours * opacity).astype(np.uint8)
+    layer = heat_layer(heat, frames.shape[:3])
+    opacity = OPACITY / 255 * layer[..., 3:].astype(np.float32)
+    return (frames * (1 - opacity) + layer[..., :3] * opacity).astype(np.uint8)
+
+
+def heat_layer(heat: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+    """The colours of a map, resampled to a grid and scaled to its own range; the more heat, the more opaque.
+
+    Args:
+        heat: `[t, h, w]`.
+        grid: `T, H, W`.
+
+    Returns:
+        RGBA, uint8 `[T, H, W, 4]`.
+    """
+    low, high = heat.min(), heat.max()
+    scaled = ((heat - low) / max(high - low, 1e-12)).astype(np.float32)
+    for axis, size in enumerate(grid):
+        scaled = _resample(scaled, axis, size)
+    layer: np.ndarray = mpl.colormaps["inferno"](scaled, bytes=True)
+    layer[..., 3] = (255 * scaled).round()
+    return layer
 
 
 def _resample(values: np.ndarray, axis: int, size: int) -> np.ndarray:

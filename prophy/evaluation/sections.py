@@ -15,9 +15,9 @@ from prophy.evaluation.report import Picture, Section, Table
 from prophy.models.control import PhysicsTrace
 from prophy.sandbox import StoredClip, contact_sheet
 from prophy.sheets import evenly, side_by_side
+from prophy.taxonomy import index_of
 
 SHOWN_CLIPS = 4
-SHOWN_MAPS = 3
 SHOWN_FRAMES = 8
 SHOWN_CHARACTERS = 80
 
@@ -99,34 +99,34 @@ def training_section(metrics: Sequence[Mapping[str, float]], curves_of: Sequence
     )
 
 
-def routing_section(prompt: str, frames: np.ndarray, trace: PhysicsTrace) -> Section:
+def routing_section(
+    prompt: str, frames: np.ndarray, trace: PhysicsTrace, phenomena: Sequence[str]
+) -> Section:
     """Where the refinement experts act in a generated video, and which semantic experts its prompt calls.
 
     Args:
         prompt: what was asked for.
         frames: the generated video, uint8 `[T, H, W, 3]`.
         trace: what its generation recorded.
+        phenomena: those whose maps are shown, which the prompt names.
     """
     assert trace.phenomenon_maps is not None and trace.semantic_weights is not None
-    maps = trace.phenomenon_maps[0].numpy()
-    strongest = maps.mean((0, 1, 2)).argsort()[::-1][:SHOWN_MAPS]
     weights = trace.semantic_weights[0].tolist()
+    pictures = []
+    for phenomenon in phenomena:
+        map_ = trace.phenomenon_maps[0, ..., index_of(phenomenon, trace.phenomena)].numpy()
+        caption = f"{phenomenon}: mean {map_.mean():.2f}, from {map_.min():.2f} to {map_.max():.2f}"
+        pictures.append(Picture(uri=png_uri(_strip(frames, map_)), caption=caption))
+    shown = "for what the prompt names" if phenomena else "none here: the prompt names no phenomenon"
     return Section(
         title="Routing: which physics, and where",
-        text=f"Prompt: {prompt!r}. Maps of the refinement router, mean over {trace.num_passes} "
-        f"denoising steps, for the {SHOWN_MAPS} phenomena with the highest mean.",
+        text=f"Prompt: {prompt!r}. Maps of the refinement router, mean over {trace.num_passes} denoising "
+        f"steps, {shown}.",
         table=Table(
             header=[f"semantic expert {index}" for index in range(len(weights))],
             rows=[[f"{weight:.3f}" for weight in weights]],
         ),
-        pictures=[
-            Picture(
-                uri=png_uri(_strip(frames, maps[..., index])),
-                caption=f"{trace.phenomena[index]}: mean {maps[..., index].mean():.2f}, "
-                f"from {maps[..., index].min():.2f} to {maps[..., index].max():.2f}",
-            )
-            for index in strongest
-        ],
+        pictures=pictures,
     )
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prophy.evaluation.pictures import _resample, curves, heat_overlay, png_uri
+from prophy.evaluation.pictures import _resample, curves, heat_layer, heat_overlay, png_uri
 from prophy.evaluation.report import Picture, Section, Table, write_report
+from prophy.evaluation.sections import routing_section
+from prophy.models.control import PhysicsTrace, RoutingOutput
 
 
 def decode(uri: str) -> Image.Image:
@@ -24,6 +26,31 @@ def test_overlay_lights_up_the_hot_cell_only() -> None:
     assert overlaid.shape == frames.shape
     assert (overlaid[:, 2, 2] != 60).any()
     np.testing.assert_array_equal(overlaid[:, 24:, 24:], 60)
+
+
+def test_a_layer_is_as_opaque_as_its_map_is_hot() -> None:
+    heat = np.array([[[0.2, 0.4], [0.3, 0.2]], [[0.6, 0.2], [0.3, 0.2]]], np.float32)
+    layer = heat_layer(heat, heat.shape)
+    assert layer.shape == (2, 2, 2, 4)
+    np.testing.assert_allclose(layer[..., 3], 255 * (heat - 0.2) / 0.4, atol=0.6)
+    brightness = layer[..., :3].sum(-1).ravel()[heat.ravel().argsort()]
+    assert (np.diff(brightness) >= 0).all(), "hotter is brighter"
+
+
+def test_a_map_that_is_the_same_everywhere_is_no_heat() -> None:
+    assert not heat_layer(np.full((1, 2, 2), 0.5), (3, 4, 4))[..., 3].any()
+
+
+def test_the_routing_shows_what_the_prompt_names() -> None:
+    trace = PhysicsTrace()
+    maps = torch.tensor([0.1, 0.9]).expand(1, 4, 2) * torch.linspace(0.5, 1, 4)[:, None]
+    routing = RoutingOutput(semantic_weights=torch.tensor([[0.25, 0.75]]), phenomenon_maps=maps)
+    trace.record(1.0, routing, (1, 2, 2), ("collision", "melting"))
+    frames = np.zeros((4, 8, 8, 3), np.uint8)
+    named = routing_section("a ball bounces", frames, trace, ["collision"])
+    assert [picture.caption for picture in named.pictures] == ["collision: mean 0.08, from 0.05 to 0.10"]
+    nothing = routing_section("a cat", frames, trace, [])
+    assert not nothing.pictures and "the prompt names no phenomenon" in nothing.text
 
 
 def test_maps_are_resampled_as_torch_interpolates() -> None:

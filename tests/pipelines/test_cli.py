@@ -162,6 +162,12 @@ def test_empty_prompt(prophy: CommandLine, ray_cluster: None, tmp_path: Path, pr
 
 def test_missing_prompt_file(prophy: CommandLine, tmp_path: Path) -> None:
     assert "no prompt file" in prophy.mistake("generate", "--prompts", str(tmp_path / "none.txt"))
+    assert "no prompt file" in prophy.mistake("generate", "--prompts", str(tmp_path))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert "no prompt file" in prophy.mistake("generate", "--prompts", str(tmp_path / "a.png"))
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a ball", "image": "a.png"}\n')
+    mistake = prophy.mistake("generate", "--prompts", str(tmp_path / "list.jsonl"))
+    assert "give one per line and nothing else" in mistake and "images are not taken" in mistake
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "a ball falls"), ("serve",)])

@@ -22,6 +22,8 @@ async function ask(path, options = {}) {
     throw new ApiError(0, { message: "The server does not answer.", code: "unreachable" });
   }
   if (response.ok) return response;
+  // Asked with a key that the user has changed meanwhile.
+  if (response.status === 401 && key !== sessionStorage.getItem(KEY)) return ask(path, options);
   const body = await response.json().catch(() => null);
   throw new ApiError(response.status, body?.error ?? { message: `The server answers ${response.status}.` });
 }
@@ -35,6 +37,9 @@ export const list = (after) => json(`v1/videos?limit=20${after ? `&after=${encod
 export const remove = (id) => json(video(id), { method: "DELETE" });
 export const physics = (id) => json(`${video(id)}/physics`);
 export const content = async (id, variant) => (await ask(`${video(id)}/content?variant=${variant}`)).blob();
+
+export const layer = async (id, phenomenon) =>
+  (await ask(`${video(id)}/physics/overlay?variant=layer&phenomenon=${encodeURIComponent(phenomenon)}`)).blob();
 
 export const create = (fields) =>
   json("v1/videos", {

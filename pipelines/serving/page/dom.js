@@ -8,3 +8,10 @@ export function element(name, attributes = {}, ...children) {
 }
 
 export const byId = (id) => document.getElementById(id);
+
+export function save(blob, name) {
+  const url = URL.createObjectURL(blob);
+  element("a", { href: url, download: name }).click();
+  // A browser may begin to read it only after the click.
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}

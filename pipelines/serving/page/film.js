@@ -1,10 +1,13 @@
 // Frames of videos on canvases, all at the same frame. A film is one picture with ceil(sqrt(N)) columns of N frames,
-// so that every frame is exact, films play in step, and no video element is needed.
+// so that every frame is exact, films play in step, and no video element is needed. A map's layer is such a film too.
 
-import { content } from "./api.js";
+import { content, layer } from "./api.js";
 
-export async function loadFilm(video) {
-  const sheet = await createImageBitmap(await content(video.id, "spritesheet"));
+export const loadFilm = async (video) => film(video, await content(video.id, "spritesheet"));
+export const loadLayer = async (video, phenomenon) => film(video, await layer(video.id, phenomenon));
+
+async function film(video, picture) {
+  const sheet = await createImageBitmap(picture);
   const columns = Math.ceil(Math.sqrt(video.num_frames));
   const rows = Math.ceil(video.num_frames / columns);
   return {
@@ -13,14 +16,23 @@ export async function loadFilm(video) {
   };
 }
 
-export function drawFrame(canvas, film, index) {
-  const { sheet, columns, width, height } = film;
-  const frame = Math.min(index, film.numFrames - 1);
+export function drawFrame(canvas, { sheet, columns, numFrames, width, height }, index) {
+  const frame = Math.min(index, numFrames - 1);
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.clearRect(0, 0, width, height);
   context.drawImage(sheet, (frame % columns) * width, Math.floor(frame / columns) * height,
     width, height, 0, 0, width, height);
-  return context;
+}
+
+// Lays a frame of a map over a canvas; `opacity` is that of its hottest place.
+export function drawLayer(canvas, layer, index, opacity) {
+  const cells = new OffscreenCanvas(layer.width, layer.height);
+  drawFrame(cells, layer, index);
+  const context = canvas.getContext("2d");
+  context.globalAlpha = opacity;
+  context.drawImage(cells, 0, 0, canvas.width, canvas.height);
+  context.globalAlpha = 1;
 }
 
 // |a - b| of two drawn frames, four times as bright; returns the mean difference of a pixel, 0 to 255.

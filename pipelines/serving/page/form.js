@@ -4,6 +4,7 @@ import { element } from "./dom.js";
 
 const form = document.getElementById("make");
 const general = document.getElementById("make-error");
+const NOT_FIELDS = new Set(["model", "physics.return_maps"]);
 const NUMBERS = new Set(["seed", "num_inference_steps", "guidance_scale", "fps"]);
 let defaults = {};
 // Names of fields that hold what the user put there; the settings may arrive after the first words.
@@ -15,10 +16,12 @@ export function build(settings) {
   defaults = settings.defaults;
   const hints = {
     seconds: `at most ${settings.max_seconds}`,
-    size: `WIDTHxHEIGHT; multiples of ${settings.width_multiple} and ${settings.height_multiple}, `
+    size: `WIDTHxHEIGHT in steps of ${settings.width_multiple}x${settings.height_multiple}, `
       + `at most ${settings.max_pixels} pixels in all`,
   };
-  for (const [name, [low, high]] of Object.entries(settings.ranges)) hints[name] = `${low} to ${high}`;
+  const { "physics.strength": strengths, ...ranges } = settings.ranges;
+  for (const [name, [low, high]] of Object.entries(ranges)) hints[name] = `${low} to ${high}`;
+  if (strengths) document.getElementById("strengths-hint").textContent = `${strengths.join(" to ")}; 1 leaves it as it is`;
   for (const [name, text] of Object.entries(hints)) hint(name, text);
   const examples = document.getElementById("examples");
   examples.hidden = settings.examples.length === 0;
@@ -37,6 +40,7 @@ export function build(settings) {
       element("input", { id: name, name, inputmode: "decimal", value: "1" }));
   }));
   for (const field of form.elements) if (!touched.has(field.name)) put(field, {});
+  form.querySelector(".primary").disabled = false;
 }
 
 function hint(name, text) {
@@ -47,12 +51,16 @@ function hint(name, text) {
   field.setAttribute("aria-describedby", id);
 }
 
-// Fills the form with a request; what it does not say is the server's default.
+// Fills the form with a request; what it does not say is the server's default. Returns what the form has no field for.
 export function fill(request) {
   touched.clear();
   for (const field of form.elements) put(field, request);
   clearErrors();
+  return paths(request).filter((path) => !form.elements[path] && !NOT_FIELDS.has(path));
 }
+
+const paths = (value, path = "") => (value instanceof Object
+  ? Object.entries(value).flatMap(([key, inner]) => paths(inner, path ? `${path}.${key}` : key)) : [path]);
 
 function put(field, request) {
   if (!field.name) return;

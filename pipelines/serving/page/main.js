@@ -1,17 +1,20 @@
 // Puts the page together: the key, the form, the list, the panel that looks, the status.
 
 import * as api from "./api.js";
-import { byId, element } from "./dom.js";
+import { byId, element, save } from "./dom.js";
 import * as form from "./form.js";
 import * as look from "./look.js";
+import * as maps from "./maps.js";
+import { describe, isTwin, link, readLink, request } from "./recipe.js";
 import { showStatus } from "./status.js";
 import * as watch from "./videos.js";
 
 const REFRESH_EVERY_MS = 10_000;
-let hasPhysics = false;
+let settings = null;    // the server's
+let refusal = null;     // what a refresh has complained of, which the next one takes back
 
 function complain(error) {
-  if (error.status === 401) askForKey(error);
+  if (error.status === 401) askForKey();
   byId("alert").textContent = error.message;
   byId("alert").hidden = false;
 }
@@ -21,36 +24,54 @@ function askForKey() {
   byId("key").focus();
 }
 
+// Does what a user asks for; the complaint about what was asked before goes.
+function on(id, event, act) {
+  byId(id).addEventListener(event, async (happened) => {
+    if (event === "submit") happened.preventDefault();
+    byId("alert").hidden = true;
+    try {
+      await act(happened);
+    } catch (error) {
+      complain(error);
+    }
+  });
+}
+
 async function start() {
-  byId("alert").hidden = true;
-  const settings = await api.settings();
+  settings = await api.settings();
   byId("key-form").hidden = true;
   byId("model").textContent = settings.model;
-  hasPhysics = settings.has_physics;
   form.build(settings);
   if (location.hash.length > 1 && !form.isTouched()) fillFromLink();
   await refresh();
 }
 
 function fillFromLink() {
-  try {
-    form.fill(JSON.parse(decodeURIComponent(location.hash.slice(1))));
-  } catch {
-    complain(new Error("The link does not describe a video."));
-  }
+  const wanted = readLink();
+  const ignored = form.fill(wanted);
+  if (wanted.model && wanted.model !== settings.model)
+    complain(new Error(`The link's video was made by ${wanted.model}; this server has ${settings.model}.`));
+  else if (ignored.length) complain(new Error(`The link has what this server does not know: ${ignored.join(", ")}.`));
 }
 
 async function refresh() {
   await watch.refresh();
   await showStatus();
-  byId("alert").hidden = true;
 }
 
-async function make(request) {
-  const video = await api.create(request);
-  watch.add(video);
+async function refreshNow() {
+  try {
+    await (settings ? refresh() : start());
+    if (refusal === byId("alert").textContent) byId("alert").hidden = true;
+  } catch (error) {
+    complain(error);
+    refusal = error.message;
+  }
+}
+
+async function make(fields) {
+  watch.add(await api.create(fields));
   watch.render();
-  return video;
 }
 
 async function show(video) {
@@ -66,46 +87,75 @@ function offerComparisons() {
   if (shown === null) return;
   const chosen = byId("compare").value;
   const others = watch.videos().filter((video) => video.status === "completed" && video.id !== shown.id);
-  const isTwin = (video) => look.describe(video, shown) === "Branch off" && video.prompt === shown.prompt
-    && video.seed === shown.seed && video.size === shown.size && video.seconds === shown.seconds;
-  others.sort((a, b) => isTwin(b) - isTwin(a));
+  others.sort((a, b) => isTwin(b, shown) - isTwin(a, shown));
   byId("compare").replaceChildren(element("option", { value: "" }, "nothing"), ...others.map((video) => {
-    const text = isTwin(video) ? "the same with the branch off" : `${video.prompt}: ${look.describe(video, shown)}`;
+    const text = isTwin(video, shown) ? "the same with the branch off" : describe(video, shown);
     return element("option", { value: video.id }, text);
   }));
   if (others.some((video) => video.id === chosen)) byId("compare").value = chosen;
 }
 
-byId("make").addEventListener("submit", async (event) => {
-  event.preventDefault();
+on("make", "submit", async () => {
   form.clearErrors();
   try {
-    await make(form.read(hasPhysics));
+    await make(form.read(settings.has_physics));
   } catch (error) {
-    if (error.status === 401 || error.status === 0) complain(error);
-    else form.showError(error);
+    if (error.status === 401 || error.status === 0) throw error;
+    form.showError(error);
   }
 });
-byId("reset").addEventListener("click", () => form.fill({}));
-byId("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
+on("reset", "click", () => form.fill({}));
+on("key-form", "submit", () => {
   api.setKey(byId("key").value);
   byId("key").value = "";
-  start().catch(complain);
+  return start();
 });
-byId("compare").addEventListener("change", (event) => {
-  const video = watch.videos().find((other) => other.id === event.target.value) ?? null;
-  look.compareWith(video).catch(complain);
-});
-byId("branch-off").addEventListener("click", () => {
-  const request = look.request(look.shownVideo());
-  make({ ...request, physics: { scale: 0 } }).catch(complain);
-});
-byId("vary").addEventListener("click", () => {
-  form.fill(look.request(look.shownVideo()));
+on("compare", "change", (event) =>
+  look.compareWith(watch.videos().find((other) => other.id === event.target.value) ?? null));
+on("branch-off", "click", () => make({ ...request(look.shownVideo()), physics: { scale: 0 } }));
+on("vary", "click", () => {
+  form.fill(request(look.shownVideo()));
   byId("prompt").focus();
 });
-window.addEventListener("hashchange", fillFromLink);
+on("phenomenon", "change", async () => {
+  look.draw();
+  await maps.choose();
+  look.draw();
+});
+on("download", "click", async () => {
+  const { id } = look.shownVideo();
+  save(await api.content(id, "video"), `${id}.mp4`);
+});
+on("recipe", "click", () => {
+  const video = look.shownVideo();
+  save(new Blob([JSON.stringify(request(video), null, 2)]), `${video.id}.json`);
+});
+on("link", "click", async () => {
+  const url = link(look.shownVideo());
+  try {
+    await navigator.clipboard.writeText(url);
+    byId("said").textContent = "Copied.";
+  } catch {
+    history.replaceState(null, "", url);
+    byId("said").textContent = "This browser does not let a page copy; the link stands in its address bar.";
+  }
+});
+// A picture that is dropped or pasted: the browser would leave the page for it, or do nothing.
+for (const event of ["dragover", "drop", "paste"]) {
+  document.addEventListener(event, (happened) => {
+    if (!(happened.dataTransfer ?? happened.clipboardData).types.includes("Files")) return;
+    happened.preventDefault();
+    if (event !== "dragover") complain(new Error("Videos are made from text alone here; an image is not taken."));
+  });
+}
+window.addEventListener("hashchange", () => {
+  if (settings === null) return;
+  try {
+    fillFromLink();
+  } catch (error) {
+    complain(error);
+  }
+});
 
 watch.watch({
   onLook: show,
@@ -115,5 +165,5 @@ watch.watch({
     offerComparisons();
   },
 });
-setInterval(() => { if (!document.hidden && byId("key-form").hidden) refresh().catch(complain); }, REFRESH_EVERY_MS);
+setInterval(() => { if (!document.hidden && byId("key-form").hidden) refreshNow(); }, REFRESH_EVERY_MS);
 start().catch(complain);

@@ -2,17 +2,18 @@
 
 import { list, remove, retrieve } from "./api.js";
 import { byId, element } from "./dom.js";
+import { knobs } from "./recipe.js";
 
-const known = new Map();    // id -> video, newest first by created_at
+const known = new Map();    // id -> video; of one second, the newer come later
 const begun = new Map();    // id -> [time, progress] when its progress was first seen
 const polled = new Set();   // ids that are being asked after
 const removed = new Set();  // ids that this tab deleted; a list that was under way still has them
-let last = null;            // the last id of the last page
+let atEnd = true;           // whether the list was read to its end
 let report = () => {};
 
 export const videos = () => [...known.values()];
 
-// `onChange(video)` is called with each video whose state is new; `onLook(video)` when a user wants to see one.
+// `onChange(video, before)` is called with each video whose state is new, and as it was before, if it was known; `onLook(video)` when a user wants to see one.
 export function watch({ onChange, onLook, onError }) {
   report = onChange;
   byId("videos").addEventListener("click", async (event) => {
@@ -29,39 +30,38 @@ export function watch({ onChange, onLook, onError }) {
   byId("more").addEventListener("click", () => older().catch(onError));
 }
 
-// The newest page. Another tab may have made or removed videos, so it replaces what was known of them.
+// The newest page. Another tab may have made or removed videos, so what is not on it any more goes.
 // One that this tab made while the page was under way is not on it, and stays.
 export async function refresh() {
   const before = [...known];
   const page = await list();
+  const listed = new Set(page.data.map((video) => video.id));
   const oldest = page.data.at(-1)?.created_at ?? Infinity;
+  // After more new videos than a page holds, older ones would stand behind a gap.
+  const follows = before.some(([id]) => listed.has(id));
   for (const [id, video] of before) {
-    if (!page.has_more || video.created_at > oldest) known.delete(id);
+    if (!listed.has(id) && (!page.has_more || !follows || video.created_at > oldest)) known.delete(id);
   }
-  if (last === null || !known.size) remember(page);
-  page.data.forEach(add);
+  if (!page.has_more || !follows) atEnd = !page.has_more;
+  page.data.reverse().forEach(add);
   render();
 }
 
 async function older() {
-  const page = await list(last);
-  remember(page);
-  page.data.forEach(add);
+  const page = await list(newestFirst().at(-1)?.id);
+  atEnd = !page.has_more;
+  page.data.reverse().forEach(add);
   render();
 }
 
-function remember(page) {
-  last = page.last_id;
-  byId("more").hidden = !page.has_more;
-}
-
 export function add(video) {
-  if (removed.has(video.id)) return;
-  const before = known.get(video.id)?.status;
+  const before = known.get(video.id);
+  // A list that was long under way may say less than is known.
+  if (removed.has(video.id) || (before && !unfinished(before) && unfinished(video))) return;
   known.set(video.id, video);
-  if (video.status === "in_progress" && video.progress > 0 && !begun.has(video.id))
+  if (video.status === "in_progress" && video.progress > 0 && !(begun.get(video.id)?.[1] <= video.progress))
     begun.set(video.id, [Date.now(), video.progress]);
-  if (before !== video.status) report(video, before);
+  if (before?.status !== video.status) report(video, before);
   if (unfinished(video) && !polled.has(video.id)) poll(video.id);
 }
 
@@ -94,14 +94,17 @@ async function forget(video) {
 }
 
 export function render() {
-  const sorted = videos().sort((a, b) => b.created_at - a.created_at);
+  const sorted = newestFirst();
   const rows = byId("videos"), old = new Map([...rows.children].map((row) => [row.dataset.id, row]));
   const wanted = sorted.map((video) => update(old.get(video.id) ?? row(video), video));
   // Rows that stay keep the keyboard's focus.
   for (const [id, gone] of old) if (!known.has(id)) gone.remove();
   wanted.forEach((item, place) => { if (rows.children[place] !== item) rows.insertBefore(item, rows.children[place] ?? null); });
   byId("no-videos").hidden = sorted.length > 0;
+  byId("more").hidden = atEnd;
 }
+
+const newestFirst = () => videos().reverse().sort((a, b) => b.created_at - a.created_at);
 
 function row(video) {
   const item = element("li", {},
@@ -126,17 +129,12 @@ function update(item, video) {
 }
 
 function state(video) {
-  const shape = `${video.seconds} s, ${video.size}, seed ${video.seed}`;
-  if (video.status === "queued") return `Queued, ${place(video)}; ${shape}`;
+  const shape = [`${video.seconds} s`, video.size, `seed ${video.seed}`, ...knobs(video)].join(", ");
+  if (video.status === "queued") return `Queued, ${video.queue_position ? `${video.queue_position} before it` : "next"}; ${shape}`;
   if (video.status === "failed") return `Failed: ${video.error?.message}`;
   if (video.status === "completed") return `Completed in ${video.inference_time_s?.toFixed(1)} s; ${shape}`;
   const step = Math.round(video.progress / 100 * video.num_inference_steps);
   return `Step ${step} of ${video.num_inference_steps}${left(video)}; ${shape}`;
-}
-
-function place(video) {
-  const before = videos().filter((other) => unfinished(other) && other.created_at < video.created_at).length;
-  return before === 0 ? "next" : `${before} before it`;
 }
 
 function left(video) {

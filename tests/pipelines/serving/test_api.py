@@ -217,6 +217,13 @@ def test_routing_maps(client: httpx.Client, with_maps: str) -> None:
     for name, reason in (("magic", "did you mean"), ("../collision", "cannot be the name")):
         wrong = client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": name})
         assert reason in check_error(wrong, 422, "invalid_value", "phenomenon")
+    asked = {"phenomenon": "collision", "variant": "layer"}
+    layer = client.get(f"/v1/videos/{with_maps}/physics/overlay", params=asked)
+    assert layer.headers["content-type"] == "image/png"
+    picture = Image.open(io.BytesIO(layer.content))
+    _, rows, columns = physics["token_grid"]
+    # 17 frames in 5 columns.
+    assert picture.mode == "RGBA" and picture.size == (5 * columns, 4 * rows)
     spelled = client.get(f"/v1/videos/{with_maps}/physics/overlay", params={"phenomenon": "Liquid_Motion"})
     assert np.array_equal(decode(spelled.content), overlays[1])
 
@@ -236,6 +243,31 @@ def test_overlay_for_two_at_once_and_of_a_video_that_goes(client: httpx.Client, 
     gone = late.result()
     check_error(gone, *{404: (404, "video_not_found"), 410: (410, "video_expired")}[gone.status_code])
     assert not Path(config.serve.videos_location, video_id).exists()
+
+
+def test_settings_say_the_bounds_of_what_is_asked_for(client: httpx.Client) -> None:
+    settings = client.get("/v1/settings").json()
+    assert settings["ranges"] == {
+        "seed": [0, 2**53 - 1],
+        "num_inference_steps": [1, 200],
+        "guidance_scale": [0, 20],
+        "fps": [1, 120],
+        "physics.scale": [0, 10],
+        "physics.strength": [0, 10],
+    }
+    for name, (low, high) in settings["ranges"].items():
+        section, _, key = name.rpartition(".")
+        for value in (low - 1, high + 1):
+            wrong = {"collision": value} if key == "strength" else value
+            fields = {section: {key: wrong}} if section else {key: wrong}
+            answer = client.post("/v1/videos", json={"prompt": PROMPT, **fields})
+            assert answer.status_code == 422 and name in answer.json()["error"]["param"]
+
+
+def test_a_video_says_which_phenomena_its_prompt_names(client: httpx.Client) -> None:
+    for prompt, named in ((PROMPT, ["collision"]), ("a cat", []), ("ice melts in a fire", ["melting"])):
+        video_id = submit(client, **(SHORT | {"prompt": prompt}))
+        assert wait(client, video_id)["phenomena"] == named
 
 
 def test_prompts_are_embedded_once(client: httpx.Client, generator: VideoGenerator) -> None:

@@ -59,6 +59,15 @@ def test_request(prophy: CommandLine, url: str, tmp_path: Path) -> None:
     assert (video["prompt"], video["seed"], video["seconds"], video["size"]) == (PROMPT, 3, "1.125", "32x32")
 
 
+def test_an_image_goes_to_the_server_which_takes_none(prophy: CommandLine, url: str, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    asked = ("request", PROMPT, "--out", str(tmp_path / "a.mp4"), "--url", url, "--image", str(image))
+    assert f"cannot read the image {image}: No such file or directory" in prophy.mistake(*asked)
+    image.write_bytes(b"png")
+    knobs = ("-f", "seconds=1", "-f", "seed=3", "-f", "physics.strength.collision=2")
+    assert "the server refuses: this model makes videos from text alone" in prophy.mistake(*asked, *knobs)
+
+
 def test_mistakes(prophy: CommandLine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mistake(prompt: str, *arguments: str) -> str:
         return prophy.mistake("request", prompt, "--out", str(tmp_path / "ball.mp4"), *arguments)

@@ -125,6 +125,28 @@ def test_stopped_dispatcher_leaves_its_jobs_to_the_next(
     run(scenario)
 
 
+def test_jobs_know_their_place_in_the_queue(store: JobStore, new: Callable[..., Dispatcher]) -> None:
+    async def scenario() -> None:
+        free = asyncio.Semaphore(1)
+
+        async def one_at_a_time(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+            async with free:
+                yield GenerationStep(0.5)
+                await asyncio.Event().wait()
+
+        dispatcher = new(one_at_a_time)
+        await dispatcher.start()
+        jobs = [await dispatcher.create(SPEC, None) for _ in range(4)]
+        while dispatcher.queue_position(jobs[0].id) is not None:
+            await asyncio.sleep(0.01)
+        assert [dispatcher.queue_position(job.id) for job in jobs] == [None, 0, 1, 2]
+        await dispatcher.delete(jobs[2].id)
+        assert [dispatcher.queue_position(job.id) for job in jobs] == [None, 0, None, 1]
+        await dispatcher.stop()
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(("num_deaths", "status"), [(2, "completed"), (3, "failed")])
 def test_a_job_survives_two_replicas(
     store: JobStore, new: Callable[..., Dispatcher], num_deaths: int, status: str

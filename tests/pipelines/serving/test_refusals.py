@@ -1,7 +1,11 @@
 """What the Videos API refuses over real HTTP, with the real model behind it: fields, bodies, pages, keys."""
 
+import base64
+import io
 import json
 import socket
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from PIL import ExifTags, Image
 
 from pipelines.config import Config
 from pipelines.generation.limits import shape_limits
@@ -40,10 +45,10 @@ FOREIGN, ADDRESS = "http://evil.example", "127.0.0.1:8000"
         ({"prompt": "x", "seconds": "4s"}, "invalid_value", "seconds", "'4s'"),
         ({"prompt": "x", "seconds": "0.0"}, "invalid_value", "seconds", "has no frame"),
         (
-            {"prompt": "x", "seed": 10**20},
+            {"prompt": "x", "seed": 2**53},
             "invalid_value",
             "seed",
-            "less than or equal to 9223372036854775807",
+            "less than or equal to 9007199254740991",
         ),
         (
             {"prompt": "x", "seconds": "3"},
@@ -103,8 +108,6 @@ def test_bad_requests(client: httpx.Client) -> None:
     shell = {"content-type": "application/x-www-form-urlencoded"}  # what curl says of its -d
     json_as_form = client.post("/v1/videos", content='{"prompt": "a=b&c"}', headers=shell)
     assert "send application/json" in check_error(json_as_form, 415, "unsupported_media_type")
-    picture = client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": b"png"})
-    check_error(picture, 422, "unsupported_parameter", "input_reference")
     check_error(client.get("/v1/pictures"), 404, "not_found")
     wrong_method = client.put("/v1/videos")
     check_error(wrong_method, 405, "method_not_allowed")
@@ -116,6 +119,97 @@ def test_bad_requests(client: httpx.Client) -> None:
     check_error(client.post("/v1/videos", data=twice), 422, "invalid_value", "prompt")
     many = {f"field{index}": "" for index in range(1000)}
     check_error(client.post("/v1/videos", data=many), 400, "bad_request")
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture that says it has this size, in a few bytes."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def jpeg() -> bytes:
+    """A picture that lies on its side by its EXIF orientation."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 4)).save(buffer, "jpeg", exif=exif)
+    return buffer.getvalue()
+
+
+HOSTILE_IMAGES = {
+    "empty": b"",
+    "no picture": b"png",
+    "picture": png(1, 1),
+    "bomb": png(2**31 - 1, 2**31 - 1),
+    "cut": jpeg()[:100],
+    "on its side": jpeg(),
+    "markup": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "half a megabyte": jpeg() + bytes(500_000),
+}
+IMAGE_URLS = (
+    "data:image/png;base64," + base64.b64encode(png(1, 1)).decode(),
+    "data:image/png;base64,%%%",
+    "data:,",
+    "file:///etc/passwd",
+    "ftp://localhost/a.png",
+    "//localhost/a.png",
+    "/etc/passwd",
+    "",
+)
+
+
+def check_no_image(answer: httpx.Response) -> None:
+    message = check_error(answer, 422, "unsupported_parameter", "input_reference")
+    assert message == (
+        "this model makes videos from text alone and takes no image; leave out the field 'input_reference'"
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE_IMAGES)
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/videos/sync"])
+def test_an_image_is_refused_unseen(
+    client: httpx.Client, name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file, before anything else of the request is looked at; the server runs in this process."""
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("somebody looks at it"))
+    for kind in ("image/png", "text/plain", "application/json"):
+        file = ("../../a.png\x00.exe", HOSTILE_IMAGES[name], kind)
+        check_no_image(client.post(path, data={"seed": "-1"}, files={"input_reference": file}))
+
+
+def test_an_image_is_fetched_from_nowhere(client: httpx.Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as asked:
+        asked.settimeout(0.2)
+        url = f"http://127.0.0.1:{asked.getsockname()[1]}/a.png"
+        for image in (*IMAGE_URLS, url):
+            reference = {"image_url": image}
+            check_no_image(client.post("/v1/videos", json={"input_reference": reference}))
+            check_no_image(client.post("/v1/videos", data={"input_reference[image_url]": image or "x"}))
+            check_no_image(client.post("/v1/videos", data={"input_reference": image or "x"}))
+        with pytest.raises(TimeoutError):
+            asked.accept()
+
+
+@pytest.mark.parametrize("reference", [{}, {"file_id": "file-1"}, "a.png", [], 0, False, {"a": [{}] * 1000}])
+def test_whatever_stands_for_an_image_is_refused(client: httpx.Client, reference: Any) -> None:
+    check_no_image(client.post("/v1/videos", json={"prompt": PROMPT, "input_reference": reference}))
+
+
+def test_an_image_beyond_the_length_of_a_body(client: httpx.Client) -> None:
+    large = client.post("/v1/videos", data={"prompt": PROMPT}, files={"input_reference": bytes(1 << 20)})
+    assert "files are not taken" in check_error(large, 413, "body_too_large")
+    two = [("input_reference", ("a.png", b"a")), ("input_reference", ("b.png", b"b"))]
+    check_error(client.post("/v1/videos", data={"prompt": PROMPT}, files=two), 400, "bad_request")
+
+
+def test_openais_client_learns_that_no_image_is_taken(client: httpx.Client) -> None:
+    maker = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0)
+    for reference in (jpeg(), {"image_url": IMAGE_URLS[0]}, {"file_id": "file-1"}):
+        with pytest.raises(openai.UnprocessableEntityError, match="takes no image"):
+            maker.videos.create(prompt=PROMPT, input_reference=reference)
 
 
 def test_a_form_whose_inputs_were_left_blank(client: httpx.Client) -> None:
