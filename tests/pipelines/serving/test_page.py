@@ -292,7 +292,7 @@ def test_a_video_made_while_the_list_is_under_way_stays(open_page: Callable[...,
     page, waiting = open_page(key=None), []
     page.route("**/v1/videos?limit=20", lambda route: waiting.append((route, route.fetch())), times=1)
     use_key(page)
-    until(lambda: page.title() and waiting, "the list is under way")
+    until(lambda: page.title() == "ProPhy" and len(waiting) == 1, "the list is under way")
     fill_and_make(page, "a ball during the list")
     made = row(page, "a ball during the list")
     expect(made).to_contain_text("Completed in")
@@ -323,7 +323,7 @@ def test_a_deleted_video_does_not_come_back_with_a_list_that_was_under_way(
     expect(made).to_contain_text("Completed in")
     page.route("**/v1/videos?limit=20", lambda route: waiting.append((route, route.fetch())), times=1)
     page.clock.fast_forward(10_000)
-    until(lambda: page.title() and waiting, "the list is under way")
+    until(lambda: page.title() == "ProPhy" and len(waiting) == 1, "the list is under way")
     made.get_by_role("button", name="Delete").click()
     expect(made).to_have_count(0)
     [(route, older)] = waiting

@@ -207,9 +207,11 @@ def test_an_image_beyond_the_length_of_a_body(client: httpx.Client) -> None:
 
 def test_openais_client_learns_that_no_image_is_taken(client: httpx.Client) -> None:
     maker = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0)
-    for reference in (jpeg(), {"image_url": IMAGE_URLS[0]}, {"file_id": "file-1"}):
+    with pytest.raises(openai.UnprocessableEntityError, match="takes no image"):
+        maker.videos.create(prompt=PROMPT, input_reference=jpeg())
+    for reference in ({"image_url": IMAGE_URLS[0]}, {"file_id": "file-1"}):
         with pytest.raises(openai.UnprocessableEntityError, match="takes no image"):
-            maker.videos.create(prompt=PROMPT, input_reference=reference)
+            maker.videos.create(prompt=PROMPT, extra_body={"input_reference": reference})
 
 
 def test_a_form_whose_inputs_were_left_blank(client: httpx.Client) -> None:
