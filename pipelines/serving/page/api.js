@@ -1,6 +1,7 @@
 // The public API, asked with the user's key. The key lives in this tab's session storage and in no URL.
 
 const KEY = "prophy-key";
+const RETRY_AFTER_MS = [500, 1000, 2000];
 
 export class ApiError extends Error {
   constructor(status, { message, param, code }) {
@@ -41,12 +42,23 @@ export const content = async (id, variant) => (await ask(`${video(id)}/content?v
 export const layer = async (id, phenomenon) =>
   (await ask(`${video(id)}/physics/overlay?variant=layer&phenomenon=${encodeURIComponent(phenomenon)}`)).blob();
 
-export const create = (fields) =>
-  json("v1/videos", {
+// Tried again where no answer came, or the server says that it cannot now: by its key it stays one video.
+export async function create(fields) {
+  const options = {
     method: "POST",
     headers: { "content-type": "application/json", "idempotency-key": crypto.randomUUID?.() ?? String(Math.random()) },
     body: JSON.stringify(fields),
-  });
+  };
+  for (const waitMs of RETRY_AFTER_MS) {
+    try {
+      return await json("v1/videos", options);
+    } catch (error) {
+      if (error.status !== 0 && error.status !== 503) throw error;
+    }
+    await new Promise((resolve) => setTimeout(resolve, waitMs));
+  }
+  return json("v1/videos", options);
+}
 
 // A video, and the milliseconds after which the server wants to be asked again.
 export async function retrieve(id) {

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from pipelines.generation.limits import shape_limits
 from pipelines.generation.spec import VideoSpec
@@ -240,10 +240,13 @@ def test_the_map_is_of_what_the_prompt_names(open_page: Callable[..., Page], cli
         assert pixels(page, "film") == plain
         chosen.select_option(phenomenon)
         until(lambda: pixels(page, "film") != plain, "the map lies over the frame")
-        layer = heat_layer(np.array(maps[phenomenon]), (5, 2, 2))[0].astype(float)
+        heat = np.array(maps[phenomenon])
+        layer = heat_layer(heat, (5, *heat.shape[1:]))[0, [0, 0, -1, -1], [0, -1, 0, -1]].astype(float)
         opaque = layer[..., 3:] / 255
-        frame = np.reshape(plain, (32, 32, 4))[::31, ::31, :3]
-        drawn = np.reshape(pixels(page, "film"), (32, 32, 4))[::31, ::31, :3]
+        frame, drawn = (
+            np.reshape(picture, (32, 32, 4))[[0, 0, -1, -1], [0, -1, 0, -1], :3]
+            for picture in (plain, pixels(page, "film"))
+        )
         np.testing.assert_allclose(drawn, frame * (1 - opaque) + layer[..., :3] * opaque, atol=3)
 
 
@@ -300,6 +303,22 @@ def test_a_video_made_while_the_list_is_under_way_stays(open_page: Callable[...,
     route.fulfill(response=older)
     expect(page.locator("#status")).to_contain_text("Replicas")
     expect(made).to_have_count(1)
+
+
+def test_a_request_that_is_not_answered_is_sent_again_and_makes_one_video(
+    open_page: Callable[..., Page], client: httpx.Client
+) -> None:
+    page, answers = open_page(), []
+
+    def lose(route: Route) -> None:
+        answers.append(route.fetch().json())
+        route.abort()
+
+    page.route("**/v1/videos", lose, times=1)
+    fill_and_make(page, "a ball that is asked for twice")
+    expect(row(page, "a ball that is asked for twice")).to_contain_text("Completed in")
+    listed = client.get("/v1/videos", params={"limit": 2}).json()["data"]
+    assert [video["id"] for video in listed if "twice" in video["prompt"]] == [answers[0]["id"]]
 
 
 def test_cancel(open_page: Callable[..., Page], held: set[str]) -> None:
