@@ -29,13 +29,14 @@ def main(url: str, out: str) -> None:
         page.goto(url)
         page.get_by_role("button", name=EXAMPLE).click()
         page.get_by_label("Seed").fill("1")
-        page.get_by_role("button", name="Make the video").click()
-        row = page.get_by_role("list", name="Videos").get_by_role("listitem").first
+        with page.expect_response("**/v1/videos") as answer:
+            page.get_by_role("button", name="Make the video").click()
+        row = page.locator(f"[data-id={answer.value.json()['id']}]")
         expect(row).to_contain_text("Completed in")
         row.get_by_role("button", name="Look").click()
         page.get_by_role("button", name="Make it with the branch off").click()
         twin = "the same with the branch off"
-        expect(page.locator("#compare option", has_text=twin)).to_have_count(1)
+        expect(page.locator("#compare option", has_text=twin).first).to_be_attached()
         page.get_by_label("Compare with").select_option(label=twin)
         expect(page.locator("#other-caption")).to_have_text("Branch off")
         page.get_by_label("Opacity of the map").fill("60")
