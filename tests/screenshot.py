@@ -24,7 +24,7 @@ def main(url: str, out: str) -> None:
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1240, "height": 900})
+        page = browser.new_page(viewport={"width": 1240, "height": 1150})
         page.set_default_timeout(PATIENCE_MS)
         page.goto(url)
         page.get_by_role("button", name=EXAMPLE).click()
@@ -44,7 +44,7 @@ def main(url: str, out: str) -> None:
         with page.expect_response("**/metrics"):  # the figures of the status that are true now
             pass
         page.evaluate("scrollTo(0, 0)")
-        picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+        picture = Image.open(io.BytesIO(page.screenshot()))
         picture.save(Path(out), quality=80)
         browser.close()
 
