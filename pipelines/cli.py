@@ -223,8 +223,13 @@ def plan(
         int | None, typer.Option(min=1, help="How many, all of one kind; by default train.num_workers.")
     ] = None,
     gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU, in GB.")] = 80.0,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of an hour of one GPU, in any currency.")
+    ] = None,
 ) -> None:
     """Predict how much memory `prophy train` takes on each GPU, what fits, and the fastest settings.
+
+    And how long that takes, what encoding 1,000 clips does, and what memory `prophy serve` takes.
 
     Needs no GPU and no weights. The published backbones of the presets are known; of another one the
     configuration is read, from its folder or from the hub.
@@ -238,7 +243,7 @@ def plan(
     resolved = _configure("plan", config, [*(set_ or []), *workers], print_config)
     from pipelines.training import plan
 
-    plan.run(resolved, gpu_memory)
+    plan.run(resolved, gpu_memory, price)
 
 
 @app.command(rich_help_panel=_TRAINING)

@@ -20,7 +20,7 @@ LAYERS = {
         ("pretraining",),
         ("evaluation",),
         ("training",),
-        ("backbones.encoding", "backbones.loading"),
+        ("backbones.encoding", "backbones.loading", "backbones.memory"),
         ("backbones.pretrained",),
         ("backbones.families", "backbones.wan", "backbones.cogvideox"),
         ("generation", "priors", "tiny"),

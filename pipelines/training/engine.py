@@ -18,9 +18,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipelines.config import TrainConfig
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.plan import reduce_bucket_size
 from pipelines.training.saving import Fragment, save
 from pipelines.training.schedule import learning_rate_factor
+from pipelines.training.states import reduce_bucket_size
 from prophy.device import default_device, has_bfloat16
 from prophy.models.physics_transformer import BRANCH
 

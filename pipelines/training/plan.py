@@ -1,7 +1,6 @@
 """`prophy plan`: what training takes of each GPU, before a weight is fetched. Reads configurations alone.
 
-Parameters are counted on the meta device. What ZeRO shares out follows DeepSpeed's own estimators
-(`estimate_zero2_model_states_mem_needs` and zero3's), told apart by what is trained and what is frozen.
+Parameters are counted on the meta device.
 """
 
 from dataclasses import dataclass
@@ -12,68 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import Config, TrainConfig
+from pipelines.generation.footprint import Footprint, footprint
 from pipelines.training.model import branch_config
+from pipelines.training.states import Memory, ModelSize, model_states
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_bare, load_configs
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.taxonomy import load_taxonomy
-from prophy.training.cost import count_flops, count_routing_flops, count_saved_bytes
+from prophy.training.cost import count_flops, count_forward_flops, count_saved_bytes
 
 USABLE = 0.9  # share of a GPU's memory; the rest is CUDA's context and fragments
-_MASTER_GRADIENT = 4  # bytes per trained parameter: the gradient in float32,
-_MASTER_STATE = 4 + 8  # and the parameter and AdamW's two moments
-_ADAMW = 8
-_MAX_BUCKET = 500_000_000  # gradients that are reduced at once
-_MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default `stage3_max_live_parameters`
 _ASSUMED_FLOPS = 300e12  # per second and GPU: 30 % of an H100's peak, as Megatron reaches with Wan 14B
-
-
-def reduce_bucket_size(num_trained: int) -> int:
-    """How many gradients DeepSpeed shall reduce at once; its own 2 GB it would make anew in every step."""
-    return min(num_trained, _MAX_BUCKET)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """A transformer with its branch.
-
-    Attributes:
-        backbone: parameters.
-        branch: parameters.
-        trained: parameters that are trained.
-        trained_bytes: bytes of one trained parameter.
-        frozen_bytes: bytes of all other parameters together.
-    """
-
-    backbone: int
-    branch: int
-    trained: int
-    trained_bytes: int
-    frozen_bytes: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes per GPU; `host` is the CPU's memory for all GPUs together.
-
-    Attributes:
-        weights: parameters as the forward pass uses them.
-        gradients: as they are kept until the optimizer has stepped.
-        optimizer: parameters in float32 and AdamW's moments.
-        buffers: what DeepSpeed communicates with; with ZeRO 3 the parameters gathered at a time.
-        host: what is offloaded.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    buffers: int = 0
-    host: int = 0
-
-    @property
-    def total(self) -> int:
-        """All that lies on the GPU, without activations."""
-        return self.weights + self.gradients + self.optimizer + self.buffers
 
 
 @dataclass(frozen=True)
@@ -121,7 +69,9 @@ class Plan:
         text_length: tokens of the text encoder.
         flops: operations of a step, over all GPUs.
         routing_flops: those of them by which load balancing knows ahead what later micro-batches choose.
+        recomputed_flops: operations that gradient checkpointing adds to a step.
         activations: bytes of a micro-batch, by whether gradients are checkpointed; an estimate.
+        footprint: what making and encoding videos takes.
     """
 
     train: TrainConfig
@@ -130,27 +80,38 @@ class Plan:
     text_length: int
     flops: int
     routing_flops: int
+    recomputed_flops: int
     activations: dict[bool, int]
+    footprint: Footprint
 
     def total(self, way: Way) -> int:
         """Bytes per GPU, activations included."""
-        states = model_states(self.size, self.train.num_workers, way.zero_stage, way.offload)
+        states = self.states(way.zero_stage, way.offload)
         return states.total + self.activations[way.gradient_checkpointing]
+
+    def states(self, zero_stage: int, offload: str) -> Memory:
+        """Memory of weights, gradients and optimizer on each GPU."""
+        averages = self.train.ema_decay is not None
+        return model_states(self.size, self.train.num_workers, zero_stage, offload, averages)
+
+    def seconds(self, gradient_checkpointing: bool) -> float:
+        """Duration of a step, at the speed that is assumed."""
+        flops = self.flops + (self.recomputed_flops if gradient_checkpointing else 0)
+        return flops / self.train.num_workers / _ASSUMED_FLOPS
 
     def advice(self, gpu_memory: float) -> Way | None:
         """The fastest way that fits into `gpu_memory` bytes; None if none does."""
         return next((way for way in WAYS if self.total(way) <= USABLE * gpu_memory), None)
 
 
-def run(config: Config, gpu_memory_gb: float) -> None:
-    """Prints the plan for `train.num_workers` GPUs of this much memory.
+def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> None:
+    """Prints the plan for `train.num_workers` GPUs of this much memory, at this price of an hour of one.
 
     Raises:
         ProPhyError: the backbone is neither a published one nor a folder, and the hub cannot be reached.
     """
     plan, console = make_plan(config), Console()
     clip, train, size, gpu_memory = config.backbone, plan.train, plan.size, gpu_memory_gb * 1e9
-    seconds = plan.flops / train.num_workers / _ASSUMED_FLOPS
     console.print(
         f"{clip.pretrained}: {_billions(size.backbone)} parameters, and {_billions(size.branch)} of the "
         f"branch; {_billions(size.trained)} are trained\n"
@@ -158,9 +119,10 @@ def run(config: Config, gpu_memory_gb: float) -> None:
         f"and {plan.text_length} of text\n"
         f"a step of {train.global_batch_size} samples, {train.gradient_accumulation_steps} micro-batches of "
         f"{train.micro_batch_size} on each of {train.num_workers} GPUs, takes {plan.flops / 1e15:.3g} PFLOP: "
-        f"{seconds:.3g} s if each GPU does {_ASSUMED_FLOPS / 1e12:.0f} TFLOP/s, and about a third more with "
-        f"gradient checkpointing; {plan.routing_flops / plan.flops:.1%} of it is routing ahead for load "
-        f"balancing over the global batch, which keeps no activations\n",
+        f"{plan.seconds(False):.3g} s if each GPU does {_ASSUMED_FLOPS / 1e12:.0f} TFLOP/s, and "
+        f"{plan.recomputed_flops / plan.flops:.0%} more with gradient checkpointing; "
+        f"{plan.routing_flops / plan.flops:.1%} of it is routing ahead for load balancing over the global "
+        f"batch, which keeps no activations\n",
         highlight=False,
     )
     console.print(_table(plan, gpu_memory))
@@ -169,6 +131,37 @@ def run(config: Config, gpu_memory_gb: float) -> None:
         console.print("nothing fits: take more GPUs or larger ones, smaller clips, or fewer physics_layers")
     else:
         console.print(f"advice: {way.overrides}", highlight=False, soft_wrap=True)
+        days = train.num_steps * plan.seconds(way.gradient_checkpointing) / 86400
+        hours = 24 * days * train.num_workers
+        console.print(
+            f"{train.num_steps:,} steps then take {days:.3g} days: {_gpu_hours(hours, price)}",
+            highlight=False,
+        )
+    _print_footprint(plan.footprint, gpu_memory, price)
+
+
+def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -> None:
+    vae, text = parts.vae, parts.text_encoder
+    text_gb = "of unknown size" if text is None else _gb(text)
+    hours = 1000 * vae.encode_flops / _ASSUMED_FLOPS / 3600
+    encodes, serves = (
+        f"{_gb(value)} GB of a GPU ({'fits' if value <= USABLE * gpu_memory else 'does not fit'})"
+        for value in (parts.encoding, parts.serving)
+    )
+    Console().print(
+        f"encoding takes {encodes}: text encoder {text_gb}, VAE {_gb(vae.weights)}, and {_gb(vae.encode)} "
+        f"for a clip of {vae.encode_flops / 1e12:.0f} TFLOP; 1,000 clips take {_gpu_hours(hours, price)}, "
+        f"beside the VLM's\n"
+        f"serving takes {serves}: transformer {_gb(parts.transformer)}, text encoder {text_gb}, VAE "
+        f"{_gb(vae.weights)}, and the larger of denoising {_gb(parts.denoising)}* and decoding "
+        f"{_gb(vae.decode)}",
+        highlight=False,
+    )
+
+
+def _gpu_hours(hours: float, price: float | None) -> str:
+    money = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"
+    return f"{hours:,.3g} GPU hours{money}"
 
 
 def make_plan(config: Config) -> Plan:
@@ -198,50 +191,35 @@ def make_plan(config: Config) -> Plan:
     routing_flops = 0
     if transformer.physics_branch.refinement is not None and train.gradient_accumulation_steps > 1:
         ahead = (train.gradient_accumulation_steps - 1) * train.num_workers
-        routing_flops = count_routing_flops(*work) * ahead
+        routing_flops = count_forward_flops(*work, "route") * ahead
     size = _size(transformer, getattr(torch, backbone.dtype))
-    saved = count_saved_bytes(*work) * (2 if train.precision == "fp32" else 1)
+    kept = count_saved_bytes(*work)
+    saved = kept * (2 if train.precision == "fp32" else 1)
     # Autocast keeps a copy of each trained weight until the forward pass ends, or is saved for the backward.
     copies = size.trained * (0 if train.precision == "fp32" else torch.bfloat16.itemsize)
     checkpointed = _checkpointed(transformer, saved, t * h * w, train)
+    micro_batches = train.gradient_accumulation_steps * train.num_workers
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    num_physical = len(transformer.physics_branch.blocks)
+    blocks = transformer.config.num_layers + num_physical
     return Plan(
         train=train,
         size=size,
         num_tokens=t * h * w,
         text_length=backbone.max_sequence_length,
-        flops=count_flops(*work) * train.gradient_accumulation_steps * train.num_workers + routing_flops,
+        flops=count_flops(*work) * micro_batches + routing_flops,
         routing_flops=routing_flops,
+        recomputed_flops=count_forward_flops(*work) * micro_batches,
         activations={False: saved + copies, True: checkpointed + copies},
+        footprint=footprint(
+            backbone,
+            vae,
+            size.backbone + size.branch,
+            kept // blocks // train.micro_batch_size,
+            t * h * w * width * torch.bfloat16.itemsize,
+            num_physical,
+        ),
     )
-
-
-def model_states(size: ModelSize, num_gpus: int, zero_stage: int, offload: str) -> Memory:
-    """Memory of weights, gradients and optimizer on each of `num_gpus`, as DeepSpeed's estimators have it.
-
-    Args:
-        size: the model's.
-        num_gpus: that share the work.
-        zero_stage: 0 to 3.
-        offload: "none", "optimizer" or "all", as in the configuration.
-    """
-    weights, trained = size.trained * size.trained_bytes, size.trained
-    bucket = 4 * reduce_bucket_size(trained)  # in float32
-    if zero_stage == 0:
-        return Memory(size.frozen_bytes + weights, weights, _ADAMW * trained)
-    if zero_stage == 3:
-        gathered = min(size.frozen_bytes + weights, _MAX_LIVE_PARAMETERS * size.trained_bytes)
-        resident, buffers = (size.frozen_bytes + weights) // num_gpus, bucket + gathered
-        gradients = 0  # each shard's are in float32 at once
-    else:
-        resident, buffers = size.frozen_bytes + weights, bucket
-        gradients = weights if zero_stage == 1 else weights // num_gpus
-    if offload == "none":
-        gradients += _MASTER_GRADIENT * trained // num_gpus
-        return Memory(resident, gradients, _MASTER_STATE * trained // num_gpus, buffers)
-    host = (_MASTER_GRADIENT + _MASTER_STATE) * trained
-    if offload == "optimizer":
-        return Memory(resident, 0, 0, buffers, host)
-    return Memory(0, 0, 0, buffers, host + size.frozen_bytes + weights)
 
 
 def _configs(config: Config) -> tuple[dict, dict]:
@@ -293,7 +271,7 @@ def _table(plan: Plan, gpu_memory: float) -> Table:
         padding=0,
     )
     for zero_stage, offload in SHOWN:
-        states = model_states(plan.size, plan.train.num_workers, zero_stage, offload)
+        states = plan.states(zero_stage, offload)
         parts = [states.weights, states.gradients, states.optimizer, states.buffers, activations]
         total = states.total + activations
         fits = "yes" if total <= USABLE * gpu_memory else "no"

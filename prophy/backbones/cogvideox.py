@@ -43,6 +43,8 @@ FAMILY = Family(
     pipelines=("CogVideoXPipeline", "ProPhyCogVideoXPipeline"),
     unsupported=_unsupported,
     classes=_classes,
+    float32_vae=False,
+    guides_in_one_pass=True,
     published={
         "zai-org/CogVideoX-2b": {},
         "zai-org/CogVideoX-5b": _LARGE,
@@ -56,4 +58,5 @@ FAMILY = Family(
         },
     },
     published_vae={"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4},
+    published_text_encoder=4_762_310_656,  # of T5 1.1 XXL
 )

@@ -16,7 +16,7 @@ class VideoEncoder:
     Args:
         pretrained: folder, hub id or "tiny".
         revision: commit, branch or tag, where it is a hub id.
-        dtype: "float32" or "bfloat16", of the text encoder; the VAE stays in float32.
+        dtype: "float32" or "bfloat16", of the text encoder; of the VAE as `vae_dtype` says.
         autocast: "bfloat16", or None.
         max_sequence_length: text tokens; the same in training as at inference.
         family: key of `FAMILIES`.
@@ -53,8 +53,9 @@ class VideoEncoder:
         the first latent frame that fill up the transformer's first patch in time.
         """
         pixels = torch.tensor(frames, device=self._device).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
+        vae = self._pipeline.vae
         with autocast(self._device, self._autocast):
-            latents = self._pipeline.vae.encode(pixels).latent_dist.mode()
+            latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
         latents = ((latents.float() - self._mean) / self._std).cpu()
         return torch.cat([latents[:, :, :1]] * self._padding + [latents], dim=2)
 

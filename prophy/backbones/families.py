@@ -61,6 +61,9 @@ class Family:
             goes on after its name; None if it can.
         classes: imports the classes.
         encoders: components of the pipeline that latents and text are made by.
+        float32_vae: whether the VAE is float32 whatever the rest is, as upstream wants it for Wan.
+        guides_in_one_pass: whether a pass has a video and its unguided twin; else each has one of its own.
+        published_text_encoder: parameters of the published pipelines' text encoder.
         supports_sea: whether its pipeline tells SeaCache the noise level of each step.
         published: by hub id, what a published transformer's configuration says where it is not the default of
             diffusers' class: `prophy plan` then needs no network.
@@ -75,9 +78,12 @@ class Family:
     unsupported: Callable[[ModelConfig, ModelConfig], str | None]
     classes: Callable[[], Classes]
     encoders: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    float32_vae: bool = True
+    guides_in_one_pass: bool = False
     supports_sea: bool = False
     published: Mapping[str, ModelConfig] = field(default_factory=dict)
     published_vae: ModelConfig = field(default_factory=dict)
+    published_text_encoder: int = 0
 
     def check(self, name: str, pipeline: ModelConfig, transformer: ModelConfig) -> None:
         """Checks that the product can run a model of this family, from its configurations alone.

@@ -53,4 +53,5 @@ FAMILY = Family(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": {},
     },
     published_vae={"scale_factor_temporal": 4, "scale_factor_spatial": 8},
+    published_text_encoder=5_680_910_336,  # of UMT5 XXL
 )

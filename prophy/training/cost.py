@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -61,16 +61,21 @@ def count_flops(
     return counter.get_total_flops()
 
 
-def count_routing_flops(
+def count_forward_flops(
     transformer: PhysicsTransformer,
     batch_size: int,
     latents: tuple[int, ...],
     text: Mapping[str, tuple[int, ...]],
+    method: Literal["predict", "route"] = "predict",
 ) -> int:
-    """As `count_flops`, of `route` alone: what load balancing takes ahead of a micro-batch."""
+    """As `count_flops`, of a forward pass alone.
+
+    That of `predict` is what gradient checkpointing computes again, that of `route` what load balancing takes
+    ahead of a micro-batch.
+    """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        _call("route", transformer, batch_size, latents, text, "meta")
+        _call(method, transformer, batch_size, latents, text, "meta")
     return counter.get_total_flops()
 
 

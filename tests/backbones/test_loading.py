@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.loading import load_pipeline
+from prophy.backbones.loading import load_pipeline, vae_dtype
 from prophy.backbones.pretrained import fingerprint
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import save_branch
@@ -33,6 +35,32 @@ def test_a_branch_of_another_backbone_is_refused(tmp_path: Path) -> None:
     save_branch(transformer, tmp_path, {"name": "another", "revision": None, "fingerprint": "0"})
     with pytest.raises(ProPhyError, match=r"another backbone \(another\) than tiny"):
         load_pipeline("wan", "tiny", None, torch.float32, tmp_path)
+
+
+def test_the_vae_has_the_precision_that_upstream_wants(tmp_path: Path) -> None:
+    """And where a frame is larger than CogVideoX's was made for, it is taken in tiles."""
+    folder = str(write_pipeline(tmp_path / "backbone"))
+    cpu = torch.device("cpu")
+    exact, rounded = (
+        VideoEncoder(folder, None, dtype, None, 16, "cogvideox") for dtype in ("float32", "bfloat16")
+    )
+    vaes = [encoder._pipeline.vae for encoder in (exact, rounded)]
+    assert [vae.dtype for vae in vaes] == [torch.float32, vae_dtype("cogvideox", torch.bfloat16, cpu)]
+    assert vae_dtype("wan", torch.bfloat16, cpu) == torch.float32
+    assert (vaes[0].use_tiling, vaes[0].tile_sample_min_height, vaes[0].tile_sample_min_width) == (
+        True,
+        480,
+        720,
+    )
+
+    frames = np.random.default_rng(0).integers(0, 256, (1, 5, 32, 32, 3), dtype=np.uint8)
+    latents = exact.encode_video(frames)
+    difference = (rounded.encode_video(frames) - latents).square().mean() / latents.square().mean()
+    print(f"CogVideoX's VAE in {vaes[1].dtype}: latents differ by {difference.sqrt():.1%}")
+    assert difference.sqrt() < 0.05
+    vaes[0].enable_tiling(24, 24)  # as of a larger frame
+    tiled = exact.encode_video(frames)
+    assert tiled.shape == latents.shape and not torch.equal(tiled, latents)
 
 
 def predict(transformer: PhysicsTransformer) -> torch.Tensor:

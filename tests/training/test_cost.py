@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
-from prophy.training.cost import count_flops, count_routing_flops, count_saved_bytes
+from prophy.training.cost import count_flops, count_forward_flops, count_saved_bytes
 from tests.wisa import PHENOMENA
 
 LATENTS, TEXT, BATCH_SIZE = (16, 5, 16, 16), {"prompt_embeds": (64, 256)}, 2
@@ -68,14 +68,15 @@ def test_checkpointing_and_batch_do_not_matter(transformer: ProPhyWanTransformer
 def test_routing_ahead_runs_the_branch_alone_or_all_where_it_has_no_blocks(
     transformer: ProPhyWanTransformer3DModel,
 ) -> None:
-    routing = count_routing_flops(transformer, BATCH_SIZE, LATENTS, TEXT)
+    routing = count_forward_flops(transformer, BATCH_SIZE, LATENTS, TEXT, "route")
     assert routing == pytest.approx(BRANCH, rel=0.02)
     physics = transformer.config.physics | {"physical_blocks": False}
     with torch.device("meta"):
         without = ProPhyWanTransformer3DModel.from_config({**transformer.config, "physics": physics})
     whole = count_flops(without, BATCH_SIZE, LATENTS, TEXT)
-    routing = count_routing_flops(without, BATCH_SIZE, LATENTS, TEXT)
+    routing = count_forward_flops(without, BATCH_SIZE, LATENTS, TEXT, "route")
     assert routing == pytest.approx(whole / 3, rel=0.01)
+    assert count_forward_flops(without, BATCH_SIZE, LATENTS, TEXT) == pytest.approx(whole / 3, rel=0.01)
 
 
 def test_activations_are_those_that_autograd_keeps() -> None:

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.config import load_config
-from pipelines.training.plan import ModelSize, Plan, Way, make_plan, model_states
+from pipelines.training.plan import Plan, Way, make_plan
+from pipelines.training.states import ModelSize, model_states
 from prophy.errors import ProPhyError
 
 NUM_PARAMETERS, GPUS = 1_600_000_000, 8
@@ -61,6 +62,26 @@ def test_plan_of_a_published_model(wan_14b: Plan) -> None:
     assert wan_14b.activations[True] < wan_14b.activations[False] / 5
 
 
+def test_plan_of_what_is_beside_training(wan_14b: Plan) -> None:
+    """Wan's VAE against a count of a whole clip: 6.0 GB to encode, 8.2 to decode, 162 TFLOP to encode."""
+    parts = wan_14b.footprint
+    assert parts.vae.encode == pytest.approx(6.0e9, rel=0.02)
+    assert parts.vae.decode == pytest.approx(8.2e9, rel=0.02)
+    assert parts.vae.encode_flops == pytest.approx(162e12, rel=0.02)
+    assert parts.text_encoder == pytest.approx(11.4e9, rel=0.01)
+    assert parts.encoding == parts.text_encoder + parts.vae.weights + parts.vae.encode
+    assert 55e9 < parts.serving < 62e9
+    assert 0.3 < wan_14b.recomputed_flops / wan_14b.flops < 0.4
+
+
+def test_moving_averages_take_memory_where_the_optimizer_does() -> None:
+    size = ModelSize(10, 4, trained=8, trained_bytes=4, frozen_bytes=1000)
+    for stage, offload, share in ((0, "none", 32), (1, "none", 16), (3, "none", 16), (2, "optimizer", 0)):
+        without, averaged = (model_states(size, 2, stage, offload, averages) for averages in (False, True))
+        assert averaged.total - without.total == share
+        assert averaged.host - without.host == (0 if share else 32)
+
+
 def test_load_balancing_routes_all_but_the_first_micro_batch_ahead(wan_14b: Plan) -> None:
     assert wan_14b.train.gradient_accumulation_steps == 4
     assert 0.04 < wan_14b.routing_flops / wan_14b.flops < 0.06
@@ -79,9 +100,12 @@ def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
 
 
 def test_command_prints_a_table() -> None:
-    result = CliRunner().invoke(app, ["plan", "--config", "wan2.1-1.3b", "--gpus", "8", "--gpu-memory", "80"])
+    options = ["--config", "wan2.1-1.3b", "--gpus", "8", "--gpu-memory", "80", "--price", "2.5"]
+    result = CliRunner().invoke(app, ["plan", *options])
     assert result.exit_code == 0
     assert "1.419B" in result.output and "advice: --set train.zero_stage=1" in result.output
+    assert "GPU hours, " in result.output and "at 2.5 an hour" in result.output
+    assert "serving takes" in result.output and "1,000 clips take" in result.output
 
 
 def test_unknown_model_without_network() -> None:

@@ -1,0 +1,79 @@
+"""What making and encoding videos takes of a GPU, before a weight is fetched. Reads configurations alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.config import BackboneConfig
+from prophy.backbones.families import FAMILIES, ModelConfig
+from prophy.backbones.memory import VaeCost, vae_cost
+from prophy.backbones.pretrained import download, is_hub_id
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a GPU that makes one video at a time, and of one that encodes one clip at a time.
+
+    Attributes:
+        transformer: weights of backbone and branch.
+        text_encoder: its weights; None where its size is not known without a download.
+        vae: its weights, and what encoding and decoding take beside them.
+        denoising: what a step takes beside the weights; an estimate.
+    """
+
+    transformer: int
+    text_encoder: int | None
+    vae: VaeCost
+    denoising: int
+
+    @property
+    def serving(self) -> int:
+        """All of a replica: denoising and decoding follow each other."""
+        held = self.transformer + (self.text_encoder or 0) + self.vae.weights
+        return held + max(self.denoising, self.vae.decode)
+
+    @property
+    def encoding(self) -> int:
+        """All of an actor of `cache.encode`."""
+        return (self.text_encoder or 0) + self.vae.weights + self.vae.encode
+
+
+def footprint(
+    backbone: BackboneConfig,
+    vae_config: ModelConfig,
+    num_parameters: int,
+    block_bytes: int,
+    token_bytes: int,
+    num_physical_blocks: int,
+) -> Footprint:
+    """Counts it for clips of the configuration's size.
+
+    Args:
+        backbone: the configuration.
+        vae_config: of the VAE.
+        num_parameters: of backbone and branch.
+        block_bytes: what the inside of one block keeps for a sample's backward pass, in bfloat16: more than
+            it takes where there is none.
+        token_bytes: the tokens of a sample, in bfloat16.
+        num_physical_blocks: their residuals are held until the backbone's blocks take them.
+    """
+    family = FAMILIES[backbone.family]
+    item = getattr(torch, backbone.dtype).itemsize
+    passes = 2 if family.guides_in_one_pass else 1
+    shape = (backbone.num_frames, backbone.height, backbone.width)
+    return Footprint(
+        transformer=num_parameters * item,
+        text_encoder=_text_encoder_bytes(backbone, item),
+        vae=vae_cost(family, vae_config, shape, 4 if family.float32_vae else item),
+        denoising=passes * (block_bytes + (num_physical_blocks + 1) * token_bytes) * item // 2,
+    )
+
+
+def _text_encoder_bytes(backbone: BackboneConfig, item: int) -> int | None:
+    family = FAMILIES[backbone.family]
+    if backbone.pretrained in family.published:
+        return family.published_text_encoder * item
+    if is_hub_id(backbone.pretrained):
+        return None
+    folder = download(backbone.pretrained, backbone.revision) / "text_encoder"
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
