@@ -70,8 +70,7 @@ async function refreshNow() {
 }
 
 async function make(fields) {
-  watch.add(await api.create(fields));
-  watch.render();
+  watch.addNewest(await api.create(fields));
 }
 
 async function show(video) {

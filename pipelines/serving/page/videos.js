@@ -4,7 +4,7 @@ import { list, remove, retrieve } from "./api.js";
 import { byId, element } from "./dom.js";
 import { knobs } from "./recipe.js";
 
-const known = new Map();    // id -> video; of one second, the newer come later
+let known = new Map();      // id -> video, newest first
 const begun = new Map();    // id -> [time, progress] when its progress was first seen
 const polled = new Set();   // ids that are being asked after
 const removed = new Set();  // ids that this tab deleted; a list that was under way still has them
@@ -13,7 +13,8 @@ let report = () => {};
 
 export const videos = () => [...known.values()];
 
-// `onChange(video, before)` is called with each video whose state is new, and as it was before, if it was known; `onLook(video)` when a user wants to see one.
+// `onChange(video, before)` is called with each video whose state is new, and as it was before, if it was known;
+// `onLook(video)` when a user wants to see one.
 export function watch({ onChange, onLook, onError }) {
   report = onChange;
   byId("videos").addEventListener("click", async (event) => {
@@ -33,28 +34,37 @@ export function watch({ onChange, onLook, onError }) {
 // The newest page. Another tab may have made or removed videos, so what is not on it any more goes.
 // One that this tab made while the page was under way is not on it, and stays.
 export async function refresh() {
-  const before = [...known];
+  const before = new Set(known.keys());
   const page = await list();
   const listed = new Set(page.data.map((video) => video.id));
   const oldest = page.data.at(-1)?.created_at ?? Infinity;
   // After more new videos than a page holds, older ones would stand behind a gap.
-  const follows = before.some(([id]) => listed.has(id));
-  for (const [id, video] of before) {
-    if (!listed.has(id) && (!page.has_more || !follows || video.created_at > oldest)) known.delete(id);
-  }
+  const follows = [...before].some((id) => listed.has(id));
+  const others = videos().filter((video) => !listed.has(video.id));
+  const older = others.filter((video) =>
+    before.has(video.id) && page.has_more && follows && video.created_at <= oldest);
+  page.data.forEach(add);
+  const made = others.filter((video) => !before.has(video.id));
+  const newest = page.data.map((video) => known.get(video.id)).filter(Boolean);
+  known = new Map([...made, ...newest, ...older].map((video) => [video.id, video]));
   if (!page.has_more || !follows) atEnd = !page.has_more;
-  page.data.reverse().forEach(add);
   render();
 }
 
 async function older() {
-  const page = await list(newestFirst().at(-1)?.id);
+  const page = await list(videos().at(-1)?.id);
   atEnd = !page.has_more;
-  page.data.reverse().forEach(add);
+  page.data.forEach(add);
   render();
 }
 
-export function add(video) {
+export function addNewest(video) {
+  known = new Map([[video.id, video], ...known]);
+  add(video);
+  render();
+}
+
+function add(video) {
   const before = known.get(video.id);
   // A list that was long under way may say less than is known.
   if (removed.has(video.id) || (before && !unfinished(before) && unfinished(video))) return;
@@ -93,8 +103,8 @@ async function forget(video) {
   render();
 }
 
-export function render() {
-  const sorted = newestFirst();
+function render() {
+  const sorted = videos();
   const rows = byId("videos"), old = new Map([...rows.children].map((row) => [row.dataset.id, row]));
   const wanted = sorted.map((video) => update(old.get(video.id) ?? row(video), video));
   // Rows that stay keep the keyboard's focus.
@@ -103,8 +113,6 @@ export function render() {
   byId("no-videos").hidden = sorted.length > 0;
   byId("more").hidden = atEnd;
 }
-
-const newestFirst = () => videos().reverse().sort((a, b) => b.created_at - a.created_at);
 
 function row(video) {
   const item = element("li", {},
