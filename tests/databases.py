@@ -1,8 +1,9 @@
-"""A PostgreSQL server of one's own, on a socket in a folder that goes with it."""
+"""A PostgreSQL server of one's own: a socket in a folder that goes with it, and a port of this machine."""
 
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -39,7 +40,18 @@ def postgres_server() -> Iterator[Path]:
             **quiet,
         )
         server = subprocess.Popen(
-            [installed[-1] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-F"],
+            [
+                installed[-1] / "postgres",
+                "-D",
+                data,
+                "-k",
+                folder,
+                "-h",
+                "127.0.0.1",
+                "-p",
+                _free_port(),
+                "-F",
+            ],
             stderr=subprocess.DEVNULL,
             **quiet,
         )
@@ -47,9 +59,9 @@ def postgres_server() -> Iterator[Path]:
             deadline = time.monotonic() + PATIENCE_S
             while True:
                 try:
-                    psycopg.connect(host=str(folder), user="postgres").close()
+                    _connect(folder).close()
                     break
-                except psycopg.OperationalError as error:
+                except (psycopg.OperationalError, StopIteration) as error:
                     assert server.poll() is None, "PostgreSQL did not start"
                     assert time.monotonic() < deadline, f"PostgreSQL lets nobody in: {error}"
                     time.sleep(0.05)
@@ -65,9 +77,26 @@ def postgres_server() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def new_database(folder: Path) -> str:
-    """The URL of a fresh database of the server in `folder`."""
+def new_database(folder: Path, *, over_tcp: bool = False) -> str:
+    """The URL of a fresh database of the server in `folder`, by its socket or by its port."""
     name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(host=str(folder), user="postgres", autocommit=True) as connection:
+    with _connect(folder) as connection:
         connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
-    return f"postgresql+psycopg://postgres@/{name}?host={folder}"
+    if over_tcp:
+        return f"postgresql+psycopg://postgres@127.0.0.1:{_port(folder)}/{name}"
+    return f"postgresql+psycopg://postgres@/{name}?host={folder}&port={_port(folder)}"
+
+
+def _connect(folder: Path) -> psycopg.Connection:
+    return psycopg.connect(host=str(folder), port=_port(folder), user="postgres", autocommit=True)
+
+
+def _port(folder: Path) -> int:
+    """Which the socket's name ends with, once there is one."""
+    return int(next(folder.glob(".s.PGSQL.*[0-9]")).suffix[1:])
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

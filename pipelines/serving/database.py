@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from filelock import FileLock, Timeout
-from sqlalchemy import Connection, Engine, create_engine, insert, inspect, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -17,6 +17,7 @@ from prophy.errors import ProPhyError
 SCHEMA_VERSION = 1  # to be raised with every change of the tables, or of what their rows hold
 OWNER_TIMEOUT_S = 20.0  # an earlier owner that was told to stop is given this long
 UNANSWERED = (OperationalError, PoolTimeoutError)  # the database is away, or its connections are all in use
+_LOST_AFTER_S = 11  # less than an owner is waited for
 _ADVISORY_LOCK = 0x70726F706879  # "prophy"
 
 
@@ -53,7 +54,7 @@ class OwnDatabase:
             is_file = parsed.get_backend_name() == "sqlite" and Path(parsed.database or "").is_absolute()
             if not is_file and parsed.get_backend_name() != "postgresql":
                 raise ArgumentError("it is neither an absolute SQLite file nor PostgreSQL")
-            self._engine = create_engine(url, pool_pre_ping=True)
+            self._engine = create_engine(url, pool_pre_ping=True, connect_args=_connect_args(parsed))
             with ExitStack() as stack:
                 stack.callback(self._engine.dispose)
                 self._owner = stack.enter_context(_own(self._engine, url))
@@ -161,6 +162,22 @@ def _own(engine: Engine, url: str) -> Iterator[Connection | None]:
                 raise taken
             time.sleep(0.1)
         yield connection  # closing it unlocks
+
+
+def _connect_args(url: URL) -> dict[str, object]:
+    """Has each side of a connection to PostgreSQL see within `_LOST_AFTER_S` that the other is lost.
+
+    By default a server keeps what a lost node held for two hours, the right to change the database with it.
+    """
+    if url.get_backend_name() != "postgresql":
+        return {}
+    keepalives = {"idle": 5, "interval": 2, "count": 3}
+    ours = {f"keepalives_{name}": value for name, value in keepalives.items()}
+    theirs = {f"tcp_keepalives_{name}": value for name, value in keepalives.items()}
+    milliseconds = {"tcp_user_timeout": 1000 * _LOST_AFTER_S}  # of what is sent and not acknowledged
+    options = [f"-c {name}={value}" for name, value in (theirs | milliseconds).items()]
+    asked = url.normalized_query.get("options", ())
+    return ours | milliseconds | {"options": " ".join([*options, *asked])}
 
 
 def _try_lock(connection: Connection) -> bool:

@@ -138,6 +138,33 @@ def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.Mo
             assert not store.is_owner()
 
 
+def test_what_a_vanished_node_held_is_free_within_seconds(postgres: Path) -> None:
+    """As by the loss of its power: the server hears nothing of it, no end of the connection either."""
+    url = new_database(postgres, over_tcp=True)
+    program = (
+        "import os, socket, sys\n"
+        "from pipelines.serving.jobs import JobStore\n"
+        "store = JobStore(sys.argv[1])\n"
+        "held = socket.socket(fileno=store._owner.connection.dbapi_connection.fileno())\n"
+        "TCP_REPAIR = 19  # closes without a word\n"
+        "held.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, url], stderr=subprocess.PIPE, text=True)
+    if "PermissionError" in run.stderr:
+        pytest.skip("only who administers the network can close a connection without a word")
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    with JobStore(url) as store, store.sessions() as session:
+        for name, value in (("tcp_keepalives_count", "3"), ("tcp_user_timeout", "11000")):
+            assert session.connection().exec_driver_sql(f"SHOW {name}").scalar() == value
+
+
+def test_options_of_the_url_are_kept(postgres: Path) -> None:
+    url = new_database(postgres) + "&options=-c%20statement_timeout%3D77s"
+    with JobStore(url) as store, store.sessions() as session:
+        assert session.connection().exec_driver_sql("SHOW statement_timeout").scalar() == "77s"
+
+
 def test_one_owner(store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
     with pytest.raises(ProPhyError, match="another server uses the job database"):
