@@ -17,7 +17,16 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from pipelines.config import Config, Part, json_schema, load_config, preset_names, section_to_yaml, to_yaml
+from pipelines.config import (
+    Config,
+    Part,
+    is_url,
+    json_schema,
+    load_config,
+    preset_names,
+    section_to_yaml,
+    to_yaml,
+)
 from prophy.errors import ProPhyError
 
 app = typer.Typer(
@@ -43,6 +52,14 @@ SetOption = Annotated[
 PrintOption = Annotated[
     bool, typer.Option("--print-config", help="Print what would run, every key explained, and stop.")
 ]
+
+
+def path(text: object) -> Path:
+    """A path of this machine, as the parser of an option: the class would take `s3://bucket` for one."""
+    if is_url(str(text)):
+        raise ProPhyError(f"{text} is a URL; give a path of this machine, or of a folder that it sees")
+    return Path(str(text))
+
 
 PRESET = "tiny"  # what a command runs without --config: the small models
 
@@ -114,7 +131,8 @@ def simulate(
     set_: SetOption = None,
     print_config: PrintOption = False,
     contact_sheet: Annotated[
-        Path | None, typer.Option(help="Also write a picture of the first clips and their masks.")
+        Path | None,
+        typer.Option(parser=path, help="Also write a picture of the first clips and their masks."),
     ] = None,
 ) -> None:
     """Write simulated physics clips: mp4 files and a manifest with captions, phenomena, masks and tracks."""
@@ -175,9 +193,9 @@ def inspect(
     config: ConfigOption = PRESET,
     set_: SetOption = None,
     clips: Annotated[int, typer.Option(min=1, help="How many clips the picture shows.")] = 8,
-    output: Annotated[Path, typer.Option(help="The picture: frames, caption, phenomena, maps.")] = Path(
-        "cache.png"
-    ),
+    output: Annotated[
+        Path, typer.Option(parser=path, help="The picture: frames, caption, phenomena, maps.")
+    ] = Path("cache.png"),
 ) -> None:
     """Print what the cache holds, and draw some of its clips with their maps."""
     resolved = load_config(config, set_, "cache inspect")
@@ -194,7 +212,7 @@ def explain(
     phenomenon: Annotated[
         list[str] | None, typer.Option(help="Ask for this one, not for those that the VLM names. Repeatable.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="The picture: one row of maps per layer.")] = Path(
+    output: Annotated[Path, typer.Option(parser=path, help="The picture: one row of maps per layer.")] = Path(
         "explain.png"
     ),
 ) -> None:
@@ -248,7 +266,7 @@ def plan(
 
 @app.command(rich_help_panel=_TRAINING)
 def export(
-    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    output: Annotated[Path, typer.Argument(parser=path, help="New folder to write.")],
     complete: Annotated[
         bool, typer.Option(help="A whole diffusers pipeline with a model card, not the branch alone.")
     ] = False,
@@ -275,8 +293,12 @@ def export(
 @app.command(rich_help_panel=_VIDEOS)
 def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt. Repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
-    contact_sheet: Annotated[Path | None, typer.Option(help="Also write a picture of all videos.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(parser=path, help="Text file with one prompt per line.")
+    ] = None,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(parser=path, help="Also write a picture of all videos.")
+    ] = None,
     config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
@@ -322,7 +344,7 @@ def serve(config: ConfigOption = PRESET, set_: SetOption = None, print_config: P
 @app.command(rich_help_panel=_VIDEOS)
 def request(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", parser=path, help="The mp4 to write.")],
     url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str | None, typer.Option(envvar="PROPHY_API_KEY", help="The key, if the server asks for one.")

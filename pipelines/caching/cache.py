@@ -64,7 +64,7 @@ def run(config: Config) -> CacheSummary:
     taxonomy = load_taxonomy(config.taxonomy)
     found = find_videos(config.cache.input, taxonomy.names)
     open_run(config, "cache")
-    with exclusive(_output(config)):
+    with exclusive(config.cache.output):
         summary = _fill(_pinned(config), taxonomy, found)
     if not summary.num_priors:
         raise ProPhyError(
@@ -201,19 +201,12 @@ def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
     }
 
 
-def _output(config: Config) -> Path:
-    output = config.cache.output
-    if "://" in output:
-        raise ProPhyError(f"cache.output {output} is no folder; mount the bucket, and give the folder")
-    return Path(output)
-
-
 def _folder(config: Config) -> CacheFolder:
-    return CacheFolder(_output(config))
+    return CacheFolder(config.cache.output)
 
 
 def _attempts(config: Config) -> Path:
-    return _output(config) / ATTEMPTS_FOLDER
+    return config.cache.output / ATTEMPTS_FOLDER
 
 
 def _pinned(config: Config) -> Config:

@@ -54,7 +54,7 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     if not index:
         raise ProPhyError(f"no video of {current.location} is in {priors}; run `prophy cache`")
     console = Console()
-    grid = Grid("table", "samples", "files", "MB", title=escape(config.cache.output))
+    grid = Grid("table", "samples", "files", "MB", title=escape(str(config.cache.output)))
     for name, folder in (("priors", priors), ("encodings of this backbone", encodings)):
         samples = 0
         if (folder / INDEX).is_file():
@@ -75,7 +75,7 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     names = read_phenomena(priors)
     labels = Counter(label for row in index for label in from_multi_hot(row["phenomena"], names))
     lines += [f"{phenomenon:>28} {count:6d}" for phenomenon, count in labels.most_common()]
-    refused = read_quarantine(CacheFolder(Path(config.cache.output)).quarantine).to_pylist()
+    refused = read_quarantine(CacheFolder(config.cache.output).quarantine).to_pylist()
     kinds = Counter(f"{row['error_type']} in {row['stage']}" for row in refused)
     lines += [f"quarantined: {count} by {kind}" for kind, count in kinds.items()]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

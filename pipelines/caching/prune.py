@@ -32,7 +32,7 @@ def run(config: Config) -> dict[str, int]:
         ProPhyError: there is no cache, a run writes to it, another version of this program wrote it, it does
             not say its input, or a file is damaged.
     """
-    folder = Path(config.cache.output)
+    folder = config.cache.output
     if not folder.is_dir():
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)

@@ -33,7 +33,7 @@ def run(config: Config) -> dict[str, int]:
         ProPhyError: there is no cache, a run writes to it, another version of this program wrote it,
             something in it is damaged, or no room is left.
     """
-    folder = Path(config.cache.output)
+    folder = config.cache.output
     if not folder.is_dir():
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)

@@ -5,7 +5,7 @@ that extends, applies the overrides, resolves `${...}` references and checks eve
 prints it with an explanation of every key: the docstring below the key's field.
 """
 
-from pipelines.config.base import PoolConfig, how_keys
+from pipelines.config.base import PoolConfig, how_keys, is_url
 from pipelines.config.caching import CacheConfig, VideoLimits
 from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
 from pipelines.config.loading import key_advice, load_config, preset_names
@@ -35,6 +35,7 @@ __all__ = [
     "VideoLimits",
     "VlmConfig",
     "how_keys",
+    "is_url",
     "json_schema",
     "key_advice",
     "load_config",

@@ -1,5 +1,6 @@
 """What all sections of a configuration share: the strict model and the types of its values."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,11 @@ class How:
     """Marks a key that says how to run, not what is made: its value may change within one run folder."""
 
 
+def is_url(location: str) -> bool:
+    """Whether it names a scheme, such as s3:// or gs://."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
+
+
 def _absolute_path(path: Path) -> Path:
     """Shells leave `~` alone after `key=`, so it is expanded here."""
     return Path.home().joinpath(*path.parts[1:]) if path.parts[:1] == ("~",) else path.absolute()
@@ -25,6 +31,13 @@ def _absolute_path(path: Path) -> Path:
 
 def _absolute(location: str) -> str:
     return location if "://" in location else str(_absolute_path(Path(location)))
+
+
+def _no_url(location: object) -> object:
+    """Python would take `s3://bucket` for the path of a local folder `s3:`."""
+    if is_url(str(location)):
+        raise ValueError("this cannot be a URL; set it to a folder, which all nodes of a cluster must see")
+    return location
 
 
 def _absolute_folder(name: str) -> str:
@@ -45,10 +58,12 @@ def _taxonomy(name: str) -> str:
 
 
 # Workers run in folders of their own: what is relative on the command line must not stay so.
-LocalPath = Annotated[Path, AfterValidator(_absolute_path)]
+LocalPath = Annotated[Path, BeforeValidator(_no_url), AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
-BranchFolder = Annotated[Path, BeforeValidator(_branch_folder), AfterValidator(_absolute_path)]
+BranchFolder = Annotated[
+    Path, BeforeValidator(_no_url), BeforeValidator(_branch_folder), AfterValidator(_absolute_path)
+]
 TaxonomyName = Annotated[str, AfterValidator(_taxonomy)]
 
 

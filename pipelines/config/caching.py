@@ -2,7 +2,7 @@
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from pipelines.config.base import Location, PoolConfig, Section
+from pipelines.config.base import LocalPath, Location, PoolConfig, Section
 
 
 class VideoLimits(Section):
@@ -46,7 +46,7 @@ class CacheConfig(Section):
     WISA-80K's JSON.
     """
 
-    output: Location
+    output: LocalPath
     """Folder that the cache is written to. By default `cache` in run_dir."""
 
     clip_duration_s: PositiveFloat

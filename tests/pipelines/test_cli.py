@@ -191,3 +191,19 @@ def test_port_that_is_taken(prophy: CommandLine, ray_cluster: None, tmp_path: Pa
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert str(port) in prophy.mistake("serve", *in_folder(tmp_path, f"serve.port={port}"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export",),
+        ("simulate", "--contact-sheet"),
+        ("generate", "-p", "a ball", "--contact-sheet"),
+        ("cache", "inspect", "--output"),
+        ("request", "a ball", "--out"),
+    ],
+    ids=" ".join,
+)
+def test_a_url_is_no_local_path(prophy: CommandLine, arguments: tuple[str, ...]) -> None:
+    said = prophy.mistake(*arguments, "s3://bucket/x.png")
+    assert "s3://bucket/x.png is a URL; give a path of this machine" in said

@@ -339,12 +339,6 @@ def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: 
     assert len(others | {folder}) == len(changes) + 1
 
 
-def test_a_cache_is_written_to_a_folder(config: Config) -> None:
-    bucket = config.cache.model_copy(update={"output": "s3://bucket/cache"})
-    with pytest.raises(ProPhyError, match="s3://bucket/cache is no folder; mount the bucket"):
-        cache.priors_folder(config.model_copy(update={"cache": bucket}))
-
-
 def test_nothing_usable_is_an_error(config: Config) -> None:
     with pytest.raises(ProPhyError, match="does not exist"):
         cache.run(config)

@@ -15,13 +15,31 @@ def test_presets_are_valid_and_round_trip(name: str, tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "copy.yaml")) == config
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run_dir",
+        "cache.output",
+        "serve.output",
+        "generate.output",
+        "simulate.output",
+        "checkpoint",
+        "train.start_from",
+    ],
+)
+@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket", "file:///tmp/x"])
+def test_what_must_be_a_folder_is_not_taken_from_a_url(key: str, url: str) -> None:
+    with pytest.raises(ProPhyError, match=rf"'{key}' .*this cannot be a URL; set it to a folder.*{url}"):
+        load_config("tiny", [f"{key}={url}"])
+
+
 def test_override_wins_and_is_typed() -> None:
     config = load_config(
         "tiny", ["train.learning_rate=1e-4", "physics.physics_layers=[1,3]", "run_dir=elsewhere"]
     )
     assert config.train.learning_rate == 1e-4
     assert config.physics.physics_layers == [1, 3]
-    assert config.cache.output == str(Path("elsewhere/cache").absolute())  # references follow the override
+    assert config.cache.output == Path("elsewhere/cache").absolute()  # references follow the override
 
 
 @pytest.mark.parametrize(
@@ -39,7 +57,7 @@ def test_override_wins_and_is_typed() -> None:
 )
 def test_a_path_arrives_as_it_was_typed(text: str) -> None:
     config = load_config("tiny", [f"cache.{key}={text}" for key in ("input", "output")] + [f"run_dir={text}"])
-    assert (config.cache.input, config.cache.output, config.run_dir) == (text, text, Path(text))
+    assert (config.cache.input, config.cache.output, config.run_dir) == (text, Path(text), Path(text))
 
 
 @pytest.mark.parametrize(
