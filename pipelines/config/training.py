@@ -163,6 +163,16 @@ class TrainConfig(Section):
     log_every: Annotated[PositiveInt, How()] = 10
     """Optimizer steps between two lines of metrics."""
 
+    trackers: Annotated[list[Literal["wandb", "mlflow"]], How()] = Field([])
+    """Where metrics go beside TensorBoard: Weights & Biases, MLflow. By default nowhere.
+
+    Their own variables say where and as whom, in the environment of the command: WANDB_API_KEY or
+    WANDB_MODE=offline, MLFLOW_TRACKING_URI.
+    """
+
+    tracking_project: Annotated[str, How()] = "prophy"
+    """The project of Weights & Biases, or the experiment of MLflow, that this run is a part of."""
+
     save_every: Annotated[PositiveInt, How()] = 500
     """Optimizer steps between two checkpoints: at most this much work is lost."""
 

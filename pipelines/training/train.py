@@ -23,6 +23,7 @@ from pipelines.runtime import open_run, ray_session
 from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
 from pipelines.training.samples import describe_samples
 from pipelines.training.schedule import learning_rate_factor
+from pipelines.training.tracking import check_trackers, tracking
 from pipelines.training.watcher import evaluating
 from prophy.backbones.pretrained import check_bare, check_unchanged, fingerprint, pinned_revision
 from prophy.errors import ProPhyError
@@ -48,9 +49,10 @@ def run(config: Config) -> Path:
 
     Raises:
         ProPhyError: no cache, or one that does not fit; what the run goes on from has another taxonomy; the
-            run folder belongs to another run, another process trains in it, or it cannot be written to; or a
-            loss is not finite.
+            run folder belongs to another run, another process trains in it, or it cannot be written to; a
+            tracker is not installed; or a loss is not finite.
     """
+    check_trackers(config)
     if newest_run(config.checkpoints) is None:  # a run that goes on was let in, and its hub may have moved on
         model = config.backbone
         check_bare(model.family, model.pretrained, model.revision)
@@ -69,7 +71,7 @@ def run(config: Config) -> Path:
     root = places.training
     with alone(root):
         last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
-        with ray_session(config), evaluating(pinned, cache, root):
+        with ray_session(config), tracking(pinned, root), evaluating(pinned, cache, root):
             if last is None or last.step < config.train.num_steps:
                 room_for(needs_of(config, "train"))
                 _fit(trainer, root / STOP_FILE)

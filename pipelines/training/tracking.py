@@ -1,0 +1,214 @@
+"""Sends what training and its evaluations write to trackers of experiments. Knows no Ray, no torch.
+
+The command follows the files of metrics, a thread for each tracker: training neither waits for one nor fails
+with one. What a tracker does not take it gets later, from the same command at the latest, in the same run.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.config import Config
+from pipelines.layout import EVALUATION_FILE, METRICS_FILE
+from pipelines.training.json_lines import read_rows
+from prophy.errors import ProPhyError
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 10.0
+_LAST_WORDS_S = 60.0
+_SECTIONS = {"backbone", "vlm", "physics", "train"}
+_FILES = {METRICS_FILE: "", EVALUATION_FILE: "evaluation/"}
+"""Files of rows, and what their names of metrics begin with at a tracker."""
+_METRICS_AT_ONCE = 1000  # of MLflow's server
+
+
+class Tracker(Protocol):
+    """A run at a tracker.
+
+    Attributes:
+        run_id: what it is called there.
+    """
+
+    run_id: str
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        """Sends rows of `step` and metrics."""
+
+    def close(self) -> None:
+        """Says that no more rows come for now."""
+
+
+@dataclass
+class _State:
+    """What a tracker has of a run, in the folder of training.
+
+    Attributes:
+        run_id: what the tracker calls the run.
+        sent: the last step of each file that it took.
+    """
+
+    run_id: str | None = None
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+class WandbRun:
+    """A run of Weights & Biases; without a connection, files for `wandb sync` in the folder of training."""
+
+    def __init__(self, config: Config, root: Path, run_id: str | None) -> None:
+        wandb: Any = import_module("wandb")
+        self.run_id = run_id or uuid.uuid4().hex
+        self._run = wandb.init(
+            project=config.train.tracking_project,
+            name=config.run_dir.name,
+            id=self.run_id,
+            resume="allow",
+            dir=root,
+            config=config.model_dump(mode="json", include=_SECTIONS),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        """See `Tracker`."""
+        for row in rows:
+            self._run.log(row)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._run.finish()
+
+
+class MlflowRun:
+    """A run of MLflow, at the server of MLFLOW_TRACKING_URI."""
+
+    def __init__(self, config: Config, root: Path, run_id: str | None) -> None:
+        mlflow: Any = import_module("mlflow")
+        self._metric = mlflow.entities.Metric
+        self._client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        if run_id is None:
+            name = config.train.tracking_project
+            found = self._client.get_experiment_by_name(name)
+            experiment = found.experiment_id if found else self._client.create_experiment(name)
+            self.run_id: str = self._client.create_run(experiment, run_name=config.run_dir.name).info.run_id
+            for section, values in config.model_dump(mode="json", include=_SECTIONS).items():
+                for key, value in values.items():
+                    self._client.log_param(self.run_id, f"{section}.{key}", value)
+        else:
+            self.run_id = run_id
+            self._client.update_run(run_id, status="RUNNING")
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        """See `Tracker`."""
+        now = int(1000 * time.time())
+        metrics = [
+            self._metric(name, value, now, int(row["step"]))
+            for row in rows
+            for name, value in row.items()
+            if name != "step"
+        ]
+        for start in range(0, len(metrics), _METRICS_AT_ONCE):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_AT_ONCE])
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._client.set_terminated(self.run_id)
+
+
+_TRACKERS: dict[str, type[WandbRun] | type[MlflowRun]] = {"wandb": WandbRun, "mlflow": MlflowRun}
+
+
+def check_trackers(config: Config) -> None:
+    """Looks for the packages and settings that the trackers of a run need.
+
+    Raises:
+        ProPhyError: one is missing.
+    """
+    for name in config.train.trackers:
+        if find_spec(name) is None:
+            raise ProPhyError(
+                f"train.trackers names {name}, which is not installed: `pip install 'prophy-ray[{name}]'`, "
+                "or leave it out"
+            )
+    if "mlflow" in config.train.trackers and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise ProPhyError(
+            "train.trackers names mlflow, and MLFLOW_TRACKING_URI is not set; set it to the server's URL"
+        )
+
+
+@contextmanager
+def tracking(config: Config, root: Path) -> Iterator[None]:
+    """Sends all rows to the trackers of a run while the block lasts, those of earlier starts first.
+
+    Args:
+        config: the run's.
+        root: the folder of training.
+    """
+    ended = threading.Event()
+    threads = {
+        name: threading.Thread(target=_follow, args=(name, config, root, ended), daemon=True)
+        for name in config.train.trackers
+    }
+    for thread in threads.values():
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        deadline = time.monotonic() + _LAST_WORDS_S
+        for name, thread in threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                logger.warning("%s takes too long: the same command sends it what is missing", name)
+
+
+def _follow(name: str, config: Config, root: Path, ended: threading.Event) -> None:
+    file = root / f"{name}.json"
+    state = _State(**json.loads(file.read_text())) if file.exists() else _State()
+    tracker: Tracker | None = None
+    told, over = "", False
+    while not over:
+        over = ended.wait(LOOK_EVERY_S)  # then one last look
+        try:
+            if tracker is None:
+                tracker = _TRACKERS[name](config, root, state.run_id)
+                state.run_id = tracker.run_id
+                _save(state, file)
+            _send(tracker, state, root)
+            _save(state, file)
+            if over:
+                tracker.close()
+        except Exception as error:  # of a network, a server, a key: no reason to end a training
+            tracker = None
+            if (reason := " ".join(str(error).split())) != told:
+                told = reason
+                logger.warning("%s does not take the metrics, which stay in %s: %s", name, root, reason)
+
+
+def _send(tracker: Tracker, state: _State, root: Path) -> None:
+    """Sends the rows after the last one that was taken; steps that are made again are not sent again."""
+    for file, prefix in _FILES.items():
+        rows = [row for row in read_rows(root / file) if row["step"] > state.sent.get(file, 0)]
+        if rows:
+            tracker.log([_named(row, prefix) for row in rows])
+            state.sent[file] = max(row["step"] for row in rows)
+
+
+def _named(row: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name if name == "step" else f"{prefix}{name}": value for name, value in row.items()}
+
+
+def _save(state: _State, file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(state)))
+    partial.replace(file)
