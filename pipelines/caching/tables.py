@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,10 +289,13 @@ def _keep(table: Table, rows: pa.Table, kept: pa.Table) -> pa.Table:
     """
     before, after = (Counter(index["file"].to_pylist()) for index in (rows, kept))
     changed = [name for name in before if after[name] < before[name]]
-    parts = [kept.filter(pc.invert(pc.is_in(kept["file"], pa.array(changed, pa.string()))))]
+    is_changed = pc.is_in(kept["file"], pa.array(changed, pa.string()))
+    parts = [kept.filter(pc.invert(is_changed))]
+    left: defaultdict[str, list[int]] = defaultdict(list)
+    for row in kept.filter(is_changed).select(["file", "row_group"]).to_pylist():
+        left[row["file"]].append(row["row_group"])
     for name in changed:
-        if after[name]:
-            row_groups = kept.filter(pc.equal(kept["file"], name))["row_group"].sort().to_pylist()
+        if row_groups := sorted(left[name]):
             with _open(table, name) as file:
                 part = file.read_row_groups(row_groups)
             parts.append(

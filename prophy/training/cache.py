@@ -1,5 +1,7 @@
 """The samples in a cache: which there are, and how one is read. Opening a cache takes no torch."""
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,10 @@ from prophy.schema import (
 
 if TYPE_CHECKING:  # the driver of training reads no tensors, and torch takes seconds to import
     import torch
+
+Place = tuple[str, int]
+"""The file and the row group that a row lies in."""
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,12 @@ class PriorCache:
         self.location = current.location
         self.num_videos = len({prior_rows[key]["source"]["uri"] for key in samples})
         self.num_left_out = len({row["source"]["uri"] for row in common} - current.uris)
-        self._rows = {key: (_place(prior_rows[key]), encoding_rows[key]) for key in samples}
+        self._rows = _rows(samples, prior_rows, encoding_rows)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Shape]:
         """Shape of the latents, `(C, T, H, W)`, of each sample id."""
-        return {key: tuple(encoding["latents_shape"]) for key, (_, encoding) in self._rows.items()}
+        return {key: shape for key, (_, _, shape) in self._rows.items()}
 
     def null_text(self) -> "dict[str, torch.Tensor]":
         """The empty prompt, encoded: the family's tensors, by name."""
@@ -116,13 +122,12 @@ class PriorCache:
                 f"the sample {sample_id} was taken out of the cache ({self._priors.parent}) after this run "
                 f"began, by `prophy cache` or its `prune`; run the same command again to go on without it"
             )
-        found = self._rows.keys() & priors.keys() & encodings.keys()
-        self._rows |= {key: (_place(priors[key]), encodings[key]) for key in found}
+        self._rows |= _rows(self._rows.keys() & priors.keys() & encodings.keys(), priors, encodings)
 
     def _read(self, sample_id: str) -> PriorSample:
         import torch
 
-        prior, encoding = self._rows[sample_id]
+        prior, encoding, _ = self._rows[sample_id]
         columns = ["phenomena", "map_phenomena", "maps", "maps_shape", "slice_times", "start_s", "end_s"]
         labels = _read_row(self._priors, prior, columns)
         names = ["latents", "latents_shape", "latents_dtype", "text"]
@@ -149,10 +154,26 @@ def _read_index(table: Path, columns: list[str]) -> dict[str, dict[str, Any]]:
     return {row["sample_id"]: row for row in rows}
 
 
-def _place(row: dict[str, Any]) -> dict[str, Any]:
-    return {"file": row["file"], "row_group": row["row_group"]}
+def _rows(
+    sample_ids: Iterable[str], priors: dict[str, dict[str, Any]], encodings: dict[str, dict[str, Any]]
+) -> dict[str, tuple[Place, Place, Shape]]:
+    """Where both rows of each sample lie, and its shape.
+
+    Every worker gets a copy: the samples of a file share its name, and all of one shape share that.
+    """
+    shapes: dict[Shape, Shape] = {}
+    rows = {}
+    for key in sample_ids:
+        shape = tuple(encodings[key]["latents_shape"])
+        rows[key] = (_place(priors[key]), _place(encodings[key]), shapes.setdefault(shape, shape))
+    return rows
 
 
-def _read_row(table: Path, row: dict[str, Any], columns: list[str]) -> pa.Table:
-    with open_file(table / row["file"]) as file:
-        return file.read_row_group(row["row_group"], columns=columns, use_threads=False)
+def _place(row: dict[str, Any]) -> Place:
+    return sys.intern(row["file"]), row["row_group"]
+
+
+def _read_row(table: Path, place: Place, columns: list[str]) -> pa.Table:
+    file_name, row_group = place
+    with open_file(table / file_name) as file:
+        return file.read_row_group(row_group, columns=columns, use_threads=False)

@@ -16,9 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
-from prophy.training.cache import PriorCache
-
-Shape = tuple[int, ...]
+from prophy.training.cache import PriorCache, Shape
 
 
 @dataclass(frozen=True)
