@@ -20,7 +20,7 @@ from prophy.training.cache import PriorCache
 def copy(tiny_cache: Config, tmp_path: Path) -> Config:
     """The finished tiny cache, to be damaged."""
     shutil.copytree(tiny_cache.cache.output, tmp_path / "cache")
-    output = tiny_cache.cache.model_copy(update={"output": str(tmp_path / "cache")})
+    output = tiny_cache.cache.model_copy(update={"output": tmp_path / "cache"})
     return tiny_cache.model_copy(update={"cache": output, "run_dir": tmp_path / "run"})
 
 
