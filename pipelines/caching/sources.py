@@ -118,7 +118,8 @@ def videos_left(
         quarantine: what cannot be used: such clips and videos are left out while their file is the same.
         clip_durations_s: lengths that a clip may have.
     """
-    known, unusable = _by_video(priors), _by_video(quarantine)
+    known = _by_video(priors, ["content_hash", "num_frames", "fps"])
+    unusable = _by_video(quarantine, ["num_clips"])
     left = []
     for video in videos:
         rows, refused = known[source_version(video["source"])], unusable[source_version(video["source"])]
@@ -147,7 +148,8 @@ def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quara
     """
     done = dict(zip(*encodings.select(["sample_id", "caption"]).to_pydict().values(), strict=True))
     refused = set(quarantine["sample_id"].to_pylist())
-    usable = [row for row in priors.to_pylist() if row["sample_id"] not in refused]
+    columns = [name for name in priors.column_names if name in (*CLIPS.names, "vlm_caption")]
+    usable = [row for row in priors.select(columns).to_pylist() if row["sample_id"] not in refused]
     current = set(CacheInput("", [video["source"] for video in videos]).samples(usable))
     clips = [
         {**row, "caption": row["caption"] or row["vlm_caption"], "share": 1.0}
@@ -165,8 +167,10 @@ def _of_sources(rows: pa.Table, sources: Iterable[dict[str, Any]]) -> pa.Table:
     )
 
 
-def _by_video(rows: pa.Table) -> defaultdict[tuple[str, int, float], list[dict[str, Any]]]:
+def _by_video(
+    rows: pa.Table, columns: list[str]
+) -> defaultdict[tuple[str, int, float], list[dict[str, Any]]]:
     found = defaultdict(list)
-    for row in rows.to_pylist():
+    for row in rows.select(["sample_id", "source", *columns]).to_pylist():
         found[source_version(row["source"])].append(row)
     return found
