@@ -125,9 +125,10 @@ def _train(loop_config: dict[str, Any]) -> None:
         if step % train.log_every == 0 or step == train.num_steps:
             metrics = _over_workers(mean_losses(outputs), "mean") | _over_workers(peak_memory(), "max")
             metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
+            seconds = clock.read()
             with writing(f"write the metrics of step {step}"):
                 if log is not None:
-                    log.write(step, metrics, clock.read())
+                    log.write(step, metrics, seconds)
         now = time.monotonic()
         stop, ask, due = _from_rank_0(
             rank == 0 and (root / STOP_FILE).exists(),

@@ -20,23 +20,24 @@ from prophy.training.data import TrainBatch
 from prophy.training.module import LossOutput
 
 Phase = Literal["data", "forward", "backward", "optimizer"]
+_Mark = float | torch.cuda.Event
 Item = TypeVar("Item")
 
 logger = logging.getLogger(__name__)
 
 
 class StepClock:
-    """Seconds that this process spent in each phase of its steps; waits for the device where a phase ends."""
+    """Seconds of each phase of this process's steps: on a GPU those of its work, which is not waited for."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Phase, float] = {}
+        self._spans: list[tuple[Phase, _Mark, _Mark]] = []
 
     @contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
         """Times the block as part of `phase`."""
-        start = _now()
+        start = _mark()
         yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + _now() - start
+        self._spans.append((phase, start, _mark()))
 
     def waiting_for(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, whose arrival is timed as "data"."""
@@ -49,8 +50,11 @@ class StepClock:
             yield item
 
     def read(self) -> dict[Phase, float]:
-        """Seconds of each phase since it was last read."""
-        seconds, self._seconds = self._seconds, {}
+        """Seconds of each phase since it was last read; here alone it waits for the GPU."""
+        seconds: dict[Phase, float] = {}
+        for phase, start, end in self._spans:
+            seconds[phase] = seconds.get(phase, 0.0) + _between(start, end)
+        self._spans = []
         return seconds
 
 
@@ -158,7 +162,18 @@ def peak_memory() -> dict[str, float]:
     return peaks
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _mark() -> _Mark:
+    """Now: of a GPU when it has come so far."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: _Mark, end: _Mark) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    assert isinstance(start, float) and isinstance(end, float)
+    return end - start

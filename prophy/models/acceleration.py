@@ -15,6 +15,7 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
+from torch import nn
 
 from prophy.errors import ProPhyError
 
@@ -122,12 +123,18 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, trains: boo
 def set_attention(transformer: ModelMixin, backend: str) -> None:
     """Has all attention of `transformer` computed by `backend`, which `check_attention` has let pass.
 
+    Queries and keys keep their precision. CUDA's autocast would have their norms widen them to float32: twice
+    the traffic, another rounding in training than in serving, and no kernel takes them beside bfloat16.
+
     Raises:
         ProPhyError: the family computes its attention itself, and knows no kernels.
     """
     for module in transformer.modules():
         if isinstance(getattr(module, "processor", None), CogVideoXAttnProcessor2_0):
             module.set_processor(CogVideoXAttnProcessor())
+    for name, module in transformer.named_modules():
+        if name.endswith((".norm_q", ".norm_k")) and not module._forward_hooks:
+            module.register_forward_hook(_in_the_precision_of_its_input)
     processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
     if backend != "native" and (
         deaf := [one for one in processors if not hasattr(one, "_attention_backend")]
@@ -138,6 +145,12 @@ def set_attention(transformer: ModelMixin, backend: str) -> None:
         )
     for processor in processors:
         processor._attention_backend = AttentionBackendName(backend)
+
+
+def _in_the_precision_of_its_input(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor:
+    return output.to(inputs[0].dtype)
 
 
 def compile_blocks(transformer: ModelMixin, backend: str = "inductor") -> None:

@@ -2,11 +2,14 @@
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FirstBlockCacheConfig, ModelMixin
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import check_attention, compile_blocks, set_attention
@@ -85,6 +88,35 @@ def test_a_kernel_is_that_of_every_attention(transformer: PhysicsTransformer) ->
     assert len(kernels) >= 5 and {kernel.value for kernel in kernels} == {"_native_math"}
 
 
+class AsOnCuda(TorchFunctionMode):
+    """CUDA's autocast leaves norms in float32; and the precisions in which attention gets its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attended: list[torch.dtype] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.attended += [value.dtype for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
+        output = func(*args, **kwargs)
+        return output.float() if func in (torch.rms_norm, F.rms_norm, F.layer_norm) else output
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox-5b"], indirect=True)
+def test_queries_and_keys_have_the_precision_of_values_under_cudas_autocast_too(
+    transformer: PhysicsTransformer, inputs: dict[str, torch.Tensor]
+) -> None:
+    def attended() -> set[torch.dtype]:
+        with AsOnCuda() as seen, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            transformer(**inputs)
+        return set(seen.attended)
+
+    assert attended() == {torch.float32, torch.bfloat16}
+    set_attention(transformer, "native")
+    assert attended() == {torch.bfloat16}
+
+
 def test_own_attention_of_cogvideox_equals_upstreams_bit_for_bit() -> None:
     for family in ("cogvideox-2b", "cogvideox-5b"):
         torch.manual_seed(0)
@@ -98,7 +130,8 @@ def test_own_attention_of_cogvideox_equals_upstreams_bit_for_bit() -> None:
 def test_a_family_that_takes_neither_is_refused() -> None:
     with pytest.raises(ProPhyError, match="'regional', and SimpleNamespace names no _repeated_blocks"):
         compile_blocks(SimpleNamespace(_repeated_blocks=[]))
-    own = SimpleNamespace(modules=lambda: [SimpleNamespace(processor=SimpleNamespace())])
+    own = torch.nn.Identity()
+    own.processor = SimpleNamespace()
     with pytest.raises(ProPhyError, match="'sage', and SimpleNamespace takes no kernel"):
         set_attention(own, "sage")
 
