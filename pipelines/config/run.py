@@ -154,6 +154,11 @@ class Config(Section):
                 "nothing to train: physics has neither blocks nor experts, and train.backbone is 'frozen'; "
                 "set it to 'lora' or 'full', or add a part of the branch"
             )
+        if self.train.keep_attention and self.backbone.compile != "none":
+            raise ValueError(
+                "train.keep_attention does not see the attention inside of a compiled block; set "
+                "backbone.compile to 'none', or keep_attention to false"
+            )
         mixed = self.train.precision == "fp32" and self.backbone.dtype != "float32"
         if mixed and self.train.backbone != "full":  # which trains in float32
             raise ValueError(

@@ -85,6 +85,12 @@ class TrainConfig(Section):
     gradient_checkpointing: Annotated[bool, How()] = False
     """Recompute activations in the backward pass: much less memory for about a third more time."""
 
+    keep_attention: Annotated[bool, How()] = False
+    """With gradient_checkpointing: keep what self-attention gave, which is half of what is recomputed.
+
+    It takes as many more bytes as the tokens of every block; `prophy plan` says how many.
+    """
+
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of forward and backward passes. Trained parameters and their gradients are always float32."""
 
@@ -212,6 +218,10 @@ class TrainConfig(Section):
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} at least")
+        if self.keep_attention and not self.gradient_checkpointing:
+            raise ValueError(
+                "keep_attention is set without gradient_checkpointing, where all is kept; set that true too"
+            )
         if self.gpus_per_worker and self.evaluates and not self.evaluation_gpus:
             raise ValueError(
                 f"evaluation_gpus is 0 while workers have gpus_per_worker ({self.gpus_per_worker:g}); set it "

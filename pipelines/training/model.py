@@ -20,7 +20,7 @@ from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import check_checkpoint, download, load_configs
 from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
-from prophy.models.acceleration import accelerate
+from prophy.models.acceleration import accelerate, checkpoint_but_attention
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
 from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
@@ -116,7 +116,7 @@ def _empty_transformer(config: Config, phenomena: Sequence[str]) -> PhysicsTrans
         transformer.add_lora(train.lora_rank, train.lora_alpha)
     transformer.train_backbone(train.backbone)
     if train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(checkpoint_but_attention if train.keep_attention else None)
     accelerate(transformer, backbone.attention, backbone.compile)
     return transformer
 

@@ -202,6 +202,9 @@ def make_plan(config: Config) -> Plan:
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     num_physical = len(transformer.physics_branch.blocks)
     blocks = transformer.config.num_layers + num_physical
+    recomputed = count_forward_flops(*work)
+    if train.keep_attention:  # scores, and the sums of values
+        recomputed -= blocks * 4 * train.micro_batch_size * (t * h * w) ** 2 * width
     return Plan(
         train=train,
         size=size,
@@ -209,7 +212,7 @@ def make_plan(config: Config) -> Plan:
         text_length=backbone.max_sequence_length,
         flops=count_flops(*work) * micro_batches + routing_flops,
         routing_flops=routing_flops,
-        recomputed_flops=count_forward_flops(*work) * micro_batches,
+        recomputed_flops=recomputed * micro_batches,
         activations={False: saved + copies, True: checkpointed + copies},
         footprint=footprint(
             backbone,
@@ -249,12 +252,18 @@ def _size(transformer: PhysicsTransformer, dtype: torch.dtype) -> ModelSize:
 
 
 def _checkpointed(transformer: PhysicsTransformer, saved: int, num_tokens: int, train: TrainConfig) -> int:
-    """Every block's input and every residual, and the inside of one block, which is computed again."""
+    """Every block's input and every residual, and the inside of one block, which is computed again.
+
+    And what self-attention gave in each block, with a float32 per head and token, where that is kept.
+    """
     config = transformer.config
     num_layers, num_physical = config.num_layers, len(transformer.physics_branch.blocks)
     item = 4 if train.precision == "fp32" else 2
-    tokens = train.micro_batch_size * num_tokens * config.num_attention_heads * config.attention_head_dim
-    return (num_layers + 2 * num_physical) * tokens * item + saved // (num_layers + num_physical)
+    rows = train.micro_batch_size * num_tokens
+    tokens = rows * config.num_attention_heads * config.attention_head_dim * item
+    kept = tokens + rows * config.num_attention_heads * 4 if train.keep_attention else 0
+    blocks = num_layers + num_physical
+    return (blocks + num_physical) * tokens + blocks * kept + saved // blocks
 
 
 def _table(plan: Plan, gpu_memory: float) -> Table:

@@ -3,6 +3,7 @@
 Both change a result by rounding alone. For any transformer, with a Physical Branch or without.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from prophy.errors import ProPhyError
 
@@ -151,6 +157,25 @@ def _in_the_precision_of_its_input(
     module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor:
     return output.to(inputs[0].dtype)
+
+
+def checkpoint_but_attention(module: nn.Module, *inputs: Any) -> Any:
+    """Runs `module` and keeps its inputs alone, and what its self-attention gave: the rest is computed again.
+
+    Attention over all tokens is half of the operations of a large model's forward pass, and its output one
+    tensor of many. Attention to a text is cheap, and computed again.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, _keep_self_attention)
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_self_attention(
+    context: object, operation: torch._ops.OpOverload, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    name = operation.name()
+    if ("attention" in name or "flash_attn" in name) and args[1].numel() >= args[0].numel():
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(transformer: ModelMixin, backend: str = "inductor") -> None:

@@ -121,6 +121,7 @@ def _call(
         )
 
     module, checkpointing = _Call(transformer, method), transformer.is_gradient_checkpointing
+    function = transformer.physics_branch._gradient_checkpointing_func if checkpointing else None
     tensors = [*module.named_parameters(), *module.named_buffers()]
     transformer.disable_gradient_checkpointing()
     torch.compiler.set_stance("force_eager")  # what holds nothing is not worth a graph
@@ -140,7 +141,7 @@ def _call(
     finally:
         torch.compiler.set_stance("default")
         if checkpointing:
-            transformer.enable_gradient_checkpointing()
+            transformer.enable_gradient_checkpointing(function)
 
 
 def _grouped_mm_flop(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:

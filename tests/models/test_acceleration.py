@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from diffusers import FirstBlockCacheConfig, ModelMixin
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prophy.errors import ProPhyError
-from prophy.models.acceleration import check_attention, compile_blocks, set_attention
+from prophy.models.acceleration import (
+    check_attention,
+    checkpoint_but_attention,
+    compile_blocks,
+    set_attention,
+)
 from prophy.models.physics_transformer import PhysicsTransformer
 
 from .conftest import BACKBONES, BASELINES, PHYSICS, make_inputs
@@ -88,6 +94,49 @@ def test_a_kernel_is_that_of_every_attention(transformer: PhysicsTransformer) ->
     assert len(kernels) >= 5 and {kernel.value for kernel in kernels} == {"_native_math"}
 
 
+class CountAttention(TorchDispatchMode):
+    """How often attention is computed, by whether it is of all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.text = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in func.name() and "backward" not in func.name():
+            if args[1].shape == args[0].shape:
+                self.all += 1
+            else:
+                self.text += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox-5b"], indirect=True)
+def test_checkpointing_that_keeps_attention_gives_the_same_gradients_and_computes_it_once(
+    family: str, transformer: PhysicsTransformer, inputs: dict[str, torch.Tensor]
+) -> None:
+    awaken(transformer)
+    transformer.train_backbone("frozen")
+
+    def gradients() -> tuple[dict[str, torch.Tensor], CountAttention]:
+        transformer.zero_grad()
+        with CountAttention() as counted:
+            transformer(**inputs).sample.square().mean().backward()
+        named = transformer.named_parameters()
+        return {name: value.grad.clone() for name, value in named if value.grad is not None}, counted
+
+    expected, once = gradients()
+    assert len(expected) > 30 and once.all == 5
+    transformer.enable_gradient_checkpointing()
+    again, twice = gradients()
+    assert twice.all > once.all + 3  # the first frozen block has no gradient to compute again for
+    transformer.enable_gradient_checkpointing(checkpoint_but_attention)
+    kept, counted = gradients()
+    assert (counted.all, counted.text) == (once.all, twice.text)
+    for found in (again, kept):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 class AsOnCuda(TorchFunctionMode):
     """CUDA's autocast leaves norms in float32; and the precisions in which attention gets its inputs."""
 
@@ -130,7 +179,7 @@ def test_own_attention_of_cogvideox_equals_upstreams_bit_for_bit() -> None:
 def test_a_family_that_takes_neither_is_refused() -> None:
     with pytest.raises(ProPhyError, match="'regional', and SimpleNamespace names no _repeated_blocks"):
         compile_blocks(SimpleNamespace(_repeated_blocks=[]))
-    own = torch.nn.Identity()
+    own: Any = torch.nn.Identity()
     own.processor = SimpleNamespace()
     with pytest.raises(ProPhyError, match="'sage', and SimpleNamespace takes no kernel"):
         set_attention(own, "sage")

@@ -74,6 +74,15 @@ def test_plan_of_what_is_beside_training(wan_14b: Plan) -> None:
     assert 0.3 < wan_14b.recomputed_flops / wan_14b.flops < 0.4
 
 
+def test_attention_that_is_kept_is_not_computed_again(wan_14b: Plan) -> None:
+    """An output of 32,760 x 5,120 in each of 40 + 9 blocks."""
+    overrides = [f"train.num_workers={GPUS}", "train.keep_attention=true"]
+    kept = make_plan(load_config("wan2.1-14b", overrides))
+    assert kept.activations[True] - wan_14b.activations[True] == pytest.approx(49 * 0.34e9, rel=0.01)
+    assert kept.activations[False] == wan_14b.activations[False]
+    assert 0.4 < kept.recomputed_flops / wan_14b.recomputed_flops < 0.6
+
+
 def test_moving_averages_take_memory_where_the_optimizer_does() -> None:
     size = ModelSize(10, 4, trained=8, trained_bytes=4, frozen_bytes=1000)
     for stage, offload, share in ((0, "none", 32), (1, "none", 16), (3, "none", 16), (2, "optimizer", 0)):
