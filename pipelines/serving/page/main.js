@@ -69,6 +69,14 @@ async function refreshNow() {
   }
 }
 
+// One refresh at a time, also where the server takes longer than there is between two.
+async function keepFresh() {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, REFRESH_EVERY_MS));
+    if (!document.hidden && byId("key-form").hidden) await refreshNow();
+  }
+}
+
 async function make(fields) {
   watch.addNewest(await api.create(fields));
 }
@@ -164,5 +172,5 @@ watch.watch({
     offerComparisons();
   },
 });
-setInterval(() => { if (!document.hidden && byId("key-form").hidden) refreshNow(); }, REFRESH_EVERY_MS);
 start().catch(complain);
+keepFresh();
