@@ -62,6 +62,13 @@ def is_device_error(error: BaseException) -> bool:
     return is_plain and re.search(library, str(error), re.IGNORECASE) is not None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was not enough, of an accelerator or of the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
 def check_device(device: torch.device) -> None:
     """Computes something small on `device`, beside all else that runs there, and waits for it.
 

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 _NOTED_BYTES = 1 << 20  # what is smaller is read as fast as a note
 
@@ -19,6 +21,7 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal.
 
     For a large file it is noted in `home() / "sha256"`, under the file's place, size and times of change.
+    Processes that ask at the same time read it once: one computes, the others wait for its note.
     """
     status = path.stat()
     if status.st_size < _NOTED_BYTES:
@@ -26,11 +29,15 @@ def file_sha256(path: Path) -> str:
     note = _note(path, status)
     with suppress(OSError):
         return note.read_text()
-    digest = _compute(path)
-    # It did not change meanwhile. Where nothing can be noted, the next process computes it again.
-    if note == _note(path, path.stat()):
-        with suppress(OSError):
-            _write_at_once(note, digest)
+    with ExitStack() as stack:
+        with suppress(OSError):  # where nothing can be noted, each process computes
+            note.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(note.with_suffix(".lock")))
+            return note.read_text()
+        digest = _compute(path)
+        if note == _note(path, path.stat()):  # it did not change meanwhile
+            with suppress(OSError):
+                _write_at_once(note, digest)
     return digest
 
 
@@ -47,7 +54,6 @@ def _compute(path: Path) -> str:
 
 def _write_at_once(path: Path, text: str) -> None:
     """So that a process that reads meanwhile finds all of it, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, path)

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,31 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         path = tmp_path / name
         path.write_bytes(content)
         assert file_sha256(path) == hashlib.sha256(content).hexdigest()
-    [note] = (home() / "sha256").iterdir()
+    [note] = [file for file in (home() / "sha256").iterdir() if file.suffix != ".lock"]
     monkeypatch.setattr(hashing, "_compute", None)
     assert file_sha256(tmp_path / "large") == note.read_text()
+
+
+def test_those_who_ask_at_the_same_time_read_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(LARGE)
+    asked, read = threading.Barrier(4), list[Path]()
+    note_of, compute = hashing._note, hashing._compute
+
+    def note_at_once(path: Path, status: os.stat_result) -> Path:
+        if not read:
+            asked.wait()  # nobody has a note yet
+        return note_of(path, status)
+
+    def count(path: Path) -> str:
+        read.append(path)
+        return compute(path)
+
+    monkeypatch.setattr(hashing, "_note", note_at_once)
+    monkeypatch.setattr(hashing, "_compute", count)
+    with ThreadPoolExecutor(4) as pool:
+        digests = {*pool.map(file_sha256, [path] * 4)}
+    assert digests == {hashlib.sha256(LARGE).hexdigest()} and read == [path]
 
 
 def test_a_change_is_seen_though_size_and_modification_time_stay(tmp_path: Path) -> None:

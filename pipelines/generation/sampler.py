@@ -29,7 +29,7 @@ from pipelines.generation.spec import (
     VideoSpec,
 )
 from prophy.backbones.loading import load_pipeline
-from prophy.device import autocast, check_device, default_device, has_bfloat16
+from prophy.device import autocast, check_device, default_device, has_bfloat16, is_out_of_memory
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import accelerate, check_attention
 from prophy.models.control import PhysicsControl, PhysicsTrace
@@ -50,6 +50,7 @@ class VideoSampler:
 
     def __init__(self, config: Config) -> None:
         backbone = config.backbone
+        self._backbone = backbone
         self._autocast = backbone.autocast
         self._max_sequence_length = backbone.max_sequence_length
         self._device = default_device()
@@ -68,18 +69,27 @@ class VideoSampler:
         self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
 
     def warm_up(self, limits: ShapeLimits) -> None:
-        """Makes one frame of the smallest size in one step, so that a model that cannot run says so now."""
+        """Makes a video in one step, with guidance and VAE, so that a model that cannot run says so now.
+
+        On a GPU it is as long and large as the model's own, if requests may be, so that the first finds the
+        kernels chosen and the memory proven. On a CPU, where that takes minutes, it is the smallest frame.
+        """
+        clip = self._backbone
+        num_frames, height, width = clip.num_frames, clip.height, clip.width
+        allowed = num_frames <= limits.max_num_frames and height * width <= limits.max_pixels
+        if self._device.type == "cpu" or not allowed:
+            num_frames, height, width = 1, limits.height_multiple, limits.width_multiple
         self.sample(
             VideoSpec(
                 prompt="",
                 negative_prompt="",
                 seed=0,
-                num_frames=1,
-                height=limits.height_multiple,
-                width=limits.width_multiple,
-                fps=1.0,
+                num_frames=num_frames,
+                height=height,
+                width=width,
+                fps=clip.fps,
                 num_inference_steps=1,
-                guidance_scale=1.0,
+                guidance_scale=2.0,
             )
         )
 
@@ -117,11 +127,10 @@ class VideoSampler:
         """
         try:
             return self._sample_batch(specs, on_step, trace)
-        except (torch.OutOfMemoryError, MemoryError):
-            pass  # only outside this block are the tensors of all frames below free
-        except RuntimeError as error:
-            if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
+        # Only outside that block are the tensors of all frames below free.
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -63,6 +63,23 @@ def cached(step_cache: dict[str, Any]) -> VideoSpec:
     return SPEC.model_copy(update={"step_cache": StepCache(**step_cache)})
 
 
+def test_the_warm_up_is_of_the_models_own_shape_on_a_gpu(
+    config: Config, sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler.warm_up(LIMITS)  # on the CPU, for real
+    asked: list[VideoSpec] = []
+    monkeypatch.setattr(sampler, "sample", asked.append)
+    clip = config.backbone
+    small = LIMITS.model_copy(update={"max_pixels": clip.height * clip.width - 1})
+    for device, limits in (("cpu", LIMITS), ("cuda", LIMITS), ("cuda", small)):
+        monkeypatch.setattr(sampler, "_device", torch.device(device))
+        sampler.warm_up(limits)
+    shapes = [(spec.num_frames, spec.height, spec.width) for spec in asked]
+    smallest = 1, LIMITS.height_multiple, LIMITS.width_multiple
+    assert shapes == [smallest, (clip.num_frames, clip.height, clip.width), smallest]
+    assert all(spec.guidance_scale > 1 and spec.num_inference_steps == 1 for spec in asked)
+
+
 def test_a_step_cache_that_may_skip_nothing_changes_nothing(config: Config, sampler: VideoSampler) -> None:
     expected = sampler.sample(SPEC)
     for step_cache in EXACT[config.backbone.family]:
