@@ -89,7 +89,8 @@ def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> C
         folder / "tiny-cache",
         f"simulate.num_clips={NUM_CLIPS}",
         f"cache.rows_per_file={ROWS_PER_FILE}",
-        "cache.encode_batch_size=1",  # a batch rounds as a whole: another run must give the same bits
+        "cache.extract_batch_size=1",  # a batch rounds as a whole: another run must give the same bits
+        "cache.encode_batch_size=1",
     )
     made = folder / "tiny-cache-is-made"
     with FileLock(folder / "tiny-cache.lock"):

@@ -143,7 +143,8 @@ def build_priors_graph(config: Config, taxonomy: Taxonomy, table: Table, work: p
     # Decode what the VLM sees.
     rows = rows.map_batches(ReadClip, **_pool(cache.read, lengths, shapes, shapes, cache.limits))
     # The costly stage: each actor holds a VLM.
-    rows = rows.map_batches(ExtractPriors, **_pool(cache.extract, vlm, taxonomy, _attempts(config)))
+    vlms = _pool(cache.extract, vlm, taxonomy, _attempts(config), batch_size=cache.extract_batch_size)
+    rows = rows.map_batches(ExtractPriors, **vlms)
     # Good rows go into a file of the table, errors into one of the quarantine.
     return _write(rows, config, table)
 
@@ -156,8 +157,7 @@ def build_encodings_graph(config: Config, table: Table, work: pa.Table) -> Datas
     seen = (config.clip_lengths, config.vlm.frame_shapes, backbone.frame_shapes, cache.limits)
     rows = rows.map_batches(ReadClip, **_pool(cache.read, *seen))
     # Each actor holds the VAE and the text encoder.
-    encoders = _pool(cache.encode, backbone, table, _attempts(config))
-    encoders["batch_size"] = cache.encode_batch_size
+    encoders = _pool(cache.encode, backbone, table, _attempts(config), batch_size=cache.encode_batch_size)
     rows = rows.map_batches(EncodeClip, **encoders)
     # Good rows go into a file of the table, errors into one of the quarantine.
     return _write(rows, config, table)
@@ -189,10 +189,10 @@ def _write(rows: Dataset, config: Config, table: Table) -> Dataset:
     )
 
 
-def _pool(pool: PoolConfig, *arguments: Any) -> dict[str, Any]:
-    """A pool of actors that take one clip at a time, and the arguments of their constructor."""
+def _pool(pool: PoolConfig, *arguments: Any, batch_size: int = 1) -> dict[str, Any]:
+    """A pool of actors that take `batch_size` clips at a time, and the arguments of their constructor."""
     return {
-        "batch_size": 1,
+        "batch_size": batch_size,
         "batch_format": "pyarrow",
         "compute": ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=_MAX_WAITING),
         "num_cpus": pool.num_cpus,

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from pipelines.caching.cache import encodings_folder, priors_folder
-from pipelines.caching.stages import decoder
+from pipelines.caching.stages import decoder, prior_extractor
 from pipelines.caching.tables import file_names, read_quarantine
 from pipelines.caching.video_files import LocalFiles
 from pipelines.config import Config
@@ -105,27 +105,17 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
     if duration_s < config.cache.clip_duration_s:
         logger.info("%s lasts %.2f s, less than a clip; the VLM is shown all of it", clip, duration_s)
     frames = _read_frames(config, clip, 0.0, duration_s, (info.height, info.width))
-    from prophy.priors.extractor import PriorExtractor
+    from prophy.priors.extractor import Clip
     from prophy.priors.questionnaire import BACKGROUND, describe_named
 
-    extractor = PriorExtractor(
-        vlm.pretrained,
-        taxonomy,
-        vlm.revision,
-        vlm.dtype,
-        vlm.device_map,
-        vlm.layers,
-        vlm.max_new_tokens,
-        vlm.heads,
-    )
+    extractor = prior_extractor(vlm, taxonomy)
     fps = (vlm.num_frames - 1) / duration_s
-    priors = extractor(frames, fps, given)
+    [priors] = extractor([Clip(frames, fps, given)])
     questions = [*describe_named(taxonomy, priors.phenomena), BACKGROUND]
-    video = extractor.vlm.watch(frames, fps)
+    video = extractor.vlm.watch([frames], [fps])
+    asked = [[question.text for question in questions]]
     by_layer = [
-        extractor.vlm.answer(
-            video, [question.text for question in questions], vlm.max_new_tokens, [layer], vlm.heads
-        )
+        extractor.vlm.answer(video, asked, vlm.max_new_tokens, [layer], vlm.heads)[0]
         for layer in range(extractor.vlm.num_layers)
     ]
     strips = [_text(f"{clip}: {priors.vlm_caption}"), _strip(frames, "frames")]

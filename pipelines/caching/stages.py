@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from prophy.video import VideoError, clip_spans, nearest_shape
 
 if TYPE_CHECKING:
     import torch
+
+    from prophy.priors.extractor import PriorExtractor
 
 _ERROR = pa.field("error", pa.struct(list(QUARANTINE)))
 _SHARE = pa.field("share", pa.float64(), nullable=False)
@@ -210,38 +213,50 @@ class Attempts:
         return self.folder / f"{self.stage}-{row['sample_id']}"
 
 
+def prior_extractor(vlm: VlmConfig, taxonomy: Taxonomy) -> "PriorExtractor":
+    """The VLM of a configuration, loaded."""
+    from prophy.priors.extractor import PriorExtractor
+
+    return PriorExtractor(
+        vlm.pretrained,
+        taxonomy,
+        vlm.revision,
+        vlm.dtype,
+        vlm.device_map,
+        vlm.layers,
+        vlm.max_new_tokens,
+        vlm.heads,
+    )
+
+
 class ExtractPriors:
-    """`CLIPS_WITH_FRAMES` -> `PRIORS_OR_ERROR`: holds the VLM and asks it about each clip."""
+    """`CLIPS_WITH_FRAMES` -> `PRIORS_OR_ERROR`: holds the VLM and asks it about the clips of a batch."""
 
     def __init__(self, vlm: VlmConfig, taxonomy: Taxonomy, attempts: Path) -> None:
-        from prophy.priors.extractor import PriorExtractor
-
         self.num_frames = vlm.num_frames
         self.names = taxonomy.names
-        self.extractor = PriorExtractor(
-            vlm.pretrained,
-            taxonomy,
-            vlm.revision,
-            vlm.dtype,
-            vlm.device_map,
-            vlm.layers,
-            vlm.max_new_tokens,
-            vlm.heads,
-        )
-
+        self.extractor = prior_extractor(vlm, taxonomy)
         self.attempts = Attempts(attempts, "ExtractPriors")
 
     def __call__(self, clips: pa.Table) -> pa.Table:
         """The priors of each clip."""
         rows = clips.to_pylist()
-        self.attempts(rows, self._extract)
+        with _enough_memory("VLM", len(rows), "cache.extract_batch_size"):
+            self.attempts(rows, self._extract)
         return pa.Table.from_pylist(rows, PRIORS_OR_ERROR)
 
     def _extract(self, clips: list[dict[str, Any]]) -> None:
-        for clip in clips:
-            fps = (self.num_frames - 1) / (clip["end_s"] - clip["start_s"])
-            labels = None if clip["labels"] is None else tuple(clip["labels"])
-            priors = self.extractor(_frames(clip), fps, labels)
+        from prophy.priors.extractor import Clip
+
+        shown = [
+            Clip(
+                _frames(clip),
+                (self.num_frames - 1) / (clip["end_s"] - clip["start_s"]),
+                None if clip["labels"] is None else tuple(clip["labels"]),
+            )
+            for clip in clips
+        ]
+        for clip, priors in zip(clips, self.extractor(shown), strict=True):
             clip |= {
                 "vlm_caption": priors.vlm_caption,
                 "answers": [{"question": key, "answer": said} for key, said in priors.answers.items()],
@@ -280,7 +295,8 @@ class EncodeClip:
     def __call__(self, clips: pa.Table) -> pa.Table:
         """The latents and the encoded text, all clips of one shape at once."""
         rows = clips.to_pylist()
-        self.attempts(rows, self._encode)
+        with _enough_memory("VAE", len(rows), "cache.encode_batch_size"):
+            self.attempts(rows, self._encode)
         return pa.Table.from_pylist(rows, ENCODINGS_OR_ERROR)
 
     def _encode(self, clips: list[dict[str, Any]]) -> None:
@@ -293,6 +309,23 @@ class EncodeClip:
             text = self.encoder.encode_text([clip["caption"] for clip in group])
             for index, clip in enumerate(group):
                 clip |= latents_columns(latents[index]) | text_column(_row_of(text, index))
+
+
+@contextmanager
+def _enough_memory(model: str, num_clips: int, key: str) -> Iterator[None]:
+    """Turns what a batch without enough memory does to a block into one sentence."""
+    from prophy.device import is_out_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if num_clips > 1:
+            wanted, change = f"{num_clips} clips at once", f"set {key} below {num_clips}"
+        else:
+            wanted, change = "1 clip", "take smaller shapes or a smaller model"
+        raise ProPhyError(f"the {model} has not enough memory for {wanted}; {change}") from None
 
 
 def _row_of(text: "dict[str, torch.Tensor]", index: int) -> "dict[str, torch.Tensor]":

@@ -70,6 +70,12 @@ class CacheConfig(Section):
     extract: PoolConfig = PoolConfig()
     """Actors that hold the VLM."""
 
+    extract_batch_size: PositiveInt = 1
+    """Clips that the VLM is asked about at once. 1 by default, since memory grows with it.
+
+    What a token costs is mostly to read the VLM's weights, once for the whole batch.
+    """
+
     encode: PoolConfig = PoolConfig()
     """Actors that hold the VAE and the text encoder."""
 

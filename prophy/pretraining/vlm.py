@@ -28,7 +28,7 @@ from prophy.pretraining.recipe import (
     set_learning_rate,
     trapezoid,
 )
-from prophy.priors.extractor import PriorExtractor
+from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.priors.questionnaire import (
     BACKGROUND,
     CAPTION,
@@ -234,7 +234,7 @@ def extraction_quality(
     extractor = PriorExtractor(pretrained, taxonomy, dtype="float32", max_new_tokens=_MAX_NEW_TOKENS)
     presence, sets, captions, described = [], [], [], []
     for clip in clips:
-        named = extractor(vlm_frames(clip.frames), VLM_FPS)
+        [named] = extractor([Clip(vlm_frames(clip.frames), VLM_FPS)])
         presence += [(name in named.phenomena) == (name in clip.phenomena) for name in taxonomy.names]
         sets.append(named.phenomena == clip.phenomena)
         parts = _without_sides(clip.parts)

@@ -1,13 +1,14 @@
-"""Keeps where a token looks in the video: an attention function beside plain SDPA, for chosen layers only.
+"""Keeps where answers look in the video: an attention function beside plain SDPA, for chosen layers only.
 
 A model uses it by `model.set_attn_implementation(ATTENTION)`; a forward pass that is given `video_attention`
 adds to it. Materialising the attention of every layer (`output_attentions`) would take gigabytes.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -16,41 +17,36 @@ ATTENTION = "sdpa_with_video_attention"
 
 
 class VideoAttention:
-    """Where the one query token of each row looks in the video: the mean over chosen heads and layers.
+    """Where each query token of a row looks in the row's video: the mean over chosen heads and layers.
 
     Args:
         layers: language layers that are averaged.
         heads: heads of these layers that are averaged; None is all.
-        video: places of the `V` video tokens among the keys.
-        batch_size: B.
-        device: where the mean is kept.
+        videos: `[V]` of each row, places of its video's tokens among the keys.
 
     Attributes:
-        mean: `[B, V]` float32, the attention of each row to the video tokens.
+        looks: `[n, V]` float32 of each row, the attention of its `n` query tokens to its video.
     """
 
     def __init__(
-        self,
-        layers: Collection[int],
-        heads: Collection[int] | None,
-        video: torch.Tensor,
-        batch_size: int,
-        device: torch.device,
+        self, layers: Collection[int], heads: Collection[int] | None, videos: Sequence[torch.Tensor]
     ) -> None:
         self.layers = layers
         self.heads = heads
-        self.video = video
-        self.mean = torch.zeros(batch_size, len(video), device=device)
+        self.videos = videos
+        self.looks = [torch.zeros((), device=video.device) for video in videos]
 
-    def add(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
-        """Adds a layer: query `[B, heads, 1, D]`, key `[B, kv_heads, L, D]`, boolean mask `[B, 1, 1, L]`."""
-        grouped = query.reshape(*key.shape[:2], -1, key.shape[-1])  # [B, kv_heads, heads / kv_heads, D]
-        scores = (grouped @ key.transpose(-1, -2)).float() * scaling
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        rows = scores.softmax(-1).index_select(-1, self.video.to(scores.device))
-        mean = rows.mean((1, 2)) if self.heads is None else rows.flatten(1, 2)[:, list(self.heads)].mean(1)
-        self.mean += mean.to(self.mean.device) / len(self.layers)
+    def add(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> None:
+        """Adds a layer: query `[B, heads, n, D]`, key `[B, kv_heads, L, D]`, boolean mask `[B, 1, n, L]`."""
+        # Row by row: beside a large model there is no memory for the scores of all at once.
+        for row, video in enumerate(self.videos):
+            grouped = query[row].unflatten(0, (len(key[row]), -1))  # [kv_heads, heads / kv_heads, n, D]
+            scores = (grouped @ key[row, :, None].transpose(-1, -2)).float() * scaling
+            rows = scores.masked_fill(~mask[row], -torch.inf).softmax(-1).flatten(0, 1)
+            if self.heads is not None:
+                rows = rows[list(self.heads)]
+            mean = rows.index_select(-1, video.to(rows.device)).mean(0)
+            self.looks[row] = self.looks[row] + mean.to(video.device) / len(self.layers)
 
 
 def _attention(
@@ -63,10 +59,22 @@ def _attention(
     video_attention: VideoAttention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA; and, where a forward was given a `video_attention`, the rows that it asks for."""
+    """SDPA; and, where a forward was given a `video_attention`, what it asks for."""
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if video_attention is not None and module.layer_idx in video_attention.layers:
         video_attention.add(query, key, attention_mask, scaling)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # Heads that share keys are queries of the same keys: transformers would copy the keys for each, per step.
+    batch_size, num_heads, num_tokens, _ = query.shape
+    group = num_heads // key.shape[1]
+    output = F.scaled_dot_product_attention(
+        query.reshape(batch_size, key.shape[1], group * num_tokens, -1),
+        key,
+        value,
+        attention_mask.repeat(1, 1, group, 1),
+        scale=scaling,
+    )
+    return output.reshape(batch_size, num_heads, num_tokens, -1).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, _attention)

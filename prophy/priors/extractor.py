@@ -1,9 +1,11 @@
-"""One clip in, its priors out: caption, answers, phenomena and raw attention maps.
+"""Clips in, their priors out: caption, answers, phenomena and raw attention maps.
 
 Does not know where clips come from, how priors are stored, or what targets are made of the maps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,21 @@ from prophy.priors.questionnaire import (
 )
 from prophy.priors.vlm import Answer, SliceTimes, load_vlm
 from prophy.taxonomy import Taxonomy, index_of
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What the VLM is shown.
+
+    Attributes:
+        frames: `[T, H, W, 3]` uint8 RGB, T, H and W as the VLM can divide them into patches.
+        fps: frame rate of these frames.
+        phenomena: the clip's labels, by name; None lets the VLM name them.
+    """
+
+    frames: np.ndarray
+    fps: float
+    phenomena: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Priors:
 
 
 class PriorExtractor:
-    """Asks a VLM the questionnaire about a clip, from one prefill of the video.
+    """Asks a VLM the questionnaire about clips, from one prefill of each video.
 
     Args:
         pretrained: hub id or folder; "tiny" is the embedded one.
@@ -89,40 +106,51 @@ class PriorExtractor:
         self.heads = heads
         self.max_new_tokens = max_new_tokens
 
-    def __call__(self, frames: np.ndarray, fps: float, phenomena: tuple[str, ...] | None = None) -> Priors:
-        """Extracts the priors of one clip.
+    def __call__(self, clips: Sequence[Clip]) -> list[Priors]:
+        """Extracts the priors of at least one clip; the VLM is given all of them as one batch."""
+        videos = self.vlm.watch([clip.frames for clip in clips], [clip.fps for clip in clips])
+        presence = ask_presence(self.taxonomy)
+        questions = [
+            [CAPTION, presence, BACKGROUND]
+            if clip.phenomena is None
+            else [CAPTION, BACKGROUND, *describe_named(self.taxonomy, clip.phenomena)]
+            for clip in clips
+        ]
+        answers = self._ask(videos, questions)
+        named = [
+            parse_presence(said[presence.id].text, self.taxonomy.names)
+            if clip.phenomena is None
+            else (clip.phenomena, ())
+            for clip, said in zip(clips, answers, strict=True)
+        ]
+        questions = [
+            describe_named(self.taxonomy, phenomena) if clip.phenomena is None else []
+            for clip, (phenomena, _) in zip(clips, named, strict=True)
+        ]
+        answers = [said | more for said, more in zip(answers, self._ask(videos, questions), strict=True)]
+        return [
+            Priors(
+                vlm_caption=said[CAPTION.id].text,
+                answers={key: answer.text for key, answer in said.items()},
+                phenomena=phenomena,
+                unparsed=unparsed,
+                map_phenomena=[index_of(phenomenon, self.taxonomy.names) for phenomenon in phenomena],
+                maps=torch.stack([said[key].attention for key in [*phenomena, BACKGROUND.id]]).numpy(),
+                slice_times=video.slice_times,
+            )
+            for video, said, (phenomena, unparsed) in zip(videos, answers, named, strict=True)
+        ]
 
-        Args:
-            frames: `[T, H, W, 3]` uint8 RGB, T, H and W as the VLM can divide them into patches.
-            fps: frame rate of these frames.
-            phenomena: the clip's labels, by name; None lets the VLM name them.
-        """
-        video = self.vlm.watch(frames, fps)
-
-        def ask(*questions: Question) -> dict[str, Answer]:
-            texts = [question.text for question in questions]
-            answers = self.vlm.answer(video, texts, self.max_new_tokens, self.layers, self.heads)
-            return {question.id: answer for question, answer in zip(questions, answers, strict=True)}
-
-        names = self.taxonomy.names
-        unparsed: tuple[str, ...] = ()
-        if phenomena is None:
-            presence = ask_presence(self.taxonomy)
-            answers = ask(CAPTION, presence, BACKGROUND)
-            phenomena, unparsed = parse_presence(answers[presence.id].text, names)
-            descriptions = describe_named(self.taxonomy, phenomena)
-            if descriptions:
-                answers |= ask(*descriptions)
-        else:
-            descriptions = describe_named(self.taxonomy, phenomena)
-            answers = ask(CAPTION, BACKGROUND, *descriptions)
-        mapped = [*descriptions, BACKGROUND]
-        return Priors(
-            vlm_caption=answers[CAPTION.id].text,
-            answers={key: answer.text for key, answer in answers.items()},
-            phenomena=phenomena,
-            unparsed=unparsed,
-            map_phenomena=[index_of(phenomenon, names) for phenomenon in phenomena],
-            maps=torch.stack([answers[question.id].attention for question in mapped]).numpy(),
-            slice_times=video.slice_times,
-        )
+    def _ask(self, videos: Sequence[Any], questions: Sequence[list[Question]]) -> list[dict[str, Answer]]:
+        """The answers about each video, by the question's id; there may be no question about a video."""
+        rows = [row for row, asked in enumerate(questions) if asked]
+        answers: list[dict[str, Answer]] = [{} for _ in videos]
+        if rows:
+            texts = [[question.text for question in questions[row]] for row in rows]
+            said = self.vlm.answer(
+                [videos[row] for row in rows], texts, self.max_new_tokens, self.layers, self.heads
+            )
+            for row, of_video in zip(rows, said, strict=True):
+                ids = [question.id for question in questions[row]]
+                answers[row] = dict(zip(ids, of_video, strict=True))
+        return answers

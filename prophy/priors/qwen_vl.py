@@ -1,10 +1,12 @@
 """Qwen2.5-VL and Qwen3-VL: shown a video once, asked many questions about it.
 
-One prefill holds everything that the questions share (system turn and video); all questions then run as one
-batch from copies of that prefix. While an answer is generated, an attention function of our own adds up where
-each answer token looks, in the chosen layers only; all else is plain SDPA. Does not know what is asked.
+One prefill holds everything that the questions about a video share (system turn and video). All questions
+about all videos of a batch are then answered together; and one pass over the finished answers, with an
+attention function of our own, keeps where each token of them looks, in the chosen layers only. All else is
+plain SDPA. Does not know what is asked.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,47 +16,35 @@ import torch
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
-    DynamicCache,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
 
 from prophy.device import default_device
 from prophy.errors import ProPhyError
-from prophy.priors.attention import ATTENTION, VideoAttention
+from prophy.priors.attention import ATTENTION
+from prophy.priors.conversation import Conversation, VideoPrefix
 from prophy.priors.vlm import Answer, SliceTimes
 
 _VIDEO_TOKEN_TYPE = 2  # what get_rope_index calls a video in mm_token_type_ids
 
 
 @dataclass(frozen=True)
-class VideoPrefix:
-    """What all questions about one video share, already computed.
+class _VideoPrompt:
+    """What the model reads of a video: what `pixels`, `video_tokens` and `slice_times` give."""
 
-    Attributes:
-        cache: keys and values of every layer, batch 1, `length` tokens.
-        length: number of tokens of the prefix.
-        video: `[V]`, where the video's tokens are in it; other tokens may stand between them.
-        grid: the video's tokens as `(T, H, W)`, t slowest.
-        next_position: rotary position of the first token after the video.
-        slice_times: see `WatchedVideo`.
-    """
-
-    cache: DynamicCache
-    length: int
-    video: torch.Tensor
-    grid: tuple[int, int, int]
+    patches: torch.Tensor
+    grid: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
     next_position: int
     slice_times: SliceTimes
 
-    def branch(self, batch_size: int) -> DynamicCache:
-        """A copy of the cache for `batch_size` rows, free to grow."""
-        return DynamicCache(
-            [
-                (keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1))
-                for keys, values, _ in self.cache
-            ]
-        )
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """The grid, and the number of tokens: prompts of one size are a batch without padding."""
+        t, h, w = self.grid[0].tolist()
+        return t, h, w, self.ids.shape[1]
 
 
 class _QwenVL:
@@ -83,7 +73,7 @@ class _QwenVL:
         self.mean = torch.tensor(processor.image_mean).view(3, 1, 1)
         self.std = torch.tensor(processor.image_std).view(3, 1, 1)
         end = model.generation_config.eos_token_id
-        self.end_tokens = torch.tensor(end if isinstance(end, list) else [end], device=model.device)
+        self.end_tokens = frozenset(end if isinstance(end, list) else [end])
 
     @property
     def num_layers(self) -> int:
@@ -162,85 +152,66 @@ class _QwenVL:
         raise NotImplementedError
 
     @torch.inference_mode()
-    def watch(self, frames: np.ndarray, fps: float) -> VideoPrefix:
+    def watch(self, videos: Sequence[np.ndarray], fps: Sequence[float]) -> list[VideoPrefix]:
         """Runs the vision tower and the prefill of everything that precedes a question; see the protocol."""
+        prompts = [self._prompt(frames, rate) for frames, rate in zip(videos, fps, strict=True)]
+        groups = defaultdict(list)
+        for number, prompt in enumerate(prompts):
+            groups[prompt.size].append(number)
+        prefixes: dict[int, VideoPrefix] = {}
+        for numbers in groups.values():
+            prefixes |= zip(numbers, self._prefill([prompts[number] for number in numbers]), strict=True)
+        return [prefixes[number] for number in range(len(videos))]
+
+    def _prompt(self, frames: np.ndarray, fps: float) -> _VideoPrompt:
         patches, grid = self.pixels(frames)
-        ids, positions, next_position = self.video_tokens(grid, fps)
+        return _VideoPrompt(patches, grid, *self.video_tokens(grid, fps), self.slice_times(len(frames), fps))
+
+    def _prefill(self, prompts: Sequence[_VideoPrompt]) -> list[VideoPrefix]:
+        """Runs the model on prompts of one size."""
         device = self.model.device
-        cache = self.model(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
-            pixel_values_videos=patches.to(device),
-            video_grid_thw=grid.to(device),
+        ids = torch.cat([prompt.ids for prompt in prompts]).to(device)
+        cache = self.model.model(
+            input_ids=ids,
+            position_ids=torch.cat([prompt.positions for prompt in prompts], 1).to(device),
+            pixel_values_videos=torch.cat([prompt.patches for prompt in prompts]).to(device),
+            video_grid_thw=torch.cat([prompt.grid for prompt in prompts]).to(device),
             use_cache=True,
-            logits_to_keep=1,
         ).past_key_values
         merge = self.model.config.vision_config.spatial_merge_size
-        t, h, w = grid[0].tolist()
-        return VideoPrefix(
-            cache,
-            ids.shape[1],
-            (ids[0] == self.model.config.video_token_id).nonzero()[:, 0].to(device),
-            (t, h // merge, w // merge),
-            next_position,
-            self.slice_times(len(frames), fps),
-        )
+        return [
+            VideoPrefix(
+                [(keys[row : row + 1], values[row : row + 1]) for keys, values, _ in cache],
+                (ids[row] == self.model.config.video_token_id).nonzero()[:, 0],
+                (prompt.size[0], prompt.size[1] // merge, prompt.size[2] // merge),
+                prompt.next_position,
+                prompt.slice_times,
+            )
+            for row, prompt in enumerate(prompts)
+        ]
 
     @torch.inference_mode()
     def answer(
         self,
-        video: VideoPrefix,
-        questions: Sequence[str],
+        videos: Sequence[VideoPrefix],
+        questions: Sequence[Sequence[str]],
         max_new_tokens: int,
         layers: Collection[int],
         heads: Collection[int] | None = None,
-    ) -> list[Answer]:
-        """Answers all questions as one batch; see the protocol."""
-        batch_size, device = len(questions), self.model.device
-        tails = [self.split_prompt(question)[1] for question in questions]
-        tokenized = self.tokenizer(
-            tails, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(device)
-        tokens, mask = tokenized.input_ids, tokenized.attention_mask
-        positions = video.next_position - 1 + mask.cumsum(1)
-        mask = torch.cat([mask.new_ones(batch_size, video.length), mask], 1)
-        cache = video.branch(batch_size)
-
-        def forward(video_attention: VideoAttention | None) -> torch.Tensor:
-            return self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions.expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                video_attention=video_attention,
-            ).logits[:, -1]
-
-        logits = forward(None)
-        attention = torch.zeros(batch_size, len(video.video), device=device)
-        live = torch.ones(batch_size, dtype=torch.bool, device=device)
-        token_ids: list[list[int]] = [[] for _ in questions]
-        for _ in range(max_new_tokens):
-            tokens = logits.argmax(-1, keepdim=True).to(device)
-            live &= ~torch.isin(tokens[:, 0], self.end_tokens)
-            if not live.any():
-                break
-            for row in live.nonzero()[:, 0].tolist():
-                token_ids[row].append(int(tokens[row]))
-            mask = torch.cat([mask, mask.new_ones(batch_size, 1)], 1)
-            positions = positions[:, -1:] + 1
-            video_attention = VideoAttention(layers, heads, video.video, batch_size, device)
-            logits = forward(video_attention)
-            attention += video_attention.mean * live[:, None]
-        return [
-            Answer(
-                self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                tuple(ids),
-                (row / max(len(ids), 1)).reshape(video.grid).cpu(),
-            )
-            for ids, row in zip(token_ids, attention, strict=True)
+    ) -> list[list[Answer]]:
+        """Answers all questions, then reads the answers in a pass that keeps attention; see the protocol."""
+        tails = [
+            (row, self.tokenizer(self.split_prompt(question)[1], add_special_tokens=False).input_ids)
+            for row, asked in enumerate(questions)
+            for question in asked
         ]
+        conversation = Conversation(self.model, videos, tails)
+        said = conversation.say(max_new_tokens, self.end_tokens)
+        answers: list[list[Answer]] = [[] for _ in videos]
+        for (row, _), ids, look in zip(tails, said, conversation.look(said, layers, heads), strict=True):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers[row].append(Answer(text, tuple(ids), look.reshape(videos[row].grid)))
+        return answers
 
 
 class Qwen25VL(_QwenVL):

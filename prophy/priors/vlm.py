@@ -1,7 +1,8 @@
 """What the product asks of a vision-language model, and the models that there are.
 
 A model is shown a video once and asked many questions about it; with each answer it says where in the video
-it looked meanwhile. Other packages add models by entry points (`prophy.registry`).
+it looked meanwhile. It is given several videos at a time, to answer about them as one batch if it can. Other
+packages add models by entry points (`prophy.registry`).
 """
 
 from collections.abc import Collection, Sequence
@@ -60,33 +61,33 @@ class VideoLanguageModel(Protocol):
     def num_heads(self) -> int:
         """Number of attention heads of each of them."""
 
-    def watch(self, frames: np.ndarray, fps: float) -> Any:
-        """Shows it a video.
+    def watch(self, videos: Sequence[np.ndarray], fps: Sequence[float]) -> Sequence[Any]:
+        """Shows it videos.
 
         Args:
-            frames: `[T, H, W, 3]` uint8 RGB.
-            fps: frame rate of these frames.
+            videos: frames `[T, H, W, 3]` of each, uint8 RGB; T, H and W may differ between videos.
+            fps: frame rate of each one's frames.
 
         Returns:
-            A `WatchedVideo`, to be given to `answer`.
+            A `WatchedVideo` of each, to be given to `answer`.
 
         Raises:
-            ProPhyError: it cannot read frames of this number or size.
+            ProPhyError: it cannot read frames of such a number or size.
         """
 
     def answer(
         self,
-        video: Any,
-        questions: Sequence[str],
+        videos: Sequence[Any],
+        questions: Sequence[Sequence[str]],
         max_new_tokens: int,
         layers: Collection[int],
         heads: Collection[int] | None = None,
-    ) -> list[Answer]:
-        """Answers the questions, greedily, and keeps where each answer looks.
+    ) -> Sequence[Sequence[Answer]]:
+        """Answers questions, greedily, and keeps where each answer looks.
 
         Args:
-            video: what `watch` returned; it is left as it was.
-            questions: at least one.
+            videos: what `watch` returned of at least one video; they are left as they were.
+            questions: at least one about each video.
             max_new_tokens: an answer is cut there.
             layers: language layers whose attention is averaged.
             heads: heads of these layers that are averaged; None is all.

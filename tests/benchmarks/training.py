@@ -34,7 +34,7 @@ from pipelines.training.data import build_dataset
 from pipelines.training.model import build_module
 from prophy.backbones.encoding import VideoEncoder
 from prophy.device import autocast
-from prophy.priors.extractor import PriorExtractor
+from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames
 from tests.wisa import WISA
@@ -135,7 +135,7 @@ def online(config: Config) -> list[float]:
         encoder.encode_text(["a red ball falls and bounces on the left"])
         middle = time.perf_counter()
         frames = read_frames(video, 0.0, duration_s, vlm.num_frames, vlm.height, vlm.width)
-        extractor(frames, (vlm.num_frames - 1) / duration_s, None)
+        extractor([Clip(frames, (vlm.num_frames - 1) / duration_s)])
         times.append((middle - start, time.perf_counter() - middle))
     return np.median(times[1:], axis=0).tolist()
 

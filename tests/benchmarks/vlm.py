@@ -20,7 +20,7 @@ from prophy.backbones.encoding import VideoEncoder
 from prophy.evaluation.localization import discrimination_auroc, localization_auroc
 from prophy.pretraining.recipe import NUM_FRAMES, held_out_clips
 from prophy.pretraining.vlm import VLM_FPS, extraction_quality, vlm_frames
-from prophy.priors.extractor import PriorExtractor
+from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.priors.grounding import RECIPES
 from prophy.sandbox import SimulatedClip
 from tests.wisa import PHENOMENA, WISA
@@ -37,7 +37,7 @@ def score(clips: list[SimulatedClip]) -> tuple[Scores, dict[str, list[float]]]:
     scores: Scores = {name: {"where": [[], []], "which": [[], []]} for name in RECIPES}
     by_phenomenon: dict[str, list[float]] = defaultdict(list)
     for number, clip in enumerate(clips):
-        priors = extractor(vlm_frames(clip.frames), VLM_FPS, clip.phenomena)
+        [priors] = extractor([Clip(vlm_frames(clip.frames), VLM_FPS, clip.phenomena)])
         latents = encoder.encode_video(clip.frames[None])[0]
         slices = torch.tensor(priors.slice_times, dtype=torch.float64) * clip.fps / (NUM_FRAMES - 1)
         for name, recipe in RECIPES.items():

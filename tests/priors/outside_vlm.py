@@ -40,7 +40,10 @@ class OutsideVlm:
         self.frames_per_slice = json.loads((Path(source) / "config.json").read_text())["frames_per_slice"]
         self.dtype = getattr(torch, dtype)
 
-    def watch(self, frames: np.ndarray, fps: float) -> Watched:
+    def watch(self, videos: Sequence[np.ndarray], fps: Sequence[float]) -> list[Watched]:
+        return [self._watch(frames, rate) for frames, rate in zip(videos, fps, strict=True)]
+
+    def _watch(self, frames: np.ndarray, fps: float) -> Watched:
         if frames.shape[1] % CELL or frames.shape[2] % CELL:
             raise ProPhyError(f"frames of {frames.shape[1]}x{frames.shape[2]} are not in cells of {CELL}")
         grey = torch.tensor(frames, dtype=torch.float32).mean(-1)
@@ -55,17 +58,21 @@ class OutsideVlm:
 
     def answer(
         self,
-        video: Watched,
-        questions: Sequence[str],
+        videos: Sequence[Watched],
+        questions: Sequence[Sequence[str]],
         max_new_tokens: int,
         layers: Collection[int],
         heads: Collection[int] | None = None,
-    ) -> list[Answer]:
-        answers = []
-        for question in questions:
-            text = SAID.get(question, question)
-            tokens = tuple(range(len(text.split())))[:max_new_tokens]
-            looks = [video.motion, torch.ones_like(video.motion)]
-            look = torch.stack([looks[head] for head in heads or range(self.num_heads)]).mean(0)
-            answers.append(Answer(text, tokens, look if tokens else torch.zeros_like(look)))
-        return answers
+    ) -> list[list[Answer]]:
+        heads = heads or range(self.num_heads)
+        return [
+            [self._answer(video, question, max_new_tokens, heads) for question in asked]
+            for video, asked in zip(videos, questions, strict=True)
+        ]
+
+    def _answer(self, video: Watched, question: str, max_new_tokens: int, heads: Collection[int]) -> Answer:
+        text = SAID.get(question, question)
+        tokens = tuple(range(len(text.split())))[:max_new_tokens]
+        looks = [video.motion, torch.ones_like(video.motion)]
+        look = torch.stack([looks[head] for head in heads]).mean(0)
+        return Answer(text, tokens, look if tokens else torch.zeros_like(look))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prophy.errors import ProPhyError
-from prophy.priors.extractor import PriorExtractor
+from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.priors.fingerprint import priors_fingerprint
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, ask_presence, describe_named
 from prophy.priors.qwen_vl import Qwen25VL
@@ -61,7 +61,7 @@ def extractor(taught: Path) -> PriorExtractor:
 
 
 def test_the_vlm_names_the_phenomena(extractor: PriorExtractor, frames: np.ndarray) -> None:
-    priors = extractor(frames, FPS)
+    [priors] = extractor([Clip(frames, FPS)])
     assert priors.answers["presence"] == "combustion ; collision ; video"
     assert priors.phenomena == PRESENT
     assert priors.unparsed == ("video",)
@@ -73,19 +73,40 @@ def test_the_vlm_names_the_phenomena(extractor: PriorExtractor, frames: np.ndarr
 
 
 def test_given_labels_are_taken_and_not_asked_for(extractor: PriorExtractor, frames: np.ndarray) -> None:
-    named, given = extractor(frames, FPS), extractor(frames, FPS, PRESENT)
+    [named], [given] = extractor([Clip(frames, FPS)]), extractor([Clip(frames, FPS, PRESENT)])
     assert list(given.answers) == ["caption", "background", "collision", "combustion"]
     assert given.phenomena == PRESENT and given.unparsed == ()
     np.testing.assert_allclose(given.maps, named.maps, atol=1e-6)  # batched otherwise
-    none = extractor(frames, FPS, ())
+    [none] = extractor([Clip(frames, FPS, ())])
     assert none.phenomena == () and none.map_phenomena == []
     np.testing.assert_allclose(none.maps, named.maps[-1:], atol=1e-6)
 
 
+def test_clips_of_a_batch_get_the_priors_that_they_get_alone(
+    extractor: PriorExtractor, frames: np.ndarray
+) -> None:
+    clips = [
+        Clip(frames, FPS),
+        Clip(frames[:, :, :32], FPS, ("collision", "combustion", "melting")),
+        Clip(frames[:, :, ::-1].copy(), FPS),
+        Clip(frames[::-1].copy(), 2.0, ()),
+    ]
+    for clip, priors in zip(clips, extractor(clips), strict=True):
+        [alone] = extractor([clip])
+        assert (priors.answers, priors.phenomena, priors.unparsed) == (
+            alone.answers,
+            alone.phenomena,
+            alone.unparsed,
+        )
+        assert (priors.map_phenomena, priors.slice_times) == (alone.map_phenomena, alone.slice_times)
+        np.testing.assert_allclose(priors.maps, alone.maps, atol=1e-6)
+
+
 def test_each_map_belongs_to_its_question(extractor: PriorExtractor, frames: np.ndarray) -> None:
-    priors = extractor(frames, FPS, PRESENT)
+    [priors] = extractor([Clip(frames, FPS, PRESENT)])
     for question, row in zip([*describe_named(WISA, PRESENT), BACKGROUND], priors.maps, strict=True):
-        alone = extractor.vlm.answer(extractor.vlm.watch(frames, FPS), [question.text], 8, range(4))[0]
+        video = extractor.vlm.watch([frames], [FPS])
+        [[alone]] = extractor.vlm.answer(video, [[question.text]], 8, range(4))
         np.testing.assert_allclose(row, alone.attention, atol=1e-6)
         assert priors.answers[question.id] == alone.text
 
@@ -105,13 +126,12 @@ def test_heads_that_do_not_exist(taught: Path, heads: list[int]) -> None:
 def test_chosen_heads_add_up_to_all_of_them(
     taught: Path, extractor: PriorExtractor, frames: np.ndarray
 ) -> None:
+    clip = Clip(frames, FPS, PRESENT)
     by_head = [
-        PriorExtractor(str(taught), WISA, dtype="float32", max_new_tokens=8, heads=[head])(
-            frames, FPS, PRESENT
-        ).maps
+        PriorExtractor(str(taught), WISA, dtype="float32", max_new_tokens=8, heads=[head])([clip])[0].maps
         for head in range(4)
     ]
-    np.testing.assert_allclose(np.mean(by_head, 0), extractor(frames, FPS, PRESENT).maps, atol=1e-6)
+    np.testing.assert_allclose(np.mean(by_head, 0), extractor([clip])[0].maps, atol=1e-6)
     assert max(np.abs(maps - by_head[0]).max() for maps in by_head[1:]) > 1e-4
 
 

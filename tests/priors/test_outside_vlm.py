@@ -15,7 +15,7 @@ from pipelines.caching.stages import CLIPS_WITH_FRAMES, PRIORS_OR_ERROR, Extract
 from pipelines.caching.tables import Table, WriteRows, file_names
 from pipelines.config import Config
 from prophy.errors import ProPhyError
-from prophy.priors.extractor import PriorExtractor
+from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.priors.grounding import make_targets
 from prophy.priors.vlm import VLMS, load_vlm
 from prophy.schema import QUARANTINE, open_file
@@ -60,9 +60,9 @@ def frames() -> np.ndarray:
     return frames
 
 
-def extracted(config: Config, frames: np.ndarray, labels: list[str] | None) -> pa.Table:
+def extracted(config: Config, frames: np.ndarray, *labels: list[str] | None) -> pa.Table:
+    """The rows of one clip, under as many names as there are `labels`."""
     row = {
-        "sample_id": "a-clip",
         "source": {"uri": "a.mp4", "size": 1, "modified": 0.0},
         "content_hash": "a",
         "start_s": 3.0,
@@ -71,14 +71,14 @@ def extracted(config: Config, frames: np.ndarray, labels: list[str] | None) -> p
         "num_frames": 17,
         "height": 64,
         "width": 96,
-        "labels": labels,
         "num_clips": 1,
         "share": 1.0,
         "frames": frames.tobytes(),
         "frames_shape": frames.shape,
     }
     stage = ExtractPriors(config.vlm, WISA, config.run_dir / "attempts")
-    return stage(pa.Table.from_pylist([row], CLIPS_WITH_FRAMES))
+    rows = [row | {"sample_id": f"clip-{number}", "labels": each} for number, each in enumerate(labels)]
+    return stage(pa.Table.from_pylist(rows, CLIPS_WITH_FRAMES))
 
 
 def test_it_is_found_by_the_model_type_of_its_files(config: Config) -> None:
@@ -133,13 +133,20 @@ def test_labels_are_asked_for_instead(config: Config, frames: np.ndarray) -> Non
     assert [each["question"] for each in row["answers"]] == ["caption", "background", "melting"]
 
 
+def test_several_clips_are_one_batch(config: Config, frames: np.ndarray) -> None:
+    rows = extracted(config, frames, None, ["melting"]).to_pylist()
+    alone = [extracted(config, frames, labels).to_pylist()[0] for labels in (None, ["melting"])]
+    assert rows == [alone[0], alone[1] | {"sample_id": "clip-1"}]
+
+
 def test_its_layers_and_heads_are_checked(config: Config, frames: np.ndarray) -> None:
     source = config.vlm.pretrained
     with pytest.raises(ProPhyError, match=r"vlm.layers .*0 to 0"):
         PriorExtractor(source, WISA, dtype="float32", layers=[1])
     with pytest.raises(ProPhyError, match=r"vlm.heads .*0 to 1"):
         PriorExtractor(source, WISA, dtype="float32", heads=[2])
-    everywhere = PriorExtractor(source, WISA, dtype="float32", heads=[1])(frames, 2.5, ("collision",))
+    extractor = PriorExtractor(source, WISA, dtype="float32", heads=[1])
+    [everywhere] = extractor([Clip(frames, 2.5, ("collision",))])
     assert (everywhere.maps[0] == 1).all()
 
 

@@ -13,7 +13,7 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from prophy.priors.extractor import PriorExtractor
+from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.priors.grounding import make_targets
 from prophy.priors.qwen_vl import Qwen3VL
 from prophy.priors.vlm import load_vlm
@@ -119,11 +119,11 @@ def stock_attention(
 
 
 def test_maps_equal_stock_runs(folder: Path, vlm: Qwen3VL, frames: np.ndarray) -> None:
-    prefix = vlm.watch(frames, FPS)
+    [prefix] = vlm.watch([frames], [FPS])
     assert prefix.grid == (4, 6, 8) and len(prefix.video) == 4 * 6 * 8
     assert prefix.video[-1] - prefix.video[0] > len(prefix.video)  # words stand between the slices
     assert prefix.slice_times == ((0.0, 0.25), (0.5, 0.75), (1.0, 1.25), (1.5, 1.75))
-    answers = vlm.answer(prefix, QUESTIONS, 5, range(vlm.num_layers))
+    [answers] = vlm.answer([prefix], [QUESTIONS], 5, range(vlm.num_layers))
     maps = torch.stack([answer.attention.flatten() for answer in answers])
     expected = torch.stack(
         [
@@ -136,8 +136,23 @@ def test_maps_equal_stock_runs(folder: Path, vlm: Qwen3VL, frames: np.ndarray) -
     torch.testing.assert_close(maps, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_a_batch_says_and_looks_as_each_video_alone(vlm: Qwen3VL, frames: np.ndarray) -> None:
+    """The words that say the time are of another number at another rate: each video has its own prefill."""
+    videos, fps = [frames, frames[::-1].copy(), frames[:, :, :32]], [FPS, 0.1, FPS]
+    prefixes = vlm.watch(videos, fps)
+    assert len({prefix.length for prefix in prefixes}) == 3
+    together = vlm.answer(prefixes, [QUESTIONS, QUESTIONS[:1], QUESTIONS[::-1]], 5, range(vlm.num_layers))
+    for video, rate, answers in zip(videos, fps, together, strict=True):
+        [alone] = vlm.answer(vlm.watch([video], [rate]), [QUESTIONS], 5, range(vlm.num_layers))
+        by_tokens = {answer.token_ids: answer.attention for answer in alone}
+        for answer in answers:
+            expected = by_tokens[answer.token_ids]
+            torch.testing.assert_close(answer.attention, expected, atol=1e-6, rtol=1e-4)
+
+
 def test_its_priors_become_targets(folder: Path, frames: np.ndarray) -> None:
-    priors = PriorExtractor(str(folder), WISA, dtype="float32", max_new_tokens=4)(frames, FPS, ("collision",))
+    extractor = PriorExtractor(str(folder), WISA, dtype="float32", max_new_tokens=4)
+    [priors] = extractor([Clip(frames, FPS, ("collision",))])
     assert priors.maps.shape == (2, 4, 6, 8) and (priors.maps > 0).all()
     targets, mask = make_targets(
         torch.from_numpy(priors.maps),

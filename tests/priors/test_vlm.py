@@ -26,12 +26,12 @@ QUESTIONS = [question.text for question in questionnaire(WISA)[:6]]
 def vlm(peaked_vlm: Path, frames: np.ndarray) -> Qwen25VL:
     vlm = load_vlm(str(peaked_vlm), None, "float32", None)
     assert isinstance(vlm, Qwen25VL)
-    endless = vlm.answer(vlm.watch(frames, FPS), QUESTIONS, 12, [0])
+    [endless] = vlm.answer(vlm.watch([frames], [FPS]), [QUESTIONS], 12, [0])
     assert {len(answer.token_ids) for answer in endless} == {12}
     # Two tokens that the model is known to say end an answer, so that answers end at different steps.
     starts = {answer.token_ids[0] for answer in endless}
     ends = [next(token for token in endless[row].token_ids[4:] if token not in starts) for row in (0, 2)]
-    vlm.end_tokens = torch.tensor(ends)
+    vlm.end_tokens = frozenset(ends)
     return vlm
 
 
@@ -94,10 +94,10 @@ def test_pixels_equal_the_stock_processor_frame_by_frame(vlm: Qwen25VL, frames: 
 def test_maps_equal_separate_full_runs(
     vlm: Qwen25VL, stock: Qwen2_5_VLForConditionalGeneration, frames: np.ndarray
 ) -> None:
-    prefix = vlm.watch(frames, FPS)
+    [prefix] = vlm.watch([frames], [FPS])
     assert prefix.grid == (4, 6, 8)
     layers = range(vlm.num_layers)
-    answers = vlm.answer(prefix, QUESTIONS, 12, layers)
+    [answers] = vlm.answer([prefix], [QUESTIONS], 12, layers)
     assert len({len(answer.token_ids) for answer in answers}) > 1  # answers end at different steps
     maps = torch.stack([answer.attention for answer in answers]).flatten(1)
     expected = torch.stack(
@@ -113,12 +113,12 @@ def test_maps_equal_separate_full_runs(
 
 
 def test_texts_equal_stock_generate(vlm: Qwen25VL, stock: Any, frames: np.ndarray) -> None:
-    answers = vlm.answer(vlm.watch(frames, FPS), QUESTIONS, 12, [0])
+    [answers] = vlm.answer(vlm.watch([frames], [FPS]), [QUESTIONS], 12, [0])
     assert len({answer.text for answer in answers}) > 2
     for question, answer in zip(QUESTIONS, answers, strict=True):
         inputs = stock_inputs(vlm, frames, question)
         generated = stock.generate(
-            **inputs, do_sample=False, max_new_tokens=12, eos_token_id=vlm.end_tokens.tolist()
+            **inputs, do_sample=False, max_new_tokens=12, eos_token_id=[*vlm.end_tokens]
         )[0, inputs["input_ids"].shape[1] :].tolist()
         if generated[-1] in vlm.end_tokens:
             generated.pop()
@@ -129,18 +129,32 @@ def test_texts_equal_stock_generate(vlm: Qwen25VL, stock: Any, frames: np.ndarra
 def test_only_the_chosen_layers_are_kept(
     vlm: Qwen25VL, stock: Qwen2_5_VLForConditionalGeneration, frames: np.ndarray
 ) -> None:
-    prefix = vlm.watch(frames, FPS)
+    [prefix] = vlm.watch([frames], [FPS])
     for layers in ([2], [0, 3]):
-        answer = vlm.answer(prefix, QUESTIONS[:1], 6, layers)[0]
+        [[answer]] = vlm.answer([prefix], [QUESTIONS[:1]], 6, layers)
         expected = stock_attention(vlm, stock, frames, QUESTIONS[0], answer.token_ids, layers)
         torch.testing.assert_close(answer.attention.flatten(), expected, atol=1e-6, rtol=1e-4)
 
 
+def test_a_batch_says_and_looks_as_each_video_alone(vlm: Qwen25VL, frames: np.ndarray) -> None:
+    """Videos and questions of all lengths; the second and the third video are one prefill."""
+    videos = [frames, frames[:, :, :32], frames[:, ::-1, 32:].copy(), frames[:4]]
+    fps = [4.0, 4.0, 2.0, 4.0]
+    asked = [QUESTIONS[:4], QUESTIONS[3:4], QUESTIONS[::-1], QUESTIONS[1:3]]
+    together = vlm.answer(vlm.watch(videos, fps), asked, 12, [0, 2], [1, 3])
+    for video, rate, questions, answers in zip(videos, fps, asked, together, strict=True):
+        [alone] = vlm.answer(vlm.watch([video], [rate]), [questions], 12, [0, 2], [1, 3])
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
+        for one, other in zip(answers, alone, strict=True):
+            torch.testing.assert_close(one.attention, other.attention, atol=1e-6, rtol=1e-4)
+
+
 def test_a_prefix_is_left_as_it_was(vlm: Qwen25VL, frames: np.ndarray) -> None:
-    prefix = vlm.watch(frames, FPS)
-    first = vlm.answer(prefix, QUESTIONS, 5, [1])
-    again = vlm.answer(prefix, QUESTIONS, 5, [1])
-    assert prefix.cache.get_seq_length() == prefix.length
+    [prefix] = vlm.watch([frames], [FPS])
+    length = prefix.length
+    [first] = vlm.answer([prefix], [QUESTIONS], 5, [1])
+    [again] = vlm.answer([prefix], [QUESTIONS], 5, [1])
+    assert prefix.length == length
     for one, other in zip(first, again, strict=True):
         assert one.token_ids == other.token_ids and torch.equal(one.attention, other.attention)
 
@@ -148,8 +162,8 @@ def test_a_prefix_is_left_as_it_was(vlm: Qwen25VL, frames: np.ndarray) -> None:
 def test_an_empty_answer_has_an_empty_map(
     vlm: Qwen25VL, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vlm, "end_tokens", torch.arange(vlm.model.config.text_config.vocab_size))
-    answer = vlm.answer(vlm.watch(frames, FPS), QUESTIONS[:2], 5, [1])[1]
+    monkeypatch.setattr(vlm, "end_tokens", range(vlm.model.config.text_config.vocab_size))
+    [[_, answer]] = vlm.answer(vlm.watch([frames], [FPS]), [QUESTIONS[:2]], 5, [1])
     assert answer.text == "" and answer.token_ids == () and not answer.attention.any()
 
 
@@ -158,7 +172,7 @@ def test_frames_that_do_not_divide(vlm: Qwen25VL, shape: tuple[int, ...]) -> Non
     with pytest.raises(
         ProPhyError, match=f"{shape[0]} frames of {shape[1]}x{shape[2]}.*multiple of 2.*multiples of 8"
     ):
-        vlm.watch(np.zeros((*shape, 3), np.uint8), FPS)
+        vlm.watch([np.zeros((*shape, 3), np.uint8)], [FPS])
 
 
 def test_what_is_not_a_qwen(tmp_path: Path) -> None:

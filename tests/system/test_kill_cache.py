@@ -1,7 +1,7 @@
 """`prophy cache` killed with SIGKILL, driver, worker or all at once; then the same command again.
 
 Real processes with Rays of their own. The cache that is left must hold the rows of an undisturbed run, each
-once and equal to the last bit: clips are encoded one by one here, since a batch rounds as a whole.
+once and equal to the last bit: clips go through the models one by one here, since a batch rounds as a whole.
 """
 
 import random
@@ -21,7 +21,11 @@ from prophy.schema import EMPTY_PROMPT
 from tests.conftest import NUM_CLIPS, ROWS_PER_FILE
 from tests.killing import Run, kill_at_a_moment, starter
 
-OVERRIDES = (f"cache.rows_per_file={ROWS_PER_FILE}", "cache.encode_batch_size=1")  # as the tiny cache
+OVERRIDES = (  # as the tiny cache
+    f"cache.rows_per_file={ROWS_PER_FILE}",
+    "cache.extract_batch_size=1",
+    "cache.encode_batch_size=1",
+)
 VICTIMS = ("driver", "worker", "node")
 
 

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NODE_CPUS = 4
 OVERRIDES = (
     "cache.rows_per_file=1",
+    "cache.extract_batch_size=1",
     "cache.encode_batch_size=1",
     "cache.read.size=2",
     "cache.extract.size=2",

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipelines.caching.stages import (
     CLIPS,
@@ -20,6 +21,8 @@ from pipelines.caching.stages import (
 )
 from pipelines.caching.tables import Table
 from pipelines.config import Config, VideoLimits
+from prophy.errors import ProPhyError
+from prophy.priors.extractor import Clip
 from prophy.sandbox import simulate_clip
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS
 from prophy.taxonomy import from_multi_hot
@@ -148,11 +151,32 @@ def test_priors_are_rows_of_the_table_with_given_labels_or_the_answers(
     assert third["error"] == failed["error"]
     assert from_multi_hot(first["phenomena"], PHENOMENA) == ("collision",)
     frames = read_frames(video, 0.0, 2.0, vlm.num_frames, vlm.height, vlm.width)
-    expected = stage.extractor(frames, (vlm.num_frames - 1) / 2.0, ("collision",))
+    [expected] = stage.extractor([Clip(frames, (vlm.num_frames - 1) / 2.0, ("collision",))])
     assert first["vlm_caption"] == expected.vlm_caption
     assert {row["question"]: row["answer"] for row in first["answers"]} == expected.answers
     assert first["map_phenomena"] == [PHENOMENA.index("collision")]
     assert first["maps_shape"] == [2, 4, 8, 8]
-    assert np.array_equal(np.float32(first["maps"]).reshape(first["maps_shape"]), expected.maps)
+    maps = np.float32(first["maps"]).reshape(first["maps_shape"])
+    np.testing.assert_allclose(maps, expected.maps, atol=1e-6)  # a batch rounds as a whole
     assert "presence" in [row["question"] for row in second["answers"]]
     assert len(second["map_phenomena"]) == second["maps_shape"][0] - 1 == sum(second["phenomena"])
+
+
+def test_a_batch_without_enough_memory_names_the_key(
+    config: Config, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = config.vlm
+    stage = ExtractPriors(vlm, WISA, tmp_path)
+    shapes = vlm.frame_shapes
+    clips = ReadClip([(2.0, vlm.num_frames)], shapes, shapes, VideoLimits())(
+        pa.Table.from_pylist(cut(video), CLIPS)
+    )
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stage.extractor.vlm, "watch", fail)
+    with pytest.raises(ProPhyError, match="memory for 2 clips at once; set cache.extract_batch_size below 2"):
+        stage(clips)
+    with pytest.raises(ProPhyError, match="memory for 1 clip; take smaller shapes or a smaller model"):
+        stage(clips.slice(0, 1))
