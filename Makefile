@@ -7,7 +7,7 @@ TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 # One process per core, each with a Ray of its own where it needs one; files with a Ray come first, as ordered.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-unit check bench chaos
+.PHONY: demo test test-unit check bench chaos gpu
 
 demo: .venv/installed
 	$(BIN)/prophy demo
@@ -30,6 +30,10 @@ bench: .venv/installed
 
 chaos: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# What only a GPU can tell; without one, a small form of each check.
+gpu: .venv/installed
+	$(BIN)/python -m tests.gpu.accept
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,24 @@
+"""The script of `make gpu`: on a GPU all of it; elsewhere that its quick checks run and pass."""
+
+import pytest
+
+from tests.gpu.accept import main
+
+
+def test_quick_checks_pass_in_the_form_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experts", "attention"]) == 0
+    lines = capsys.readouterr().out
+    assert "PASS  gradient of an expert without tokens: 0" in lines and "native's kernel" in lines
+
+
+def test_a_check_that_breaks_fails_and_the_next_one_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(main.__globals__["CHECKS"], "broken", lambda: 1 / 0)
+    assert main(["broken", "experts"]) == 1
+    assert "FAIL  broken: ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_all_checks_pass() -> None:
+    assert main([]) == 0
