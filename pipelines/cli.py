@@ -296,6 +296,14 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(parser=path, help="Text file with one prompt per line.")
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", parser=path, help="What videos begin with: one for each, or for all."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="Text file with one image per line, in the order of the prompts."),
+    ] = None,
     contact_sheet: Annotated[
         Path | None, typer.Option(parser=path, help="Also write a picture of all videos.")
     ] = None,
@@ -303,31 +311,33 @@ def generate(
     set_: SetOption = None,
     print_config: PrintOption = False,
 ) -> None:
-    """Make videos from prompts, offline, with Ray Data."""
+    """Make videos from prompts, and from images where the model takes them, offline, with Ray Data."""
     resolved = _configure("generate", config, set_, print_config)
-    texts = list(prompt or [])
+    texts, pictures = list(prompt or []), list(image or [])
     if prompts is not None:
-        texts += _read_prompts(prompts)
+        texts += _read_lines(prompts, "prompt")
+    if images is not None:
+        pictures += [images.parent / line for line in _read_lines(images, "image")]
     from pipelines.generation import generate
     from pipelines.pictures import check_picture
 
     if contact_sheet is not None:
         check_picture(contact_sheet)
-    videos = generate.run(resolved, texts)
+    videos = generate.run(resolved, texts, pictures)
     if contact_sheet is not None:
         generate.write_contact_sheet(resolved, dict(zip(texts, videos, strict=True)), contact_sheet)
 
 
-def _read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank."""
+def _read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a file that are not blank; `what` each is."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise ProPhyError(f"no prompt file {path}; give a text file with one prompt per line") from None
+        raise ProPhyError(f"no {what} file {path}; give a text file with one {what} per line") from None
     if any(line.lstrip().startswith("{") for line in lines):
         raise ProPhyError(
-            f"{path} holds more than prompts; give one per line and nothing else: videos are made from text "
-            "alone, and images are not taken"
+            f"{path} holds more than {what}s; give one per line and nothing else: prompts in --prompts, and "
+            "images, where the model takes them, in --images"
         )
     return [line for line in lines if line.strip()]
 

@@ -99,7 +99,8 @@ ENCODINGS = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("source", SOURCE, nullable=False),
-        pa.field("caption", pa.string(), nullable=False),  # what `text` encodes
+        # What `text` encodes; that also holds tensors of the first frame, where a backbone always takes one.
+        pa.field("caption", pa.string(), nullable=False),
         pa.field("latents", pa.binary(), nullable=False, metadata=LARGE),
         pa.field("latents_shape", pa.list_(pa.int32()), nullable=False),
         pa.field("latents_dtype", pa.string(), nullable=False),

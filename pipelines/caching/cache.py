@@ -40,7 +40,13 @@ from pipelines.layout import CacheFolder
 from pipelines.resources import SMALL_CPUS, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import encoders_fingerprint, load_configs, pinned_revision, vlm_fingerprint
+from prophy.backbones.pretrained import (
+    encoders_fingerprint,
+    load_configs,
+    pinned_revision,
+    takes_images,
+    vlm_fingerprint,
+)
 from prophy.errors import ProPhyError
 from prophy.priors.fingerprint import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, TAXONOMY, CacheInput
@@ -97,11 +103,13 @@ def encodings_table(config: Config) -> Table:
     backbone, family = config.backbone, FAMILIES[config.backbone.family]
     _, transformer_config = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     text = family.text(transformer_config, backbone.max_sequence_length)
+    images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
     settings = {
         # All that matters of the transformer: others of its shape go on with these encodings.
         "patch_size_t": family.patch_size(transformer_config)[0],
         "text": {name: [*shape] for name, shape in text.items()},
         "encoders": encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision),
+        **({"images": images} if images == "always" else {}),
         **backbone.model_dump(mode="json", exclude={"pretrained", "revision", *how_keys(BackboneConfig)}),
         "clip_durations_s": _clip_durations(config),
         "version": _ENCODING_VERSION,

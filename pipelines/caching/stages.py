@@ -307,6 +307,7 @@ class EncodeClip:
             frames = np.stack([_frames(clip) for clip in group])
             latents = self.encoder.encode_video(frames)
             text = self.encoder.encode_text([clip["caption"] for clip in group])
+            text |= self.encoder.encode_image(frames)
             for index, clip in enumerate(group):
                 clip |= latents_columns(latents[index]) | text_column(_row_of(text, index))
 

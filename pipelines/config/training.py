@@ -124,6 +124,13 @@ class TrainConfig(Section):
     caption_dropout: Fraction = 0.1
     """Share of captions replaced by the empty prompt, which classifier-free guidance needs. 10 % is usual."""
 
+    image_share: Fraction | None = None
+    """Share of samples that begin with an image: the first latent frame is given, free of noise and loss.
+
+    Null is half of them where the backbone makes videos of text or an image (Wan2.2-TI2V). It is nothing to a
+    backbone that takes no images, or always one.
+    """
+
     recipe: Annotated[str, AfterValidator(_recipe), Field(json_schema_extra={"enum": list(RECIPE_NAMES)})] = (
         "minus_others_blur_motion"
     )

@@ -1,4 +1,4 @@
-"""`prophy generate`: videos from prompts, offline, with Ray Data: prompts -> pool of actors -> mp4 files.
+"""`prophy generate`: videos of prompts and images, offline, with Ray Data: specs -> actors -> mp4 files.
 
 A video's file is named after all that decides it, so that a second run makes only what is missing.
 """
@@ -6,18 +6,20 @@ A video's file is named after all that decides it, so that a second run makes on
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.data
 
 from pipelines.config import Config
-from pipelines.generation.limits import check_model, model_fingerprint
+from pipelines.generation.limits import check_model, model_fingerprint, shape_limits
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
 from pipelines.resources import guard, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from prophy.errors import ProPhyError
+from prophy.images import read_image
 from prophy.sheets import film_sheet
 from prophy.video import read_frames, write_video
 
@@ -27,7 +29,7 @@ MANIFEST = "manifest.jsonl"
 
 
 class GenerateVideos:
-    """Row callable `{"specs", "paths"}` -> `{"paths"}` that writes the mp4 files of a batch; holds the model.
+    """Row callable `{"specs", "paths", "images"}` -> `{"paths"}` that writes a batch; holds the model.
 
     Args:
         config: the run.
@@ -41,26 +43,31 @@ class GenerateVideos:
     def __call__(self, row: dict[str, list[str]]) -> dict[str, list[str]]:
         """Makes the videos at once; a file is there in whole or not at all."""
         specs = [VideoSpec.model_validate_json(spec) for spec in row["specs"]]
-        for path, spec, frames in zip(row["paths"], specs, self._sampler.sample_batch(specs), strict=True):
+        pairs = zip(row["images"], specs, strict=True)
+        images = [_read(Path(image), spec.image) for image, spec in pairs if image]
+        made = self._sampler.sample_batch(specs, images=images)
+        for path, spec, frames in zip(row["paths"], specs, made, strict=True):
             partial = Path(path).with_suffix(".partial")
             write_video(partial, frames, spec.fps)
             partial.rename(path)
         return {"paths": row["paths"]}
 
 
-def run(config: Config, prompts: list[str]) -> list[Path]:
+def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list[Path]:
     """Makes one video per prompt, into `config.generate.output`, and lists them in its `manifest.jsonl`.
 
     Args:
         config: the run.
-        prompts: one per video; a prompt that occurs again gets the next seed.
+        prompts: one per video; a prompt that occurs again, with the same image, gets the next seed.
+        images: what each video begins with, in the order of the prompts; or one for all; or none.
 
     Returns:
         The videos, in the order of the prompts.
 
     Raises:
-        ProPhyError: no prompts, an empty one, a checkpoint of another backbone, or batches with a step cache
-            that would have a video depend on the others of its batch.
+        ProPhyError: no prompts, an empty one, a checkpoint of another backbone, batches with a step cache
+            that would have a video depend on the others of its batch, or images that are not as many, cannot
+            be read, or are nothing to this model.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ProPhyError(f"cannot make videos from prompts {prompts}; give at least one, and none empty")
@@ -71,18 +78,16 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
             "depend on the others of its batch; use sampling.step_cache.taylorseer, or a batch_size of 1"
         )
     check_model(config)
+    specs = _specs(config, prompts, images)
     model = model_fingerprint(config)
     open_run(config, "generate")
     output = config.generate.output
     output.mkdir(parents=True, exist_ok=True)
-    specs = [
-        video_spec(config, prompt, occurrence=prompts[:index].count(prompt))
-        for index, prompt in enumerate(prompts)
-    ]
     paths = [output / f"{_digest(video, model)}.mp4" for video in specs]
+    files = [str(image.absolute()) for image in _one_each(images, len(prompts))] or [""] * len(prompts)
     missing = [
-        (video.model_dump_json(), str(path))
-        for video, path in zip(specs, paths, strict=True)
+        (video.model_dump_json(), str(path), image)
+        for video, path, image in zip(specs, paths, files, strict=True)
         if not path.exists()
     ]
     logger.info("%d of %d videos are already there", len(paths) - len(missing), len(paths))
@@ -91,6 +96,50 @@ def run(config: Config, prompts: list[str]) -> list[Path]:
             _generate(config, missing)
     _write_manifest(output / MANIFEST, dict(zip(paths, specs, strict=True)))
     return paths
+
+
+def _specs(config: Config, prompts: list[str], images: Sequence[Path]) -> list[VideoSpec]:
+    """The video of each prompt.
+
+    Raises:
+        ProPhyError: see `run`.
+    """
+    if len(images) not in (0, 1, len(prompts)):
+        raise ProPhyError(
+            f"there are {len(prompts)} prompts and {len(images)} images; give as many, or one image for all"
+        )
+    digests: dict[Path, str] = {}
+    shape_limits(config).check_image(bool(images), config.sampling.step_cache)
+    for image in images:
+        content = _read(image)
+        read_image(content, str(image))
+        digests[image] = hashlib.sha256(content).hexdigest()
+    of_each: list[str | None] = [digests[image] for image in _one_each(images, len(prompts))]
+    asked = [*zip(prompts, of_each or [None] * len(prompts), strict=True)]
+    return [
+        video_spec(config, prompt, occurrence=asked[:index].count((prompt, image)), image=image)
+        for index, (prompt, image) in enumerate(asked)
+    ]
+
+
+def _one_each(images: Sequence[Path], number: int) -> list[Path]:
+    """The image of each video, where one may be for all."""
+    return [*images] * (number if len(images) == 1 else 1)
+
+
+def _read(image: Path, digest: str | None = None) -> bytes:
+    """The content of an image's file.
+
+    Raises:
+        ProPhyError: it cannot be read, or is no longer the one that was asked for.
+    """
+    try:
+        content = image.read_bytes()
+    except OSError as error:
+        raise ProPhyError(f"cannot read the image {image}: {error.strerror}") from None
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise ProPhyError(f"the image {image} has changed since this run began; run the same command again")
+    return content
 
 
 def write_contact_sheet(config: Config, videos: dict[str, Path], path: Path) -> None:
@@ -110,7 +159,11 @@ def write_contact_sheet(config: Config, videos: dict[str, Path], path: Path) -> 
 
 
 def video_spec(
-    config: Config, prompt: str, physics: PhysicsSpec | None = None, occurrence: int = 0
+    config: Config,
+    prompt: str,
+    physics: PhysicsSpec | None = None,
+    occurrence: int = 0,
+    image: str | None = None,
 ) -> VideoSpec:
     """The video of a prompt as the configuration has it; a later occurrence of a prompt gets a later seed."""
     backbone = config.backbone
@@ -122,6 +175,7 @@ def video_spec(
         width=backbone.width,
         fps=backbone.fps,
         physics=physics,
+        image=image,
         **config.sampling.model_dump(),
     )
 
@@ -130,11 +184,16 @@ def _digest(video: VideoSpec, model: str) -> str:
     return hashlib.sha256(f"{model} {video.model_dump_json()}".encode()).hexdigest()[:16]
 
 
-def _generate(config: Config, videos: list[tuple[str, str]]) -> None:
-    """One block per batch: every actor of the pool has work, and each batch is reported when it is there."""
+def _generate(config: Config, videos: list[tuple[str, str, str]]) -> None:
+    """One block per batch: every actor of the pool has work, and each batch is reported when it is there.
+
+    Args:
+        config: the run.
+        videos: specification, path, and path of the image of each, empty where none has one.
+    """
     pool, size = config.generate.pool, config.generate.batch_size
     batches = [zip(*videos[start : start + size], strict=True) for start in range(0, len(videos), size)]
-    rows = [{"specs": list(specs), "paths": list(paths)} for specs, paths in batches]
+    rows = [dict(zip(("specs", "paths", "images"), map(list, batch), strict=True)) for batch in batches]
     [room] = room_for(needs_of(config, "generate"))
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         GenerateVideos,  # type: ignore[arg-type]  # Ray's annotation knows functions only

@@ -5,7 +5,7 @@ import math
 from pipelines.config import Config
 from pipelines.generation.spec import ShapeLimits
 from prophy.backbones.families import FAMILIES, ModelConfig
-from prophy.backbones.pretrained import check_checkpoint, fingerprint, load_configs
+from prophy.backbones.pretrained import check_checkpoint, fingerprint, load_configs, takes_images
 from prophy.errors import ProPhyError
 from prophy.models.description import describe
 
@@ -16,11 +16,12 @@ def check_model(config: Config) -> None:
     """Checks that checkpoint and step cache of a run, if it has them, fit its backbone; loads no model.
 
     Raises:
-        ProPhyError: no such model or checkpoint, the family cannot run the model, the checkpoint was trained
-            on another backbone, or the step cache is not for this family.
+        ProPhyError: no such model or checkpoint, the family cannot run the model, or not with texts of this
+            length, the checkpoint was trained on another backbone, or the step cache is not for this family.
     """
     backbone = config.backbone
-    load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    FAMILIES[backbone.family].text(transformer, backbone.max_sequence_length)
     if config.sampling.step_cache.sea is not None and not FAMILIES[backbone.family].supports_sea:
         raise ProPhyError(
             f"sampling.step_cache.sea wants to know each step's noise level, which the pipeline of "
@@ -58,6 +59,7 @@ def shape_limits(config: Config) -> ShapeLimits:
         max_num_frames=config.serve.max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
         phenomena=_phenomena(config, transformer),
+        images=takes_images(backbone.family, backbone.pretrained, backbone.revision),
     )
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,23 @@ from pipelines.generation.spec import (
     VideoSpec,
 )
 from prophy.backbones.loading import load_pipeline
+from prophy.backbones.pretrained import takes_images
 from prophy.device import autocast, check_device, default_device, has_bfloat16, is_out_of_memory
 from prophy.errors import ProPhyError
+from prophy.generation.physics_pipeline import PhysicsPipeline
+from prophy.images import fit_image, read_image
 from prophy.models.acceleration import accelerate, check_attention
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.video import write_video
 
 CACHED_PROMPTS = 32  # encoded texts kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
+
+
+def _gray_image() -> bytes:
+    """A small image of nothing."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "gray").save(buffer, "png")
+    return buffer.getvalue()
 
 
 class VideoSampler:
@@ -66,6 +76,7 @@ class VideoSampler:
         ).to(self._device)
         self._pipeline.set_progress_bar_config(disable=True)
         accelerate(self._pipeline.transformer, backbone.attention, backbone.compile)
+        self._images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
         self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
 
     def warm_up(self, limits: ShapeLimits) -> None:
@@ -90,7 +101,8 @@ class VideoSampler:
                 fps=clip.fps,
                 num_inference_steps=1,
                 guidance_scale=2.0,
-            )
+            ),
+            image=_gray_image() if self._images == "always" else None,
         )
 
     def sample(
@@ -98,35 +110,39 @@ class VideoSampler:
         spec: VideoSpec,
         on_step: Callable[[float], None] = lambda progress: None,
         trace: PhysicsTrace | None = None,
+        image: bytes | None = None,
     ) -> np.ndarray:
         """Makes the frames of a video, uint8 `[T, H, W, 3]`; the same specification gives the same frames.
 
         The arguments are those of `sample_batch`.
         """
-        return self.sample_batch([spec], on_step, trace)[0]
+        return self.sample_batch([spec], on_step, trace, [] if image is None else [image])[0]
 
     def sample_batch(
         self,
         specs: Sequence[VideoSpec],
         on_step: Callable[[float], None] = lambda progress: None,
         trace: PhysicsTrace | None = None,
+        images: Sequence[bytes] = (),
     ) -> np.ndarray:
         """Makes the frames of several videos at once: each as it is alone, but for rounding.
 
         Args:
-            specs: the videos, which differ in nothing but prompts and seed.
+            specs: the videos, which differ in nothing but prompts, seed and image.
             on_step: called after each denoising step with the part that is done, 0 to 1; what it raises ends
                 the sampling.
             trace: collects the routing, if given; the model must have a branch.
+            images: the file that each video begins with; none where they are made from text alone.
 
         Returns:
             RGB frames, uint8 `[B, T, H, W, 3]`.
 
         Raises:
-            ProPhyError: the memory is not enough for it; what was taken is free again.
+            ProPhyError: the model takes no images, or one cannot be read; or the memory is not enough, and
+                what was taken is free again.
         """
         try:
-            return self._sample_batch(specs, on_step, trace)
+            return self._sample_batch(specs, on_step, trace, images)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -142,10 +158,14 @@ class VideoSampler:
         )
 
     def _sample_batch(
-        self, specs: Sequence[VideoSpec], on_step: Callable[[float], None], trace: PhysicsTrace | None
+        self,
+        specs: Sequence[VideoSpec],
+        on_step: Callable[[float], None],
+        trace: PhysicsTrace | None,
+        images: Sequence[bytes],
     ) -> np.ndarray:
         spec = specs[0]
-        own = ("prompt", "negative_prompt", "seed")
+        own = ("prompt", "negative_prompt", "seed", "image")
         assert all(
             other.model_copy(update={key: getattr(spec, key) for key in own}) == spec for other in specs
         )
@@ -158,8 +178,10 @@ class VideoSampler:
 
         knobs = {} if spec.physics is None else spec.physics.model_dump(exclude={"return_maps"})
         physics = None if spec.physics is None and trace is None else PhysicsControl(**knobs, trace=trace)
+        pipeline, given = self._with(images, spec) if images else (self._pipeline, {})
         with autocast(self._device, self._autocast), self._caching_steps(spec.step_cache):
-            output = self._pipeline(
+            output = pipeline(
+                **given,
                 **_concatenate([self.embed(spec.prompt) for spec in specs]),
                 **_concatenate([self.embed(spec.negative_prompt) for spec in specs], "negative_"),
                 height=spec.height,
@@ -177,6 +199,20 @@ class VideoSampler:
             )
         return (output.frames * 255).round().astype(np.uint8)
 
+    def _with(self, images: Sequence[bytes], spec: VideoSpec) -> tuple[PhysicsPipeline, dict[str, Any]]:
+        """The pipeline that takes images, and these as its argument: `[B, 3, H, W]` in [0, 1]."""
+        if self._images == "never":
+            raise ProPhyError("this model makes videos from text alone and takes no image; leave it out")
+        pixels = [fit_image(read_image(image, "the image"), spec.height, spec.width) for image in images]
+        as_float = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        return self._image_pipeline, {"image": as_float}
+
+    @cached_property
+    def _image_pipeline(self) -> PhysicsPipeline:
+        pipeline = self._pipeline.for_images()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     def check_device(self) -> None:
         """Computes something small where the model is.
 
@@ -186,9 +222,12 @@ class VideoSampler:
         check_device(self._device)
 
     def render(
-        self, spec: VideoSpec, on_step: Callable[[float], None] = lambda progress: None
+        self,
+        spec: VideoSpec,
+        on_step: Callable[[float], None] = lambda progress: None,
+        image: bytes | None = None,
     ) -> VideoResult:
-        """Makes all that an endpoint keeps of a video; `on_step` as in `sample`."""
+        """Makes all that an endpoint keeps of a video; `on_step` and `image` as in `sample`."""
         trace = PhysicsTrace() if spec.physics is not None and spec.physics.return_maps else None
         marks = {"start": time.perf_counter()}
         for text in (spec.prompt, spec.negative_prompt):
@@ -199,7 +238,7 @@ class VideoSampler:
             marks["denoise"] = time.perf_counter()
             on_step(progress)
 
-        frames = self.sample(spec, report, trace)
+        frames = self.sample(spec, report, trace, image)
         marks["decode"] = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / VIDEO_FILE

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipelines.config import StepCache
+from prophy.backbones.families import Images
 from prophy.errors import ProPhyError
 
 VIDEO_FILE, THUMBNAIL_FILE, MAPS_FILE = "video.mp4", "thumbnail.webp", "physics.json"
@@ -54,7 +55,10 @@ class PhysicsSpec(BaseModel):
 
 
 class VideoSpec(BaseModel):
-    """Everything that decides a video, given the model."""
+    """Everything that decides a video, given the model.
+
+    `image` is the SHA-256 of the file of the image that it begins with; the file itself travels beside it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,6 +73,7 @@ class VideoSpec(BaseModel):
     guidance_scale: float
     step_cache: StepCache = StepCache()
     physics: PhysicsSpec | None = None
+    image: str | None = None
 
     @property
     def seconds(self) -> str:
@@ -92,7 +97,7 @@ class ShapeLimits(BaseModel):
     """The shapes that a model can make and an operator allows: `k * frame_multiple + 1` frames.
 
     `phenomena` are the names of its branch, in their order; without a branch, and so without physics knobs,
-    there are none.
+    there are none. `images` says whether it makes videos of images.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -103,6 +108,7 @@ class ShapeLimits(BaseModel):
     max_num_frames: int
     max_pixels: int
     phenomena: tuple[str, ...]
+    images: Images
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         """The number of frames, among those that the model can make, that comes nearest to `duration_s`.
@@ -117,6 +123,24 @@ class ShapeLimits(BaseModel):
                 f"{self.max_num_frames}, that is {self.max_num_frames / fps:.3g} s"
             )
         return frames
+
+    def check_image(self, given: bool, step_cache: StepCache) -> None:
+        """Checks that a video can begin with an image where one is given, and without one where none is.
+
+        Raises:
+            ProPhyError: the model takes none, or always one, or not with this step cache.
+        """
+        if not given:
+            if self.images == "always":
+                raise ProPhyError("this model makes videos of images alone; give one to begin with")
+            return
+        if self.images == "never":
+            raise ProPhyError("this model makes videos from text alone and takes no image; leave it out")
+        if step_cache.sea is not None:
+            raise ProPhyError(
+                "sampling.step_cache.sea wants to know each step's noise level, which is not told of a video "
+                "that begins with an image; leave the image out, or use first_block or taylorseer"
+            )
 
     def check_size(self, height: int, width: int) -> None:
         """Checks a frame.

@@ -7,10 +7,12 @@ from torch.utils.data import DataLoader, Dataset
 from pipelines.config import BackboneConfig, Config
 from pipelines.training.samples import held_out, trained_on
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import load_configs
+from prophy.backbones.pretrained import load_configs, takes_images
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBatch, TrainBatch
+
+_IMAGE_SHARE = 0.5  # where the configuration does not say; how TI2V was trained is not published
 
 Step = tuple[list[TrainBatch], SemanticBatch]
 """What a rank trains on in a step: the micro-batches, and all their captions."""
@@ -78,9 +80,44 @@ def clip_shape(backbone: BackboneConfig, num_frames: int, height: int, width: in
     size = family.latent_shape(num_frames, height, width, vae, transformer)
     return ClipShape(
         num_frames=num_frames,
-        latents=(transformer["in_channels"], *size),
+        latents=(family.latent_channels(transformer), *size),
         token_grid=family.token_grid(size, transformer),
     )
+
+
+def clip_shapes(config: Config) -> list[ClipShape]:
+    """Every shape that a clip of this run may have."""
+    backbone = config.backbone
+    return [
+        clip_shape(backbone, num_frames, height, width)
+        for _, num_frames in config.clip_lengths
+        for height, width in backbone.frame_shapes
+    ]
+
+
+def image_share(config: Config) -> float:
+    """The share of samples whose first latent frame is given.
+
+    Raises:
+        ProPhyError: the configuration names one, and the backbone takes no images, or always.
+    """
+    backbone, share = config.backbone, config.train.image_share
+    images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
+    if images == "always":
+        if share is not None:
+            raise ProPhyError(
+                f"train.image_share is {share:g}, but {backbone.pretrained} always takes an image; set it to "
+                f"null"
+            )
+        return 0.0
+    if images == "never":
+        if share:
+            raise ProPhyError(
+                f"train.image_share is {share:g}, but {backbone.pretrained} takes no images; "
+                f"set it to null, or choose another backbone.pretrained, such as Wan2.2-TI2V"
+            )
+        return 0.0
+    return _IMAGE_SHARE if share is None else share
 
 
 def _dataset(
@@ -92,20 +129,17 @@ def _dataset(
     micro_batch_size: int,
     caption_dropout: float,
 ) -> PriorDataset:
-    train, backbone = config.train, config.backbone
+    train = config.train
     return PriorDataset(
         cache,
         plan,
-        [
-            clip_shape(backbone, num_frames, height, width)
-            for _, num_frames in config.clip_lengths
-            for height, width in backbone.frame_shapes
-        ],
+        clip_shapes(config),
         micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world_size,
         recipe=train.recipe,
         negatives=train.negatives,
         caption_dropout=caption_dropout,
+        image_share=image_share(config),
         seed=train.seed,
     )

@@ -24,6 +24,7 @@ from pipelines.training.export import export_branch
 from pipelines.training.metrics import mean_losses, total_loss
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
+from prophy.backbones.pretrained import takes_images
 from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
 from prophy.models.acceleration import accelerate
@@ -84,7 +85,8 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
         cache.null_text(),
         train.loss_weights,
         train.reduction,
-        gradient_accumulation_steps=num_samples,
+        num_samples,  # micro-batches of the one step
+        takes_images(backbone.family, backbone.pretrained, backbone.revision) == "first_latent",
     ).to(device)
     # All clips, each at all quantiles, are one global batch: load is balanced, and pairs are made, over all.
     batches = partial(_batches, dataset, num_samples, device)

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint, find, latest, pinned
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import check_unchanged, download, is_hub_id, load_configs
+from prophy.backbones.pretrained import check_unchanged, download, is_hub_id, load_configs, takes_images
 from prophy.errors import ProPhyError
+from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.models.checkpoint import write_branch, write_files
 from prophy.models.physics_transformer import BRANCH
 from prophy.models.weights import INDEX, WeightFiles
@@ -153,6 +154,7 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
 
     # 3. Configurations that name our classes
     _, transformer = load_configs(backbone.family, backbone.pretrained, revision)
+    pipeline = _pipeline_class(config)
     ours = classes.prophy_transformer
     lora = checkpoint.run["lora"] or {}
     said = {
@@ -163,12 +165,18 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, output: Path) -> No
     _write_json(folder / "config.json", {**transformer, **said})
     model_index = json.loads((source / "model_index.json").read_text())
     model_index |= {
-        "_class_name": classes.pipeline.__name__,
+        "_class_name": pipeline.__name__,
         "transformer": [ours.__module__, ours.__name__],
         "max_sequence_length": backbone.max_sequence_length,
     }
     _write_json(output / "model_index.json", model_index)
     (output / "README.md").write_text(_model_card(config, checkpoint))
+
+
+def _pipeline_class(config: Config) -> type[PhysicsPipeline]:
+    backbone = config.backbone
+    images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
+    return FAMILIES[backbone.family].classes().pipeline_for(images)
 
 
 def _trained(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -199,7 +207,8 @@ def _backbone_says(checkpoint: Checkpoint) -> str:
 
 def _model_card(config: Config, checkpoint: Checkpoint) -> str:
     name, physics = _backbone(checkpoint)["name"], checkpoint.run["physics"]
-    pipeline = FAMILIES[config.backbone.family].classes().pipeline
+    pipeline = _pipeline_class(config)
+    kind = "text" if pipeline is FAMILIES[config.backbone.family].classes().pipeline else "image"
     base_model = f"base_model: {name}\n" if is_hub_id(str(name)) else ""
     revision = _backbone(checkpoint)["revision"]
     blocks = (
@@ -209,7 +218,7 @@ def _model_card(config: Config, checkpoint: Checkpoint) -> str:
     )
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {kind}-to-video
 {base_model}---
 # {Path(str(name)).name} with a Physical Branch (ProPhy)
 

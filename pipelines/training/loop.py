@@ -7,15 +7,16 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from math import prod
 from typing import Any, Literal
 
 import ray.train
 import torch
 from ray.train.torch import get_device
 
-from pipelines.config import TrainConfig
+from pipelines.config import Config
 from pipelines.layout import STOP_FILE, RunFolder
-from pipelines.training.data import build_dataset, read_ahead
+from pipelines.training.data import build_dataset, clip_shapes, read_ahead
 from pipelines.training.engine import (
     Ema,
     fragments,
@@ -31,6 +32,7 @@ from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_
 from pipelines.training.model import build_module
 from pipelines.training.samples import describe_samples
 from pipelines.training.saving import EveryRankError, latest_on_every_rank, writing
+from prophy.backbones.families import FAMILIES
 from prophy.device import has_bfloat16, peak_flops
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import check_attention
@@ -78,7 +80,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     checkpoint = latest_on_every_rank(config.checkpoints)
     module = build_module(config, cache.null_text(), cache.phenomena, checkpoint, placement(train))
     if rank == 0:
-        flops = _flops_of_micro_batches(module, cache, train)
+        flops = _flops_of_micro_batches(module, cache, config)
     compiled = () if config.backbone.compile == "none" else module.transformer._repeated_blocks
     engine = initialize(module, train, compiled)
     ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
@@ -189,13 +191,22 @@ def _check_finite(
 
 
 def _flops_of_micro_batches(
-    module: ProPhyTrainModule, cache: PriorCache, train: TrainConfig
+    module: ProPhyTrainModule, cache: PriorCache, config: Config
 ) -> dict[tuple[int, ...], int]:
     """Operations of a micro-batch of each shape of latents in the cache."""
     text = {name: tuple(value.shape) for name, value in module.null_text.named_buffers()}
+    size, cached = config.train.micro_batch_size, set(cache.shapes.values())
     return {
-        shape: count_flops(module.transformer, train.micro_batch_size, shape, text, whole_shape)
-        for shape in set(cache.shapes.values())
+        shape.latents: count_flops(
+            module.transformer,
+            size,
+            shape.latents,
+            text | FAMILIES[config.backbone.family].image(module.transformer.config, shape.latents[1:]),
+            (prod(shape.token_grid),) if module.takes_first_latent else (),
+            whole_shape,
+        )
+        for shape in clip_shapes(config)
+        if shape.latents in cached
     }
 
 

@@ -17,7 +17,7 @@ from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.data import clip_shape
 from pipelines.training.saving import EveryRankError
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import check_checkpoint, download, load_configs
+from prophy.backbones.pretrained import check_checkpoint, download, load_configs, takes_images
 from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import accelerate, checkpoint_but_attention
@@ -62,6 +62,7 @@ def build_module(
         train.loss_weights,
         train.reduction,
         train.gradient_accumulation_steps,
+        takes_images(backbone.family, backbone.pretrained, backbone.revision) == "first_latent",
     )
     if checkpoint is not None:
         _check_shapes(module, checkpoint)

@@ -14,8 +14,8 @@ from pipelines.config import Config, TrainConfig
 from pipelines.generation.footprint import Footprint, footprint
 from pipelines.training.model import branch_config
 from pipelines.training.states import Memory, ModelSize, model_states
-from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import check_bare, load_configs
+from prophy.backbones.families import FAMILIES, ModelConfig
+from prophy.backbones.pretrained import check_bare, load_all_configs
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.taxonomy import load_taxonomy
 from prophy.training.cost import count_flops, count_forward_flops, count_saved_bytes
@@ -172,7 +172,7 @@ def make_plan(config: Config) -> Plan:
     """
     backbone, train = config.backbone, config.train
     family = FAMILIES[backbone.family]
-    vae, transformer_config = _configs(config)
+    pipeline_config, vae, transformer_config = _configs(config)
     latents = family.latent_shape(
         backbone.num_frames, backbone.height, backbone.width, vae, transformer_config
     )
@@ -184,14 +184,16 @@ def make_plan(config: Config) -> Plan:
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)
     transformer.train_backbone(train.backbone)
-    shape = (transformer.config.in_channels, *latents)
+    shape = (family.latent_channels(transformer.config), *latents)
     text = family.text(transformer.config, backbone.max_sequence_length)
-    work = (transformer, train.micro_batch_size, shape, text)
+    text |= family.image(transformer.config, latents)
     t, h, w = family.token_grid(latents, transformer_config)
+    timestep = (t * h * w,) if family.images(pipeline_config, transformer_config) == "first_latent" else ()
+    work = (transformer, train.micro_batch_size, shape, text, timestep)
     routing_flops = 0
     if transformer.physics_branch.refinement is not None and train.gradient_accumulation_steps > 1:
         ahead = (train.gradient_accumulation_steps - 1) * train.num_workers
-        routing_flops = count_forward_flops(*work, "route") * ahead
+        routing_flops = count_forward_flops(*work, method="route") * ahead
     size = _size(transformer, getattr(torch, backbone.dtype))
     kept = count_saved_bytes(*work)
     saved = kept * (2 if train.precision == "fp32" else 1)
@@ -225,16 +227,16 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _configs(config: Config) -> tuple[dict, dict]:
-    """Configurations of VAE and transformer: those of a published model come with the product."""
+def _configs(config: Config) -> tuple[ModelConfig, ModelConfig, ModelConfig]:
+    """Configurations of pipeline, VAE and transformer: those of a published model come with the product."""
     backbone, family = config.backbone, FAMILIES[config.backbone.family]
     if backbone.pretrained not in family.published:
         check_bare(backbone.family, backbone.pretrained, backbone.revision)
-        vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-        return dict(vae), dict(transformer)
+        return load_all_configs(backbone.family, backbone.pretrained, backbone.revision)
+    published = family.published[backbone.pretrained]
     with torch.device("meta"):
-        upstream = family.classes().transformer(**family.published[backbone.pretrained])
-    return dict(family.published_vae), dict(upstream.config)
+        upstream = family.classes().transformer(**published.transformer)
+    return published.pipeline, published.vae, dict(upstream.config)
 
 
 def _size(transformer: PhysicsTransformer, dtype: torch.dtype) -> ModelSize:

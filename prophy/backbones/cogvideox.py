@@ -1,19 +1,37 @@
-"""CogVideoX 1.0 and 1.5, text to video."""
+"""CogVideoX 1.0 and 1.5, text or an image to video."""
 
-from prophy.backbones.families import Classes, Family, ModelConfig
+from prophy.backbones.families import Classes, Family, Images, ModelConfig, Published, Shape, TextShapes
 
 
 def _unsupported(pipeline: ModelConfig, transformer: ModelConfig) -> str | None:
-    channels = transformer.get("in_channels"), transformer.get("out_channels")
-    if channels[0] != channels[1] or transformer.get("ofs_embed_dim") is not None:
-        return "makes videos from images, and only text-to-video models are run"
+    extra = transformer["in_channels"] - transformer["out_channels"]
+    if extra not in (0, transformer["out_channels"]):
+        return f"reads {extra} channels beside the latents, which are not those of one image"
     return None
+
+
+def _unfit(transformer: ModelConfig, latents: Shape) -> str | None:
+    learnt = transformer.get("sample_height", 60), transformer.get("sample_width", 90)
+    if transformer.get("use_learned_positional_embeddings") and latents[1:] != learnt:
+        return f"the transformer has learnt positions of latents of {learnt[0]}x{learnt[1]} alone"
+    return None
+
+
+def _images(pipeline: ModelConfig, transformer: ModelConfig) -> Images:
+    return "never" if transformer["in_channels"] == transformer["out_channels"] else "always"
+
+
+def _image(transformer: ModelConfig, latents: Shape) -> TextShapes:
+    if transformer["in_channels"] == transformer["out_channels"]:
+        return {}
+    return {"image_latents": (transformer["out_channels"], 1, *latents[1:])}
 
 
 def _classes() -> Classes:
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
     from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
+    from prophy.generation.pipeline_cogvideox_i2v import ProPhyCogVideoXImageToVideoPipeline
     from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
     from prophy.training.objectives import VPrediction
 
@@ -23,10 +41,20 @@ def _classes() -> Classes:
         pipeline=ProPhyCogVideoXPipeline,
         vae=AutoencoderKLCogVideoX,
         objective=VPrediction,
+        image_pipeline=ProPhyCogVideoXImageToVideoPipeline,
     )
 
 
+_VAE = {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
 _LARGE = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+_LARGE_1_5 = {
+    **_LARGE,
+    "patch_size_t": 2,
+    "patch_bias": False,
+    "sample_frames": 81,
+    "sample_height": 96,
+    "sample_width": 170,
+}
 
 FAMILY = Family(
     vae_factors=lambda vae: (
@@ -40,23 +68,29 @@ FAMILY = Family(
         transformer["patch_size"],
     ),
     text=lambda transformer, length: {"prompt_embeds": (length, transformer["text_embed_dim"])},
-    pipelines=("CogVideoXPipeline", "ProPhyCogVideoXPipeline"),
+    pipelines=(
+        "CogVideoXPipeline",
+        "ProPhyCogVideoXPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "ProPhyCogVideoXImageToVideoPipeline",
+    ),
     unsupported=_unsupported,
     classes=_classes,
     float32_vae=False,
     guides_in_one_pass=True,
+    unfit=_unfit,
+    images=_images,
+    image=_image,
     published={
-        "zai-org/CogVideoX-2b": {},
-        "zai-org/CogVideoX-5b": _LARGE,
-        "zai-org/CogVideoX1.5-5B": {
-            **_LARGE,
-            "patch_size_t": 2,
-            "patch_bias": False,
-            "sample_frames": 81,
-            "sample_height": 96,
-            "sample_width": 170,
-        },
+        "zai-org/CogVideoX-2b": Published(_VAE),
+        "zai-org/CogVideoX-5b": Published(_VAE, _LARGE),
+        "zai-org/CogVideoX-5b-I2V": Published(
+            _VAE, {**_LARGE, "in_channels": 32, "use_learned_positional_embeddings": True}
+        ),
+        "zai-org/CogVideoX1.5-5B": Published(_VAE, _LARGE_1_5),
+        "zai-org/CogVideoX1.5-5B-I2V": Published(
+            _VAE, {**_LARGE_1_5, "in_channels": 32, "ofs_embed_dim": 512}
+        ),
     },
-    published_vae={"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4},
     published_text_encoder=4_762_310_656,  # of T5 1.1 XXL
 )

@@ -1,11 +1,11 @@
-"""Videos to latents and prompts to tensors, exactly as the backbone's pipeline has them."""
+"""Videos to latents, images and prompts to tensors, exactly as the backbone's pipeline has them."""
 
 import numpy as np
 import torch
 
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
-from prophy.backbones.pretrained import load_configs
+from prophy.backbones.pretrained import load_configs, takes_images
 from prophy.device import autocast, default_device
 from prophy.errors import ProPhyError
 
@@ -38,12 +38,15 @@ class VideoEncoder:
         self._pipeline = load_pipeline(
             family, pretrained, revision, getattr(torch, dtype), None, transformer=None
         ).to(self._device)
-        vae_config, transformer_config = load_configs(family, pretrained, revision)
-        mean, std = FAMILIES[family].latent_statistics(vae_config)
+        self._family = FAMILIES[family]
+        self._configs = load_configs(family, pretrained, revision)
+        vae_config, transformer_config = self._configs
+        mean, std = self._family.latent_statistics(vae_config)
         self._mean = torch.tensor(mean, device=self._device).view(-1, 1, 1, 1)
         self._std = torch.tensor(std, device=self._device).view(-1, 1, 1, 1)
-        self._text = FAMILIES[family].text(transformer_config, max_sequence_length)
-        self._padding = FAMILIES[family].patch_size(transformer_config)[0] - 1
+        self._text = self._family.text(transformer_config, max_sequence_length)
+        self._images = takes_images(family, pretrained, revision)
+        self._padding = self._family.patch_size(transformer_config)[0] - 1
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> torch.Tensor:
@@ -58,6 +61,30 @@ class VideoEncoder:
             latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
         latents = ((latents.float() - self._mean) / self._std).cpu()
         return torch.cat([latents[:, :, :1]] * self._padding + [latents], dim=2)
+
+    @torch.no_grad()
+    def encode_image(self, frames: np.ndarray) -> dict[str, torch.Tensor]:
+        """RGB frames, uint8 `[B, T, H, W, 3]` -> the family's tensors `[B, ...]` of the first, on the CPU.
+
+        There are none for models that do not always take an image.
+
+        Raises:
+            ProPhyError: they are not what the transformer reads.
+        """
+        if self._images != "always":
+            return {}
+        first = torch.tensor(frames[:, 0], device=self._device).permute(0, 3, 1, 2).float() / 255
+        with autocast(self._device, self._autocast):
+            image = self._pipeline.encode_first_frame(first, frames.shape[1])
+        made = {name: tuple(value.shape[1:]) for name, value in image.items()}
+        latents = self._family.latent_shape(*frames.shape[1:4], *self._configs)
+        read = self._family.image(self._configs[1], latents)
+        if made != read:
+            raise ProPhyError(
+                f"the image encoders of {self._pretrained} make {made}, and its transformer reads {read}; "
+                f"choose another backbone.pretrained"
+            )
+        return {name: value.cpu() for name, value in image.items()}
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ are asked for.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prophy.errors import ProPhyError
 from prophy.registry import Registry
@@ -23,6 +23,9 @@ ModelConfig = Mapping[str, Any]
 """Configuration of a pipeline (`model_index.json`), a VAE or a transformer, as its file has it."""
 TextShapes = dict[str, tuple[int, ...]]
 """Shape of each tensor that one text is encoded to, by name."""
+Images = Literal["never", "first_latent", "always"]
+"""Whether a model makes videos of images: never; where one is given, whose latent then is the first of the
+video's, at timestep 0, so that each token has a timestep of its own; or always, by tensors of the image."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,12 @@ class Classes:
         transformer: diffusers' class.
         prophy_transformer: ours, with a Physical Branch; its `semantic_text` is the name of the tensor, of
             those of `Family.text`, that the semantic experts read.
-        pipeline: ours; it takes either transformer, and its `encode_text` makes the tensors of `Family.text`.
+        pipeline: ours; it takes either transformer, its `encode_text` makes the tensors of `Family.text`, and
+            its `for_images` the pipeline that takes images, where a model takes either.
         vae: diffusers' class.
         objective: what the transformer is trained to predict.
+        image_pipeline: ours, of the models that always take an image; its `encode_first_frame` makes the
+            tensors of `Family.image`.
     """
 
     transformer: "type[ModelMixin]"
@@ -43,6 +49,29 @@ class Classes:
     pipeline: "type[PhysicsPipeline]"
     vae: "type[ModelMixin]"
     objective: "type[Objective]"
+    image_pipeline: "type[PhysicsPipeline] | None" = None
+
+    def pipeline_for(self, images: Images) -> "type[PhysicsPipeline]":
+        """The class that a model is loaded, trained and saved as."""
+        if images != "always":
+            return self.pipeline
+        assert self.image_pipeline is not None
+        return self.image_pipeline
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the configurations of a published model say where it is not the default of diffusers' classes.
+
+    Attributes:
+        vae: what decides its shape.
+        transformer: all of it.
+        pipeline: as much as `Family.images` reads.
+    """
+
+    vae: ModelConfig
+    transformer: ModelConfig = field(default_factory=dict)
+    pipeline: ModelConfig = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,14 +89,16 @@ class Family:
         unsupported: configurations of pipeline and transformer -> why this model cannot be run, as a sentence
             goes on after its name; None if it can.
         classes: imports the classes.
+        unfit: transformer's configuration and (T, H, W) of latents -> why it cannot read them, or None.
+        images: configurations of pipeline and transformer -> whether this model makes videos of images.
+        image: transformer's configuration and (T, H, W) of a clip's latents -> shape of each tensor that its
+            first frame is encoded to, by the name that `predict` has for it; of models that always take one.
         encoders: components of the pipeline that latents and text are made by.
         float32_vae: whether the VAE is float32 whatever the rest is, as upstream wants it for Wan.
         guides_in_one_pass: whether a pass has a video and its unguided twin; else each has one of its own.
         published_text_encoder: parameters of the published pipelines' text encoder.
         supports_sea: whether its pipeline tells SeaCache the noise level of each step.
-        published: by hub id, what a published transformer's configuration says where it is not the default of
-            diffusers' class: `prophy plan` then needs no network.
-        published_vae: what the published VAEs' configurations say about how much they shrink time and space.
+        published: models by hub id: `prophy plan` then needs no network.
     """
 
     vae_factors: Callable[[ModelConfig], tuple[int, int]]
@@ -77,12 +108,14 @@ class Family:
     pipelines: tuple[str, ...]
     unsupported: Callable[[ModelConfig, ModelConfig], str | None]
     classes: Callable[[], Classes]
+    unfit: Callable[[ModelConfig, Shape], str | None] = lambda transformer, latents: None
+    images: Callable[[ModelConfig, ModelConfig], Images] = lambda pipeline, transformer: "never"
+    image: Callable[[ModelConfig, Shape], TextShapes] = lambda transformer, latents: {}
     encoders: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     float32_vae: bool = True
     guides_in_one_pass: bool = False
     supports_sea: bool = False
-    published: Mapping[str, ModelConfig] = field(default_factory=dict)
-    published_vae: ModelConfig = field(default_factory=dict)
+    published: Mapping[str, Published] = field(default_factory=dict)
     published_text_encoder: int = 0
 
     def check(self, name: str, pipeline: ModelConfig, transformer: ModelConfig) -> None:
@@ -125,7 +158,8 @@ class Family:
         frame, as its pipeline makes room for them.
 
         Raises:
-            ProPhyError: the VAE cannot encode clips of this length or size.
+            ProPhyError: the VAE cannot encode clips of this length or size, or the transformer cannot read
+                them.
         """
         time, space = self.vae_factors(vae_config)
         patch_t = self.patch_size(transformer_config)[0]
@@ -134,7 +168,14 @@ class Family:
                 f"the VAE cannot encode {num_frames} frames of {height}x{width}; "
                 f"take {time * patch_t} n + 1 frames, and multiples of {space} pixels"
             )
-        return (num_frames - 1) // time + patch_t, height // space, width // space
+        shape = (num_frames - 1) // time + patch_t, height // space, width // space
+        if (reason := self.unfit(transformer_config, shape)) is not None:
+            raise ProPhyError(f"clips of {num_frames} frames of {height}x{width} do not fit: {reason}")
+        return shape
+
+    def latent_channels(self, transformer_config: ModelConfig) -> int:
+        """C of the latents: what the transformer predicts, where it reads an image beside them."""
+        return transformer_config.get("out_channels") or transformer_config["in_channels"]
 
     def token_grid(self, latent_shape: Shape, transformer_config: ModelConfig) -> Shape:
         """(T', H', W') of the tokens, one per patch.

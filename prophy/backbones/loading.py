@@ -1,12 +1,13 @@
 """Loads a backbone's pipeline, with or without a trained Physical Branch."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import check_checkpoint, load_configs, resolve_pretrained, unloadable
+from prophy.backbones.pretrained import check_checkpoint, resolve_pretrained, takes_images, unloadable
 from prophy.device import default_device, has_bfloat16
 from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.models.checkpoint import load_branch
@@ -40,7 +41,8 @@ def load_pipeline(
     """Loads a backbone's pipeline, with the branch of `checkpoint` if one is given.
 
     What the checkpoint holds of the backbone takes the place of what it was; an adapter stays beside it, as
-    in training. A VAE that can tile works on no more pixels at once than it was made for.
+    in training. A VAE that can tile works on no more pixels at once than it was made for. What encodes an
+    image is float32.
 
     Args:
         family: key of `FAMILIES`.
@@ -48,23 +50,28 @@ def load_pipeline(
         revision: commit, branch or tag, where it is a hub id.
         dtype: precision of transformer and text encoder, and of the VAE where `vae_dtype` says so.
         checkpoint: folder that `save_branch` wrote.
-        components: components to use instead of the pretrained ones; None leaves one out.
+        components: components to use instead of the pretrained ones; None leaves one out. Those that the
+            model does not have are passed by.
 
     Raises:
         ProPhyError: there is no such model or checkpoint, the family cannot run this model, or the checkpoint
             belongs to another backbone.
     """
-    load_configs(family, pretrained, revision)
     classes = FAMILIES[family].classes()
+    pipeline_class = classes.pipeline_for(takes_images(family, pretrained, revision))
     if checkpoint is not None:
         check_checkpoint(checkpoint, pretrained, revision)
     branch = None if checkpoint is None else load_branch(checkpoint)
     try:
-        pipeline = classes.pipeline.from_pretrained(
+        pipeline = pipeline_class.from_pretrained(
             resolve_pretrained(pretrained),
             revision=revision,
-            dtype={"default": dtype, "vae": vae_dtype(family, dtype, default_device())},
-            **components,
+            dtype={
+                "default": dtype,
+                "vae": vae_dtype(family, dtype, default_device()),
+                "image_encoder": torch.float32,
+            },
+            **{name: value for name, value in components.items() if name in _components(pipeline_class)},
         )
     except OSError:
         raise unloadable(pretrained) from None
@@ -78,3 +85,8 @@ def load_pipeline(
         assert not unexpected and not any(name.startswith(BRANCH) or "lora_" in name for name in missing)
         pipeline.register_modules(transformer=transformer.eval())
     return pipeline
+
+
+def _components(pipeline: type[PhysicsPipeline]) -> set[str]:
+    """Names of what a pipeline is made of."""
+    return {*inspect.signature(pipeline.__init__).parameters}

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from huggingface_hub import snapshot_download
 
-from prophy.backbones.families import FAMILIES, ModelConfig
+from prophy.backbones.families import FAMILIES, Images, ModelConfig
 from prophy.errors import ProPhyError
 from prophy.hashing import file_sha256
 from prophy.models.description import trained_on
@@ -215,6 +215,20 @@ def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Mo
     Raises:
         ProPhyError: there is no such model, or this family cannot run it.
     """
+    _, vae, transformer = load_all_configs(family, pretrained, revision)
+    return vae, transformer
+
+
+def takes_images(family: str, pretrained: str, revision: str | None) -> Images:
+    """Whether a model makes videos of images; reads no weights. Arguments and errors as in `load_configs`."""
+    pipeline, _, transformer = load_all_configs(family, pretrained, revision)
+    return FAMILIES[family].images(pipeline, transformer)
+
+
+def load_all_configs(
+    family: str, pretrained: str, revision: str | None
+) -> tuple[ModelConfig, ModelConfig, ModelConfig]:
+    """Configurations of pipeline, VAE and transformer; the rest is as in `load_configs`."""
     files = ["model_index.json", "vae/config.json", "transformer/config.json"]
     folder = download(pretrained, revision, files)
     try:
@@ -223,7 +237,7 @@ def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[Mo
     except (OSError, ValueError, TypeError):
         raise unloadable(pretrained) from None
     FAMILIES[family].check(pretrained, pipeline, transformer)
-    return vae, transformer
+    return pipeline, vae, transformer
 
 
 def check_bare(family: str, pretrained: str, revision: str | None) -> None:

@@ -1,31 +1,65 @@
-"""Wan 2.1, text to video."""
+"""Wan 2.1, text or an image to video; Wan 2.2 TI2V, which is both in one."""
 
-from prophy.backbones.families import Classes, Family, ModelConfig
+from prophy.backbones.families import (
+    Classes,
+    Family,
+    Images,
+    ModelConfig,
+    Published,
+    Shape,
+    TextShapes,
+)
+from prophy.errors import ProPhyError
+
+_MASK = 4  # channels that say which frames are given
+_IMAGE_TOKENS = 257  # of CLIP's ViT-H/14
+_TEXT_TOKENS = 512  # as diffusers' attention has it
 
 
 def _unsupported(pipeline: ModelConfig, transformer: ModelConfig) -> str | None:
-    if transformer.get("image_dim") is not None or transformer.get("in_channels") != transformer.get(
-        "out_channels"
-    ):
-        return "makes videos from images, and only text-to-video models are run"
+    if transformer.get("pos_embed_seq_len") is not None:
+        return "makes videos between a first and a last image (pos_embed_seq_len), and only a first is given"
+    extra = transformer["in_channels"] - transformer["out_channels"]
+    if extra not in (0, _MASK + transformer["out_channels"]):
+        return f"reads {extra} channels beside the latents, which are not those of one image"
     # [null, null] where the pipeline has the place, but no second transformer.
     if any(pipeline.get("transformer_2") or ()):
         return (
             "has two transformers (transformer_2, as Wan2.2-A14B), and the Physical Branch would act in one "
             "of them only"
         )
-    if pipeline.get("expand_timesteps"):
-        return (
-            "gives each token a timestep of its own (expand_timesteps, as Wan2.2-TI2V-5B), which the "
-            "transformer with a Physical Branch does not take"
-        )
     return None
+
+
+def _images(pipeline: ModelConfig, transformer: ModelConfig) -> Images:
+    if transformer["in_channels"] != transformer["out_channels"]:
+        return "always"
+    return "first_latent" if pipeline.get("expand_timesteps") else "never"
+
+
+def _image(transformer: ModelConfig, latents: Shape) -> TextShapes:
+    if transformer["in_channels"] == transformer["out_channels"]:
+        return {}
+    shapes: TextShapes = {"image_latents": (transformer["out_channels"], *latents)}
+    if transformer.get("image_dim") is not None:
+        shapes["image_embeds"] = (_IMAGE_TOKENS, transformer["image_dim"])
+    return shapes
+
+
+def _text(transformer: ModelConfig, length: int) -> TextShapes:
+    if transformer.get("image_dim") is not None and length != _TEXT_TOKENS:
+        raise ProPhyError(
+            f"a Wan that reads images tells {_TEXT_TOKENS} tokens of text from the image's by their number; "
+            f"set backbone.max_sequence_length, which is {length}, to {_TEXT_TOKENS}"
+        )
+    return {"prompt_embeds": (length, transformer["text_dim"])}
 
 
 def _classes() -> Classes:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     from prophy.generation.pipeline_wan import ProPhyWanPipeline
+    from prophy.generation.pipeline_wan_i2v import ProPhyWanImageToVideoPipeline
     from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
     from prophy.training.objectives import FlowMatching
 
@@ -35,23 +69,60 @@ def _classes() -> Classes:
         pipeline=ProPhyWanPipeline,
         vae=AutoencoderKLWan,
         objective=FlowMatching,
+        image_pipeline=ProPhyWanImageToVideoPipeline,
     )
 
+
+_VAE = {"scale_factor_temporal": 4, "scale_factor_spatial": 8}
+_VAE_2_2 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+}
 
 FAMILY = Family(
     # Configurations of older diffusers leave these two out.
     vae_factors=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
     latent_statistics=lambda vae: (vae["latents_mean"], vae["latents_std"]),
     patch_size=lambda transformer: tuple(transformer["patch_size"]),
-    text=lambda transformer, length: {"prompt_embeds": (length, transformer["text_dim"])},
-    pipelines=("WanPipeline", "ProPhyWanPipeline"),
+    text=_text,
+    pipelines=(
+        "WanPipeline",
+        "ProPhyWanPipeline",
+        "WanImageToVideoPipeline",
+        "ProPhyWanImageToVideoPipeline",
+    ),
     unsupported=_unsupported,
     classes=_classes,
+    images=_images,
+    image=_image,
+    encoders=("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor"),
     supports_sea=True,
     published={
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-        "Wan-AI/Wan2.1-T2V-14B-Diffusers": {},
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Published(
+            _VAE, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+        ),
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published(_VAE),
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": Published(
+            _VAE, {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+        ),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": Published(
+            _VAE_2_2,
+            {
+                "num_attention_heads": 24,
+                "in_channels": 48,
+                "out_channels": 48,
+                "ffn_dim": 14336,
+                "num_layers": 30,
+            },
+            {"expand_timesteps": True},
+        ),
     },
-    published_vae={"scale_factor_temporal": 4, "scale_factor_spatial": 8},
     published_text_encoder=5_680_910_336,  # of UMT5 XXL
 )

@@ -35,9 +35,28 @@ class PhysicsPipeline(DiffusionPipeline):
         )
         return {"prompt_embeds": embeds}
 
+    def encode_first_frame(self, image: torch.Tensor, num_frames: int) -> dict[str, torch.Tensor]:
+        """What the transformer reads of images that videos begin with, where it always takes one.
+
+        Args:
+            image: `[B, 3, H, W]` in [0, 1].
+            num_frames: of each video.
+
+        Returns:
+            Tensors `[B, ...]`, by the names of `Family.image`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no videos of images")
+
+    def for_images(self) -> "PhysicsPipeline":
+        """The pipeline of the same components that makes videos of images, by an argument `image`.
+
+        Raises:
+            NotImplementedError: the family has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no videos of images")
+
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
         *args: Any,
         physics: PhysicsControl | None = None,
         max_sequence_length: int | None = None,
@@ -46,7 +65,6 @@ class PhysicsPipeline(DiffusionPipeline):
         """Makes videos, as upstream's.
 
         Args:
-            prompt: one prompt or several.
             args: upstream's.
             physics: knobs and trace of this request; in `attention_kwargs` they are as good.
             max_sequence_length: text tokens; the pipeline's own by default.
@@ -64,4 +82,4 @@ class PhysicsPipeline(DiffusionPipeline):
                 "this model has no Physical Branch to control; load a checkpoint, or leave physics out"
             )
         length = max_sequence_length or self.config.max_sequence_length
-        return super().__call__(prompt, *args, max_sequence_length=length, **kwargs)
+        return super().__call__(*args, max_sequence_length=length, **kwargs)

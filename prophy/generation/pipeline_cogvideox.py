@@ -1,5 +1,6 @@
 """CogVideoX's text-to-video pipeline, with physics knobs and the text length of the branch's training."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.models.control import PhysicsControl
+
+
+def num_videos(prompt: str | list[str] | None, arguments: Mapping[str, Any]) -> int:
+    """How many videos a call makes: guidance runs as one batch of twice as many, the unguided half first."""
+    prompts = arguments["prompt_embeds"] if prompt is None else prompt
+    return 1 if isinstance(prompts, str) else len(prompts)
 
 
 class ProPhyCogVideoXPipeline(PhysicsPipeline, CogVideoXPipeline):
@@ -39,9 +46,7 @@ class ProPhyCogVideoXPipeline(PhysicsPipeline, CogVideoXPipeline):
     ) -> Any:
         """Makes videos, as upstream's; see the base class."""
         if physics is not None and physics.trace is not None:
-            # Guidance runs as one batch of two, the unguided half first.
-            prompts = kwargs["prompt_embeds"] if prompt is None else prompt
-            physics.trace.num_videos = 1 if isinstance(prompts, str) else len(prompts)
+            physics.trace.num_videos = num_videos(prompt, kwargs)
         return super().__call__(prompt, *args, physics=physics, **kwargs)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:

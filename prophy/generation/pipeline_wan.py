@@ -37,3 +37,13 @@ class ProPhyWanPipeline(PhysicsPipeline, WanPipeline):
             expand_timesteps,
         )
         self.register_to_config(max_sequence_length=max_sequence_length)
+
+    def for_images(self) -> PhysicsPipeline:
+        """See the base class."""
+        # Imported where there is an image: of CLIP's processor transformers warns wherever torchvision lacks.
+        from prophy.generation.pipeline_wan_i2v import ProPhyWanImageToVideoPipeline
+
+        settings = ("boundary_ratio", "expand_timesteps", "max_sequence_length")
+        return ProPhyWanImageToVideoPipeline(
+            **self.components, **{name: self.config[name] for name in settings}
+        )

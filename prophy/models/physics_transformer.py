@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn, Self
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 from peft import LoraConfig
@@ -81,12 +82,12 @@ class PhysicsTransformer(ModelMixin):
         The backbone's parameters are taken over, not copied: the two share memory.
 
         Args:
-            backbone: a text-to-video transformer of this family; where its parameters are on the meta device,
+            backbone: a transformer of this family; where its parameters are on the meta device,
                 those of the copied blocks are too, and the rest of the branch is on the CPU.
             physics: the new branch, as `BranchConfig` has it.
 
         Raises:
-            ProPhyError: the backbone is image-to-video, or has fewer blocks than `physics_layers` asks for.
+            ProPhyError: the backbone has fewer blocks than `physics_layers` asks for.
         """
         config = {name: value for name, value in backbone.config.items() if not name.startswith("_")}
         with torch.device("meta"):
@@ -152,7 +153,7 @@ class PhysicsTransformer(ModelMixin):
         Args:
             latents: noisy.
             timestep: `[B]`, or `[B, N]` of each token, where the family takes that.
-            text: the family's tensors `[B, ...]`, by name.
+            text: the family's tensors `[B, ...]`, by name; of an image too, where the model always takes one.
         """
         raise NotImplementedError
 
@@ -190,7 +191,8 @@ class PhysicsTransformer(ModelMixin):
         By the embedding itself, which alone may use its weights where ZeRO 3 has sharded them. What it adds
         drops out, and so enlarged is the mixture before that hardly any of it is rounded away.
         """
-        enlarged = _ENLARGED * mixture.to(self.dtype)
+        missing = self.config.in_channels - mixture.shape[1]  # of an image, which the mixture leaves alone
+        enlarged = F.pad(_ENLARGED * mixture.to(self.dtype), (0, 0) * 3 + (0, missing))
         return (self._embed_patches(enlarged) - self._embed_patches(torch.zeros_like(enlarged))) / _ENLARGED
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
@@ -222,7 +224,7 @@ class PhysicsTransformer(ModelMixin):
             self.physics,
             hidden_dim=config.num_attention_heads * config.attention_head_dim,
             text_dim=config[self._text_dim],
-            latent_channels=config.in_channels,
+            latent_channels=config.get("out_channels") or config.in_channels,
         )
 
     def _run_branch(

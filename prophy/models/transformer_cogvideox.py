@@ -25,6 +25,7 @@ from prophy.models.physics_transformer import (
 )
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+_OFS = 2.0  # what upstream's pipeline gives every video of an image (CogVideoX 1.5)
 
 
 class InjectedCogVideoXBlock(CogVideoXBlock):
@@ -52,7 +53,7 @@ TransformerBlockRegistry.register(
 
 
 class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer3DModel):
-    """`CogVideoXTransformer3DModel` (text to video, 1.0 or 1.5) with a Physical Branch, `physics_branch`.
+    """`CogVideoXTransformer3DModel` (1.0 or 1.5) with a Physical Branch, `physics_branch`.
 
     The branch carries its own text stream; only its video stream is injected. Before any training the output
     equals the backbone's bit for bit. The arguments are upstream's, then:
@@ -114,11 +115,6 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         *,
         physics: dict[str, Any],
     ) -> None:
-        if in_channels != out_channels or ofs_embed_dim is not None:
-            raise ProPhyError(
-                f"the backbone is image-to-video (in_channels {in_channels}, out_channels {out_channels}); "
-                f"choose a text-to-video one"
-            )
         super().__init__(
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
@@ -157,6 +153,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         timestep: torch.Tensor,
+        ofs: torch.Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
@@ -164,9 +161,11 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         """Predicts the velocity at `timestep`.
 
         Args:
-            hidden_states: noisy latents `[B, T, C, H, W]`; T and H, W fill the patches.
+            hidden_states: noisy latents `[B, T, C, H, W]`, before the channels of an image, where those are;
+                T and H, W fill the patches.
             encoder_hidden_states: text encoder output `[B, L, text_embed_dim]`.
             timestep: `[B]`, 0 to 999.
+            ofs: `[1]`, which 1.5 reads of images alone.
             image_rotary_emb: positions as the pipeline makes them.
             attention_kwargs: may hold `physics`, a `PhysicsControl`.
             return_dict: False gives the tuple (sample,), as diffusers' pipelines want it.
@@ -177,7 +176,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
 
         # 1. Embeddings and conditions, shared by backbone and branch
         latent_shape = torch.Size((num_frames, height, width))
-        hidden_states, text, temb = self._embed(hidden_states, timestep, encoder_hidden_states)
+        hidden_states, text, temb = self._embed(hidden_states, timestep, encoder_hidden_states, ofs)
         conditions = (temb, image_rotary_emb)
 
         # 2. Physical Branch
@@ -217,8 +216,9 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> ProPhyTransformerOutput:
         """See the base class."""
-        rotary = self._rotary(latents)
-        output = self(latents.transpose(1, 2), text["prompt_embeds"], timestep, rotary)
+        hidden_states = self._beside_image(latents, text.get("image_latents")).transpose(1, 2)
+        rotary, ofs = self._rotary(latents), self._ofs(latents)
+        output = self(hidden_states, text["prompt_embeds"], timestep, ofs, rotary)
         return ProPhyTransformerOutput(sample=output.sample.transpose(1, 2), routing=output.routing)
 
     def rotary_embeddings(self, latents: torch.Tensor) -> Rotary:
@@ -261,10 +261,16 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         )
 
     def _embed(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        ofs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents `[B, T, C, H, W]`, time, text -> tokens `[B, N, D]`, text `[B, L, D]`, time `[B, D_t]`."""
         temb = self.time_embedding(self.time_proj(timestep).to(latents.dtype))
+        if self.ofs_embedding is not None:
+            temb = temb + self.ofs_embedding(self.ofs_proj(ofs).to(latents.dtype))
         embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, latents))
         text_length = encoder_hidden_states.shape[1]
         return embedded[:, text_length:], embedded[:, :text_length], temb
@@ -273,9 +279,22 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """See the base class."""
-        prompt_embeds = text["prompt_embeds"]
-        tokens, embedded_text, temb = self._embed(latents.transpose(1, 2), timestep, prompt_embeds)
+        hidden_states = self._beside_image(latents, text.get("image_latents")).transpose(1, 2)
+        tokens, embedded_text, temb = self._embed(
+            hidden_states, timestep, text["prompt_embeds"], self._ofs(latents)
+        )
         return tokens, embedded_text, (temb, self._rotary(latents))
+
+    def _beside_image(self, latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
+        """Noisy latents `[B, C, T, H, W]`, and the channels of an image: its latents in the first frame."""
+        if image_latents is None:
+            return latents
+        image = torch.cat([image_latents.to(latents.dtype), torch.zeros_like(latents[:, :, 1:])], dim=2)
+        return torch.cat([latents, image], dim=1)
+
+    def _ofs(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """What the pipeline gives as `ofs`, where the backbone reads it."""
+        return None if self.config.ofs_embed_dim is None else latents.new_full((1,), _OFS)
 
     def _rotary(self, latents: torch.Tensor) -> Rotary | None:
         """`rotary_embeddings`, where the backbone has them."""

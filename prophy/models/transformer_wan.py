@@ -13,7 +13,6 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from prophy.errors import ProPhyError
 from prophy.models.physics_transformer import (
     EXPERT_BLOCKS,
     PhysicsTransformer,
@@ -21,6 +20,8 @@ from prophy.models.physics_transformer import (
     Residual,
     inject,
 )
+
+_MASK_CHANNELS = 4  # one per frame of a latent one
 
 
 class InjectedWanTransformerBlock(WanTransformerBlock):
@@ -46,7 +47,7 @@ TransformerBlockRegistry.register(
 
 
 class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
-    """`WanTransformer3DModel` (text to video) with a Physical Branch, `physics_branch`, beside its blocks.
+    """`WanTransformer3DModel` with a Physical Branch, `physics_branch`, beside its blocks.
 
     Before any training its output equals the backbone's bit for bit. The arguments are upstream's, then:
 
@@ -90,8 +91,6 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         *,
         physics: dict[str, Any],
     ) -> None:
-        if image_dim is not None:
-            raise ProPhyError("the backbone is image-to-video (image_dim is set); choose a text-to-video one")
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -118,16 +117,18 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> ProPhyTransformerOutput | tuple[torch.Tensor]:
         """Predicts the flow at `timestep`.
 
         Args:
-            hidden_states: noisy latents `[B, C, T, H, W]`.
+            hidden_states: noisy latents `[B, C, T, H, W]`; before the channels of an image, where those are.
             timestep: `[B]`, 0 to 1000; or `[B, N]`, of each token, as Wan2.2-TI2V-5B takes them: 0 where the
                 latent frame is given.
             encoder_hidden_states: text encoder output `[B, L, text_dim]`.
+            encoder_hidden_states_image: image encoder output `[B, M, image_dim]`, where the model reads it.
             return_dict: False gives the tuple (sample,), as diffusers' pipelines want it.
             attention_kwargs: may hold `physics`, a `PhysicsControl`.
         """
@@ -137,7 +138,9 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
 
         # 1. Embeddings and conditions, shared by backbone and branch
         latent_shape = hidden_states.shape[2:]
-        temb, hidden_states, text, conditions = self._embed(hidden_states, timestep, encoder_hidden_states)
+        temb, hidden_states, text, conditions = self._embed(
+            hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
+        )
 
         # 2. Physical Branch
         residuals, routing = self._run_branch(
@@ -181,7 +184,8 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> ProPhyTransformerOutput:
         """See the base class."""
-        return self(latents, timestep, text["prompt_embeds"])
+        hidden_states = _beside_image(latents, text.get("image_latents"))
+        return self(hidden_states, timestep, text["prompt_embeds"], text.get("image_embeds"))
 
     def _new_block(self, block: type[nn.Module]) -> nn.Module:
         config = self.config
@@ -192,18 +196,26 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
             config.qk_norm,
             config.cross_attn_norm,
             config.eps,
+            config.added_kv_proj_dim,
         )
 
     def _embed(
-        self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """Embedded time `[B, D]`, tokens `[B, N, D]`, text `[B, L, D]`; what a block takes after these.
 
-        Where each token has a timestep of its own, embedded time is `[B, N, D]`.
+        Where each token has a timestep of its own, embedded time is `[B, N, D]`. An image's tokens, if the
+        model reads any, stand before the text's.
         """
-        temb, timestep_proj, text, _ = self.condition_embedder(
-            timestep.flatten(), encoder_hidden_states, timestep_seq_len=_tokens_of(timestep)
+        temb, timestep_proj, text, image = self.condition_embedder(
+            timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, _tokens_of(timestep)
         )
+        if image is not None:
+            text = torch.cat([image, text], dim=1)
         return (
             temb,
             self._embed_patches(latents),
@@ -215,7 +227,8 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """See the base class."""
-        return self._embed(latents, timestep, text["prompt_embeds"])[1:]
+        hidden_states = _beside_image(latents, text.get("image_latents"))
+        return self._embed(hidden_states, timestep, text["prompt_embeds"], text.get("image_embeds"))[1:]
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """See the base class."""
@@ -225,3 +238,12 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
 def _tokens_of(timestep: torch.Tensor) -> int | None:
     """How many timesteps a sample has, where each token has its own."""
     return timestep.shape[1] if timestep.ndim == 2 else None
+
+
+def _beside_image(latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
+    """Noisy latents, a mask of the frames that are given (4 channels: the first), and an image's latents."""
+    if image_latents is None:
+        return latents
+    mask = torch.zeros_like(latents[:, :1]).repeat(1, _MASK_CHANNELS, 1, 1, 1)
+    mask[:, :, 0] = 1
+    return torch.cat([latents, mask, image_latents.to(latents.dtype)], dim=1)

@@ -34,7 +34,8 @@ class PriorSample:
 
     Attributes:
         latents: `[C, T, H, W]`.
-        text: the caption, encoded: the family's tensors, by name.
+        text: the caption, encoded: the family's tensors, by name; and those of the first frame, where the
+            backbone always takes an image.
         phenomena: `[num_phenomena]`, label vector.
         maps: raw, `[K + 1, T, H, W]` on the VLM's grid, the background's last.
         map_phenomena: places in the taxonomy of the first K maps.

@@ -37,6 +37,7 @@ def count_flops(
     batch_size: int,
     latents: tuple[int, ...],
     text: Mapping[str, tuple[int, ...]],
+    timestep: tuple[int, ...] = (),
     shape_of: ShapeOf = own_shape,
 ) -> int:
     """Floating-point operations of one forward and backward pass: products and convolutions, 2 per element.
@@ -49,12 +50,13 @@ def count_flops(
         batch_size: B.
         latents: `(C, T, H, W)`.
         text: shape of each tensor that a text is encoded to, by name.
+        timestep: shape of a sample's: `(N,)` where each token has its own.
         shape_of: gives the whole shape of a parameter, of which an engine may have left a share.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     # As two plain products: a fused kernel's formula counts the scores again in the backward pass.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        output = _call("predict", transformer, batch_size, latents, text, "meta", shape_of)
+        output = _call("predict", transformer, batch_size, latents, text, timestep, "meta", shape_of)
         assert output.routing is not None
         outputs = (output.sample, output.routing.refinement_logits, output.routing.phenomenon_maps)
         torch.autograd.backward([value.float().sum() for value in outputs if value is not None])
@@ -66,6 +68,7 @@ def count_forward_flops(
     batch_size: int,
     latents: tuple[int, ...],
     text: Mapping[str, tuple[int, ...]],
+    timestep: tuple[int, ...] = (),
     method: Literal["predict", "route"] = "predict",
 ) -> int:
     """As `count_flops`, of a forward pass alone.
@@ -75,7 +78,7 @@ def count_forward_flops(
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        _call(method, transformer, batch_size, latents, text, "meta")
+        _call(method, transformer, batch_size, latents, text, timestep, "meta")
     return counter.get_total_flops()
 
 
@@ -84,6 +87,7 @@ def count_saved_bytes(
     batch_size: int,
     latents: tuple[int, ...],
     text: Mapping[str, tuple[int, ...]],
+    timestep: tuple[int, ...] = (),
 ) -> int:
     """Bytes in bfloat16 that a forward pass keeps for the backward pass, without gradient checkpointing.
 
@@ -98,7 +102,7 @@ def count_saved_bytes(
         return value
 
     with FakeTensorMode(), saved_tensors_hooks(pack, lambda value: value):
-        output = _call("predict", transformer, batch_size, latents, text, "cpu")
+        output = _call("predict", transformer, batch_size, latents, text, timestep, "cpu")
         assert output.sample.requires_grad  # and so keeps the storages, whose addresses are thus unique
     return sum(storages.values())
 
@@ -109,6 +113,7 @@ def _call(
     batch_size: int,
     latents: tuple[int, ...],
     text: Mapping[str, tuple[int, ...]],
+    timestep: tuple[int, ...],
     device: str,
     shape_of: ShapeOf = own_shape,
 ) -> Any:
@@ -131,7 +136,7 @@ def _call(
             {name: empty(value) for name, value in tensors},
             (
                 torch.empty(batch_size, *latents, device=device, dtype=torch.bfloat16),
-                torch.empty(batch_size, device=device),
+                torch.empty(batch_size, *timestep, device=device),
                 {
                     name: torch.empty(batch_size, *shape, device=device, dtype=torch.bfloat16)
                     for name, shape in text.items()

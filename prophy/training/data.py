@@ -26,13 +26,15 @@ class TrainBatch:
     Attributes:
         sample_ids: `B` keys of the cache.
         latents: `[B, C, T, H, W]`, normalised as the backbone's pipeline has them.
-        text: the true captions, encoded: tensors `[B, ...]`, by the backbone's family's names for them.
+        text: the true captions, encoded: tensors `[B, ...]`, by the backbone's family's names for them; and
+            those of the first frame, where the backbone always takes an image.
         drop_caption: `[B]`, bool: the diffusion loss sees the empty prompt (classifier-free guidance).
         phenomena: `[B, num_phenomena]`, label vectors `q_s`.
         target_maps: `[B, N, num_phenomena]`, the targets `Q_r` of Eq. 5.
         target_mask: `[B, N, num_phenomena]`, bool: the mask `M` of Eq. 5.
         noise: like `latents`, standard normal.
         timestep_quantile: `[B]` in (0, 1), mapped to a timestep by the objective.
+        given: `[B]`, bool: the first latent frame is an image's, without noise and without a loss.
     """
 
     sample_ids: list[str]
@@ -44,6 +46,7 @@ class TrainBatch:
     target_mask: torch.Tensor
     noise: torch.Tensor
     timestep_quantile: torch.Tensor
+    given: torch.Tensor
 
     def to(self, device: torch.device) -> "TrainBatch":
         """The same batch on `device`."""
@@ -162,6 +165,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         recipe: how maps become targets (`prophy.priors.grounding.RECIPES`).
         negatives: what cells without the phenomenon say (`make_targets`).
         caption_dropout: share of captions that are replaced by the empty prompt.
+        image_share: share of samples whose first latent frame is given.
         seed: decides noise, timesteps and dropout.
 
     Raises:
@@ -180,6 +184,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         recipe: str,
         negatives: Literal["ignore", "zero"],
         caption_dropout: float,
+        image_share: float,
         seed: int,
     ) -> None:
         self._cache = cache
@@ -195,7 +200,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         self._rank = rank
         self._stride = micro_batch_size * world_size
         self._make_targets = partial(make_targets, recipe=recipe, negatives=negatives)
-        self._caption_dropout = caption_dropout
+        self._caption_dropout, self._image_share = caption_dropout, image_share
         self._seed = seed
 
     def __getitem__(self, step: int) -> tuple[list[TrainBatch], SemanticBatch]:
@@ -233,6 +238,8 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
             "target_mask": mask,
             "noise": torch.randn(shape.latents, generator=generator),
             "timestep_quantile": torch.rand((), generator=generator).clamp(min=1e-7),
+            # Of a single latent frame nothing would be left to predict.
+            "given": (torch.rand((), generator=generator) < self._image_share) & (shape.latents[1] > 1),
         }
 
 

@@ -1,4 +1,7 @@
-"""What trains the routers: Eq. 3 to 5, and load balancing. Pure functions that compute in float32."""
+"""The diffusion loss, and what trains the routers: Eq. 3 to 5, and load balancing.
+
+Pure functions that compute in float32.
+"""
 
 from typing import Literal
 
@@ -6,6 +9,20 @@ import torch
 import torch.nn.functional as F
 
 Reduction = Literal["mean", "sum"]
+
+
+def diffusion_loss(prediction: torch.Tensor, target: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of all that was noisy: over each sample's elements, then over the samples.
+
+    Args:
+        prediction: `[B, C, T, H, W]`.
+        target: like `prediction`.
+        given: `[B]`, bool: the first latent frame held no noise, and does not count; T is then more than 1.
+    """
+    frames = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 3, 4))
+    counted = torch.ones_like(frames)
+    counted[:, 0] = (~given).float()
+    return ((frames * counted).sum(dim=1) / counted.sum(dim=1)).mean()
 
 
 def semantic_alignment_loss(

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import nn
 
@@ -18,12 +17,13 @@ from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.losses import (
     Reduction,
+    diffusion_loss,
     load_balancing_loss,
     semantic_alignment_loss,
     token_alignment_loss,
 )
 from prophy.training.losses import expert_load as load_of
-from prophy.training.objectives import Objective
+from prophy.training.objectives import Objective, give_first_latent
 
 
 class LossWeights(Protocol):
@@ -80,6 +80,8 @@ class ProPhyTrainModule(nn.Module):
         loss_weights: the weights of Eq. 6.
         reduction: how both alignment losses add up.
         gradient_accumulation_steps: micro-steps whose gradients the engine averages.
+        takes_first_latent: whether the transformer may be given the first latent frame, and so takes a
+            timestep of each token.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class ProPhyTrainModule(nn.Module):
         loss_weights: LossWeights,
         reduction: Reduction,
         gradient_accumulation_steps: int,
+        takes_first_latent: bool = False,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -97,6 +100,7 @@ class ProPhyTrainModule(nn.Module):
         self.loss_weights = loss_weights
         self.reduction = reduction
         self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.takes_first_latent = takes_first_latent
         self.null_text = nn.Module()
         for name, value in null_text.items():
             self.null_text.register_buffer(name, value, persistent=False)
@@ -127,11 +131,11 @@ class ProPhyTrainModule(nn.Module):
         # 2. Forward
         noisy, timesteps, text = self._inputs(batch)
         output = self.transformer.predict(noisy, timesteps, text)
-        target = self.objective.target(batch.latents, batch.noise, timesteps)
+        target = self._target(batch)
         assert output.routing is not None  # the branch is skipped by a knob of requests alone
 
         # 3. Losses (Eq. 6), of the experts that there are
-        loss = F.mse_loss(output.sample.float(), target.float())
+        loss = diffusion_loss(output.sample, target, batch.given)
         terms = {"diffusion": loss.detach()}
         if branch.refinement is not None:
             logits, maps = output.routing.refinement_logits, output.routing.phenomenon_maps
@@ -168,11 +172,21 @@ class ProPhyTrainModule(nn.Module):
         """
         timesteps = self.objective.timesteps(batch.timestep_quantile)
         noisy = self.objective.add_noise(batch.latents, batch.noise, timesteps)
-        dtype, text = self.transformer.dtype, {}
-        for name, null in self.null_text.named_buffers():
+        if self.takes_first_latent:
+            num_tokens = batch.target_maps.shape[1]
+            noisy, timesteps = give_first_latent(noisy, batch.latents, timesteps, batch.given, num_tokens)
+        text = dict(batch.text)
+        for name, null in self.null_text.named_buffers():  # an image is never dropped
             dropped = batch.drop_caption.view(-1, *[1] * null.dim())
-            text[name] = torch.where(dropped, null, batch.text[name]).to(dtype)
+            text[name] = torch.where(dropped, null, batch.text[name])
+        dtype = self.transformer.dtype
+        text = {name: value.to(dtype) for name, value in text.items()}
         return noisy.to(dtype), timesteps, text
+
+    def _target(self, batch: TrainBatch) -> torch.Tensor:
+        """What the transformer shall predict of latents of which none is given, like these."""
+        timesteps = self.objective.timesteps(batch.timestep_quantile)
+        return self.objective.target(batch.latents, batch.noise, timesteps)
 
     @torch.no_grad()
     def _choices(self, batch: TrainBatch) -> torch.Tensor:

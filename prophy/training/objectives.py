@@ -100,3 +100,31 @@ class VPrediction:
 
 
 Objective = FlowMatching | VPrediction
+
+
+def give_first_latent(
+    noisy: torch.Tensor,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    given: torch.Tensor,
+    num_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model sees whose first latent frame may be an image's: there no noise, and timestep 0.
+
+    As in diffusers' pipelines of Wan2.2-TI2V (`expand_timesteps`).
+
+    Args:
+        noisy: x_t `[B, C, T, H, W]`.
+        latents: x_0, like `noisy`.
+        timesteps: `[B]`, of x_t.
+        given: `[B]`, bool: whose first latent frame is given.
+        num_tokens: N, of which each latent frame has as many.
+
+    Returns:
+        x_t with the given frames in it, and the timestep of each token, `[B, N]`.
+    """
+    first = torch.where(given.view(-1, 1, 1, 1, 1), latents[:, :, :1], noisy[:, :, :1])
+    num_first = num_tokens // noisy.shape[2]
+    of_first = torch.where(given, 0, timesteps)[:, None].expand(-1, num_first)
+    of_others = timesteps[:, None].expand(-1, num_tokens - num_first)
+    return torch.cat([first, noisy[:, :, 1:]], dim=2), torch.cat([of_first, of_others], dim=1)

@@ -1,5 +1,6 @@
 """Latents and embeddings against what the pipeline does with them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.loading import load_pipeline
+from tests.wan import MAX_SEQUENCE_LENGTH, write_ti2v
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,15 @@ def test_latents_are_the_normalised_posterior_mean(encoder: VideoEncoder, pipeli
         posterior = pipeline.vae.encode(pixels).latent_dist
     torch.testing.assert_close(latents * std + mean, posterior.mean, rtol=1e-4, atol=1e-5)
     assert (config.latents_std[0], config.latents_mean[0]) != (1.0, 0.0)
+
+
+def test_the_first_latent_of_a_clip_is_that_of_its_first_frame(tmp_path: Path) -> None:
+    """So a cache needs nothing else for models that are given it."""
+    ti2v = VideoEncoder(str(write_ti2v(tmp_path)), None, "float32", None, MAX_SEQUENCE_LENGTH, "wan")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 17, 32, 64, 3), dtype=np.uint8)
+    latents = ti2v.encode_video(frames)
+    assert latents.shape == (2, 6, 5, 2, 4)
+    torch.testing.assert_close(latents[:, :, :1], ti2v.encode_video(frames[:, :1]), rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_what_the_pipeline_encodes(encoder: VideoEncoder, pipeline: Any) -> None:

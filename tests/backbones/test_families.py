@@ -57,10 +57,9 @@ A14B = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio
 # By what is wrong: what Wan2.2 and image-to-video pipelines say otherwise than Wan2.1's text-to-video.
 UNSUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "has two transformers": (A14B, {}),
-    "gives each token a timestep of its own": ({"expand_timesteps": True}, {}),
-    "makes videos from images": ({}, {"image_dim": 1280}),
-    "makes videos from images, and": ({}, {"in_channels": 36}),
-    "is a WanImageToVideoPipeline, and": ({"_class_name": "WanImageToVideoPipeline"}, {}),
+    "between a first and a last image": ({}, {"in_channels": 36, "pos_embed_seq_len": 514}),
+    "reads 32 channels beside the latents": ({}, {"in_channels": 48}),
+    "is a WanVACEPipeline, and": ({"_class_name": "WanVACEPipeline"}, {}),
     "is a CogVideoXPipeline, and": ({"_class_name": "CogVideoXPipeline"}, {}),
 }
 

@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.caching.cache import encodings_table, priors_table
-from pipelines.caching.stages import CLIPS_WITH_FRAMES, EncodeClip
-from pipelines.caching.tables import Table, WriteRows, update_index, write_file
+from pipelines.caching.cache import encodings_table
 from pipelines.config import Config
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
@@ -24,14 +21,13 @@ from prophy.backbones.pretrained import fingerprint
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import save_branch
 from prophy.models.control import PhysicsTrace
-from prophy.schema import INPUT, QUARANTINE, CacheInput
-from prophy.taxonomy import multi_hot
 from prophy.training.cache import PriorCache
 from prophy.training.data import PriorDataset
 from prophy.training.module import ProPhyTrainModule
+from tests.backbones.small_cache import write_cache
 from tests.conftest import tiny_config
 from tests.outside import plugged_in
-from tests.wisa import PHENOMENA, WISA
+from tests.wisa import PHENOMENA
 
 CAPTIONS = ("a red ball falls", "a candle burns and burns and burns", "ice", "smoke on the left")
 LENGTH = 8
@@ -71,61 +67,9 @@ def config(package: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
-def source(number: int) -> dict:
-    return {"uri": f"{number}.mp4", "size": 1, "modified": 0.0}
-
-
-def clip(number: int) -> dict:
-    frames = np.random.default_rng(number).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
-    return {
-        "sample_id": f"{number}-clip",
-        "source": source(number),
-        "content_hash": str(number),
-        "start_s": 0.0,
-        "end_s": 2.0,
-        "fps": 8.0,
-        "num_frames": 9,
-        "height": 32,
-        "width": 32,
-        "caption": CAPTIONS[number],
-        "num_clips": 1,
-        "share": 1.0,
-        "frames": frames.tobytes(),
-        "frames_shape": frames.shape,
-    }
-
-
-def prior(number: int) -> dict:
-    row = {key: value for key, value in clip(number).items() if not key.startswith("frames")}
-    return row | {
-        "vlm_caption": "",
-        "answers": [],
-        "unparsed": [],
-        "phenomena": multi_hot([PHENOMENA[number], "melting"], PHENOMENA),
-        "map_phenomena": [number],
-        "maps": np.random.default_rng(number).random(2 * 8, dtype=np.float32),
-        "maps_shape": [2, 2, 2, 2],
-        "slice_times": [{"start_s": 0.0, "end_s": 1.0}, {"start_s": 1.0, "end_s": 2.0}],
-    }
-
-
 @pytest.fixture(scope="module")
 def cache(config: Config) -> PriorCache:
-    """The stage's rows in the cache's own tables, and priors beside them."""
-    priors, encodings = priors_table(config, WISA), encodings_table(config)
-    numbers = range(len(CAPTIONS))
-    stage = EncodeClip(config.backbone, encodings, config.run_dir / "attempts")
-    encoded = stage(pa.Table.from_pylist([clip(number) for number in numbers], CLIPS_WITH_FRAMES))
-    quarantine = Table(config.run_dir / "quarantine", QUARANTINE, {}, {})
-    written = WriteRows(encodings, quarantine)(encoded).to_pylist()
-    assert written == [{"written": len(CAPTIONS), "failed": 0, "share": float(len(CAPTIONS))}]
-    rows = pa.Table.from_pylist([prior(number) for number in numbers], priors.schema)
-    write_file(priors.folder, rows, priors.footer, row_group_size=1)
-    for table in (priors, encodings):
-        update_index(table)
-    rows = CacheInput("/videos", [source(number) for number in numbers]).to_table()
-    write_file(encodings.folder, rows, rows.schema.metadata, name=INPUT)
-    return PriorCache(priors.folder, encodings.folder)
+    return write_cache(config, CAPTIONS)
 
 
 @pytest.fixture(scope="module")

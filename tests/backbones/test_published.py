@@ -2,18 +2,24 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from pipelines.config import load_config
 from pipelines.training.model import branch_config
 from prophy.backbones.families import FAMILIES
 from tests.wisa import PHENOMENA
 
+TRANSFORMER = {"patch_size": (1, 2, 2)}
 # By preset: parameters of the published model; latents and tokens of a clip.
 PUBLISHED: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "wan2.1-1.3b": (1_418_996_800, (21, 60, 104), (21, 30, 52)),
     "wan2.1-14b": (14_288_491_584, (21, 60, 104), (21, 30, 52)),
+    "wan2.1-i2v-14b": (16_394_878_784, (21, 60, 104), (21, 30, 52)),
+    "wan2.2-ti2v-5b": (4_999_787_712, (31, 44, 80), (31, 22, 40)),
     "cogvideox-2b": (1_693_783_872, (13, 60, 90), (13, 30, 45)),
     "cogvideox-5b": (5_570_283_072, (13, 60, 90), (13, 30, 45)),
+    "cogvideox-5b-i2v": (5_570_479_680, (13, 60, 90), (13, 30, 45)),
+    "cogvideox1.5-5b-i2v": (5_571_594_880, (22, 96, 170), (11, 48, 85)),
     "cogvideox1.5-5b": (5_570_676_352, (22, 96, 170), (11, 48, 85)),
 }
 
@@ -25,12 +31,10 @@ def test_published_configuration(preset: str) -> None:
     clip, family = config.backbone, FAMILIES[config.backbone.family]
     published, classes = family.published[clip.pretrained], family.classes()
     with torch.device("meta"):
-        upstream = classes.transformer(**published)
-        shape = family.latent_shape(
-            clip.num_frames, clip.height, clip.width, family.published_vae, upstream.config
-        )
+        upstream = classes.transformer(**published.transformer)
+        shape = family.latent_shape(clip.num_frames, clip.height, clip.width, published.vae, upstream.config)
         model = classes.prophy_transformer(
-            **published, physics=branch_config(config.physics, shape, PHENOMENA).model_dump()
+            **published.transformer, physics=branch_config(config.physics, shape, PHENOMENA).model_dump()
         )
     assert shape == latents and family.token_grid(shape, upstream.config) == tokens
 
@@ -44,3 +48,12 @@ def test_published_configuration(preset: str) -> None:
     block = sum(p.numel() for p in getattr(upstream, model._block_list)[0].parameters())
     branch = sum(p.numel() for p in model.physics_branch.parameters())
     assert num_layers * block < branch < (num_layers + 3) * block
+
+
+def test_the_vae_of_ti2v_makes_what_its_record_says() -> None:
+    settings = FAMILIES["wan"].published["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].vae
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**settings)
+        latents = vae.encode(torch.empty(1, 3, 9, 64, 96)).latent_dist.mean
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 704_688_668
+    assert latents.shape == (1, 48, *FAMILIES["wan"].latent_shape(9, 64, 96, settings, TRANSFORMER))

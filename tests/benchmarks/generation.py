@@ -125,7 +125,7 @@ def count_operations() -> Table:
         )
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        _call("predict", transformer, 1, LATENTS, TEXT, "meta")
+        _call("predict", transformer, 1, LATENTS, TEXT, (), "meta")
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     def share(*modules: str) -> float:

@@ -10,7 +10,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from prophy.errors import ProPhyError
 from prophy.models.transformer_cogvideox import ProPhyCogVideoXTransformer3DModel
 
-from .conftest import COGVIDEOX, PHYSICS, make_inputs
+from .conftest import PHYSICS, make_inputs
 
 Inputs = dict[str, torch.Tensor]
 
@@ -71,10 +71,3 @@ def test_untrained_equals_a_bfloat16_backbone(backbone: CogVideoXTransformer3DMo
 def test_clips_without_positions_are_refused(transformer: ProPhyCogVideoXTransformer3DModel) -> None:
     with pytest.raises(ProPhyError, match="up to 8x8, not for 4x10"):
         transformer.rotary_embeddings(torch.zeros(1, 4, 2, 4, 10))
-
-
-@pytest.mark.parametrize("other", [{"in_channels": 8}, {"ofs_embed_dim": 16}], ids=["1.0", "1.5"])
-def test_an_image_to_video_backbone_is_refused(other: dict[str, int]) -> None:
-    backbone = CogVideoXTransformer3DModel(**COGVIDEOX | other)
-    with pytest.raises(ProPhyError, match="image-to-video"):
-        ProPhyCogVideoXTransformer3DModel.from_transformer(backbone, PHYSICS)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 
@@ -119,7 +118,41 @@ def test_a_trace_tells_steps_apart_whose_first_frame_is_given(
     assert trace.num_passes == 2
 
 
-def test_an_image_to_video_backbone_is_refused(backbone: WanTransformer3DModel) -> None:
-    backbone.register_to_config(image_dim=8)
-    with pytest.raises(ProPhyError, match="image-to-video"):
-        ProPhyWanTransformer3DModel.from_transformer(backbone, PHYSICS)
+def of_an_image(inputs: Inputs) -> Inputs:
+    """What `predict` takes beside latents and timestep: 512 tokens of text, and an image."""
+    torch.manual_seed(3)
+    return {
+        "prompt_embeds": torch.randn(2, 512, 16),
+        "image_latents": torch.randn_like(inputs["hidden_states"]),
+        "image_embeds": torch.randn(2, 257, 8),
+    }
+
+
+@pytest.mark.parametrize("embeds", [True, False])  # Wan2.1 reads CLIP's too, Wan2.2 the latents alone
+def test_a_model_of_images_reads_mask_and_latents_of_the_first_frame(inputs: Inputs, embeds: bool) -> None:
+    torch.manual_seed(0)
+    reads = {"image_dim": 8, "added_kv_proj_dim": 48} if embeds else {}
+    backbone = WanTransformer3DModel(**WAN | {"in_channels": 4 + 4 + 4} | reads)
+    model: Any = ProPhyWanTransformer3DModel.from_transformer(backbone, PHYSICS)
+    latents, timestep, given = inputs["hidden_states"], inputs["timestep"], of_an_image(inputs)
+    if not embeds:
+        del given["image_embeds"]
+    mask = torch.zeros(2, 4, 2, 4, 6)
+    mask[:, :, 0] = 1
+    read = torch.cat([latents, mask, given["image_latents"]], dim=1)
+    expected = backbone(read, timestep, given["prompt_embeds"], given.get("image_embeds")).sample
+    output = model.predict(latents, timestep, given)
+    assert torch.equal(output.sample, expected) and output.sample.shape == latents.shape
+    routing = model.route(latents, timestep, given)
+    assert torch.equal(routing.phenomenon_maps, output.routing.phenomenon_maps)
+
+    # The mixture of the semantic experts is added to the noisy latents, and to nothing of the image.
+    assert model.physics_branch.semantic.basis_maps.shape[1] == 4
+    mixture, _ = model.physics_branch.semantic(given["prompt_embeds"], latents.shape[2:])
+    mixed = torch.cat([latents + mixture, read[:, 4:]], dim=1)
+    torch.testing.assert_close(
+        model._embed_patches(read) + model._embed_mixture(mixture), model._embed_patches(mixed)
+    )
+    for name in given:
+        changed = model.predict(latents, timestep, given | {name: -given[name]})
+        assert not torch.equal(changed.routing.phenomenon_maps, output.routing.phenomenon_maps)

@@ -167,7 +167,7 @@ def test_missing_prompt_file(prophy: CommandLine, tmp_path: Path) -> None:
     assert "no prompt file" in prophy.mistake("generate", "--prompts", str(tmp_path / "a.png"))
     (tmp_path / "list.jsonl").write_text('{"prompt": "a ball", "image": "a.png"}\n')
     mistake = prophy.mistake("generate", "--prompts", str(tmp_path / "list.jsonl"))
-    assert "give one per line and nothing else" in mistake and "images are not taken" in mistake
+    assert "give one per line and nothing else: prompts in --prompts, and images" in mistake
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "a ball falls"), ("serve",)])

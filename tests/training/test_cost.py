@@ -68,13 +68,13 @@ def test_checkpointing_and_batch_do_not_matter(transformer: ProPhyWanTransformer
 def test_routing_ahead_runs_the_branch_alone_or_all_where_it_has_no_blocks(
     transformer: ProPhyWanTransformer3DModel,
 ) -> None:
-    routing = count_forward_flops(transformer, BATCH_SIZE, LATENTS, TEXT, "route")
+    routing = count_forward_flops(transformer, BATCH_SIZE, LATENTS, TEXT, method="route")
     assert routing == pytest.approx(BRANCH, rel=0.02)
     physics = transformer.config.physics | {"physical_blocks": False}
     with torch.device("meta"):
         without = ProPhyWanTransformer3DModel.from_config({**transformer.config, "physics": physics})
     whole = count_flops(without, BATCH_SIZE, LATENTS, TEXT)
-    routing = count_forward_flops(without, BATCH_SIZE, LATENTS, TEXT, "route")
+    routing = count_forward_flops(without, BATCH_SIZE, LATENTS, TEXT, method="route")
     assert routing == pytest.approx(whole / 3, rel=0.01)
     assert count_forward_flops(without, BATCH_SIZE, LATENTS, TEXT) == pytest.approx(whole / 3, rel=0.01)
 

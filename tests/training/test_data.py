@@ -113,7 +113,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> PriorCache:
 
 
 def dataset(
-    cache: PriorCache, rank: int = 0, world_size: int = 1, micro: int = 4, seed: int = 0
+    cache: PriorCache,
+    rank: int = 0,
+    world_size: int = 1,
+    micro: int = 4,
+    seed: int = 0,
+    image_share: float = 0.25,
 ) -> PriorDataset:
     return PriorDataset(
         cache,
@@ -125,6 +130,7 @@ def dataset(
         recipe="minus_background",
         negatives="zero",
         caption_dropout=0.5,
+        image_share=image_share,
         seed=seed,
     )
 
@@ -242,8 +248,39 @@ def test_chance_depends_on_seed_step_and_sample(cache: PriorCache) -> None:
     assert torch.stack([sample["drop_caption"] for sample in samples]).float().mean() == pytest.approx(
         0.5, abs=0.1
     )
+    given = torch.stack([sample["given"] for sample in samples])
+    assert given.float().mean() == pytest.approx(0.25, abs=0.1)
     noise = torch.cat([sample["noise"].flatten() for sample in samples])
     assert noise.mean() == pytest.approx(0, abs=0.02) and noise.std() == pytest.approx(1, abs=0.02)
+
+
+def test_how_many_samples_begin_with_an_image_changes_no_other_chance(cache: PriorCache) -> None:
+    for step in range(3):
+        [never], [always] = dataset(cache, image_share=0.0)[step][0], dataset(cache, image_share=1.0)[step][0]
+        assert not never.given.any() and always.given.all()
+        for name, value in by_sample([always]).items():
+            own = by_sample([never])[name]
+            assert all(torch.equal(own[key], value[key]) for key in own if key != "given")
+
+
+def test_a_single_latent_frame_is_never_given(tmp_path: Path) -> None:
+    write_cache(tmp_path, {f"s{number}": (4, 1, 4, 4) for number in range(4)})
+    shape = ClipShape(num_frames=1, latents=(4, 1, 4, 4), token_grid=(1, 2, 2))
+    cache = open_cache(tmp_path)
+    source = PriorDataset(
+        cache,
+        BatchPlan(cache.shapes, 4, 0),
+        [shape],
+        micro_batch_size=4,
+        rank=0,
+        world_size=1,
+        recipe="none",
+        negatives="ignore",
+        caption_dropout=0.0,
+        image_share=1.0,
+        seed=0,
+    )
+    assert not source[0][0][0].given.any()
 
 
 def test_reader_process_gives_the_same_steps(cache: PriorCache) -> None:
@@ -325,5 +362,6 @@ def test_latents_of_another_grid(cache: PriorCache) -> None:
             recipe="none",
             negatives="ignore",
             caption_dropout=0.0,
+            image_share=0.0,
             seed=0,
         )

@@ -1,4 +1,4 @@
-"""Eq. 3 to 5 against the formulas, written out slowly; load balancing at the values that are known."""
+"""Losses against their formulas, written out slowly; load balancing at the values that are known."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prophy.training.losses import (
+    diffusion_loss,
     expert_load,
     load_balancing_loss,
     semantic_alignment_loss,
@@ -17,6 +18,21 @@ from prophy.training.losses import (
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
+
+
+def test_diffusion_is_the_mean_squared_error_of_what_was_noisy() -> None:
+    torch.manual_seed(0)
+    prediction, target = torch.randn(2, 2, 4, 3, 2, 2)
+    neither = torch.zeros(2, dtype=torch.bool)
+    expected = torch.nn.functional.mse_loss(prediction, target)
+    torch.testing.assert_close(diffusion_loss(prediction, target, neither), expected)
+
+    of_first = torch.nn.functional.mse_loss(prediction[0, :, 1:], target[0, :, 1:])
+    of_second = torch.nn.functional.mse_loss(prediction[1], target[1])
+    given = torch.tensor([True, False])
+    torch.testing.assert_close(diffusion_loss(prediction, target, given), (of_first + of_second) / 2)
+    parts = [diffusion_loss(prediction[i : i + 1], target[i : i + 1], given[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(sum(parts) / 2, (of_first + of_second) / 2)
 
 
 def test_semantic_alignment_is_eq_3_and_4() -> None:

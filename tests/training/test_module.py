@@ -1,5 +1,6 @@
 """From a batch to a loss, in bare torch."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -66,6 +67,7 @@ def batch() -> TrainBatch:
         target_mask=torch.rand(3, TOKENS, 17, generator=generator) < 0.3,
         noise=torch.randn(3, 4, 2, 4, 4, generator=generator),
         timestep_quantile=torch.tensor([0.3, 0.6, 0.9]),
+        given=torch.zeros(3, dtype=torch.bool),
     )
 
 
@@ -91,6 +93,36 @@ def test_loss_is_eq_6(batch: TrainBatch, reduction: Reduction) -> None:
 
     torch.testing.assert_close(output.diffusion, diffusion.detach())
     torch.testing.assert_close(output.loss, diffusion + 0.1 * coarse + 0.02 * fine + 0.01 * balance)
+
+
+def test_of_a_given_first_latent_the_model_sees_no_noise_and_the_loss_sees_nothing(
+    batch: TrainBatch,
+) -> None:
+    module = build()
+    module.takes_first_latent = True
+    given = replace(batch, given=torch.tensor([True, False, True]))
+    noisy, timesteps, text = module._inputs(given)
+    plain, of_samples, _ = build()._inputs(batch)
+    assert torch.equal(noisy[given.given, :, 0], batch.latents[given.given, :, 0])
+    assert torch.equal(noisy[1], plain[1]) and torch.equal(noisy[:, :, 1:], plain[:, :, 1:])
+    assert timesteps.shape == (3, TOKENS)
+    assert torch.equal(timesteps[:, -1], of_samples) and torch.equal(timesteps[:, 0] == 0, given.given)
+
+    output = module(given, SemanticBatch.join([given]))
+    predicted = module.transformer.predict(noisy, timesteps, text).sample
+    errors = (predicted - (batch.noise - batch.latents)).square()
+    parts = [errors[0, :, 1:].mean(), errors[1].mean(), errors[2, :, 1:].mean()]
+    torch.testing.assert_close(output.diffusion, torch.stack(parts).mean().detach())
+    output.loss.backward()
+    branch: Any = module.transformer.physics_branch
+    assert branch.blocks[0].injection.weight.grad.any()
+
+
+def test_where_nothing_is_given_timesteps_of_tokens_change_nothing_but_rounding(batch: TrainBatch) -> None:
+    module = build()
+    expected = module(batch)
+    module.takes_first_latent = True
+    torch.testing.assert_close(module(batch), expected)
 
 
 def test_output_is_a_dictionary_whose_loss_alone_has_a_graph(batch: TrainBatch) -> None:

@@ -11,7 +11,7 @@ from diffusers import (
 )
 
 from prophy.tiny.pipeline import SCHEDULER
-from prophy.training.objectives import FlowMatching, Objective, VPrediction
+from prophy.training.objectives import FlowMatching, Objective, VPrediction, give_first_latent
 
 SCHEDULERS = [UniPCMultistepScheduler(**SCHEDULER), FlowMatchEulerDiscreteScheduler(shift=5.0)]
 
@@ -103,3 +103,13 @@ def test_velocity_is_the_schedulers(
     assert torch.equal(noisy[2], noise[2]) and torch.equal(velocity[2], -latents[2])
     torch.testing.assert_close(scheduler.add_noise(latents, noise, timesteps), noisy)
     torch.testing.assert_close(scheduler.get_velocity(latents, noise, timesteps), velocity)
+
+
+def test_a_given_first_latent_has_no_noise_and_timestep_0(latents: torch.Tensor, noise: torch.Tensor) -> None:
+    timesteps, given = torch.tensor([100.0, 500.0, 900.0]), torch.tensor([True, False, True])
+    seen, of_tokens = give_first_latent(noise, latents, timesteps, given, num_tokens=8)
+    assert torch.equal(seen[:, :, 1:], noise[:, :, 1:])
+    for index, is_given in enumerate(given):
+        assert torch.equal(seen[index, :, 0], (latents if is_given else noise)[index, :, 0])
+        first = 0.0 if is_given else float(timesteps[index])
+        assert of_tokens[index].tolist() == [first] * 4 + [float(timesteps[index])] * 4

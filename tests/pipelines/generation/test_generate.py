@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipelines.generation import generate
 from prophy.errors import ProPhyError
 from prophy.video import probe
 from tests.conftest import tiny_config
+from tests.wan import write_ti2v
 
 SMALL = ("backbone.num_frames=5", "backbone.height=32", "backbone.width=32", "sampling.num_inference_steps=2")
 
@@ -55,3 +57,42 @@ def test_empty_prompts(tmp_path: Path) -> None:
     for prompts in ([], ["a ball", " "]):
         with pytest.raises(ProPhyError, match="give at least one, and none empty"):
             generate.run(tiny_config(tmp_path), prompts)
+
+
+def test_images_that_do_not_fit_the_prompts_or_cannot_be_read(tmp_path: Path) -> None:
+    backbone = write_ti2v(tmp_path / "backbone")
+    config = tiny_config(tmp_path / "run", f"backbone.pretrained={backbone}", "checkpoint=null")
+    image, text, missing = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
+    Image.new("RGB", (8, 8)).save(image)
+    text.write_text("no image")
+    for images, reason in (
+        ([image, image], "3 prompts and 2 images; give as many, or one image for all"),
+        ([text], "b.png is no image that can be read"),
+        ([missing], "cannot read the image .*c.png: No such file"),
+    ):
+        with pytest.raises(ProPhyError, match=reason):
+            generate.run(config, ["a ball", "a candle", "ice"], images)
+    sea = tiny_config(
+        tmp_path / "run",
+        f"backbone.pretrained={backbone}",
+        "checkpoint=null",
+        "sampling.step_cache.sea=0.1",
+    )
+    with pytest.raises(ProPhyError, match="leave the image out, or use first_block or taylorseer"):
+        generate.run(sea, ["a ball"], [image])
+    with pytest.raises(ProPhyError, match="from text alone and takes no image"):
+        generate.run(tiny_config(tmp_path / "run"), ["a ball"], [image])
+
+
+def test_a_video_is_named_after_its_image_too(tmp_path: Path) -> None:
+    backbone = write_ti2v(tmp_path / "backbone")
+    config = tiny_config(tmp_path / "run", f"backbone.pretrained={backbone}", "checkpoint=null")
+    images = [tmp_path / f"{color}.png" for color in ("red", "blue")]
+    for image in images:
+        Image.new("RGB", (8, 8), image.stem).save(image)
+    prompts = ["a ball"] * 3
+    of_each = generate._specs(config, prompts[:2], images)
+    of_one = generate._specs(config, prompts, images[:1])
+    assert [spec.seed for spec in of_each] == [0, 0] and [spec.seed for spec in of_one] == [0, 1, 2]
+    assert of_each[0] == of_one[0] and of_each[0].image != of_each[1].image
+    assert generate._specs(config, prompts[:1], [])[0].image is None

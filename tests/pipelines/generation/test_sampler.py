@@ -68,7 +68,7 @@ def test_the_warm_up_is_of_the_models_own_shape_on_a_gpu(
 ) -> None:
     sampler.warm_up(LIMITS)  # on the CPU, for real
     asked: list[VideoSpec] = []
-    monkeypatch.setattr(sampler, "sample", asked.append)
+    monkeypatch.setattr(sampler, "sample", lambda spec, image: asked.append(spec))
     clip = config.backbone
     small = LIMITS.model_copy(update={"max_pixels": clip.height * clip.width - 1})
     for device, limits in (("cpu", LIMITS), ("cuda", LIMITS), ("cuda", small)):

@@ -261,6 +261,7 @@ def joint_batch(size: int, seed: int = 3) -> TrainBatch:
         target_mask=torch.rand(size, 12, 17, generator=generator) < 0.3,
         noise=torch.randn(size, 4, 3, 4, 4, generator=generator),
         timestep_quantile=torch.rand(size, generator=generator),
+        given=torch.zeros(size, dtype=torch.bool),
     )
 
 

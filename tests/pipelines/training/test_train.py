@@ -372,7 +372,7 @@ def test_log_drops_what_came_after_the_checkpoint(config: Config, tmp_path: Path
 def test_utilisation_is_of_all_workers(config: Config, tmp_path: Path) -> None:
     """Two workers with a peak of 100 operations per second and two micro-batches of 50 each per step."""
     losses = dict.fromkeys(("diffusion", "semantic_alignment", "token_alignment", "load_balancing"), 1.0)
-    batch = TrainBatch(["a"], torch.zeros(1, 4, 3, 8, 8), {}, *[torch.zeros(1, 48, 17)] * 6)
+    batch = TrainBatch(["a"], torch.zeros(1, 4, 3, 8, 8), {}, *[torch.zeros(1, 48, 17)] * 7)
     log = MetricsLog(tmp_path, 0, config.train, {(4, 3, 8, 8): 50}, 100.0)
     for _ in range(3):
         log.count([batch, batch])

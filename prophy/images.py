@@ -1,0 +1,52 @@
+"""Images that videos begin with: from a file's bytes, which anybody may have sent, to pixels of one size."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from prophy.errors import ProPhyError
+from prophy.picture import cut_share
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 50_000_000  # 150 MB as RGB; more than any camera of a telephone takes
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # the others hold more than 8 bits
+
+
+def read_image(content: bytes, name: str) -> Image.Image:
+    """The picture in a file, RGB, upright by its EXIF orientation; what is transparent becomes white.
+
+    Args:
+        content: the file's; its format is what it holds, whatever its name says.
+        name: for the message.
+
+    Raises:
+        ProPhyError: too large, of another format, damaged, or of more than 8 bits.
+    """
+    if len(content) > MAX_BYTES:
+        raise ProPhyError(f"{name} has {len(content)} bytes; give an image of at most {MAX_BYTES}")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ProPhyError(
+                    f"{name} has {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS}"
+                )
+            if image.mode not in _MODES:
+                raise ProPhyError(f"{name} has more than 8 bits a channel; give an image of 8")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            white = Image.new("RGBA", upright.size, "white")
+            return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        raise ProPhyError(f"{name} is no image that can be read; give a {', '.join(FORMATS)} file") from None
+
+
+def fit_image(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """An image cut at its centre to an aspect ratio, as clips are, and resized: uint8 `[H, W, 3]`."""
+    high, wide = cut_share(image.height, image.width, width / height)
+    left, top = (1 - wide) / 2 * image.width, (1 - high) / 2 * image.height
+    box = (left, top, image.width - left, image.height - top)
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))
