@@ -178,6 +178,8 @@ class VideoSampler:
 
         knobs = {} if spec.physics is None else spec.physics.model_dump(exclude={"return_maps"})
         physics = None if spec.physics is None and trace is None else PhysicsControl(**knobs, trace=trace)
+        if self._images == "always" and not images:
+            raise ProPhyError("this model makes videos of images alone; give one to begin with")
         pipeline, given = self._with(images, spec) if images else (self._pipeline, {})
         with autocast(self._device, self._autocast), self._caching_steps(spec.step_cache):
             output = pipeline(

@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig, ReplicaState
 
-from pipelines.config import Config, ServeConfig, load_config
+from pipelines.config import BackboneConfig, Config, ServeConfig, load_config
 from pipelines.generation.limits import check_model, shape_limits
 from pipelines.generation.spec import ShapeLimits, VideoSpec
 from pipelines.resources import needs_of, room_for
@@ -40,6 +40,7 @@ from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ApiError
 from pipelines.serving.replica import VideoGenerator
 from pipelines.serving.service import GeneratorStatus, VideoService
+from prophy.backbones.pretrained import takes_images
 from prophy.errors import ProPhyError
 
 logger = logging.getLogger("ray.serve")  # the ingress's own: JSON lines with its context
@@ -226,6 +227,7 @@ def serving(config: Config) -> Iterator[str]:
             "or serve.port"
         ) from None
     check_model(config)
+    _check_takes_text(config.backbone)
     open_run(config, "serve")
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -301,6 +303,14 @@ def run(config: Config) -> None:
         stop.wait()
         faulthandler.dump_traceback_later(STOP_WITHIN_S, exit=True)
     faulthandler.cancel_dump_traceback_later()
+
+
+def _check_takes_text(backbone: BackboneConfig) -> None:
+    if takes_images(backbone.family, backbone.pretrained, backbone.revision) == "always":
+        raise ProPhyError(
+            f"the endpoint takes no images, and {backbone.pretrained} makes videos of images alone; use "
+            "`prophy generate --image`, or serve another backbone.pretrained"
+        )
 
 
 def _check_keys(settings: ServeConfig) -> None:

@@ -99,7 +99,8 @@ def image_share(config: Config) -> float:
     """The share of samples whose first latent frame is given.
 
     Raises:
-        ProPhyError: the configuration names one, and the backbone takes no images, or always.
+        ProPhyError: the configuration names one, and the backbone takes no images, or always; or it names
+            prompts of samples where the backbone always takes an image.
     """
     backbone, share = config.backbone, config.train.image_share
     images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
@@ -108,6 +109,11 @@ def image_share(config: Config) -> float:
             raise ProPhyError(
                 f"train.image_share is {share:g}, but {backbone.pretrained} always takes an image; set it to "
                 f"null"
+            )
+        if config.train.sample_prompts:
+            raise ProPhyError(
+                f"train.sample_prompts become videos of text alone, and {backbone.pretrained} always takes "
+                f"an image; set them to []"
             )
         return 0.0
     if images == "never":

@@ -162,6 +162,8 @@ def test_what_was_trained_makes_videos_that_depend_on_the_image(
     else:
         with pytest.raises(ProPhyError, match="of images alone; give one"):
             limits.check_image(False, of_text.step_cache)
+        with pytest.raises(ProPhyError, match="of images alone; give one"):
+            sampler.sample(of_text)
 
 
 def test_its_training_can_be_planned(config: Config) -> None:
@@ -179,3 +181,6 @@ def test_a_share_of_images_is_for_models_that_can_do_without(
     else:
         with pytest.raises(ProPhyError, match="always takes an image; set it to null"):
             build_dataset(own, cache, 0)
+        prompts = config.train.model_copy(update={"sample_prompts": ["a ball"]})
+        with pytest.raises(ProPhyError, match=r"sample_prompts .* always takes an image; set them to \[\]"):
+            build_dataset(config.model_copy(update={"train": prompts}), cache, 0)

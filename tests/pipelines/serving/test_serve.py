@@ -40,6 +40,7 @@ from tests.servers import (
     until,
     wait,
 )
+from tests.wan import I2V_SEQUENCE_LENGTH, write_i2v
 
 NUM_JOBS = 8
 
@@ -324,6 +325,21 @@ def test_taken_port(tmp_path: Path) -> None:
             serve.serving(config),
         ):
             pass
+
+
+def test_a_model_of_images_alone_is_not_served(tmp_path: Path) -> None:
+    backbone = write_i2v(tmp_path / "backbone")
+    config = tiny_config(
+        tmp_path / "run",
+        f"backbone.pretrained={backbone}",
+        f"backbone.max_sequence_length={I2V_SEQUENCE_LENGTH}",
+        "checkpoint=null",
+    )
+    refusal = pytest.raises(
+        ProPhyError, match="takes no images, and .* of images alone; use `prophy generate"
+    )
+    with refusal, serve.serving(config):
+        pass
 
 
 def test_other_machines_need_keys(tmp_path: Path) -> None:
