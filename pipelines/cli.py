@@ -387,7 +387,10 @@ def key() -> None:
 @app.command(rich_help_panel=_DEFAULT)
 def pretrain(
     part: Annotated[
-        Part, typer.Argument(help="vlm, vae, backbone (after the vae), branch (after all), or bundle.")
+        Part,
+        typer.Argument(
+            help="vlm, vae, text_encoder, backbone, branch, each after those before it, or bundle."
+        ),
     ],
     config: ConfigOption = PRESET,
     set_: SetOption = None,

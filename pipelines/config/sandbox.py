@@ -31,7 +31,7 @@ class SimulateConfig(Section):
     """Height and width of a clip in pixels."""
 
 
-Part = Literal["vlm", "vae", "backbone", "branch", "bundle"]
+Part = Literal["vlm", "vae", "text_encoder", "backbone", "branch", "bundle"]
 """A part of the embedded default, or all that were trained, put where the product looks for them."""
 
 
@@ -44,6 +44,9 @@ class PretrainConfig(Section):
     num_clips: PositiveInt = 3000
     """Simulated clips that VAE and backbone learn from."""
 
+    text_steps: Annotated[PositiveInt, How()] = 1000
+    """Optimizer steps of the text encoder."""
+
     vlm_steps: Annotated[PositiveInt, How()] = 2000
     """Optimizer steps of the VLM."""
 
@@ -52,6 +55,9 @@ class PretrainConfig(Section):
 
     backbone_steps: Annotated[PositiveInt, How()] = 1900
     """Optimizer steps of the transformer."""
+
+    start_from: LocalPath | None = None
+    """Folder of a transformer that the backbone goes on from; null begins with new weights."""
 
     seed: Seed = 0
     """Seed of the clips, of new weights and of the order of batches."""

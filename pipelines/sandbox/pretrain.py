@@ -17,6 +17,7 @@ from pipelines.sandbox import simulate
 from pipelines.training import train
 from prophy.errors import ProPhyError
 from prophy.pretraining.backbone import BackboneRecipe, pretrain_backbone
+from prophy.pretraining.text import TextRecipe, pretrain_text
 from prophy.pretraining.vae import VaeRecipe, pretrain_vae
 from prophy.pretraining.vlm import VlmRecipe, pretrain_vlm
 from prophy.sandbox import check_taxonomy
@@ -29,7 +30,7 @@ _SMOOTHED_OVER = 20
 
 
 def run(config: Config, part: Part) -> Path:
-    """Trains a part: the VLM, the VAE, the transformer (after the VAE), or the Physical Branch (after all).
+    """Trains a part: the VLM, the VAE, the text encoder, the transformer (after these two), or the branch.
 
     Args:
         config: the run; its `pretrain` section says how long. The branch is trained as any other, on
@@ -60,11 +61,16 @@ def run(config: Config, part: Part) -> Path:
                 folder,
                 VaeRecipe(num_steps=settings.vae_steps, num_clips=settings.num_clips, seed=settings.seed),
             )
+        case "text_encoder":
+            progress = pretrain_text(folder, TextRecipe(num_steps=settings.text_steps, seed=settings.seed))
         case "backbone":
             progress = pretrain_backbone(
                 folder,
                 BackboneRecipe(
-                    num_steps=settings.backbone_steps, num_clips=settings.num_clips, seed=settings.seed
+                    num_steps=settings.backbone_steps,
+                    num_clips=settings.num_clips,
+                    seed=settings.seed,
+                    start_from=settings.start_from,
                 ),
             )
     _draw_curves(progress.history, folder / f"{part}_curves.png")
@@ -73,13 +79,18 @@ def run(config: Config, part: Part) -> Path:
 
 
 def _bundle(run_dir: Path) -> Path:
-    """Raises `ProPhyError` where nothing was trained."""
+    """Raises `ProPhyError` where nothing was trained, or one half of what belongs together."""
     places = RunFolder(run_dir)
-    trained = {part: places.pretrained / part for part in ("vlm", "vae", "transformer")}
+    trained = {part: places.pretrained / part for part in ("vlm", "vae", "text_encoder", "transformer")}
     trained["branch"] = places.model
     parts = {part: folder for part, folder in trained.items() if folder.is_dir()}
     if not parts:
         raise ProPhyError(f"nothing was trained in {run_dir}; run `prophy pretrain` with this run_dir first")
+    if ("text_encoder" in parts) != ("transformer" in parts):
+        raise ProPhyError(
+            f"text encoder and backbone belong together, and {run_dir} has one of them; run `prophy pretrain "
+            f"{'backbone' if 'text_encoder' in parts else 'text_encoder'}` with this run_dir first"
+        )
     with tempfile.TemporaryDirectory() as rounded:
         if "branch" in parts:
             parts["branch"] = shutil.copytree(parts["branch"], Path(rounded) / "branch")

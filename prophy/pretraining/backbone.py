@@ -1,6 +1,8 @@
 """Trains the embedded transformer on simulated clips by flow matching, without any physics.
 
-It does not know the Physical Branch. The VAE has been trained before.
+It is trained as Wan2.2-TI2V is: each token has a timestep, and in a share of the samples the first latent
+frame is given without noise, so that one set of weights makes videos of a text alone and of a first frame.
+It does not know the Physical Branch. VAE and text encoder have been trained before.
 """
 
 import json
@@ -15,6 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, UMT5EncoderModel
 
 from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.loading import load_pipeline
@@ -27,6 +30,7 @@ from prophy.pretraining.recipe import (
     NUM_FRAMES,
     SIZE,
     Progress,
+    TrainingClips,
     fit,
     held_out_clips,
     round_to_bfloat16,
@@ -34,14 +38,17 @@ from prophy.pretraining.recipe import (
     training_clips,
     trapezoid,
 )
-from prophy.sandbox import contact_sheet
+from prophy.pretraining.text import say
+from prophy.sandbox import Part, contact_sheet
 from prophy.tiny.pipeline import MAX_SEQUENCE_LENGTH, SCHEDULER, TRANSFORMER, write_pipeline
+from prophy.tiny.text import TEXT_DIM
 from prophy.training.objectives import FlowMatching
 
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _CLIPS_PER_FILE = 50
+_PURE_NOISE = 0.96
 
 SAMPLING = Sampling(num_frames=NUM_FRAMES, fps=FPS, size=SIZE, num_inference_steps=25, guidance_scale=5.0)
 """How the embedded default makes videos; the preset `tiny` says the same."""
@@ -58,14 +65,19 @@ class BackboneRecipe:
         num_clips: simulated clips to train on.
         num_held_out: clips to validate on.
         num_samples: held-out captions to make videos of.
-        num_captions: wordings of each clip that are drawn from.
+        start_from: folder of a transformer to begin with; None for new weights.
         seed: decides weights, clips and draws.
         batch_size: clips in a step.
+        micro_batch_size: clips in a forward pass.
         learning_rate: Muon's and AdamW's.
         weight_decay: that of both optimisers.
         warmup_steps: steps until the learning rate is reached.
         decay_share: last share of the steps, in which it falls to zero.
+        paraphrased: share of clauses that no caption holds, as in the text encoder's training.
         caption_dropout: share of captions that are replaced by the empty prompt.
+        first_frame: share of samples whose first latent frame is given.
+        pure_noise: share of samples with a sigma above 0.96, where the text alone says what is where. Half of
+            the others are spread as the sampler's steps, half as the objective spreads them.
         ema_decay: decay of the weights' moving average, which is what is kept.
         validate_every: steps between validations.
     """
@@ -74,14 +86,18 @@ class BackboneRecipe:
     num_clips: int = 2000
     num_held_out: int = 64
     num_samples: int = 16
-    num_captions: int = 2
+    start_from: Path | None = None
     seed: int = 0
     batch_size: int = 16
-    learning_rate: float = 4e-3
+    micro_batch_size: int = 8
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 50
     decay_share: float = 0.55
+    paraphrased: float = 0.4
     caption_dropout: float = 0.1
+    first_frame: float = 1 / 3
+    pure_noise: float = 0.2
     ema_decay: float = 0.995
     validate_every: int = 100
 
@@ -89,22 +105,38 @@ class BackboneRecipe:
 def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
     """Encodes, trains, measures and saves; goes on where it was cut off.
 
-    Reads `vae/` and writes `transformer/` (diffusers' layout, bfloat16), `transformer.json` (recipe and
-    measurements) and `transformer.png` (videos of held-out captions) in `folder`; keeps `pipeline/` (that VAE
-    and the text encoder, with an untrained transformer), `encodings/` and `transformer.pt` there.
+    Reads `vae/` and `text_encoder/`, and writes `transformer/` (diffusers' layout, bfloat16),
+    `transformer.json` (recipe and measurements) and `transformer.png` (videos of held-out captions) in
+    `folder`; keeps `pipeline/` (these three, the transformer untrained), `clips/`, `encodings/` and
+    `transformer.pt` there.
 
     Raises:
-        ProPhyError: the VAE has not been trained in this folder.
+        ProPhyError: the VAE or the text encoder has not been trained in this folder.
     """
-    if not (folder / "vae").is_dir():
-        raise ProPhyError(
-            f"no VAE in {folder / 'vae'}; run `prophy pretrain vae` with the same run_dir first"
-        )
+    for part in ("vae", "text_encoder"):
+        if not (folder / part).is_dir():
+            raise ProPhyError(
+                f"no {part} in {folder / part}; run `prophy pretrain {part}` with the same run_dir first"
+            )
     torch.manual_seed(recipe.seed)
-    transformer = WanTransformer3DModel(**TRANSFORMER)
-    _initialise(transformer)
-    write_pipeline(folder / "pipeline", AutoencoderKLWan.from_pretrained(folder / "vae"), transformer)
-    training, validation = _encode(folder, recipe)
+    transformer = WanTransformer3DModel(**TRANSFORMER | {"text_dim": TEXT_DIM})
+    if recipe.start_from is None:
+        _initialise(transformer)
+    else:
+        earlier = WanTransformer3DModel.from_pretrained(recipe.start_from, dtype=torch.float32)
+        transformer.load_state_dict(earlier.state_dict())
+    write_pipeline(
+        folder / "pipeline",
+        AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder / "text_encoder"),
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        transformer,
+    )
+    encoder = VideoEncoder(
+        str(folder / "pipeline"), None, "float32", "bfloat16", MAX_SEQUENCE_LENGTH, family="wan"
+    )
+    clips = training_clips(folder / "clips", recipe.num_clips, recipe.seed)
+    latents, validation = _encode(folder, clips, encoder, recipe)
     objective = FlowMatching(SCHEDULER["flow_shift"])
 
     matrices = [p for name, p in transformer.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
@@ -120,14 +152,18 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
     def take_step(step: int) -> dict[str, float]:
         factor = trapezoid(step, recipe.num_steps, recipe.warmup_steps, recipe.decay_share)
         set_learning_rate(optimisers, rate * factor)
-        loss = _losses(transformer, objective, **_draw(training, recipe, step)).mean()
+        batch = _draw(latents, clips.parts, encoder, objective, recipe, step)
         transformer.zero_grad()
-        loss.backward()
+        losses = []
+        for part in _split(batch, recipe.micro_batch_size):
+            loss = _losses(transformer, objective, **part).sum() / recipe.batch_size
+            loss.backward()
+            losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
         average.step(transformer.parameters())
-        measured = {"loss": loss.item()}
+        measured = {"loss": sum(losses)}
         if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.num_steps:
             average.store(transformer.parameters())
             average.copy_to(transformer.parameters())
@@ -143,7 +179,7 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
     losses = _validate(transformer, objective, validation, recipe)
     seconds_per_video = _sample(folder, transformer.eval(), recipe)
     measured = {
-        "recipe": asdict(recipe),
+        "recipe": asdict(recipe) | {"start_from": recipe.start_from and str(recipe.start_from)},
         "seconds": progress.seconds,
         "cpu_seconds": progress.cpu_seconds,
         "parameters": transformer.num_parameters(),
@@ -169,59 +205,88 @@ def _initialise(transformer: WanTransformer3DModel) -> None:
             block.scale_shift_table[:, [2, 5]] = 0.3  # the gates of self-attention and feed-forward
 
 
-def _encode(folder: Path, recipe: BackboneRecipe) -> tuple[Tensors, Tensors]:
-    """Training and held-out clips: `latents` `[N, C, T, H, W]` and `text` `[N, num_captions, L, D]`.
+def _encode(
+    folder: Path, clips: TrainingClips, encoder: VideoEncoder, recipe: BackboneRecipe
+) -> tuple[torch.Tensor, Tensors]:
+    """Training latents `[N, C, T, H, W]` in half precision, and what `_losses` takes of held-out clips.
 
-    In half precision, encoded on first use, file by file. Training has `empty`, the empty prompt's text, too.
+    Clips are encoded on first use, file by file.
     """
-    encoder = VideoEncoder(
-        str(folder / "pipeline"), None, "float32", "bfloat16", MAX_SEQUENCE_LENGTH, family="wan"
-    )
-    clips = training_clips(folder / "clips", recipe.num_clips, recipe.seed)
-    held_out = held_out_clips(recipe.num_held_out)
     (folder / "encodings").mkdir(exist_ok=True)
-    files = []
+    latents = []
     for start in range(0, recipe.num_clips, _CLIPS_PER_FILE):
-        chosen = slice(start, start + _CLIPS_PER_FILE)
-        rng = np.random.default_rng((recipe.seed, start))
-        captions = [list(rng.choice(said, recipe.num_captions)) for said in clips.captions[chosen]]
         path = folder / "encodings" / f"{start:06d}.safetensors"
-        files.append(_encode_once(path, encoder, clips.frames[chosen], captions))
-        logger.info("encoded %d of %d clips", start + len(captions), recipe.num_clips)
-    training = {name: torch.cat([file[name] for file in files]) for name in files[0]}
-    frames, captions = np.stack([clip.frames for clip in held_out]), [[clip.caption] for clip in held_out]
-    validation = _encode_once(folder / "encodings" / "held_out.safetensors", encoder, frames, captions)
-    return training | {"empty": encoder.encode_text([""])["prompt_embeds"][0]}, validation
+        latents.append(_encode_once(path, encoder, clips.frames[start : start + _CLIPS_PER_FILE]))
+        logger.info("encoded %d of %d clips", start + len(latents[-1]), recipe.num_clips)
+    held_out = held_out_clips(recipe.num_held_out)
+    frames = np.stack([clip.frames for clip in held_out])
+    held = _encode_once(folder / "encodings" / "held_out.safetensors", encoder, frames).float()
+    quantile = (torch.arange(len(held)) + 0.5) / len(held)
+    validation = {
+        "latents": held,
+        "text": encoder.encode_text([clip.caption for clip in held_out])["prompt_embeds"].float(),
+        "noise": torch.randn(held.shape, generator=torch.Generator().manual_seed(recipe.seed)),
+        "timesteps": FlowMatching(SCHEDULER["flow_shift"]).timesteps(quantile),
+        "given": torch.zeros(len(held), dtype=torch.bool),
+    }
+    return torch.cat(latents), validation
 
 
-def _encode_once(path: Path, encoder: VideoEncoder, frames: np.ndarray, captions: list[list[str]]) -> Tensors:
+def _encode_once(path: Path, encoder: VideoEncoder, frames: np.ndarray) -> torch.Tensor:
     if not path.exists():
-        latents = torch.cat(
-            [encoder.encode_video(frames[index : index + 4]) for index in range(0, len(frames), 4)]
-        )
-        text = torch.stack([encoder.encode_text(said)["prompt_embeds"] for said in captions])
+        latents = [encoder.encode_video(frames[index : index + 4]) for index in range(0, len(frames), 4)]
         draft = path.with_suffix(".tmp")
-        save_file({"latents": latents.half(), "text": text.half()}, draft)
+        save_file({"latents": torch.cat(latents).half()}, draft)
         draft.replace(path)
-    return load_file(path)
+    return load_file(path)["latents"]
 
 
-def _draw(training: Tensors, recipe: BackboneRecipe, step: int) -> dict[str, torch.Tensor]:
-    """The batch of a step: clips, wordings, dropped captions, noise, and quantiles that are spread evenly."""
+def _draw(
+    latents: torch.Tensor,
+    parts: list[tuple[Part, ...]],
+    encoder: VideoEncoder,
+    objective: FlowMatching,
+    recipe: BackboneRecipe,
+    step: int,
+) -> Tensors:
+    """The batch of a step: clips, wordings, dropped captions, noise, timesteps and given first frames."""
     rng = np.random.default_rng((recipe.seed, step))
     size = recipe.batch_size
-    clips = torch.from_numpy(rng.integers(len(training["latents"]), size=size))
-    wordings = torch.from_numpy(rng.integers(recipe.num_captions, size=size))
-    latents, text = training["latents"][clips].float(), training["text"][clips, wordings].float()
-    text[torch.from_numpy(rng.random(size) < recipe.caption_dropout)] = training["empty"]
+    chosen = rng.integers(len(latents), size=size)
+    captions = [
+        "" if rng.random() < recipe.caption_dropout else say(parts[index], rng, recipe.paraphrased).text
+        for index in chosen
+    ]
+    x_0 = latents[torch.from_numpy(chosen)].float()
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    quantile = (rng.random() + np.arange(size) / size) % 1.0
     return {
-        "latents": latents,
-        "text": text,
-        "noise": torch.randn(latents.shape, generator=generator),
-        "quantile": torch.from_numpy(quantile).float().clamp(1e-4, 1 - 1e-4),
+        "latents": x_0,
+        "text": encoder.encode_text(captions)["prompt_embeds"].float(),
+        "noise": torch.randn(x_0.shape, generator=generator),
+        "timesteps": _timesteps(objective, recipe, rng),
+        "given": torch.from_numpy(rng.random(size) < recipe.first_frame),
     }
+
+
+def _timesteps(objective: FlowMatching, recipe: BackboneRecipe, rng: np.random.Generator) -> torch.Tensor:
+    """Timesteps `[B]`, whose quantiles are spread evenly over the batch."""
+    size = recipe.batch_size
+    quantile = torch.from_numpy(rng.permutation((rng.random() + np.arange(size) / size) % 1.0)).float()
+    quantile = quantile.clamp(1e-4, 1 - 1e-4)
+    sampler = objective.shift * quantile / (1 + (objective.shift - 1) * quantile)
+    pure = _PURE_NOISE + (1 - _PURE_NOISE) * quantile
+    kind = torch.from_numpy(rng.random(size))
+    others = torch.where(
+        kind < (1 + recipe.pure_noise) / 2,
+        sampler * objective.num_train_timesteps,
+        objective.timesteps(quantile),
+    )
+    return torch.where(kind < recipe.pure_noise, pure * objective.num_train_timesteps, others)
+
+
+def _split(batch: Tensors, size: int) -> list[Tensors]:
+    parts = zip(*(value.split(size) for value in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
 def _losses(
@@ -230,14 +295,21 @@ def _losses(
     latents: torch.Tensor,
     text: torch.Tensor,
     noise: torch.Tensor,
-    quantile: torch.Tensor,
+    timesteps: torch.Tensor,
+    given: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean squared error of each clip, `[B]`."""
-    timesteps = objective.timesteps(quantile)
+    """Mean squared error of each clip, `[B]`: of all frames, but for the first where it is given."""
     noisy = objective.add_noise(latents, noise, timesteps)
+    known = torch.zeros(len(latents), latents.shape[2], dtype=torch.bool)
+    known[:, 0] = given
+    noisy = torch.where(known[:, None, :, None, None], latents, noisy)
+    _, height, width = transformer.config.patch_size
+    per_frame = (latents.shape[3] // height) * (latents.shape[4] // width)
+    of_token = torch.where(known, 0.0, timesteps[:, None]).repeat_interleave(per_frame, dim=1)
     with autocast(_CPU, "bfloat16"):
-        prediction = transformer(noisy, timesteps, text, return_dict=False)[0]
-    return ((prediction.float() - objective.target(latents, noise, timesteps)) ** 2).flatten(1).mean(1)
+        prediction = transformer(noisy, of_token, text, return_dict=False)[0]
+    error = (prediction.float() - objective.target(latents, noise, timesteps)) ** 2
+    return (error.mean((1, 3, 4)) * ~known).sum(1) / (~known).sum(1)
 
 
 @torch.no_grad()
@@ -245,11 +317,8 @@ def _validate(
     transformer: WanTransformer3DModel, objective: FlowMatching, validation: Tensors, recipe: BackboneRecipe
 ) -> torch.Tensor:
     """Losses of held-out clips at fixed noise and evenly spread quantiles, `[N]`, the least noisy first."""
-    latents, text = validation["latents"].float(), validation["text"][:, 0].float()
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(recipe.seed))
-    quantile = (torch.arange(len(latents)) + 0.5) / len(latents)
-    batches = zip(*(part.split(recipe.batch_size) for part in (latents, text, noise, quantile)), strict=True)
-    return torch.cat([_losses(transformer, objective, *batch) for batch in batches])
+    batches = _split(validation, recipe.micro_batch_size)
+    return torch.cat([_losses(transformer, objective, **batch) for batch in batches])
 
 
 def _sample(folder: Path, transformer: WanTransformer3DModel, recipe: BackboneRecipe) -> float:

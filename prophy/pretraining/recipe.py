@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from prophy.sandbox import SimulatedClip, simulate_clip
+from prophy.sandbox import SCENES, Part, SimulatedClip, simulate_clip
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +35,39 @@ class TrainingClips:
     Attributes:
         frames: RGB, uint8 `[N, T, H, W, 3]`.
         masks: where anything happens, bool `[N, T, H, W]`.
-        captions: all wordings of each clip.
+        parts: what each clip shows.
     """
 
     frames: np.ndarray
     masks: np.ndarray
-    captions: list[list[str]]
+    parts: list[tuple[Part, ...]]
 
 
 def training_clips(folder: Path, num_clips: int, seed: int) -> TrainingClips:
     """The clips of the train split in `folder`; simulated there on first use."""
     paths = {name: folder / f"{name}.npy" for name in ("frames", "masks")}
-    captions_path = folder / "captions.json"
-    if not captions_path.exists():
+    parts_path = folder / "parts.json"
+    if not parts_path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         shape = (num_clips, NUM_FRAMES, SIZE, SIZE)
         frames = np.lib.format.open_memmap(paths["frames"], "w+", np.uint8, (*shape, 3))
         masks = np.lib.format.open_memmap(paths["masks"], "w+", np.bool_, shape)
-        captions = []
+        shown = []
         for index in range(num_clips):
             clip = simulate_clip(seed * num_clips + index, num_frames=NUM_FRAMES, fps=FPS, size=SIZE)
             frames[index], masks[index] = clip.frames, np.any(list(clip.masks.values()), axis=0)
-            captions.append(clip.captions)
+            shown.append([(part.scene.name, part.colour, part.side) for part in clip.parts])
         frames.flush()
         masks.flush()
-        captions_path.write_text(json.dumps(captions))
+        parts_path.write_text(json.dumps(shown))
         logger.info("simulated %d clips", num_clips)
-    captions = json.loads(captions_path.read_text())
+    scenes = {scene.name: scene for scene in SCENES}
+    parts = [
+        tuple(Part(scenes[name], colour, side) for name, colour, side in clip)
+        for clip in json.loads(parts_path.read_text())
+    ]
     return TrainingClips(
-        np.load(paths["frames"], mmap_mode="r"), np.load(paths["masks"], mmap_mode="r"), captions
+        np.load(paths["frames"], mmap_mode="r"), np.load(paths["masks"], mmap_mode="r"), parts
     )
 
 

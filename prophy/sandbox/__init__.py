@@ -1,6 +1,15 @@
 """Simulated physics: clips with exact captions, masks, tracks and constants. Training data, and a ruler."""
 
-from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, play_parts, simulate_clip, vocabulary
+from prophy.sandbox.clip import (
+    SCENES,
+    ClipTruth,
+    SimulatedClip,
+    Track,
+    draw_parts,
+    play_parts,
+    simulate_clip,
+    vocabulary,
+)
 from prophy.sandbox.contact_sheet import contact_sheet
 from prophy.sandbox.dataset import StoredClip, held_clips, read_truth, write_dataset
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, FLOOR_M, WORLD_M
@@ -32,6 +41,7 @@ __all__ = [
     "check_taxonomy",
     "contact_sheet",
     "describe",
+    "draw_parts",
     "held_clips",
     "play_parts",
     "read_truth",

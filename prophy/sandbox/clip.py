@@ -91,10 +91,18 @@ def simulate_clip(
         phenomena: what the scenes are drawn from.
     """
     rng = np.random.default_rng(seed)
+    parts = draw_parts(rng, split, phenomena)
+    return play_parts(parts, rng, num_frames=num_frames, fps=fps, size=size)
+
+
+def draw_parts(
+    rng: np.random.Generator, split: Split = "train", phenomena: Sequence[Phenomenon] = PHENOMENA
+) -> tuple[Part, ...]:
+    """Draws what a clip of this split shows, as `simulate_clip` does."""
     parts = _draw_parts(rng, phenomena)
     while split_of(parts) != split:
         parts = _draw_parts(rng, phenomena)
-    return play_parts(parts, rng, num_frames=num_frames, fps=fps, size=size)
+    return parts
 
 
 def play_parts(

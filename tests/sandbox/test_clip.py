@@ -24,6 +24,7 @@ from prophy.sandbox import (
     Phenomenon,
     SimulatedClip,
     describe,
+    draw_parts,
     simulate_clip,
     vocabulary,
 )
@@ -52,6 +53,11 @@ def held_out(parts: tuple[Part, ...]) -> bool:
     return frozenset(part.phenomenon for part in parts) in HELD_OUT_PAIRS or any(
         (part.colour, part.side) in HELD_OUT_TRIPLES[part.phenomenon] for part in parts
     )
+
+
+def test_parts_are_drawn_as_a_clip_draws_them(clips: list[SimulatedClip]) -> None:
+    assert [draw_parts(np.random.default_rng(seed)) for seed in range(120)] == [clip.parts for clip in clips]
+    assert all(held_out(draw_parts(np.random.default_rng(seed), "held_out")) for seed in range(20))
 
 
 def test_every_phenomenon_has_a_scene_and_turns_up(clips: list[SimulatedClip]) -> None:

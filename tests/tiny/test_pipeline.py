@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ from prophy.backbones.pretrained import fingerprint
 from prophy.errors import ProPhyError
 from prophy.models.description import trained_on
 from prophy.tiny import WEIGHTS, build_once, bundled, part_sha256, ship
-from prophy.tiny.pipeline import pipeline_folder
+from prophy.tiny.pipeline import encoders_fingerprint, pipeline_fingerprint, pipeline_folder
+from prophy.tiny.text import write_text_encoder
 
 
 def test_pipeline_is_the_same_on_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +56,20 @@ def test_shipping_a_part_replaces_it_and_leaves_the_others(
     ship({"branch": tmp_path / "new"})
     assert (bundled("branch") / "physics_branch.safetensors").read_bytes() == b"new"
     assert part_sha256("vae") == before[0] and part_sha256("branch") != before[1]
+
+
+def test_a_text_encoder_that_is_shipped_takes_minilms_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "weights")
+    monkeypatch.setattr("prophy.tiny.WEIGHTS", tmp_path / "weights")
+    monkeypatch.setenv("PROPHY_HOME", str(tmp_path))
+    before = pipeline_fingerprint(), encoders_fingerprint()
+    write_text_encoder(tmp_path / "new", ["a red ball"])
+    ship({"text_encoder": tmp_path / "new"})
+    assert not set(before) & {pipeline_fingerprint(), encoders_fingerprint()}
+    parts = json.loads((pipeline_folder() / "model_index.json").read_text())
+    assert parts["text_encoder"] == ["transformers", "UMT5EncoderModel"]
 
 
 def test_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
