@@ -22,18 +22,21 @@ _PORTS = (
 
 
 class Nodes:
-    """A head without CPUs, and nodes that come and go.
+    """A head, and nodes that come and go.
+
+    Args:
+        head_cpus: of the head; by default it only coordinates.
 
     Attributes:
         address: for RAY_ADDRESS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head_cpus: int = 0) -> None:
         dashboard = {"include_dashboard": True, "dashboard_port": _free_port(HEAD)}
-        head = _arguments(HEAD) | dashboard | {"num_cpus": 0, "_system_config": _SOON}
+        head = _arguments(HEAD) | dashboard | {"num_cpus": head_cpus, "_system_config": _SOON}
         self._cluster = Cluster()
         _patiently(self._cluster, **head)
-        self._free = list(_OTHERS)
+        self._free, self._killed = list(_OTHERS), list[Node]()
         self.address = self._cluster.address
 
     def add(self, **resources: float) -> Node:
@@ -46,13 +49,18 @@ class Nodes:
 
     def kill(self, node: Node) -> None:
         """SIGKILL to all of a node's processes: raylet, agents and workers, as by the loss of its power."""
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        family = [raylet, *raylet.children(recursive=True)]
+        family = _family(node)
         for process in family:
             process.suspend()  # else a worker that sees its raylet die may still say so
         for process in family:
             process.kill()
         psutil.wait_procs(family)
+        self._killed.append(node)
+
+    def processes(self) -> list[psutil.Process]:
+        """Raylets, agents and workers of all nodes that live."""
+        nodes = self._cluster.list_all_nodes()
+        return [process for node in nodes if node not in self._killed for process in _family(node)]
 
     def shutdown(self) -> None:
         """Ends all of it."""
@@ -60,13 +68,18 @@ class Nodes:
 
 
 @contextmanager
-def cluster() -> Iterator[Nodes]:
-    """A cluster that lasts as long as the block."""
-    nodes = Nodes()
+def cluster(head_cpus: int = 0) -> Iterator[Nodes]:
+    """A cluster that lasts as long as the block; see `Nodes`."""
+    nodes = Nodes(head_cpus)
     try:
         yield nodes
     finally:
         nodes.shutdown()
+
+
+def _family(node: Node) -> list[psutil.Process]:
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [raylet, *raylet.children(recursive=True)]
 
 
 def _patiently(cluster: Cluster, **arguments: Any) -> Node:

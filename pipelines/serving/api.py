@@ -326,7 +326,7 @@ def check_health() -> Health:
 
 @probes.get("/readyz", responses=_errors(_503="Not ready"))
 async def check_readiness(service: Service) -> Health:
-    """Whether the model has made a first forward pass, and no replica fails."""
+    """Whether a replica can make videos, or comes with the next request for one."""
     if not (await service.generator_status()).is_ready:
         message = "the model is loading or fails; try again later"
         raise ApiError(503, message, "not_ready", headers={"retry-after": str(RETRY_AFTER_S)})

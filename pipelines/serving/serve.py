@@ -8,12 +8,13 @@ import asyncio
 import faulthandler
 import ipaddress
 import logging
+import os
 import re
 import signal
 import textwrap
 import threading
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,7 @@ from pipelines.generation.spec import ShapeLimits, VideoSpec
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import find_user_error, open_run, ray_session
 from pipelines.serving import haproxy
+from pipelines.serving.adoption import APP_NAME, adopt, alone
 from pipelines.serving.api import create_app
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import Dispatcher, GenerationStep, ReplicaDiedError
@@ -45,7 +47,6 @@ from prophy.errors import ProPhyError
 
 logger = logging.getLogger("ray.serve")  # the ingress's own: JSON lines with its context
 
-APP_NAME = "prophy"
 MAX_CONNECTIONS = 1000
 STOP_WITHIN_S = 120  # Serve waits up to 30 s for its parts; ray.shutdown() sets itself no limit
 
@@ -98,6 +99,10 @@ class VideoAPI:
             _draw,
         )
 
+    def configuration(self) -> Config:
+        """That of the run, for a command that finds it running."""
+        return self._service.config
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
 
@@ -116,7 +121,7 @@ class VideoAPI:
 
 
 async def _generator_status() -> GeneratorStatus:
-    """As Serve sees it: ready once the first replica was, and for as long as none fails.
+    """As Serve sees it: ready while a replica can make videos, or comes with the next one.
 
     Raises:
         ApiError: Serve's controller is starting anew.
@@ -126,9 +131,11 @@ async def _generator_status() -> GeneratorStatus:
         replicas = application.deployments["VideoGenerator"].replica_states
     except (RayError, KeyError):
         raise ApiError(503, "Serve is starting anew; try again later", "unavailable") from None
-    return GeneratorStatus(
-        application.status == ApplicationStatus.RUNNING, replicas.get(ReplicaState.RUNNING, 0)
-    )
+    num_replicas = replicas.get(ReplicaState.RUNNING, 0)
+    # Without replicas, what is RUNNING was scaled to zero; with some, it may be in any state, such as
+    # UNHEALTHY where there is no room for one more.
+    is_ready = num_replicas > 0 or application.status == ApplicationStatus.RUNNING
+    return GeneratorStatus(is_ready, num_replicas)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -209,6 +216,8 @@ def build_app(config: Config) -> serve.Application:
 def serving(config: Config) -> Iterator[str]:
     """Serves a run while the block lasts; jobs that are unfinished at its end wait for the next server.
 
+    On a cluster, what a `prophy serve` that was killed has left running is gone on with.
+
     Yields:
         The URL of the server, which accepts requests.
 
@@ -219,6 +228,35 @@ def serving(config: Config) -> Iterator[str]:
     """
     settings = config.serve
     _check_keys(settings)
+    check_model(config)
+    _check_takes_text(config.backbone)
+    on_cluster = ray.is_initialized() or "RAY_ADDRESS" in os.environ
+    with ExitStack() as stack:
+        if on_cluster:
+            stack.enter_context(ray_session(config))
+            stack.enter_context(alone())
+            if url := adopt(config):
+                stack.callback(serve.shutdown)
+                yield url
+                return
+        port = _check_place(settings)
+        open_run(config, "serve")
+        if not on_cluster:  # other folders may have paths too long for HAProxy's sockets
+            folder = stack.enter_context(TemporaryDirectory(prefix="prophy-", dir="/tmp"))
+            stack.enter_context(ray_session(config, haproxy.environment(Path(folder))))
+        app = build_app(config)
+        room_for(needs_of(config, "serve"))
+        stack.callback(serve.shutdown)
+        _deploy(app, settings.host, port)
+        yield f"http://{settings.host}:{port}"
+
+
+def _check_place(settings: ServeConfig) -> int:
+    """What can be wrong with port, folder and database, the user hears before Ray starts; returns the port.
+
+    Raises:
+        ProPhyError: something is.
+    """
     try:
         port = haproxy.free_port(settings.host, settings.port)
     except OSError as error:
@@ -226,29 +264,15 @@ def serving(config: Config) -> Iterator[str]:
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another serve.host "
             "or serve.port"
         ) from None
-    check_model(config)
-    _check_takes_text(config.backbone)
-    open_run(config, "serve")
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProPhyError(
             f"cannot write to serve.output {settings.output}: {error.strerror}; choose another"
         ) from None
-    with JobStore(settings.database_url) as store:  # what is wrong with it, the user hears before Ray starts
+    with JobStore(settings.database_url) as store:
         store.check()
-    folder = TemporaryDirectory(prefix="prophy-", dir="/tmp")  # others may be too long for HAProxy's sockets
-    with folder as name, ray_session(config, haproxy.environment(Path(name))):
-        app = build_app(config)
-        running = ", ".join(serve.status().applications)
-        if running:
-            raise ProPhyError(f"Ray Serve already runs here, with {running}; stop it, or use another cluster")
-        room_for(needs_of(config, "serve"))
-        try:
-            _deploy(app, settings.host, port)
-            yield f"http://{settings.host}:{port}"
-        finally:
-            serve.shutdown()
+    return port
 
 
 def _deploy(app: serve.Application, host: str, port: int) -> None:

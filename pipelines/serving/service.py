@@ -28,7 +28,7 @@ class GeneratorStatus:
     """The model behind the API.
 
     Attributes:
-        is_ready: it has made a first forward pass; replicas that were scaled away since come back with a job.
+        is_ready: a replica can make videos; those that were scaled away come back with a job.
         num_replicas: how many hold it now.
     """
 

@@ -1,5 +1,6 @@
 """The endpoint on Ray Serve: real requests to one running server, started anew after a SIGTERM under load."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -18,12 +19,14 @@ from typing import Any
 import httpx
 import pytest
 import ray
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from pipelines.config import Config
 from pipelines.generation import generate
 from pipelines.generation.spec import StepCache
-from pipelines.serving import database, serve
+from pipelines.serving import adoption, serve
 from pipelines.serving.jobs import JobStore
+from pipelines.serving.service import GeneratorStatus
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
 from tests.pipelines.serving.test_jobs import SPEC, execute
@@ -267,16 +270,45 @@ def test_ready_and_counted(client: httpx.Client) -> None:
     assert "prophy_replicas 1.0" in client.get("/metrics").text
 
 
-def test_one_server_at_a_time(
-    client: httpx.Client, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "num_replicas", "is_ready"),
+    [
+        (ApplicationStatus.DEPLOYING, 0, False),
+        (ApplicationStatus.DEPLOYING, 1, True),  # of two
+        (ApplicationStatus.RUNNING, 1, True),
+        (ApplicationStatus.RUNNING, 0, True),  # scaled to zero
+        (ApplicationStatus.UNHEALTHY, 1, True),  # the second has no room since a node was lost
+        (ApplicationStatus.UNHEALTHY, 0, False),
+        (ApplicationStatus.DEPLOY_FAILED, 0, False),
+    ],
+)
+def test_ready_while_a_replica_can_make_videos(
+    monkeypatch: pytest.MonkeyPatch, status: ApplicationStatus, num_replicas: int, is_ready: bool
 ) -> None:
-    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
-    with pytest.raises(ProPhyError, match="another server uses the job database"), serve.serving(config):
+    replicas = {ReplicaState.STARTING: 1, ReplicaState.RUNNING: num_replicas}
+    deployment = SimpleNamespace(replica_states=replicas)
+    application = SimpleNamespace(status=status, deployments={"VideoGenerator": deployment})
+    monkeypatch.setattr(serve.serve, "status", lambda: SimpleNamespace(applications={"prophy": application}))
+    assert asyncio.run(serve._generator_status()) == GeneratorStatus(is_ready, num_replicas)
+
+
+def test_one_server_at_a_time(client: httpx.Client, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adoption, "GONE_WITHIN_S", 0.2)
+    with (
+        pytest.raises(ProPhyError, match="another `prophy serve` runs on this cluster"),
+        serve.serving(config),
+    ):
         pass
-    elsewhere = config.serve.model_copy(update={"output": tmp_path})
-    other = config.model_copy(update={"serve": elsewhere})
-    with pytest.raises(ProPhyError, match="Ray Serve already runs here, with prophy"), serve.serving(other):
-        pass
+
+
+def test_another_application_of_ray_serve_is_left_alone(
+    ray_cluster: None, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ray.serve, "status", lambda: SimpleNamespace(applications={"prophy": None, "llm": None})
+    )
+    with pytest.raises(ProPhyError, match="already runs here, with prophy, llm;"):
+        adoption.adopt(config)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +322,7 @@ def test_one_server_at_a_time(
 def test_what_is_wrong_with_the_output_is_said_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, message: str
 ) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(serve, "ray_session", None)
     with (
         pytest.raises(ProPhyError, match=message),
@@ -301,6 +334,7 @@ def test_what_is_wrong_with_the_output_is_said_before_ray_starts(
 def test_a_row_of_another_version_is_said_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(serve, "ray_session", None)
     config = tiny_config(tmp_path, "serve.port=0")
     config.serve.output.mkdir(parents=True)
