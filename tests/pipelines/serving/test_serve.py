@@ -351,7 +351,8 @@ def test_the_key_in_place_of_its_hash_is_not_shown(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_taken_port(tmp_path: Path) -> None:
+def test_taken_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # said before Ray starts
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = tiny_config(tmp_path, f"serve.port={listener.getsockname()[1]}")
         with (
