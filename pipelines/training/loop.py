@@ -6,15 +6,16 @@ What a step draws depends on the number of the step and on the samples in the ca
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
 import torch
 from ray.train.torch import get_device
 
-from pipelines.config import Config
+from pipelines.config import Config, TrainConfig
 from pipelines.layout import STOP_FILE, RunFolder
 from pipelines.training.data import build_dataset, clip_shapes, read_ahead
 from pipelines.training.engine import (
@@ -100,12 +101,21 @@ def _train(loop_config: dict[str, Any]) -> None:
 
     # 2. Steps; a process of its own reads ahead
     loader = read_ahead(dataset, range(first_step, train.num_steps))
-    saved, preempted, asked, clock = first_step, False, 0.0, StepClock()
-    saved_at = time.monotonic()
+    clock = StepClock()
+
+    def write() -> None:
+        transformer = engine.module.transformer
+        run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
+        run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
+        save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
+
+    saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, write)
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
         outputs, learning_rate = [], set_learning_rate(engine, train)
         load, later = None, [batch.to(device) for batch in batches[1:]]
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            if index and saves.look(step - 1):  # what the step has added up so far is dropped
+                return
             boundary = engine.is_gradient_accumulation_boundary()
             with clock("forward"):
                 output = engine(batch.to(device), semantic.to(device) if boundary else None, load, later)
@@ -116,7 +126,7 @@ def _train(loop_config: dict[str, Any]) -> None:
                 gradient_norm = optimizer_step(engine)
             outputs.append(output)
         assert gradient_norm is not None  # the last micro-batch ends the step
-        _check_finite(gradient_norm, outputs, batches, step, saved)
+        _check_finite(gradient_norm, outputs, batches, step, saves.newest)
         if ema is not None:
             with clock("optimizer"):
                 ema.update(step)
@@ -131,24 +141,54 @@ def _train(loop_config: dict[str, Any]) -> None:
             with writing(f"write the metrics of step {step}"):
                 if log is not None:
                     log.write(step, metrics, seconds)
-        now = time.monotonic()
+        if saves.look(step, ended=True):
+            return
+
+
+class _Saves:
+    """Which steps are saved: by number and time, before a node goes away, and before the run stops.
+
+    Args:
+        train: the configuration.
+        first_step: the step that the run resumes from.
+        stop_file: where rank 0 looks for it; None on the others.
+        write: saves what the last whole step made; a collective.
+    """
+
+    def __init__(
+        self, train: TrainConfig, first_step: int, stop_file: Path | None, write: Callable[[], None]
+    ) -> None:
+        self.newest = first_step
+        self._train, self._stop_file, self._write = train, stop_file, write
+        self._saved_at, self._asked, self._told = time.monotonic(), 0.0, False
+
+    def look(self, step: int, ended: bool = False) -> bool:
+        """Saves where that is due; a collective.
+
+        Args:
+            step: number of whole steps taken.
+            ended: whether the last one has just ended; else the next one is at work, and a step of a large
+                model lasts longer than the notice that a node is taken away.
+
+        Returns:
+            Whether to stop.
+        """
+        train, now = self._train, time.monotonic()
+        late = now - self._saved_at > train.save_every_s
         stop, ask, due = _from_rank_0(
-            rank == 0 and (root / STOP_FILE).exists(),
-            now - asked > _ASK_EVERY_S,
-            now - saved_at > train.save_every_s or step % train.save_every == 0 or step == train.num_steps,
+            self._stop_file is not None and self._stop_file.exists(),
+            now - self._asked > _ASK_EVERY_S,
+            ended and (late or step % train.save_every == 0 or step == train.num_steps),
         )
         # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
-        leaving = ask and ray.train.get_preemption_info() is not None and not preempted
+        leaving = ask and ray.train.get_preemption_info() is not None and not self._told
         if ask:
-            asked = now
-        if due or stop or leaving:
-            transformer = engine.module.transformer
-            run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
-            run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
-            save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
-            saved, saved_at, preempted = step, time.monotonic(), preempted or leaving
-        if stop:
-            return
+            self._asked = now
+        if (due or stop or leaving) and step > self.newest:
+            self._write()
+            self.newest, self._saved_at = step, time.monotonic()
+        self._told = self._told or leaving
+        return stop
 
 
 def _from_rank_0(*flags: bool) -> list[bool]:

@@ -42,7 +42,7 @@ _VISIBLE_WITHIN_S = 120.0  # a shared file system may show what another node wro
 def run(config: Config) -> Path:
     """Trains to `train.num_steps`, from the last checkpoint if there is one.
 
-    SIGTERM saves a checkpoint after the step at work, then ends the process.
+    SIGTERM saves what the last whole step made, then ends the process.
 
     Returns:
         Folder of the trained branch.
@@ -105,7 +105,7 @@ def alone(root: Path) -> Iterator[None]:
 
 
 def _fit(trainer: "TorchTrainer", stop: Path) -> None:
-    """Runs the workers to the last step, or to SIGTERM: it becomes a file that they look for after each.
+    """Runs the workers to the last step, or to SIGTERM: a file, which they look for between micro-batches.
 
     Raises:
         ProPhyError: what the user must mend.
