@@ -285,6 +285,7 @@ class EncodeClip:
             backbone.autocast,
             backbone.max_sequence_length,
             backbone.family,
+            backbone.offload,
         )
         if not (table.folder / EMPTY_PROMPT).exists():
             empty = text_column(_row_of(self.encoder.encode_text([""]), 0))

@@ -37,10 +37,12 @@ def model_fingerprint(config: Config) -> str:
     Raises:
         ProPhyError: there is no such model or checkpoint.
     """
-    backbone = fingerprint(config.backbone.pretrained, config.backbone.revision)
-    return (
-        backbone if config.checkpoint is None else f"{backbone} {fingerprint(str(config.checkpoint), None)}"
-    )
+    parts = [fingerprint(config.backbone.pretrained, config.backbone.revision)]
+    if config.checkpoint is not None:
+        parts.append(fingerprint(str(config.checkpoint), None))
+    if config.backbone.storage_dtype is not None:
+        parts.append(config.backbone.storage_dtype)
+    return " ".join(parts)
 
 
 def shape_limits(config: Config) -> ShapeLimits:

@@ -29,6 +29,7 @@ from pipelines.generation.spec import (
     VideoSpec,
 )
 from prophy.backbones.loading import load_pipeline
+from prophy.backbones.placement import Placement
 from prophy.backbones.pretrained import takes_images
 from prophy.device import autocast, check_device, default_device, has_bfloat16, is_out_of_memory
 from prophy.errors import ProPhyError
@@ -60,6 +61,16 @@ class VideoSampler:
 
     def __init__(self, config: Config) -> None:
         backbone = config.backbone
+        if backbone.offload == "all" and _diffusers_cache(config.sampling.step_cache) is not None:
+            raise ProPhyError(
+                "with backbone.offload=all each block fetches the next, and a step cache skips blocks; set "
+                "backbone.offload to text_encoder, or leave sampling.step_cache out"
+            )
+        if backbone.compile != "none" and (backbone.offload == "all" or backbone.storage_dtype is not None):
+            raise ProPhyError(
+                "backbone.compile is not known to work with backbone.offload=all or backbone.storage_dtype, "
+                "which change blocks between passes; set one or the other"
+            )
         self._backbone = backbone
         self._autocast = backbone.autocast
         self._max_sequence_length = backbone.max_sequence_length
@@ -67,13 +78,14 @@ class VideoSampler:
         computes_in = self._autocast if has_bfloat16(self._device) else None
         dtype = getattr(torch, computes_in or backbone.dtype)
         check_attention(backbone.attention, self._device, dtype, trains=False)
-        self._pipeline = load_pipeline(
+        self._pipeline: Any = load_pipeline(
             backbone.family,
             backbone.pretrained,
             backbone.revision,
             getattr(torch, backbone.dtype),
             config.checkpoint,
-        ).to(self._device)
+            Placement(self._device, backbone.offload, backbone.storage_dtype and torch.float8_e4m3fn),
+        )
         self._pipeline.set_progress_bar_config(disable=True)
         accelerate(self._pipeline.transformer, backbone.attention, backbone.compile)
         self._images = takes_images(backbone.family, backbone.pretrained, backbone.revision)

@@ -24,6 +24,7 @@ from pipelines.training.export import export_branch
 from pipelines.training.metrics import mean_losses, total_loss
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
+from prophy.backbones.placement import Placement
 from prophy.backbones.pretrained import takes_images
 from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
@@ -75,6 +76,7 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
         backbone.revision,
         getattr(torch, backbone.dtype),
         model,
+        Placement(device),
         **dict.fromkeys(family.encoders),
     )
     accelerate(pipeline.transformer, backbone.attention, backbone.compile)

@@ -1,10 +1,13 @@
 """Videos to latents, images and prompts to tensors, exactly as the backbone's pipeline has them."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
+from prophy.backbones.placement import Offload, Placement
 from prophy.backbones.pretrained import load_configs, takes_images
 from prophy.device import autocast, default_device
 from prophy.errors import ProPhyError
@@ -20,6 +23,7 @@ class VideoEncoder:
         autocast: "bfloat16", or None.
         max_sequence_length: text tokens; the same in training as at inference.
         family: key of `FAMILIES`.
+        offload: see `Placement`.
     """
 
     def __init__(
@@ -30,14 +34,16 @@ class VideoEncoder:
         autocast: str | None,
         max_sequence_length: int,
         family: str,
+        offload: Offload = "none",
     ) -> None:
         self._pretrained = pretrained
         self._device = default_device()
         self._autocast = autocast
         self._max_sequence_length = max_sequence_length
-        self._pipeline = load_pipeline(
-            family, pretrained, revision, getattr(torch, dtype), None, transformer=None
-        ).to(self._device)
+        placement = Placement(self._device, offload)
+        self._pipeline: Any = load_pipeline(
+            family, pretrained, revision, getattr(torch, dtype), None, placement, transformer=None
+        )
         self._family = FAMILIES[family]
         self._configs = load_configs(family, pretrained, revision)
         vae_config, transformer_config = self._configs

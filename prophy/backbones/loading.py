@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from prophy.backbones.families import FAMILIES
+from prophy.backbones.placement import Placement
 from prophy.backbones.pretrained import check_checkpoint, resolve_pretrained, takes_images, unloadable
 from prophy.device import default_device, has_bfloat16
 from prophy.generation.physics_pipeline import PhysicsPipeline
@@ -36,6 +37,7 @@ def load_pipeline(
     revision: str | None,
     dtype: torch.dtype,
     checkpoint: Path | None,
+    placement: Placement = Placement(),
     **components: Any,
 ) -> PhysicsPipeline:
     """Loads a backbone's pipeline, with the branch of `checkpoint` if one is given.
@@ -50,6 +52,7 @@ def load_pipeline(
         revision: commit, branch or tag, where it is a hub id.
         dtype: precision of transformer and text encoder, and of the VAE where `vae_dtype` says so.
         checkpoint: folder that `save_branch` wrote.
+        placement: where it computes, the CPU by default; the weights are read to there at once.
         components: components to use instead of the pretrained ones; None leaves one out. Those that the
             model does not have are passed by.
 
@@ -71,6 +74,7 @@ def load_pipeline(
                 "vae": vae_dtype(family, dtype, default_device()),
                 "image_encoder": torch.float32,
             },
+            device_map=placement.loaded_on.type,
             **{name: value for name, value in components.items() if name in _components(pipeline_class)},
         )
     except OSError:
@@ -84,6 +88,7 @@ def load_pipeline(
         missing, unexpected = transformer.load_state_dict(branch.state_dict, strict=False)
         assert not unexpected and not any(name.startswith(BRANCH) or "lora_" in name for name in missing)
         pipeline.register_modules(transformer=transformer.eval())
+    placement.apply(pipeline, dtype)
     return pipeline
 
 

@@ -64,6 +64,7 @@ class PhysicsTransformer(ModelMixin):
     _block: ClassVar[type[nn.Module]]
     _injected_block: ClassVar[type[nn.Module]]
     _text_dim: ClassVar[str]
+    _skip_layerwise_casting_patterns: Sequence[str] | None  # diffusers'
 
     def enable_parallelism(self, **_: Any) -> NoReturn:
         """Refuses: the backbones' plans split their own tokens, and leave those of the branch whole.
@@ -214,6 +215,11 @@ class PhysicsTransformer(ModelMixin):
             blocks[layer] = self._new_block(self._injected_block)
         new = [self._new_block(self._block) for _ in layers if self.physics.physical_blocks]
         self.physics_branch = self._new_branch(new)
+        # Layerwise casting is for what is frozen.
+        self._skip_layerwise_casting_patterns = [
+            *(self._skip_layerwise_casting_patterns or ()),
+            "physics_branch",
+        ]
         if self.config.lora_rank is not None:
             self.add_lora(self.config.lora_rank, self.config.lora_alpha)
 

@@ -59,3 +59,11 @@ def test_text_is_what_the_pipeline_encodes(encoder: VideoEncoder, pipeline: Any)
     assert text.keys() == {"prompt_embeds"} and embeds.shape == (2, 32, 384)
     assert torch.equal(embeds, expected)
     assert embeds[1].any(-1).sum() == 2 and embeds[0].any(-1).sum() == 6  # padding is zero
+
+
+def test_a_text_encoder_that_waits_in_memory_gives_the_same(encoder: VideoEncoder) -> None:
+    waiting = VideoEncoder("tiny", None, "float32", None, 32, "wan", offload="text_encoder")
+    prompts = ["a red ball falls", ""]
+    expected, text = encoder.encode_text(prompts), waiting.encode_text(prompts)
+    assert expected.keys() == text.keys()
+    assert all(torch.equal(text[name], value) for name, value in expected.items())

@@ -63,6 +63,59 @@ def cached(step_cache: dict[str, Any]) -> VideoSpec:
     return SPEC.model_copy(update={"step_cache": StepCache(**step_cache)})
 
 
+@pytest.mark.parametrize("offload", ["text_encoder", "all"])
+def test_what_waits_in_memory_makes_the_same_video(
+    config: Config, sampler: VideoSampler, offload: str
+) -> None:
+    """On a CPU it waits where it computes: that hooks bring what each pass needs is all that is seen."""
+    changed = config.model_copy(update={"backbone": config.backbone.model_copy(update={"offload": offload})})
+    offloading = VideoSampler(changed)
+    hooked = {
+        name
+        for name, component in offloading._pipeline.components.items()
+        if isinstance(component, torch.nn.Module)
+        and any(hasattr(module, "_diffusers_hook") for module in component.modules())
+    }
+    assert hooked == {"text_encoder"} | ({"transformer"} if offload == "all" else set())
+    assert np.array_equal(offloading.sample(SPEC), sampler.sample(SPEC))
+
+
+def test_weights_of_eight_bits_change_a_video_slightly(
+    config: Config, sampler: VideoSampler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = config.model_copy(
+        update={"backbone": config.backbone.model_copy(update={"storage_dtype": "float8_e4m3fn"})}
+    )
+    small = VideoSampler(changed)
+    expected, frames = sampler.sample(SPEC), small.sample(SPEC)
+    error = np.square(frames.astype(float) - expected).mean()
+    psnr = 10 * np.log10(255**2 / error)
+    with capsys.disabled():
+        print(f"\n{config.backbone.family} in float8_e4m3fn: {psnr:.1f} dB")
+    assert 25 < psnr < 80
+    weights = dict(small._pipeline.transformer.named_parameters())
+    of_branch = {value.dtype for name, value in weights.items() if name.startswith("physics_branch.")}
+    assert torch.float8_e4m3fn not in of_branch
+    kept = sum(value.nbytes for name, value in weights.items() if not name.startswith("physics_branch."))
+    whole = sum(
+        value.nbytes
+        for name, value in sampler._pipeline.transformer.named_parameters()
+        if not name.startswith("physics_branch.")
+    )
+    assert kept < whole / 2
+
+
+def test_blocks_that_fetch_the_next_are_not_skipped(config: Config) -> None:
+    changed = config.model_copy(
+        update={
+            "backbone": config.backbone.model_copy(update={"offload": "all"}),
+            "sampling": config.sampling.model_copy(update={"step_cache": StepCache(taylorseer=2)}),
+        }
+    )
+    with pytest.raises(ProPhyError, match="set backbone.offload to text_encoder, or leave sampling.step"):
+        VideoSampler(changed)
+
+
 def test_the_warm_up_is_of_the_models_own_shape_on_a_gpu(
     config: Config, sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
