@@ -50,7 +50,7 @@ LAYERS = {
         ("generation",),
         ("caching",),
         ("sandbox",),
-        ("runtime", "resources"),
+        ("runtime", "resources", "metrics"),
         ("config",),
         ("layout", "pictures"),
     ),

@@ -1,4 +1,4 @@
-"""Writes `dashboard.json` for Grafana: a panel for each metric that the endpoint exports.
+"""Writes `dashboard.json` for Grafana: a panel for each metric that endpoint, training and caching export.
 
 python cluster/monitoring/dashboard.py
 """
@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipelines.metrics import CACHING, TRAINING
 from pipelines.serving.metrics import Metrics
 
 FILE = Path(__file__).with_name("dashboard.json")
@@ -20,6 +21,9 @@ _LABELS = {
     "prophy_videos_failed": ["code"],
     "prophy_http_request_seconds": ["route"],
     "prophy_http_errors": ["code"],
+    "ray_prophy_cache_clips": ["table"],
+    "ray_prophy_cache_quarantined": ["table"],
+    **{f"ray_prophy_train_{name}": ["run"] for name in TRAINING},
 }
 
 
@@ -27,6 +31,9 @@ def dashboard() -> dict[str, Any]:
     """The dashboard as Grafana imports it."""
     exported = text_string_to_metric_families(Metrics().render({}, 0).decode())
     families = [family for family in exported if not family.name.endswith("_created")]  # when counting began
+    # Ray's agents write its prefix before a name.
+    families += [Metric(f"ray_prophy_train_{name}", text, "gauge") for name, text in TRAINING.items()]
+    families += [Metric(f"ray_prophy_cache_{name}", text, "counter") for name, text in CACHING.items()]
     return {
         "uid": "prophy",
         "title": "ProPhy",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
+from pipelines.metrics import CachingMetrics
 from pipelines.resources import StalledError, guard
 from prophy.errors import ProPhyError
 
@@ -114,6 +115,7 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
     """
     guard(graph)
     _silence_ray_data()
+    metrics = CachingMetrics(name)
     written, failed, share = 0, 0, 0.0
     start = logged = time.perf_counter()
     columns = (
@@ -128,8 +130,10 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
         with Progress(*columns, speed_estimate_period=600) as progress:
             task = progress.add_task(name, total=total)
             for counts in graph.iter_batches(batch_size=None, batch_format="pyarrow"):
-                written += pc.sum(counts["written"]).as_py()
-                failed += pc.sum(counts["failed"]).as_py()
+                done = {column: pc.sum(counts[column]).as_py() for column in ("written", "failed")}
+                metrics.count(done["written"], done["failed"])
+                written += done["written"]
+                failed += done["failed"]
                 share += pc.sum(counts["share"]).as_py()
                 now = time.perf_counter()
                 text = f"{name}: {written / (now - start):.2f} clips/s, {failed} quarantined"

@@ -17,6 +17,7 @@ from ray.train.torch import get_device
 
 from pipelines.config import Config, TrainConfig
 from pipelines.layout import STOP_FILE, RunFolder
+from pipelines.metrics import TrainingMetrics
 from pipelines.training.data import build_dataset, clip_shapes, read_ahead
 from pipelines.training.engine import (
     Ema,
@@ -98,6 +99,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     with writing("write the metrics"):
         if rank == 0:
             log = MetricsLog(root, first_step, train, flops, peak)
+            shown = TrainingMetrics(config.run_dir.name)
 
     # 2. Steps; a process of its own reads ahead
     loader = read_ahead(dataset, range(first_step, train.num_steps))
@@ -140,7 +142,7 @@ def _train(loop_config: dict[str, Any]) -> None:
             seconds = clock.read()
             with writing(f"write the metrics of step {step}"):
                 if log is not None:
-                    log.write(step, metrics, seconds)
+                    shown.show(log.write(step, metrics, seconds))
         if saves.look(step, ended=True):
             return
 

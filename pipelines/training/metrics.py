@@ -92,13 +92,18 @@ class MetricsLog:
             self._tokens += self._train.num_workers * batch.target_mask[..., 0].numel()
             self._operations += self._train.num_workers * self._flops[tuple(batch.latents.shape[1:])]
 
-    def write(self, step: int, metrics: Mapping[str, float], seconds: Mapping[Phase, float]) -> None:
+    def write(
+        self, step: int, metrics: Mapping[str, float], seconds: Mapping[Phase, float]
+    ) -> dict[str, float]:
         """Writes the metrics of `step`, with times and throughput since the step written before.
 
         Args:
             step: number of steps taken.
             metrics: what this step measured.
             seconds: time in each phase, since the step written before.
+
+        Returns:
+            The row of the file.
         """
         now = time.perf_counter()
         last_step, last_time = self._last
@@ -117,8 +122,9 @@ class MetricsLog:
             "mfu": mfu,
         }
         self._tokens = self._operations = 0
+        row = {"step": step, **metrics}
         with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps(row) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
@@ -127,6 +133,7 @@ class MetricsLog:
             f"step {step}/{self._train.num_steps}  loss {loss:.4f}  diffusion {metrics['diffusion']:.4f}  "
             f"{speed:.2f} samples/s  MFU {mfu:.1%}  {left} left"
         )
+        return row
 
 
 def total_loss(train: TrainConfig, losses: Mapping[str, float]) -> float:

@@ -1,15 +1,41 @@
-"""The dashboard shows what the endpoint exports, all of it and nothing else."""
+"""The dashboard shows what endpoint, training and caching export, all of it and nothing else."""
 
 import importlib.util
 import json
 import re
+import time
+from collections.abc import Iterator
+from typing import Any
 
+import httpx
+import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipelines.metrics import CACHING, TRAINING, CachingMetrics, TrainingMetrics
 from pipelines.serving.metrics import Metrics
 from tests.cluster.manifests import ROOT, built
 
 FOLDER = ROOT / "cluster/monitoring"
+PATIENCE_S = 240
+
+
+def shown() -> Iterator[tuple[str, set[str]]]:
+    """The metric of each line that is drawn, and the labels that it is told apart by."""
+    for panel in json.loads((FOLDER / "dashboard.json").read_text())["panels"]:
+        for target in panel["targets"]:
+            [name] = re.findall(r"(?:ray_)?prophy_\w+", target["expr"])
+            [by] = re.findall(r"by \(([^)]*)\)", target["expr"])
+            yield name, set(filter(None, by.split(", ")))
+
+
+def labels_of(text: str) -> dict[str, set[str]]:
+    """The labels of each metric in what Prometheus scrapes, but for those that say when counting began."""
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if "prophy_" in sample.name and not sample.name.endswith(("_sum", "_count", "_created")):
+                labels.setdefault(sample.name, set()).update(sample.labels)
+    return labels
 
 
 def test_the_file_is_what_the_script_makes() -> None:
@@ -19,25 +45,41 @@ def test_the_file_is_what_the_script_makes() -> None:
     assert json.loads(module.FILE.read_text()) == module.dashboard()
 
 
-def test_each_metric_has_a_panel_by_labels_that_it_has() -> None:
+def test_each_metric_of_the_endpoint_is_shown_by_labels_that_it_has() -> None:
     metrics = Metrics()
     metrics.observe_stages({"denoise": 1.0}, 1)
     metrics.failures.labels("internal_error")
     metrics.http.labels("GET", "/v1/videos", "200").observe(1.0)
     metrics.errors.labels("not_found")
-    samples: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(metrics.render({"queued": 1}, 1).decode()):
-        for sample in family.samples:
-            samples.setdefault(sample.name, set()).update(sample.labels)
-    shown = set()
-    for panel in json.loads((FOLDER / "dashboard.json").read_text())["panels"]:
-        for target in panel["targets"]:
-            [name] = set(re.findall(r"prophy_\w+", target["expr"])) & samples.keys()
-            [by] = re.findall(r"by \(([^)]*)\)", target["expr"])
-            assert set(filter(None, by.split(", "))) <= samples[name]
-            shown.add(name)
-    counted = {name for name in samples if not name.endswith(("_sum", "_count", "_created"))}
-    assert shown == counted
+    exported = labels_of(metrics.render({"queued": 1}, 1).decode())
+    lines = [(name, by - {"le"}) for name, by in shown() if not name.startswith("ray_")]
+    assert {name for name, _ in lines} == exported.keys()
+    assert all(by <= exported[name] for name, by in lines)
+
+
+def test_each_metric_that_ray_s_agents_export_is_shown_by_labels_that_it_has(ray_cluster: None) -> None:
+    training, caching = TrainingMetrics("run"), CachingMetrics("priors")
+    training.show(dict.fromkeys(TRAINING, 1.0))
+    caching.count(3, 1)
+    lines = [(name, by) for name, by in shown() if name.startswith("ray_")]
+    exported = scrape(len(TRAINING) + len(CACHING))
+    assert {name for name, _ in lines} == exported.keys()
+    assert all(by <= exported[name] for name, by in lines)
+
+
+def scrape(count: int) -> dict[str, set[str]]:
+    """What this node's agent exports of ours, once there is as much."""
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + PATIENCE_S
+    found: dict[str, Any] = {}
+    while len(found) < count:
+        assert time.monotonic() < deadline, f"after {PATIENCE_S} s there are only {sorted(found)}"
+        found = {
+            name: by for name, by in labels_of(httpx.get(url).text).items() if name.startswith("ray_prophy")
+        }
+        time.sleep(0.5)
+    return found
 
 
 def test_it_is_one_kustomization() -> None:

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipelines.caching.cache import encodings_folder
 from pipelines.config import Config
 from pipelines.layout import METRICS_FILE, TENSORBOARD_FOLDER
+from pipelines.metrics import TRAINING
 from pipelines.training import train
 from pipelines.training.checkpoint import Checkpoint, committed
 from pipelines.training.json_lines import read_rows
@@ -178,6 +179,7 @@ def test_every_step_is_in_the_metrics_once(on_one_worker: Config) -> None:
         assert row["mfu"] > 0 and row["peak_rss_gb"] > 0.1
         assert sum(row[f"expert_load/{index}"] for index in range(8)) == pytest.approx(1)
         assert 0 < row["router_entropy"] <= math.log(8)
+        assert TRAINING.keys() <= row.keys()
 
 
 def test_old_checkpoints_go(through: Config, on_one_worker: Config) -> None:
