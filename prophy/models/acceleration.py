@@ -34,6 +34,8 @@ _CAPABILITY = {
     "sage": (8, 0),
     "sage_hub": (8, 0),
 }
+# What diffusers does not name.
+_REPEATED = {"CogVideoXTransformer3DModel": ["CogVideoXBlock"]}
 _WITHOUT_BACKWARD = ("sage", "sage_hub")
 # Shapes, precisions, with and without gradients: one graph each.
 _MAX_GRAPHS = 128
@@ -186,19 +188,20 @@ def compile_blocks(transformer: ModelMixin, backend: str = "inductor") -> None:
     The first shape gets a graph of its own; from the second on, one is made for all.
 
     Args:
-        transformer: with a `_repeated_blocks`.
+        transformer: with a `_repeated_blocks`, or CogVideoX's.
         backend: torch.compile's; "aot_eager" generates no code.
 
     Raises:
         ProPhyError: it names none.
     """
-    if not transformer._repeated_blocks:
+    names = transformer._repeated_blocks or _REPEATED.get(type(transformer).__name__)
+    if not names:
         raise ProPhyError(
             f"backbone.compile is 'regional', and {type(transformer).__name__} names no _repeated_blocks; "
             f"set it to 'none'"
         )
     for module in transformer.modules():
-        if type(module).__name__ in transformer._repeated_blocks:
+        if type(module).__name__ in names:
             name = "run_block" if hasattr(module, "run_block") else "forward"
             compiled = torch.compile(  # type: ignore[call-overload]  # which lacks recompile_limit
                 getattr(module, name), fullgraph=True, backend=backend, recompile_limit=_MAX_GRAPHS

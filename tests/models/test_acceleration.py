@@ -72,11 +72,15 @@ def test_compiled_blocks_are_whole_graphs_that_every_step_takes_again(
         compiled = copy.deepcopy(eager)
         set_attention(compiled, "native")
         compile_blocks(compiled, "aot_eager")
+        compiled_blocks = [
+            block for block in compiled.modules() if {"forward", "run_block"} & vars(block).keys()
+        ]
+        assert len(compiled_blocks) >= 3
         for shape in SHAPES if name == "branch" else SHAPES[:1]:
             before = graphs()
             seen = differences(compiled, eager, torch.randn(2, 4, *shape))
             made = graphs()
-            assert made - before <= 6
+            assert made - before <= 6 and made > 0
             seen += differences(compiled, eager, torch.randn(2, 4, *shape))
             assert graphs() == made, "compiled again for a shape that it knew"
             print(f"{family}, {name}, {shape}: {made - before} graphs; differs by {max(seen):.1e}")
