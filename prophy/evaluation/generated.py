@@ -15,17 +15,7 @@ from prophy.device import autocast
 from prophy.evaluation.motion import Fall, measure_fall
 from prophy.evaluation.semantics import ClipJudge, PartVerdict
 from prophy.models.control import PhysicsControl
-from prophy.sandbox import (
-    COLOURS,
-    HELD_OUT_PAIRS,
-    HELD_OUT_TRIPLES,
-    PHENOMENA,
-    SCENES,
-    Part,
-    Phenomenon,
-    Scene,
-    describe,
-)
+from prophy.sandbox import COLOURS, SCENES, Part, describe, held_out_combinations
 
 _VIDEOS_PER_BATCH = 4
 _FIRST_FALL_SEED = 10_000
@@ -67,22 +57,9 @@ def held_out_requests(wordings: int = 2) -> list[Request]:
     Args:
         wordings: prompts of each, with different words and seeds.
     """
-    combinations: list[tuple[Part, ...]] = [
-        (Part(scene, colour, side),)
-        for phenomenon in PHENOMENA
-        for scene in _scenes(phenomenon)
-        for colour, side in sorted(HELD_OUT_TRIPLES[phenomenon])
-    ]
-    rng = np.random.default_rng(0)
-    for pair in sorted(map(sorted, HELD_OUT_PAIRS)):
-        for order in (pair, pair[::-1]):
-            scenes = [_scenes(Phenomenon(name)) for name in order]
-            chosen = [of_one[rng.integers(len(of_one))] for of_one in scenes]
-            colours = rng.choice(list(COLOURS), 2)
-            combinations.append(tuple(map(Part, chosen, map(str, colours), ("left", "right"))))
     return [
         Request(str(prompt), parts, wordings * number + index)
-        for number, parts in enumerate(combinations)
+        for number, parts in enumerate(held_out_combinations())
         for index, prompt in enumerate(np.random.default_rng(number).permutation(describe(parts))[:wordings])
     ]
 
@@ -143,7 +120,3 @@ def measure_falls(
         )
         for video, request in zip(videos, requests, strict=True)
     ]
-
-
-def _scenes(phenomenon: Phenomenon) -> list[Scene]:
-    return [scene for scene in SCENES if scene.phenomenon is phenomenon]

@@ -5,14 +5,22 @@ the scene; how often each named colour's hue occurs, compared with that scene in
 colour. A half that is nearer to nothing than to any of them is empty.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from prophy import sandbox
+from prophy.hashing import file_sha256
 from prophy.sandbox import BACKGROUND, COLOURS, SCENES, SIDES, Part, Scene, play_parts
+from prophy.tiny import build_once
 
 _EXAMPLES = 8  # of each scene in each colour
+_EXAMPLES_FILE = "examples.npz"
 _FRAMES_APART = 2
 _PIXELS_APART = 4
 
@@ -44,19 +52,11 @@ class ClipJudge:
     """
 
     def __init__(self, num_frames: int, fps: float, size: int) -> None:
-        self._looks: list[Sighting] = []
-        pictures, votes = [], []
-        for index, scene in enumerate(SCENES):
-            for number, colour in enumerate(COLOURS):
-                self._looks.append(Sighting(scene, colour))
-                for example in range(_EXAMPLES):
-                    part, rng = Part(scene, colour, "left"), np.random.default_rng((index, number, example))
-                    clip = play_parts((part,), rng, num_frames=num_frames, fps=fps, size=size)
-                    half = _halves(clip.frames)["left"]
-                    pictures.append(_picture(half))
-                    votes.append(_colour_votes(half))
-        self._pictures = np.stack(pictures)
-        self._votes = np.reshape(votes, (len(self._looks), _EXAMPLES, -1)).mean(1)
+        self._looks = [Sighting(scene, colour) for scene in SCENES for colour in COLOURS]
+        shape: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "size": size}
+        folder = build_once("clip-judge", json.dumps([shape, _sources()]), partial(_write_examples, **shape))
+        with np.load(folder / _EXAMPLES_FILE) as examples:
+            self._pictures, self._votes = examples["pictures"], examples["votes"]
 
     def look(self, frames: np.ndarray) -> dict[str, Sighting | None]:
         """What frames, uint8 `[T, H, W, 3]`, show on the `left` and on the `right`."""
@@ -82,6 +82,27 @@ class ClipJudge:
         differences = np.abs(self._votes - _colour_votes(half)).sum(1)
         of_scene = [index for index, look in enumerate(self._looks) if look.scene is scene]
         return self._looks[min(of_scene, key=differences.__getitem__)]
+
+
+def _sources() -> list[str]:
+    """What decides how examples look: the code of the sandbox, and of this module."""
+    files = [*sorted(Path(sandbox.__file__).parent.glob("*.py")), Path(__file__)]
+    return [file_sha256(file) for file in files]
+
+
+def _write_examples(folder: Path, *, num_frames: int, fps: float, size: int) -> None:
+    """Simulates every scene in every colour, which takes some 20 s; it is kept for the next judge."""
+    pictures, votes = [], []
+    for index, scene in enumerate(SCENES):
+        for number, colour in enumerate(COLOURS):
+            for example in range(_EXAMPLES):
+                part, rng = Part(scene, colour, "left"), np.random.default_rng((index, number, example))
+                clip = play_parts((part,), rng, num_frames=num_frames, fps=fps, size=size)
+                half = _halves(clip.frames)["left"]
+                pictures.append(_picture(half))
+                votes.append(_colour_votes(half))
+    averaged = np.reshape(votes, (len(SCENES) * len(COLOURS), _EXAMPLES, -1)).mean(1)
+    np.savez(folder / _EXAMPLES_FILE, pictures=np.stack(pictures), votes=averaged)
 
 
 def nearest_colour(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -147,7 +147,11 @@ class PhysicsTransformer(ModelMixin):
         return name.replace(".base_layer.", ".")
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        physics: PhysicsControl | None = None,
     ) -> ProPhyTransformerOutput:
         """The forward pass in one form for all families: latents and prediction are `[B, C, T, H, W]`.
 
@@ -155,6 +159,7 @@ class PhysicsTransformer(ModelMixin):
             latents: noisy.
             timestep: `[B]`, or `[B, N]` of each token, where the family takes that.
             text: the family's tensors `[B, ...]`, by name; of an image too, where the model always takes one.
+            physics: knobs of the branch; None leaves it as it is.
         """
         raise NotImplementedError
 

@@ -16,6 +16,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from prophy.errors import ProPhyError
+from prophy.models.control import PhysicsControl
 from prophy.models.physics_transformer import (
     EXPERT_BLOCKS,
     PhysicsTransformer,
@@ -213,12 +214,22 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         return ProPhyTransformerOutput(sample=sample, routing=routing)
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        physics: PhysicsControl | None = None,
     ) -> ProPhyTransformerOutput:
         """See the base class."""
         hidden_states = self._beside_image(latents, text.get("image_latents")).transpose(1, 2)
-        rotary, ofs = self._rotary(latents), self._ofs(latents)
-        output = self(hidden_states, text["prompt_embeds"], timestep, ofs, rotary)
+        output = self(
+            hidden_states,
+            text["prompt_embeds"],
+            timestep,
+            self._ofs(latents),
+            self._rotary(latents),
+            attention_kwargs={"physics": physics},
+        )
         return ProPhyTransformerOutput(sample=output.sample.transpose(1, 2), routing=output.routing)
 
     def rotary_embeddings(self, latents: torch.Tensor) -> Rotary:

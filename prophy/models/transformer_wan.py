@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
+from prophy.models.control import PhysicsControl
 from prophy.models.physics_transformer import (
     EXPERT_BLOCKS,
     PhysicsTransformer,
@@ -181,11 +182,22 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
         return ProPhyTransformerOutput(sample=sample, routing=routing)
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        physics: PhysicsControl | None = None,
     ) -> ProPhyTransformerOutput:
         """See the base class."""
         hidden_states = _beside_image(latents, text.get("image_latents"))
-        return self(hidden_states, timestep, text["prompt_embeds"], text.get("image_embeds"))
+        attention_kwargs = {"physics": physics}
+        return self(
+            hidden_states,
+            timestep,
+            text["prompt_embeds"],
+            text.get("image_embeds"),
+            attention_kwargs=attention_kwargs,
+        )
 
     def _new_block(self, block: type[nn.Module]) -> nn.Module:
         config = self.config

@@ -10,6 +10,7 @@ from prophy.sandbox.clip import (
     simulate_clip,
     vocabulary,
 )
+from prophy.sandbox.combinations import held_out_combinations
 from prophy.sandbox.contact_sheet import contact_sheet
 from prophy.sandbox.dataset import StoredClip, held_clips, read_truth, write_dataset
 from prophy.sandbox.drawing import BACKGROUND, COLOURS, FLOOR_M, WORLD_M
@@ -43,6 +44,7 @@ __all__ = [
     "describe",
     "draw_parts",
     "held_clips",
+    "held_out_combinations",
     "play_parts",
     "read_truth",
     "simulate_clip",

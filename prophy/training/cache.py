@@ -97,6 +97,10 @@ class PriorCache:
         """Shape of the latents, `(C, T, H, W)`, of each sample id."""
         return {key: shape for key, (_, _, shape) in self._rows.items()}
 
+    def version(self, sample_id: str) -> str:
+        """Which files and rows hold a sample: another where it was cached anew, for files never change."""
+        return " ".join(f"{row['file']}:{row['row_group']}" for row in self._rows[sample_id])
+
     def null_text(self) -> "dict[str, torch.Tensor]":
         """The empty prompt, encoded: the family's tensors, by name."""
         with open_file(self._encodings / EMPTY_PROMPT) as file:

@@ -34,6 +34,10 @@ class FlowMatching:
         sigma = torch.special.ndtri(quantile).sigmoid()
         return self.shift * sigma / (1 + (self.shift - 1) * sigma) * self.num_train_timesteps
 
+    def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
+        """Noise levels `[B]`, here sigma, -> timesteps `[B]`: 0 is the clip, 1 is noise alone."""
+        return levels * self.num_train_timesteps
+
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t, like `latents` `[B, ...]`."""
         return torch.lerp(latents, noise, self._sigma(timesteps, latents))
@@ -75,6 +79,10 @@ class VPrediction:
     def timesteps(self, quantile: torch.Tensor) -> torch.Tensor:
         """Quantiles `[B]` in (0, 1) of the timestep's distribution -> timesteps `[B]`, integers."""
         return (quantile * len(self.alphas_cumprod)).long()
+
+    def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
+        """Noise levels `[B]`, as shares of the last timestep, -> timesteps `[B]`, integers."""
+        return (levels * (len(self.alphas_cumprod) - 1)).round().long()
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t, like `latents` `[B, ...]`."""

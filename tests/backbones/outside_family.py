@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 
 from prophy.backbones.families import Classes, Family
 from prophy.generation.physics_pipeline import PhysicsPipeline
+from prophy.models.control import PhysicsControl
 from prophy.models.physics_transformer import (
     PhysicsTransformer,
     ProPhyTransformerOutput,
@@ -165,9 +166,13 @@ class ProPhyOutsideTransformer3DModel(PhysicsTransformer, OutsideTransformer3DMo
         return ProPhyTransformerOutput(sample=self.unpatchify(tokens, latents), routing=routing)
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        physics: PhysicsControl | None = None,
     ) -> ProPhyTransformerOutput:
-        return self(latents, timestep, *map(text.__getitem__, TEXT))
+        return self(latents, timestep, *map(text.__getitem__, TEXT), attention_kwargs={"physics": physics})
 
     def _embed_inputs(
         self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]

@@ -53,3 +53,9 @@ def test_colours_are_their_own_nearest_and_backgrounds_are_not_vivid() -> None:
     nearest, vividness = nearest_colour(np.array(list(COLOURS.values()), np.uint8))
     assert nearest.tolist() == list(range(len(COLOURS))) and vividness.min() > 100
     assert nearest_colour(np.array([80, 12, 80], np.uint8))[1] == 0
+
+
+def test_the_next_judge_takes_the_examples_of_the_first(judge: ClipJudge) -> None:
+    again = ClipJudge(**SHAPE)
+    frames = simulate_clip(1, **SHAPE).frames
+    assert again.look(frames) == judge.look(frames)

@@ -113,3 +113,15 @@ def test_a_given_first_latent_has_no_noise_and_timestep_0(latents: torch.Tensor,
         assert torch.equal(seen[index, :, 0], (latents if is_given else noise)[index, :, 0])
         first = 0.0 if is_given else float(timesteps[index])
         assert of_tokens[index].tolist() == [first] * 4 + [float(timesteps[index])] * 4
+
+
+def test_a_noise_level_is_what_is_left_of_the_clip() -> None:
+    levels = torch.tensor([0.25, 1.0])
+    clip, noise = torch.ones(2, 4), torch.zeros(2, 4)
+    flow = FlowMatching(shift=3.0)
+    left = flow.add_noise(clip, noise, flow.timesteps_at(levels))
+    torch.testing.assert_close(left, torch.tensor([[0.75] * 4, [0.0] * 4]))
+    velocity = VPrediction(torch.linspace(0.999, 0.0, 1000))
+    timesteps = velocity.timesteps_at(levels)
+    assert timesteps.tolist() == [250, 999]
+    assert velocity.add_noise(clip, noise, timesteps)[1].abs().max() == 0
