@@ -343,6 +343,37 @@ def _read_lines(path: Path, what: str) -> list[str]:
 
 
 @app.command(rich_help_panel=_VIDEOS)
+def evaluate(
+    config: ConfigOption = PRESET, set_: SetOption = None, print_config: PrintOption = False
+) -> None:
+    """Compare models: does the branch, a checkpoint or a knob make anything better? Resumes by itself.
+
+    All contestants see the same clips, captions, prompts, seeds and noise. What comes out is `report.html`,
+    where every figure has its 95 % interval and every difference is paired, and `scores.parquet`.
+
+    Without anything, the embedded model is compared with its branch off and on, in some minutes. What is
+    compared stands in a file:
+
+        extends: tiny
+        run_dir: runs/compare
+        evaluate:
+          contestants:
+            backbone: {}                                    # the others are compared with the first
+            shipped: {checkpoint: tiny}
+            mine: {checkpoint: runs/mine}                   # a run_dir, also while it trains
+            stronger: {checkpoint: tiny, scale: 2}
+          measures: [loss, captions, laws]                  # these generate nothing
+
+    `prophy config evaluate` explains all keys. Your own clips are `evaluate.clips=cache` and
+    `evaluate.pairs=LIST`.
+    """
+    resolved = _configure("evaluate", config, set_, print_config)
+    from pipelines.evaluation import evaluate
+
+    evaluate.run(resolved)
+
+
+@app.command(rich_help_panel=_VIDEOS)
 def serve(config: ConfigOption = PRESET, set_: SetOption = None, print_config: PrintOption = False) -> None:
     """Serve the OpenAI Videos API over HTTP with replicas that scale by themselves, until Ctrl-C."""
     resolved = _configure("serve", config, set_, print_config)

@@ -75,6 +75,11 @@ class RunFolder:
         return self.path / "videos"
 
     @property
+    def evaluation(self) -> Path:
+        """Scores and report of a comparison, where the configuration names no other folder."""
+        return self.path / "evaluation"
+
+    @property
     def pretrained(self) -> Path:
         """The parts of the embedded default that are trained from nothing."""
         return self.path / "pretrain"

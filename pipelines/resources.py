@@ -56,7 +56,7 @@ class Need:
         return f"{self.setting} needs {self.at_least} x {' + '.join(each)}"
 
 
-Work = Literal["priors", "encodings", "train", "generate", "serve"]
+Work = Literal["priors", "encodings", "train", "generate", "evaluate", "serve"]
 """A command, or a half of `prophy cache`."""
 
 
@@ -74,6 +74,9 @@ def needs_of(config: Config, work: Work) -> list[Need]:
     if work == "generate":
         pool = config.generate.pool
         return [Need("generate.pool", pool.size, pool.num_cpus, pool.num_gpus)]
+    if work == "evaluate":
+        pool = config.evaluate.pool
+        return [Need("evaluate.pool", pool.size, pool.num_cpus, pool.num_gpus)]
     read = config.cache.read
     pool = config.cache.extract if work == "priors" else config.cache.encode
     setting = "cache.extract" if work == "priors" else "cache.encode"

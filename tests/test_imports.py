@@ -45,6 +45,7 @@ LAYERS = {
     "pipelines": (
         ("cli",),
         ("demo", "doctor"),
+        ("evaluation",),
         ("sandbox.pretrain",),
         ("serving", "training"),
         ("generation",),

@@ -7,6 +7,7 @@ prints it with an explanation of every key: the docstring below the key's field.
 
 from pipelines.config.base import PoolConfig, how_keys, is_url
 from pipelines.config.caching import CacheConfig, VideoLimits
+from pipelines.config.evaluation import Contestant, EvaluateConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
 from pipelines.config.loading import key_advice, load_config, preset_names
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
@@ -20,6 +21,8 @@ __all__ = [
     "BackboneConfig",
     "CacheConfig",
     "Config",
+    "Contestant",
+    "EvaluateConfig",
     "GenerateConfig",
     "LossWeights",
     "Part",

@@ -164,6 +164,9 @@ def key_advice(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
     """What to write instead of the unknown key at `location` in data for `model`: one like it, or any."""
     section: Any = model
     for part in location[:-1]:
+        if get_origin(section) is dict:  # whose keys are names that the user gives
+            section = get_args(section)[1]
+            continue
         section = section.model_fields[part].annotation
         if get_origin(section) is types.UnionType:
             section = get_args(section)[0]

@@ -4,7 +4,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -89,7 +89,7 @@ def _field(section: Section, name: str, depth: int) -> Iterator[str]:
         yield from _lines(value, depth + 1)
         return
     schema = type(section).model_json_schema()["properties"][name]
-    yield from _comment([*said, *_facts(about, schema, value)], indent)
+    yield from _comment([*said, *_keys_of_each(about), *_facts(about, schema, value)], indent)
     plain = section.model_dump(mode="json", include={name})[name]
     line = f"{indent}{name}: {_inline(plain)}"
     if isinstance(plain, list) and len(line) > _WIDTH:
@@ -107,6 +107,17 @@ def _inline(value: Any) -> str:
 
 def _paragraphs(text: str) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in textwrap.dedent(text).split("\n\n")]
+
+
+def _keys_of_each(about: FieldInfo) -> list[str]:
+    """The keys of each entry, where a key holds sections by names that the user gives."""
+    if get_origin(about.annotation) is not dict:
+        return []
+    section = get_args(about.annotation)[1]
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return []
+    keys = section.model_fields.items()
+    return [f"{name}: {' '.join((field.description or '').split())}" for name, field in keys]
 
 
 def _facts(about: FieldInfo, schema: dict[str, Any], value: object) -> list[str]:

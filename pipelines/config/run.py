@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.config.base import BranchFolder, LocalPath, Section, TaxonomyName
 from pipelines.config.caching import CacheConfig
+from pipelines.config.evaluation import EvaluateConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
 from pipelines.config.sandbox import PretrainConfig, SimulateConfig
@@ -26,6 +27,7 @@ NEEDS = {
     "plan": ("backbone", "physics", "train"),
     "export": ("backbone",),
     "generate": ("backbone",),
+    "evaluate": ("backbone",),
     "serve": ("backbone",),
     "pretrain": (),
     "pretrain branch": ("backbone", "vlm", "physics", "simulate", "cache", "train"),
@@ -102,6 +104,9 @@ class Config(Section):
     generate: GenerateConfig
     """`prophy generate`: videos made offline."""
 
+    evaluate: EvaluateConfig
+    """`prophy evaluate`: models compared on the same clips, prompts and noise."""
+
     pretrain: PretrainConfig = PretrainConfig()
     """`prophy pretrain`: how long each part of the embedded default is trained from nothing."""
 
@@ -114,7 +119,7 @@ class Config(Section):
         folder = RunFolder(Path(values["run_dir"]))
         places = {"simulate": folder.clips, "cache": folder.cache}
         places = {name: place for name, place in places.items() if name in values}
-        places |= {"serve": folder.serve, "generate": folder.videos}
+        places |= {"serve": folder.serve, "generate": folder.videos, "evaluate": folder.evaluation}
         sections = {name: values.get(name, {}) for name in places}
         return values | {
             name: {"output": str(places[name]), **section}

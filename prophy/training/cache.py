@@ -99,7 +99,8 @@ class PriorCache:
 
     def version(self, sample_id: str) -> str:
         """Which files and rows hold a sample: another where it was cached anew, for files never change."""
-        return " ".join(f"{row['file']}:{row['row_group']}" for row in self._rows[sample_id])
+        prior, encoding, _ = self._rows[sample_id]
+        return repr((prior, encoding))
 
     def null_text(self) -> "dict[str, torch.Tensor]":
         """The empty prompt, encoded: the family's tensors, by name."""

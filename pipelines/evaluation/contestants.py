@@ -1,0 +1,122 @@
+"""What is compared: which model, with which knobs. Imports no networks unless a checkpoint is exported."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.config import Config, Contestant
+from pipelines.generation.limits import check_model, model_fingerprint
+from pipelines.generation.spec import PhysicsSpec
+from pipelines.layout import RunFolder
+from prophy.backbones.pretrained import encoders_fingerprint, takes_images
+from prophy.errors import ProPhyError
+from prophy.models.description import describe
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contestant whose model is there.
+
+    Attributes:
+        name: the configuration's.
+        config: the run's, with this model as its checkpoint and backbone.
+        knobs: of the branch; None where there is none.
+        model: fingerprint of the model.
+        encoders: fingerprint of VAE and text encoder.
+    """
+
+    name: str
+    config: Config
+    knobs: PhysicsSpec | None
+    model: str
+    encoders: str
+
+    @property
+    def identity(self) -> list[str]:
+        """All that decides what it computes; its name plays no part."""
+        knobs = self.knobs.model_dump_json() if self.knobs else ""
+        backbone = self.config.backbone
+        return [self.model, knobs, backbone.dtype, str(backbone.autocast)]
+
+
+def enter(config: Config) -> list[Entrant]:
+    """The contestants of a run, the first of which the others are compared with.
+
+    Raises:
+        ProPhyError: a model is not there, is of another backbone, always takes an image, or has no branch for
+            its knobs.
+    """
+    wanted = config.evaluate.contestants
+    if not wanted:
+        own = Contestant(checkpoint=config.checkpoint)
+        wanted = {"model": own}
+        if config.checkpoint is not None:
+            wanted = {"branch off": own.model_copy(update={"scale": 0.0}), "branch on": own}
+    return [_enter(name, contestant, config) for name, contestant in wanted.items()]
+
+
+def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
+    backbone = config.backbone
+    if contestant.pretrained is not None:
+        backbone = backbone.model_copy(update={"pretrained": contestant.pretrained, "revision": None})
+    checkpoint = contestant.checkpoint
+    try:
+        if checkpoint is not None:
+            checkpoint = _model_of(checkpoint, config.evaluate.output)
+        own = config.model_copy(update={"backbone": backbone, "checkpoint": checkpoint})
+        check_model(own)
+        if takes_images(backbone.family, backbone.pretrained, backbone.revision) == "always":
+            raise ProPhyError(
+                f"{backbone.pretrained} always takes an image, and models are compared without; choose one "
+                "that makes videos of text alone"
+            )
+        knobs = {"scale": contestant.scale, "strength": contestant.strength}
+        knobs["invert_refinement"] = contestant.invert_refinement
+        spec = PhysicsSpec.model_validate(knobs)
+        if checkpoint is None and contestant.pretrained is None and spec != PhysicsSpec():
+            raise ProPhyError("it has knobs of a branch and no branch; give it a checkpoint")
+        if checkpoint is not None:
+            _check_strengths(spec, describe(checkpoint)["physics"]["phenomena"])
+    except ProPhyError as error:
+        raise ProPhyError(f"the contestant {name!r} of evaluate.contestants: {error}") from None
+    return Entrant(
+        name,
+        own,
+        spec if spec != PhysicsSpec() else None,
+        model_fingerprint(own),
+        encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision),
+    )
+
+
+def _check_strengths(knobs: PhysicsSpec, phenomena: list[str]) -> None:
+    for phenomenon in knobs.strength:
+        if phenomenon not in phenomena:
+            raise ProPhyError(
+                f"strength names {phenomenon!r}, which is no phenomenon of its branch; those are "
+                f"{', '.join(phenomena)}"
+            )
+
+
+def _model_of(folder: Path, output: Path) -> Path:
+    """The folder of a trained branch: itself, or what a run has trained.
+
+    While a run trains, its newest checkpoint is exported into the folder of the comparison.
+    """
+    places = RunFolder(folder)
+    if (places.model).is_dir():
+        return places.model
+    if not places.checkpoints.is_dir():
+        return folder
+    from pipelines.training.checkpoint import latest
+    from pipelines.training.export import export_branch, writing_model
+
+    checkpoint = latest(places.checkpoints)
+    if checkpoint is None:
+        raise ProPhyError(f"{places.checkpoints} holds no whole checkpoint yet; wait for the first")
+    digest = hashlib.sha256(str(checkpoint.folder.resolve()).encode()).hexdigest()[:8]
+    model = output / "models" / f"{checkpoint.folder.name}-{digest}"
+    if not model.is_dir():
+        model.parent.mkdir(parents=True, exist_ok=True)
+        with writing_model(model) as partial:
+            export_branch(checkpoint, partial)
+    return model

@@ -1,0 +1,260 @@
+"""What is denoised: clips with their captions, and what is wrong beside each. Imports no networks."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.caching.list_files import SUFFIXES, read_rows
+from pipelines.caching.video_files import open_store, source_of
+from pipelines.config import Config
+from prophy.errors import ProPhyError
+from prophy.training.cache import PriorCache
+
+logger = logging.getLogger(__name__)
+
+_PAIR_COLUMNS = ("path", "caption", "wrong_caption", "wrong_path", "kind")
+_CAPTIONS_PER_PHENOMENON = 12
+_STRIDE = 7  # prime to the numbers of held-out combinations: neighbours are of different phenomena
+CORRELATED = (("combustion", "explosion"), ("explosion", "refraction"))
+"""Phenomena whose semantic weights are compared: related ones, and unrelated ones (the paper's)."""
+
+
+class Clip(BaseModel):
+    """Where frames or latents come from: a simulation, a file, or a sample of the cache.
+
+    Attributes:
+        parts: (scene, colour, side) of a simulation.
+        seed: of what it leaves open.
+        broken: a law that it breaks.
+        path: a video file, of which the beginning is taken.
+        sample: a sample of the cache, with its caption and its maps.
+        version: which state of the file or sample.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    parts: tuple[tuple[str, str, str], ...] = ()
+    seed: tuple[int, ...] = ()
+    broken: str | None = None
+    path: str | None = None
+    sample: str | None = None
+    version: str = ""
+
+
+class Wrong(BaseModel):
+    """One thing that is wrong: a caption, or a clip that breaks a law, or the caption of another sample."""
+
+    model_config = ConfigDict(frozen=True)
+
+    measure: Literal["captions", "laws"]
+    kind: str
+    caption: str | None = None
+    clip: Clip | None = None
+
+
+class Item(BaseModel):
+    """A clip with its caption, or a caption alone.
+
+    Attributes:
+        unit: what is counted, and whose noise it is.
+        clip: None where only the semantic router is asked.
+        caption: None where the cache has it.
+        wrong: what the same noise is denoised by, or in, for comparison.
+        is_measured: whether its own loss and routing count.
+        phenomenon: what a caption alone is about.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    unit: str
+    clip: Clip | None = None
+    caption: str | None = None
+    wrong: tuple[Wrong, ...] = ()
+    is_measured: bool = False
+    phenomenon: str | None = None
+
+    def key(self, settings: object) -> str:
+        """A name for all that decides its tensors, with the settings of the encoders."""
+        return hashlib.sha256(json.dumps([self.model_dump(), settings]).encode()).hexdigest()[:24]
+
+
+def find_items(config: Config) -> list[Item]:
+    """All that is denoised in a comparison.
+
+    Raises:
+        ProPhyError: the frames are not square where the sandbox is asked for, there is no cache, or the list
+            of pairs cannot be used.
+    """
+    wanted = set[str](config.evaluate.measures)
+    if not wanted & {"loss", "captions", "laws", "routing"}:
+        return []
+    items: list[Item] = []
+    if config.evaluate.clips == "sandbox":
+        items += _sandbox(config, wanted)
+    else:
+        items += _cached(config, wanted)
+    if config.evaluate.clips == "cache" and "laws" in wanted and config.evaluate.pairs is None:
+        logger.warning("no law is broken in clips of the cache: the measure laws needs evaluate.pairs")
+    if config.evaluate.pairs is not None:
+        items += read_pairs(config.evaluate.pairs)
+    if not items:
+        raise ProPhyError(
+            "there is nothing to denoise: with evaluate.clips 'cache' the measure 'laws' needs a list of "
+            "pairs; set evaluate.pairs, or evaluate.clips to 'sandbox'"
+        )
+    return items
+
+
+def _sandbox(config: Config, wanted: set[str]) -> Iterator[Item]:
+    from prophy.evaluation.captions import wrong_captions
+    from prophy.sandbox import COLOURS, SCENES, SIDES, Law, Part, describe, held_out_combinations
+
+    backbone = config.backbone
+    if backbone.height != backbone.width:
+        raise ProPhyError(
+            f"the sandbox simulates square clips, and the backbone's are {backbone.width}x{backbone.height}; "
+            "set evaluate.clips to 'cache'"
+        )
+    if wanted & {"loss", "captions", "routing"}:
+        combinations = held_out_combinations()
+        alone = [parts for parts in combinations if len(parts) == 1]
+        pairs = [parts for parts in combinations if len(parts) == 2]
+        for index in range(config.evaluate.num_clips):
+            # Things alone and pairs in turn; each kind spread over all that there are.
+            kind, place = (alone, pairs)[index % 2], index // 2
+            parts = kind[place * _STRIDE % len(kind)]
+            right, wrong = wrong_captions(parts, np.random.default_rng((1, index)))
+            things = "one thing" if len(parts) == 1 else "two things"
+            yield Item(
+                unit=f"clip {index}: {right}",
+                clip=_simulated(parts, (1, index)),
+                caption=right,
+                wrong=tuple(
+                    Wrong(measure="captions", kind=f"{changed}, {things}", caption=said)
+                    for changed, said in wrong.items()
+                    if "captions" in wanted
+                ),
+                is_measured=bool(wanted & {"loss", "routing"}),
+            )
+    if "laws" in wanted:
+        for number, law in enumerate(Law):
+            scenes = [scene for scene in SCENES if law in scene.laws]
+            for index in range(config.evaluate.clips_per_law):
+                rng = np.random.default_rng((2, number, index))
+                colour, side = (str(rng.choice(list(names))) for names in (COLOURS, SIDES))
+                parts = (Part(scenes[index % len(scenes)], colour, side),)
+                said = str(rng.choice(describe(parts)))
+                broken = _simulated(parts, (2, number, index), law)
+                yield Item(
+                    unit=f"{law} {index}: {said}",
+                    clip=_simulated(parts, (2, number, index)),
+                    caption=said,
+                    wrong=(Wrong(measure="laws", kind=law, clip=broken),),
+                )
+    if "routing" in wanted:
+        for phenomenon in dict.fromkeys(name for pair in CORRELATED for name in pair):
+            said_all = [
+                said
+                for scene in SCENES
+                if scene.phenomenon == phenomenon
+                for colour in COLOURS
+                for side in SIDES
+                for said in describe((Part(scene, colour, side),))
+            ]
+            for said in said_all[:: len(said_all) // _CAPTIONS_PER_PHENOMENON][:_CAPTIONS_PER_PHENOMENON]:
+                yield Item(unit=said, caption=said, phenomenon=phenomenon)
+
+
+def _simulated(parts: Sequence, seed: tuple[int, ...], broken: str | None = None) -> Clip:
+    named = tuple((part.scene.name, part.colour, part.side) for part in parts)
+    return Clip(parts=named, seed=seed, broken=broken)
+
+
+def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
+    if not wanted & {"loss", "captions", "routing"}:
+        return
+    from pipelines.caching.cache import encodings_folder, priors_folder
+    from pipelines.training.samples import held_out
+
+    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+    num_held_out = config.train.num_held_out if "train" in config.__dict__ else 0
+    samples = sorted(held_out(cache.shapes, num_held_out) if num_held_out else cache.shapes)
+    samples = samples[: config.evaluate.num_clips]
+    if not num_held_out:
+        logger.warning("train.num_held_out is 0: these clips of the cache may have been trained on")
+    if len(samples) < config.evaluate.num_clips:
+        logger.warning("evaluate.num_clips is %d, and there are %d", config.evaluate.num_clips, len(samples))
+    shapes = cache.shapes
+    clips = {sample: Clip(sample=sample, version=cache.version(sample)) for sample in samples}
+    for index, sample in enumerate(samples):
+        behind = samples[index + 1 :] + samples[:index]
+        other = next((other for other in behind if shapes[other] == shapes[sample]), None)
+        wrong = [Wrong(measure="captions", kind="another clip's", clip=clips[other])] if other else []
+        yield Item(
+            unit=sample,
+            clip=clips[sample],
+            wrong=tuple(wrong) if "captions" in wanted else (),
+            is_measured=bool(wanted & {"loss", "routing"}),
+        )
+
+
+def read_pairs(location: str) -> list[Item]:
+    """The pairs of a user's list.
+
+    Raises:
+        ProPhyError: it cannot be read, or a row lacks what a pair needs.
+    """
+    suffix = PurePosixPath(location).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ProPhyError(
+            f"{location} is no list of pairs; set evaluate.pairs to a file that ends in {', '.join(SUFFIXES)}"
+        )
+    try:
+        store, path = open_store(location)
+        with store.open(path, "rb") as file:
+            rows = read_rows(file.read(), suffix, set(_PAIR_COLUMNS))
+    except (OSError, ValueError) as error:
+        raise ProPhyError(f"{location} cannot be read as {suffix}: {str(error).splitlines()[0]}") from None
+    items = []
+    folder = location.rpartition("/")[0]
+    for row in rows.rows:
+        values = {
+            name: value.decode() if isinstance(value, bytes) else value
+            for name in _PAIR_COLUMNS
+            if (value := row.values.get(name))
+        }
+        if row.error or "path" not in values or "caption" not in values:
+            raise ProPhyError(
+                f"row {row.number} of {location} has no 'path' or no 'caption'; give both, and wrong_caption "
+                "or wrong_path"
+            )
+        wrong = []
+        if "wrong_caption" in values:
+            kind = values.get("kind", "your captions")
+            wrong.append(Wrong(measure="captions", kind=kind, caption=values["wrong_caption"]))
+        if "wrong_path" in values:
+            clip = _file(values["wrong_path"], folder)
+            wrong.append(Wrong(measure="laws", kind=values.get("kind", "your videos"), clip=clip))
+        if not wrong:
+            raise ProPhyError(
+                f"row {row.number} of {location} names nothing that is wrong; give it wrong_caption or "
+                "wrong_path"
+            )
+        clip = _file(values["path"], folder)
+        unit = f"row {row.number}: {clip.path}"
+        items.append(Item(unit=unit, clip=clip, caption=values["caption"], wrong=tuple(wrong)))
+    if not items:
+        raise ProPhyError(f"{location} lists no pair; give each a row with 'path' and 'caption'")
+    return items
+
+
+def _file(path: str, folder: str) -> Clip:
+    place = path if "://" in path or path.startswith("/") else f"{folder}/{path}"
+    source = source_of(place)
+    return Clip(path=place, version=f"{source['size']} {source['modified']}")

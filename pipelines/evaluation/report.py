@@ -1,0 +1,115 @@
+"""The report of a comparison: figures with their intervals, and nothing that has none."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import Config
+from pipelines.evaluation.films import films_section
+from pipelines.evaluation.items import CORRELATED
+from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures
+from prophy.evaluation.report import Section, Table, write_report
+from prophy.evaluation.statistics import CONFIDENCE, FEWEST_UNITS, Difference, Estimate
+
+REPORT = "report.html"
+
+
+def write(
+    config: Config,
+    contestants: Sequence[str],
+    scores: Sequence[Mapping[str, Any]],
+    videos: Mapping[str, Mapping[str, Path]],
+) -> Path:
+    """Writes `report.html` into the folder of the comparison.
+
+    Args:
+        config: the run.
+        contestants: their names; the others are compared with the first.
+        scores: all of them.
+        videos: of each contestant that made any, the file of each unit.
+    """
+    path = config.evaluate.output / REPORT
+    sections = [_summary(contestants)]
+    for kind in config.evaluate.measures:
+        for measure in MEASURES.get(kind, ()):
+            sections += _section(measure, figures(measure, scores, contestants), contestants)
+    if "routing" in config.evaluate.measures:
+        sections += _correlation_section(correlations(scores, contestants, CORRELATED))
+    for name in contestants[1:] if videos else ():
+        sections += films_section(config, (contestants[0], name), scores, videos)
+    write_report(path, "Evaluation", sections)
+    return path
+
+
+def _summary(contestants: Sequence[str]) -> Section:
+    others = ", ".join(contestants[1:])
+    said = f"Compared with {contestants[0]}: {others}. " if others else ""
+    return Section(
+        title="How to read this",
+        text=f"{said}All saw the same clips, captions, prompts, seeds and noise. In brackets is the interval "
+        f"of {CONFIDENCE:.0%}: Wilson's for a share of yes, else by bootstrap over the clips or prompts. A "
+        "difference is the mean of paired ones; p is McNemar's exact test for yes or no, else a permutation "
+        "test. The last column says which true difference this many pairs would have shown in four of five "
+        f"comparisons. What fewer than {FEWEST_UNITS} clips or prompts say is left out.",
+    )
+
+
+def _section(measure: Measure, found: Sequence[Figure], contestants: Sequence[str]) -> list[Section]:
+    if not found:
+        return []
+    header = ["", "noise", "contestant", "value", "clips"]
+    if len(contestants) > 1:
+        header += [f"minus {contestants[0]}", "p", "pairs", "detectable"]
+    has_levels = any(figure.level is not None for figure in found)
+    rows = []
+    for figure in found:
+        level = "" if figure.level is None else f"{figure.level:g}"
+        row = [figure.group, level, figure.contestant, interval(figure.estimate)]
+        row.append(str(figure.estimate.num_units))
+        if len(contestants) > 1:
+            row += _difference(figure.difference)
+        rows.append(row)
+    if not has_levels:
+        header = [header[0], *header[2:]]
+        rows = [[row[0], *row[2:]] for row in rows]
+    return [Section(title=measure.title, text=measure.text, table=Table(header=header, rows=rows))]
+
+
+def _difference(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ["", "", "", ""]
+    p_value = "< 0.001" if difference.p_value < 0.001 else f"{difference.p_value:.3f}"
+    return [
+        interval(difference, signed=True),
+        p_value,
+        str(difference.num_units),
+        number(difference.detectable),
+    ]
+
+
+def _correlation_section(found: Mapping[tuple[str, str, str], Estimate]) -> list[Section]:
+    if not found:
+        return []
+    rows = [
+        [f"{first} and {second}", name, interval(between), str(between.num_units)]
+        for (name, first, second), between in found.items()
+    ]
+    return [
+        Section(
+            title="Semantic experts: correlation of phenomena",
+            text="Correlation of the mean weights that the semantic router gives to captions of two "
+            "phenomena. The paper finds related ones alike, and unrelated ones not.",
+            table=Table(header=["", "contestant", "correlation", "captions of each"], rows=rows),
+        )
+    ]
+
+
+def interval(estimate: Estimate, signed: bool = False) -> str:
+    """A figure with its interval."""
+    sign = "+" if signed else ""
+    return f"{number(estimate.mean, sign)} [{number(estimate.low, sign)}, {number(estimate.high, sign)}]"
+
+
+def number(value: float, sign: str = "") -> str:
+    """Three significant digits, or none after the point of large ones."""
+    return f"{value:{sign}.0f}" if abs(value) >= 100 else f"{value:{sign}.3g}"

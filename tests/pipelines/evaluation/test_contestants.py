@@ -1,0 +1,92 @@
+"""Who is compared: names, knobs, folders, and mistakes in them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.config import load_config
+from pipelines.evaluation.contestants import Entrant, enter
+from pipelines.layout import RunFolder
+from prophy.errors import ProPhyError
+from prophy.tiny import bundled
+from tests.wan import write_i2v
+
+
+def entered(folder: Path, contestants: dict[str, dict[str, object]], **others: object) -> list[Entrant]:
+    file = folder / "compare.yaml"
+    evaluate = {"contestants": contestants}
+    file.write_text(yaml.safe_dump({"extends": "tiny", "run_dir": "run", "evaluate": evaluate, **others}))
+    return enter(load_config(str(file)))
+
+
+def test_by_default_the_branch_is_compared_with_itself_off(tmp_path: Path) -> None:
+    off, on = entered(tmp_path, {})
+    assert (off.name, on.name) == ("branch off", "branch on")
+    assert off.model == on.model and off.identity != on.identity
+    assert off.knobs is not None and off.knobs.scale == 0
+    assert on.knobs is None
+    [alone] = entered(tmp_path, {}, checkpoint=None)
+    assert alone.name == "model"
+
+
+def test_a_name_changes_nothing_of_what_is_computed(tmp_path: Path) -> None:
+    first, second, third = entered(
+        tmp_path, {"a": {"checkpoint": "tiny"}, "b": {"checkpoint": "tiny"}, "c": {}}
+    )
+    assert first.identity == second.identity != third.identity
+    assert third.config.checkpoint is None
+
+
+def test_a_run_is_its_model(tmp_path: Path) -> None:
+    run = tmp_path / "trained"
+    shutil.copytree(bundled("branch"), RunFolder(run).model)
+    [entrant] = entered(tmp_path, {"mine": {"checkpoint": str(run)}})
+    assert entrant.config.checkpoint == run / "model"
+
+
+def test_knobs_reach_the_branch(tmp_path: Path) -> None:
+    knobs = {"strength": {"melting": 3}, "invert_refinement": True}
+    [entrant] = entered(tmp_path, {"stronger": {"checkpoint": "tiny", **knobs}})
+    assert entrant.knobs is not None
+    assert (entrant.knobs.strength, entrant.knobs.invert_refinement) == ({"melting": 3.0}, True)
+
+
+@pytest.mark.parametrize(
+    ("contestant", "said"),
+    [
+        ({"checkpoint": "/nowhere"}, "the contestant 'mine' of evaluate.contestants: .*/nowhere"),
+        ({"scale": 2}, "it has knobs of a branch and no branch; give it a checkpoint"),
+        ({"checkpoint": "tiny", "strength": {"magic": 2}}, "strength names 'magic', which is no phenomenon"),
+    ],
+)
+def test_a_contestant_that_cannot_be_is_one_sentence(
+    tmp_path: Path, contestant: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ProPhyError, match=said) as caught:
+        entered(tmp_path, {"mine": contestant})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_always_takes_an_image_is_refused(tmp_path: Path) -> None:
+    pretrained = str(write_i2v(tmp_path / "i2v"))
+    with pytest.raises(ProPhyError, match="the contestant 'mine' .*/i2v always takes an image"):
+        entered(tmp_path, {"mine": {"pretrained": pretrained}})
+
+
+def test_an_unknown_key_of_a_contestant_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=r"'evaluate\.contestants\.mine\.chekpoint' in .*; did you mean"):
+        entered(tmp_path, {"mine": {"chekpoint": "tiny"}})
+
+
+def test_a_knob_beyond_its_range_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=r"bad value for 'evaluate\.contestants\.mine\.scale'"):
+        entered(tmp_path, {"mine": {"checkpoint": "tiny", "scale": 50}})
+
+
+def test_a_name_that_yaml_reads_otherwise_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "compare.yaml"
+    file.write_text("extends: tiny\nrun_dir: run\nevaluate:\n  contestants:\n    off: {checkpoint: tiny}\n")
+    with pytest.raises(ProPhyError, match="a contestant is called False; give it a name in quotes"):
+        load_config(str(file))

@@ -1,0 +1,124 @@
+"""A small comparison from end to end, on Ray: its scores, its report, and what a second run does."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipelines.config import Config, load_config
+from pipelines.evaluation import evaluate
+from pipelines.evaluation.requests import requests_of
+from pipelines.evaluation.videos import FALL
+from tests.conftest import tiny_config
+
+SMALL = (
+    "evaluate.num_clips=6",
+    "evaluate.noise_levels=[0.9]",
+    "evaluate.measures=[loss,captions,routing]",
+    "evaluate.pool.size=1",
+)
+WITHOUT = "evaluate.contestants={without: {checkpoint: tiny, scale: 0}}"
+BOTH = "evaluate.contestants={without: {checkpoint: tiny, scale: 0}, with: {checkpoint: tiny}}"
+
+
+def files(config: Config) -> dict[Path, int]:
+    """When each file of scores and tensors was written, in nanoseconds."""
+    return {
+        path: path.stat().st_mtime_ns
+        for name in ("scores", "encodings")
+        for path in (config.evaluate.output / name).iterdir()
+    }
+
+
+def test_a_comparison_goes_on_and_takes_in_a_contestant(ray_cluster: None, tmp_path: Path) -> None:
+    one = tiny_config(tmp_path, *SMALL, WITHOUT)
+    report = evaluate.run(one)
+    assert report == one.evaluate.output / "report.html"
+    made = files(one)
+    both = tiny_config(tmp_path, *SMALL, BOTH)
+    html = evaluate.run(both).read_text()
+    after = files(both)
+    assert made.items() <= after.items(), "what was there is not made again"
+    new = {path.parent.name for path in after.keys() - made.keys()}
+    assert new == {"scores"}, "the clips are encoded once for all"
+
+    rows = pq.read_table(both.evaluate.output / "scores.parquet").to_pylist()
+    losses = {
+        name: {
+            row["unit"]: row["value"]
+            for row in rows
+            if row["measure"] == "loss" and row["contestant"] == name
+        }
+        for name in ("without", "with")
+    }
+    assert losses["without"].keys() == losses["with"].keys() and len(losses["without"]) == 6
+    assert all(losses["without"][unit] != losses["with"][unit] for unit in losses["without"])
+    assert {row["contestant"] for row in rows if row["measure"] == "routing"} == {"with"}
+    groups = {row["group"] for row in rows if row["measure"] == "captions"}
+    assert groups >= {"sides, two things", "phenomenon, one thing"}
+    assert "minus without" in html and "Routing: where, and which" in html and "Semantic experts" in html
+
+    evaluate.run(both)
+    assert files(both) == after
+
+
+def test_clips_of_the_cache_and_ones_own_pairs(tiny_cache: Config, tmp_path: Path) -> None:
+    clips = sorted((tiny_cache.simulate.output / "clips").glob("*.mp4"))
+    pairs = tmp_path / "pairs.csv"
+    lines = [f"{path},a ball falls,a candle burns,{clips[0]},mine" for path in clips[1:3]]
+    pairs.write_text("path,caption,wrong_caption,wrong_path,kind\n" + "\n".join(lines) + "\n")
+    config = load_config(
+        "tiny",
+        [
+            f"run_dir={tmp_path / 'run'}",
+            f"cache.input={tiny_cache.cache.input}",
+            f"cache.output={tiny_cache.cache.output}",
+            "cache.encode_batch_size=1",
+            "evaluate.clips=cache",
+            f"evaluate.pairs={pairs}",
+            *SMALL,
+            WITHOUT,
+        ],
+    )
+    evaluate.run(config)
+    rows = pq.read_table(config.evaluate.output / "scores.parquet").to_pylist()
+    found = {(row["measure"], row["group"]) for row in rows}
+    assert found >= {
+        ("loss", "everywhere"),
+        ("loss", "inside the maps"),
+        ("captions", "another clip's"),
+        ("captions", "mine"),
+        ("laws", "mine"),
+    }
+    assert sum(row["measure"] == "laws" for row in rows) == 2
+    assert all(row["wrong"] > 0 for row in rows if row["measure"] in ("captions", "laws"))
+
+
+def test_videos_are_made_once_and_judged(ray_cluster: None, tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        "evaluate.num_prompts=6",
+        "evaluate.measures=[videos]",
+        "evaluate.pool.size=1",
+        "sampling.num_inference_steps=2",
+        BOTH,
+    )
+    html = evaluate.run(config).read_text()
+    rows = pq.read_table(config.evaluate.output / "scores.parquet").to_pylist()
+    units = {name: {row["unit"] for row in rows if row["contestant"] == name} for name in ("without", "with")}
+    assert units["without"] == units["with"] and len(units["with"]) == 6
+    shapes = {
+        name: [row["value"] for row in rows if row["measure"] == "video: shape" and row["contestant"] == name]
+        for name in ("without", "with")
+    }
+    assert len(shapes["without"]) == 6 and shapes["without"] != shapes["with"]
+    falls = [
+        request for request in requests_of(config) if [part.scene.name for part in request.parts] == [FALL]
+    ]
+    assert sum(row["measure"] == "video: fall" for row in rows) == 2 * len(falls) > 0, "those of each"
+    assert "Videos: shapes" in html and "Side by side: without (left) and with (right)" in html
+    assert "Falls: the law" not in html, "so few falls make no figure"
+    videos = {path: path.stat().st_mtime_ns for path in (config.evaluate.output / "videos").iterdir()}
+    assert len(videos) == 12
+    evaluate.run(config)
+    after = {path: path.stat().st_mtime_ns for path in (config.evaluate.output / "videos").iterdir()}
+    assert after == videos

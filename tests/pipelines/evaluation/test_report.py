@@ -1,0 +1,72 @@
+"""The report of made-up scores: no figure without its interval."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.config import Config
+from pipelines.evaluation import report
+from pipelines.evaluation.report import interval, number
+from prophy.evaluation.statistics import Estimate
+
+NUMBER = r"[+-]?\d+(?:\.\d+)?(?:e[+-]\d+)?"
+INTERVAL = rf"{NUMBER} \[{NUMBER}, {NUMBER}\]"
+
+
+def scores(contestants: list[str], units: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "contestant": name,
+            "measure": measure,
+            "group": group,
+            "unit": f"clip {unit}",
+            "level": 0.9,
+            "value": float(rng.uniform(0.2, 0.4)),
+            "wrong": float(rng.uniform(0.2, 0.4)),
+        }
+        for name in contestants
+        for measure, group in (("loss", "everywhere"), ("captions", "sides"), ("laws", "gravity"))
+        for unit in range(units)
+    ]
+
+
+def tables(path: Path) -> list[list[list[str]]]:
+    """The cells of all rows of all tables, headers first."""
+    html = path.read_text()
+    return [
+        [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+        for table in re.findall(r"<table>(.*?)</table>", html, flags=re.DOTALL)
+    ]
+
+
+def test_every_figure_has_its_interval(config: Config) -> None:
+    config.evaluate.output.mkdir(parents=True)
+    found = tables(report.write(config, ["first", "second"], scores(["first", "second"], 12), {}))
+    assert len(found) == 5
+    for header, *rows in found:
+        assert rows
+        for row in rows:
+            cells = dict(zip(header, row, strict=True))
+            assert re.fullmatch(INTERVAL, cells["value"]), cells
+            assert cells["clips"].isdecimal()
+            difference = cells["minus first"]
+            if cells["contestant"] == "first":
+                assert not difference
+            else:
+                assert re.fullmatch(INTERVAL, difference), cells
+                assert cells["pairs"].isdecimal() and float(cells["detectable"]) > 0
+
+
+def test_what_has_no_interval_is_not_in_the_report(config: Config) -> None:
+    config.evaluate.output.mkdir(parents=True)
+    path = report.write(config, ["first"], scores(["first"], 5), {})
+    assert not tables(path)
+    assert "0." not in re.sub(r"<style>.*?</style>", "", path.read_text(), flags=re.DOTALL)
+
+
+def test_figures_have_three_digits() -> None:
+    assert interval(Estimate(0.12345, -0.1, 1234.5, 9), signed=True) == "+0.123 [-0.1, +1234]"
+    assert number(0.000012345) == "1.23e-05"
