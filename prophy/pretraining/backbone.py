@@ -41,7 +41,6 @@ from prophy.pretraining.recipe import (
 from prophy.pretraining.text import say
 from prophy.sandbox import Part, contact_sheet
 from prophy.tiny.pipeline import MAX_SEQUENCE_LENGTH, SCHEDULER, TRANSFORMER, write_pipeline
-from prophy.tiny.text import TEXT_DIM
 from prophy.training.objectives import FlowMatching
 
 logger = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
                 f"no {part} in {folder / part}; run `prophy pretrain {part}` with the same run_dir first"
             )
     torch.manual_seed(recipe.seed)
-    transformer = WanTransformer3DModel(**TRANSFORMER | {"text_dim": TEXT_DIM})
+    transformer = WanTransformer3DModel(**TRANSFORMER)
     if recipe.start_from is None:
         _initialise(transformer)
     else:

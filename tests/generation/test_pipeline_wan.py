@@ -126,8 +126,8 @@ def test_physics_without_a_branch_is_refused(bare: ProPhyWanPipeline) -> None:
 
 
 def test_text_length_is_the_pipelines_own(pipeline: ProPhyWanPipeline) -> None:
-    assert pipeline.encode_prompt("a red ball")[0].shape == (1, 32, 384)
-    assert pipeline.encode_prompt("a red ball", max_sequence_length=16)[0].shape == (1, 16, 384)
+    assert pipeline.encode_prompt("a red ball")[0].shape == (1, 32, 192)
+    assert pipeline.encode_prompt("a red ball", max_sequence_length=16)[0].shape == (1, 16, 192)
     expected = sample(pipeline)
     assert np.array_equal(sample(pipeline, max_sequence_length=32), expected)
     assert not np.array_equal(sample(pipeline, max_sequence_length=16), expected)

@@ -94,7 +94,7 @@ def test_begins_with_another_transformer(trained: Path, tmp_path: Path) -> None:
 
 def test_a_given_frame_is_seen_without_noise_and_not_asked_for() -> None:
     """Its noise changes nothing, and its tokens are at timestep 0."""
-    transformer = WanTransformer3DModel(**TRANSFORMER | {"text_dim": TEXT_DIM}).eval()
+    transformer = WanTransformer3DModel(**TRANSFORMER).eval()
     generator = torch.Generator().manual_seed(0)
     latents, noise, other = (torch.randn(2, 16, 5, 16, 16, generator=generator) for _ in range(3))
     other[:, :, 1:] = noise[:, :, 1:]
