@@ -14,7 +14,7 @@ def test_all_is_well_with_the_default(
 ) -> None:
     doctor.run(tiny_config(tmp_path / "run"))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert all(line.startswith("ok  ") for line in lines)
     assert not list((tmp_path / "run").glob(".doctor*"))
 
@@ -24,7 +24,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     database = "postgresql://user@127.0.0.1:1/jobs"
     config = tiny_config(tmp_path / "run", "train.gpus_per_worker=1", f"serve.database={database}")
-    with pytest.raises(ProPhyError, match="^2 of 9 checks do not hold$"):
+    with pytest.raises(ProPhyError, match="^2 of 10 checks do not hold$"):
         doctor.run(config)
     lines = capsys.readouterr().out.splitlines()
     room, stored = [line for line in lines if line.startswith("no  ")]

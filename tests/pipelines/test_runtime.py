@@ -33,7 +33,7 @@ def test_same_run_may_change_how_but_not_what(tmp_path: Path) -> None:
 def test_every_key_that_is_free_in_a_run_folder_is_marked() -> None:
     assert {"num_steps", "num_workers", "zero_stage", "sample_prompts"} <= how_keys(TrainConfig)
     assert not {"learning_rate", "recipe", "seed", "num_held_out"} & how_keys(TrainConfig)
-    assert how_keys(PretrainConfig) == {"vlm_steps", "vae_steps", "backbone_steps"}
+    assert how_keys(PretrainConfig) == {"text_steps", "vlm_steps", "vae_steps", "backbone_steps"}
 
 
 def test_unwritable_run_folder(tmp_path: Path) -> None:

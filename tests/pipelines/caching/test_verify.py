@@ -36,7 +36,7 @@ def test_a_sound_cache_is_sound(copy: Config, capsys: pytest.CaptureFixture[str]
 
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[64] ^= 1  # of a page: a footer's descriptions have no checksum
     path.write_bytes(content)
 
 
