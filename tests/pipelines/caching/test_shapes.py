@@ -43,7 +43,8 @@ def test_presets_cut_a_little_of_usual_pictures_and_stretch_none(preset: str) ->
     for picture in (DCI_4K, UHD, GOPRO, ON_END, SQUARE, DVD):
         assert picture[0] * picture[1] <= VideoLimits().max_pixels
         cut, stretched = misfits(clips(picture), config)
-        assert cut is None or cut.share < 0.12
+        # A model of one size cuts what it must, and the summary tells it.
+        assert cut is None or cut.share < (0.12 if config.backbone.aspect_buckets else 0.7)
         assert stretched is None or stretched.share < 0.05
 
 
