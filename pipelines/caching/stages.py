@@ -30,6 +30,7 @@ from prophy.video import VideoError, clip_spans, nearest_shape
 if TYPE_CHECKING:
     import torch
 
+    from prophy.backbones.encoding import VideoEncoder
     from prophy.priors.extractor import PriorExtractor
 
 _ERROR = pa.field("error", pa.struct(list(QUARANTINE)))
@@ -74,6 +75,21 @@ def clip_ids(
 def decoder(limits: VideoLimits) -> Decoder:
     """A decoder with the limits of a process; the others are those of `Decoder.probe`."""
     return Decoder(limits.max_memory_bytes, limits.max_seconds)
+
+
+def video_encoder(backbone: BackboneConfig) -> "VideoEncoder":
+    """VAE and text encoder of a configuration's backbone."""
+    from prophy.backbones.encoding import VideoEncoder
+
+    return VideoEncoder(
+        backbone.pretrained,
+        backbone.revision,
+        backbone.dtype,
+        backbone.autocast,
+        backbone.max_sequence_length,
+        backbone.family,
+        backbone.offload,
+    )
 
 
 class CutVideo:
@@ -276,17 +292,7 @@ class EncodeClip:
     """
 
     def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
-        from prophy.backbones.encoding import VideoEncoder
-
-        self.encoder = VideoEncoder(
-            backbone.pretrained,
-            backbone.revision,
-            backbone.dtype,
-            backbone.autocast,
-            backbone.max_sequence_length,
-            backbone.family,
-            backbone.offload,
-        )
+        self.encoder = video_encoder(backbone)
         if not (table.folder / EMPTY_PROMPT).exists():
             empty = text_column(_row_of(self.encoder.encode_text([""]), 0))
             write_file(table.folder, pa.Table.from_pylist([empty]), table.footer, name=EMPTY_PROMPT)

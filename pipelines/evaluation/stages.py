@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.caching.stages import decoder
+from pipelines.caching.stages import decoder, video_encoder
 from pipelines.caching.video_files import LocalFiles
 from pipelines.config import Config, VideoLimits
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Clip, Item
 from pipelines.evaluation.tables import score, write_scores
-from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.placement import Placement
@@ -66,15 +65,7 @@ class EncodeItems:
     def __init__(self, config: Config, shape: ClipShape) -> None:
         backbone = self._backbone = config.backbone
         self._shape = shape
-        self._encoder = VideoEncoder(
-            backbone.pretrained,
-            backbone.revision,
-            backbone.dtype,
-            backbone.autocast,
-            backbone.max_sequence_length,
-            backbone.family,
-            backbone.offload,
-        )
+        self._encoder = video_encoder(backbone)
         limits = VideoLimits()
         self._files, self._decoder = LocalFiles(limits.max_bytes), decoder(limits)
 
