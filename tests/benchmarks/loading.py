@@ -86,7 +86,7 @@ def rank_main(rank: int, port: int, folder: Path, mode: str) -> None:
     from pipelines.training.engine import placement  # DeepSpeed looks at the environment
     from pipelines.training.model import build_module
 
-    config, null = run_config(folder, mode), {"prompt_embeds": torch.zeros(32, 384)}
+    config, null = run_config(folder, mode), {"prompt_embeds": torch.zeros(32, 192)}
     place = placement(config.train)
     with PeakMemory() as memory:
         start = time.perf_counter()

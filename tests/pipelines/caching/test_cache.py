@@ -138,12 +138,12 @@ def test_encodings_are_what_the_encoder_gives(cached: tuple[Config, cache.CacheS
         assert list(latents.shape) == entry["latents_shape"] == [16, 5, 16, 16]
         # The VAE computes in bfloat16 here, and rounds otherwise in a batch of four than alone.
         torch.testing.assert_close(latents, encoder.encode_video(frames[None])[0], atol=0.05, rtol=0)
-        assert text_of(row)["prompt_embeds"].shape == (32, 384)
+        assert text_of(row)["prompt_embeds"].shape == (32, 192)
         torch.testing.assert_close(text_of(row), first_of(encoder.encode_text([row["caption"]])))
     [empty] = pq.read_table(folder / EMPTY_PROMPT).to_pylist()
     torch.testing.assert_close(text_of(empty), first_of(encoder.encode_text([""])))
     settings = json.loads(pq.read_metadata(folder / EMPTY_PROMPT).metadata[b"prophy.settings"])
-    assert settings["text"] == {"prompt_embeds": [32, 384]}
+    assert settings["text"] == {"prompt_embeds": [32, 192]}
 
 
 def first_of(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ from prophy.training.data import BatchPlan, TrainBatch
 from tests.conftest import tiny_config
 from tests.wisa import PHENOMENA
 
-NULL_TEXT = {"prompt_embeds": torch.zeros(32, 384)}
+NULL_TEXT = {"prompt_embeds": torch.zeros(32, 192)}
 
 
 def train_config(tiny_cache: Config, run_dir: Path, *overrides: str) -> Config:
