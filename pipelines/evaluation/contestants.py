@@ -64,12 +64,12 @@ def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
         if checkpoint is not None:
             checkpoint = _model_of(checkpoint, config.evaluate.output)
         own = config.model_copy(update={"backbone": backbone, "checkpoint": checkpoint})
-        check_model(own)
         if takes_images(backbone.family, backbone.pretrained, backbone.revision) == "always":
             raise ProPhyError(
                 f"{backbone.pretrained} always takes an image, and models are compared without; choose one "
                 "that makes videos of text alone"
             )
+        check_model(own)
         knobs = {"scale": contestant.scale, "strength": contestant.strength}
         knobs["invert_refinement"] = contestant.invert_refinement
         spec = PhysicsSpec.model_validate(knobs)
