@@ -64,7 +64,8 @@ def needs_of(config: Config, work: Work) -> list[Need]:
     """What runs at the same time for some work; each reader beside a cutter and a task of the sink."""
     if work == "train":
         train, size = config.train, config.train.num_workers
-        needs = [Need("train.num_workers", size, train.cpus_per_worker, train.gpus_per_worker, size)]
+        at_least = train.min_workers or size
+        needs = [Need("train.num_workers", size, train.cpus_per_worker, train.gpus_per_worker, at_least)]
         if train.evaluates and train.evaluation_gpus:  # else it may wait for a CPU
             needs.append(Need("train.evaluation_gpus", 1, train.evaluation_cpus, train.evaluation_gpus))
         return needs

@@ -63,6 +63,13 @@ class TrainConfig(Section):
     num_workers: Annotated[PositiveInt, How()]
     """Training processes, one per GPU. It may change when a run resumes."""
 
+    min_workers: Annotated[PositiveInt | None, How()] = None
+    """Fewest workers to go on with when nodes are lost; null waits until all of num_workers have room.
+
+    As many start as have room and divide the batch, and more once nodes are back, from the last checkpoint.
+    Null by default: fewer workers take longer for each step.
+    """
+
     cpus_per_worker: Annotated[NonNegativeFloat, How()] = 1.0
     """CPUs that Ray reserves for each worker, which also reads its own batches."""
 
@@ -215,13 +222,23 @@ class TrainConfig(Section):
         """Micro-batches of each worker in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
 
+    def shares_batch(self, num_workers: int) -> bool:
+        """Whether so many workers have as many whole micro-batches each."""
+        return self.global_batch_size % (self.micro_batch_size * num_workers) == 0
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.global_batch_size % (self.micro_batch_size * self.num_workers):
+        if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
-                f"({self.micro_batch_size}) times num_workers ({self.num_workers})"
+                f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers}); lower it"
             )
+        for name in ("num_workers", "min_workers"):
+            num_workers = getattr(self, name)
+            if num_workers is not None and not self.shares_batch(num_workers):
+                raise ValueError(
+                    f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
+                    f"({self.micro_batch_size}) times {name} ({num_workers})"
+                )
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} at least")

@@ -142,13 +142,17 @@ def latest(root: Path) -> Checkpoint | None:
     return None
 
 
-def set_damaged_aside(root: Path) -> Checkpoint | None:
+def set_damaged_aside(root: Path, sound: Path | None = None) -> Checkpoint | None:
     """As `latest`, and gives what is damaged the ending `.damaged`: it no longer counts.
 
     Only for the process that writes the checkpoints: to another, one that is being removed looks damaged.
+
+    Args:
+        root: folder of all checkpoints of the run.
+        sound: one that was looked at a moment ago: tens of gigabytes are not hashed twice.
     """
     for folder in committed(root):
-        damage = _damage(folder)
+        damage = None if folder == sound else _damage(folder)
         if damage is None:
             return Checkpoint(folder)
         aside = folder.with_name(f"{folder.name}.damaged")

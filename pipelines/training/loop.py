@@ -49,17 +49,25 @@ logger = logging.getLogger(__name__)
 _ASK_EVERY_S = 2.0  # whether nodes go away: every worker waits milliseconds for Ray's answer
 
 
-def train_loop_per_worker(loop_config: dict[str, Any]) -> str | None:
+def train_loop_per_worker(loop_config: dict[str, Any]) -> str | int | None:
     """What each worker runs: from the frozen backbone, or the last checkpoint, to that of the last step.
 
     Args:
-        loop_config: `config`, the opened `cache`, and the `backbone` that the trained branch will name.
+        loop_config: the arguments of `build_trainer`.
 
     Returns:
-        What the user must mend, if that ended training: such errors are not worth a restart by Ray.
+        What the user must mend, if that ended training: such errors are not worth a restart by Ray. Or the
+        most workers to start again with, where as many as Ray found room for do not divide the batch.
     """
+    config, found = loop_config["config"], ray.train.get_context().get_world_size()
+    usable = next(count for count in range(found, 0, -1) if config.train.shares_batch(count))
+    if usable < found:
+        return usable
+    if found < config.train.num_workers and ray.train.get_context().get_world_rank() == 0:
+        logger.warning("%d of %d workers have room: the steps take longer", found, config.train.num_workers)
+    train = config.train.model_copy(update={"num_workers": found})
     try:
-        _train(loop_config)
+        _train(loop_config | {"config": config.model_copy(update={"train": train})})
     except EveryRankError as error:
         return str(error)
     return None
@@ -79,7 +87,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
     dataset = build_dataset(config, cache, rank)
     samples = describe_samples(config, cache)
-    checkpoint = latest_on_every_rank(config.checkpoints)
+    checkpoint = latest_on_every_rank(config.checkpoints, loop_config["sound"])
     module = build_module(config, cache.null_text(), cache.phenomena, checkpoint, placement(train))
     if rank == 0:
         flops = _flops_of_micro_batches(module, cache, config)

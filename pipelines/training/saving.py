@@ -124,8 +124,12 @@ def writing(what: str) -> Iterator[None]:
         )
 
 
-def latest_on_every_rank(root: Path) -> Checkpoint | None:
+def latest_on_every_rank(root: Path, sound: Path | None = None) -> Checkpoint | None:
     """As `latest`; rank 0 checks the files for all, and sets damaged ones aside. A collective.
+
+    Args:
+        root: folder of all checkpoints of the run.
+        sound: see `set_damaged_aside`.
 
     Raises:
         EveryRankError: a damaged one cannot be set aside.
@@ -133,7 +137,7 @@ def latest_on_every_rank(root: Path) -> Checkpoint | None:
     found: list[Checkpoint | None] = [None]
     with writing("set damaged checkpoints aside"):
         if dist.get_rank() == 0:
-            found = [set_damaged_aside(root)]
+            found = [set_damaged_aside(root, sound)]
     dist.broadcast_object_list(found)
     return found[0]
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -64,9 +64,9 @@ def run(config: Config) -> Path:
     compare_samples(pinned, cache)
     compare_schedule(pinned)
     # Loads torch, for seconds: after all that can be refused without it.
-    from pipelines.training.trainer import build_trainer
+    from pipelines.training.data import build_dataset
 
-    trainer = build_trainer(pinned, cache, backbone)
+    _ = build_dataset(pinned, cache, rank=0)[0]
     places = RunFolder(open_run(config, "train"))
     root = places.training
     with alone(root):
@@ -74,7 +74,8 @@ def run(config: Config) -> Path:
         with ray_session(config), tracking(pinned, root), evaluating(pinned, cache, root):
             if last is None or last.step < config.train.num_steps:
                 room_for(needs_of(config, "train"))
-                _fit(trainer, root / STOP_FILE)
+                sound = None if last is None else last.folder
+                _train(pinned, {"cache": cache, "backbone": backbone, "sound": sound}, root / STOP_FILE)
                 last = _last_checkpoint(config)
             else:
                 logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
@@ -104,8 +105,32 @@ def alone(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fit(trainer: "TorchTrainer", stop: Path) -> None:
+def _train(config: Config, arguments: dict[str, Any], stop: Path) -> None:
+    """Runs the workers to the last step; errors as in `_fit`.
+
+    Args:
+        config: with the revision of the backbone.
+        arguments: the others of `build_trainer`.
+        stop: see `_fit`.
+    """
+    from pipelines.training.trainer import build_trainer
+
+    while (num_workers := _fit(build_trainer(config, **arguments), stop)) is not None:
+        logger.warning(
+            "the workers that have room do not divide train.global_batch_size (%d) into whole micro-batches: "
+            "goes on with %d at most, until the same command is run again",
+            config.train.global_batch_size,
+            num_workers,
+        )
+        fewer = config.train.model_copy(update={"num_workers": num_workers})
+        config, arguments = config.model_copy(update={"train": fewer}), arguments | {"sound": None}
+
+
+def _fit(trainer: "TorchTrainer", stop: Path) -> int | None:
     """Runs the workers to the last step, or to SIGTERM: a file, which they look for between micro-batches.
+
+    Returns:
+        How many workers to go on with at most, where those that had room do not divide the batch.
 
     Raises:
         ProPhyError: what the user must mend.
@@ -114,14 +139,15 @@ def _fit(trainer: "TorchTrainer", stop: Path) -> None:
     stop.unlink(missing_ok=True)
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.touch())
     try:
-        mistake = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if mistake is not None:
-        raise ProPhyError(mistake)
+    if isinstance(outcome, str):
+        raise ProPhyError(outcome)
     if stop.exists():
         logger.info("stopped on SIGTERM; the same command goes on")
         raise SystemExit(128 + signal.SIGTERM)
+    return outcome
 
 
 def _last_checkpoint(config: Config) -> Checkpoint:

@@ -1,5 +1,6 @@
 """The trainer: Ray Train's workers, and what each reserves. It loads torch, but no networks."""
 
+from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -7,30 +8,32 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.config import Config
 from pipelines.layout import RunFolder
-from pipelines.training.data import build_dataset
 from prophy.training.cache import PriorCache
 
 
-def build_trainer(config: Config, cache: PriorCache, backbone: dict[str, str | None]) -> TorchTrainer:
-    """The trainer: workers, and what each reserves. Reads the first step as a trial.
+def build_trainer(
+    config: Config, cache: PriorCache, backbone: dict[str, str | None], sound: Path | None
+) -> TorchTrainer:
+    """The trainer: workers, and what each reserves.
 
     Args:
         config: with the revision of `backbone`.
         cache: the samples.
         backbone: see `pin_backbone`.
-
-    Raises:
-        ProPhyError: the cache does not fit the configuration.
+        sound: folder of a checkpoint whose files were just looked at; workers do not hash them again.
     """
     train = config.train
-    _ = build_dataset(config, cache, rank=0)[0]
+    # mypy sees Ray Train V1, which has no range.
+    num_workers: Any = train.num_workers
+    if train.min_workers is not None and train.min_workers < train.num_workers:
+        num_workers = (train.min_workers, train.num_workers)
     gpus = {"GPU": train.gpus_per_worker} if train.gpus_per_worker else {}
     return TorchTrainer(
         _work,  # type: ignore[arg-type]  # Ray's annotation has no return value
-        train_loop_config={"config": config, "cache": cache, "backbone": backbone},
+        train_loop_config={"config": config, "cache": cache, "backbone": backbone, "sound": sound},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
+            num_workers=num_workers,
             use_gpu=bool(gpus),
             resources_per_worker={"CPU": train.cpus_per_worker, **gpus},
         ),
@@ -42,7 +45,7 @@ def build_trainer(config: Config, cache: PriorCache, backbone: dict[str, str | N
     )
 
 
-def _work(loop_config: dict[str, Any]) -> str | None:
+def _work(loop_config: dict[str, Any]) -> str | int | None:
     # diffusers and DeepSpeed: of no use to the driver
     from pipelines.training.loop import train_loop_per_worker
 

@@ -121,6 +121,7 @@ def test_local_paths_become_absolute_and_the_rest_stays(
             "train.num_workers=3",
             r"global_batch_size \(4\) must be a multiple of micro_batch_size \(2\) times num_workers \(3\)",
         ),
+        ("train.min_workers=4", r"min_workers \(4\) is more than num_workers \(2\); lower it"),
         ("train.offload=all", "offload 'all' needs zero_stage 3 at least"),
         ("cache.input=${nowhere}", "nowhere"),
         ("sampling.step_cache.first_blok=0.1", "did you mean 'sampling.step_cache.first_block'"),

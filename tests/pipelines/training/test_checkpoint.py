@@ -127,6 +127,13 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
     assert latest_on_every_rank(tmp_path).step == 3  # again, over what was set aside before
 
 
+def test_what_was_just_found_sound_is_not_hashed_again(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    change_one_bit(folder)
+    assert latest_on_every_rank(tmp_path, folder).step == 1
+    assert latest_on_every_rank(tmp_path) is None
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     before_the_manifest(write(tmp_path, 1))

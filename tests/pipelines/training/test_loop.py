@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,3 +90,14 @@ def test_what_is_due_by_number_or_time_is_saved_at_the_end_of_a_step(saves: Save
     looks.look(5, ended=True)
     looks.look(6, ended=True)
     assert (looks.newest, len(written)) == (6, 2)
+
+
+@pytest.mark.parametrize(("found", "usable"), [(5, 4), (3, 2)])
+def test_workers_that_do_not_divide_the_batch_start_again_as_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: int, usable: int
+) -> None:
+    batch = ("train.micro_batch_size=2", "train.global_batch_size=16", "train.num_workers=8")
+    config = tiny_config(tmp_path / "run", *batch, "train.min_workers=1")
+    context = SimpleNamespace(get_world_size=lambda: found, get_world_rank=lambda: 0)
+    monkeypatch.setattr(loop.ray.train, "get_context", lambda: context)
+    assert loop.train_loop_per_worker({"config": config}) == usable
