@@ -1,8 +1,10 @@
 """A small comparison from end to end, on Ray: its scores, its report, and what a second run does."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from pipelines.config import Config, load_config
 from pipelines.evaluation import evaluate
@@ -13,35 +15,58 @@ from tests.conftest import tiny_config
 SMALL = (
     "evaluate.num_clips=6",
     "evaluate.noise_levels=[0.9]",
-    "evaluate.measures=[loss,captions,routing]",
     "evaluate.pool.size=1",
+)
+WHOLE = (
+    *SMALL,
+    "evaluate.measures=[loss,captions,routing,videos]",
+    "evaluate.num_prompts=6",
+    "sampling.num_inference_steps=2",
 )
 WITHOUT = "evaluate.contestants={without: {checkpoint: tiny, scale: 0}}"
 BOTH = "evaluate.contestants={without: {checkpoint: tiny, scale: 0}, with: {checkpoint: tiny}}"
 
+Made = dict[Path, int]
+Both = tuple[Config, str, list[dict[str, Any]]]
 
-def files(config: Config) -> dict[Path, int]:
-    """When each file of scores and tensors was written, in nanoseconds."""
+
+def files(config: Config) -> Made:
+    """When each file was written, in nanoseconds."""
     return {
         path: path.stat().st_mtime_ns
-        for name in ("scores", "encodings")
+        for name in ("scores", "encodings", "videos")
         for path in (config.evaluate.output / name).iterdir()
     }
 
 
-def test_a_comparison_goes_on_and_takes_in_a_contestant(ray_cluster: None, tmp_path: Path) -> None:
-    one = tiny_config(tmp_path, *SMALL, WITHOUT)
-    report = evaluate.run(one)
-    assert report == one.evaluate.output / "report.html"
-    made = files(one)
-    both = tiny_config(tmp_path, *SMALL, BOTH)
-    html = evaluate.run(both).read_text()
-    after = files(both)
+@pytest.fixture(scope="module")
+def first(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Made]:
+    """A comparison with one contestant, and what it made."""
+    one = tiny_config(tmp_path_factory.mktemp("comparison"), *WHOLE, WITHOUT)
+    assert evaluate.run(one) == one.evaluate.output / "report.html"
+    return one, files(one)
+
+
+@pytest.fixture(scope="module")
+def both(first: tuple[Config, Made]) -> Both:
+    """Where a second contestant was taken in: its report and its scores."""
+    config = tiny_config(first[0].run_dir, *WHOLE, BOTH)
+    html = evaluate.run(config).read_text()
+    return config, html, pq.read_table(config.evaluate.output / "scores.parquet").to_pylist()
+
+
+def test_a_comparison_goes_on_and_takes_in_a_contestant(first: tuple[Config, Made], both: Both) -> None:
+    (_, made), (config, _, _) = first, both
+    after = files(config)
     assert made.items() <= after.items(), "what was there is not made again"
     new = {path.parent.name for path in after.keys() - made.keys()}
-    assert new == {"scores"}, "the clips are encoded once for all"
+    assert new == {"scores", "videos"}, "the clips are encoded once for all"
+    evaluate.run(config)
+    assert files(config) == after
 
-    rows = pq.read_table(both.evaluate.output / "scores.parquet").to_pylist()
+
+def test_the_contestants_are_measured_on_the_same(both: Both) -> None:
+    _, html, rows = both
     losses = {
         name: {
             row["unit"]: row["value"]
@@ -57,8 +82,26 @@ def test_a_comparison_goes_on_and_takes_in_a_contestant(ray_cluster: None, tmp_p
     assert groups >= {"sides, two things", "phenomenon, one thing"}
     assert "minus without" in html and "Routing: where, and which" in html and "Semantic experts" in html
 
-    evaluate.run(both)
-    assert files(both) == after
+
+def test_videos_are_judged(both: Both) -> None:
+    config, html, rows = both
+    shapes = {
+        name: {
+            row["unit"]: row["value"]
+            for row in rows
+            if row["measure"] == "video: shape" and row["contestant"] == name
+        }
+        for name in ("without", "with")
+    }
+    assert shapes["without"].keys() == shapes["with"].keys() and len(shapes["with"]) == 6
+    assert shapes["without"] != shapes["with"]
+    falls = [
+        request for request in requests_of(config) if [part.scene.name for part in request.parts] == [FALL]
+    ]
+    assert sum(row["measure"] == "video: fall" for row in rows) == 2 * len(falls) > 0, "those of each"
+    assert "Videos: shapes" in html and "Side by side: without (left) and with (right)" in html
+    assert "Falls: the law" not in html, "so few falls make no figure"
+    assert len(list((config.evaluate.output / "videos").iterdir())) == 12
 
 
 def test_clips_of_the_cache_and_ones_own_pairs(tiny_cache: Config, tmp_path: Path) -> None:
@@ -76,6 +119,7 @@ def test_clips_of_the_cache_and_ones_own_pairs(tiny_cache: Config, tmp_path: Pat
             "evaluate.clips=cache",
             f"evaluate.pairs={pairs}",
             *SMALL,
+            "evaluate.measures=[loss,captions,routing]",
             WITHOUT,
         ],
     )
@@ -91,34 +135,3 @@ def test_clips_of_the_cache_and_ones_own_pairs(tiny_cache: Config, tmp_path: Pat
     }
     assert sum(row["measure"] == "laws" for row in rows) == 2
     assert all(row["wrong"] > 0 for row in rows if row["measure"] in ("captions", "laws"))
-
-
-def test_videos_are_made_once_and_judged(ray_cluster: None, tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path,
-        "evaluate.num_prompts=6",
-        "evaluate.measures=[videos]",
-        "evaluate.pool.size=1",
-        "sampling.num_inference_steps=2",
-        BOTH,
-    )
-    html = evaluate.run(config).read_text()
-    rows = pq.read_table(config.evaluate.output / "scores.parquet").to_pylist()
-    units = {name: {row["unit"] for row in rows if row["contestant"] == name} for name in ("without", "with")}
-    assert units["without"] == units["with"] and len(units["with"]) == 6
-    shapes = {
-        name: [row["value"] for row in rows if row["measure"] == "video: shape" and row["contestant"] == name]
-        for name in ("without", "with")
-    }
-    assert len(shapes["without"]) == 6 and shapes["without"] != shapes["with"]
-    falls = [
-        request for request in requests_of(config) if [part.scene.name for part in request.parts] == [FALL]
-    ]
-    assert sum(row["measure"] == "video: fall" for row in rows) == 2 * len(falls) > 0, "those of each"
-    assert "Videos: shapes" in html and "Side by side: without (left) and with (right)" in html
-    assert "Falls: the law" not in html, "so few falls make no figure"
-    videos = {path: path.stat().st_mtime_ns for path in (config.evaluate.output / "videos").iterdir()}
-    assert len(videos) == 12
-    evaluate.run(config)
-    after = {path: path.stat().st_mtime_ns for path in (config.evaluate.output / "videos").iterdir()}
-    assert after == videos
