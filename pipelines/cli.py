@@ -276,6 +276,14 @@ def export(
             help="Which checkpoint: a number, or best (lowest held-out loss); by default the latest."
         ),
     ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--with",
+            parser=path,
+            help="What another run trained beside the other of the backbone's two transformers: writes both.",
+        ),
+    ] = None,
     config: ConfigOption = PRESET,
     set_: SetOption = None,
     print_config: PrintOption = False,
@@ -287,7 +295,7 @@ def export(
     if step is not None and step != "best" and not step.isdecimal():
         raise ProPhyError(f"--step is {step!r}; give the number of a checkpoint's steps, or best")
     number = int(step) if step is not None and step.isdecimal() else None
-    export.run(resolved, output.resolve(), "best" if step == "best" else number, complete)
+    export.run(resolved, output.resolve(), "best" if step == "best" else number, complete, other)
 
 
 @app.command(rich_help_panel=_VIDEOS)

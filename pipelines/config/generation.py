@@ -45,6 +45,12 @@ class SamplingConfig(Section):
     guidance_scale: NonNegativeFloat = 5.0
     """Weight of classifier-free guidance. Wan's is 5, CogVideoX's is 6; 1 or less is no guidance."""
 
+    guidance_scale_2: NonNegativeFloat | None = None
+    """Likewise, for the steps of low noise of a backbone with two transformers; not for a request to choose.
+
+    Null, the default, is guidance_scale. Wan2.2-T2V-A14B was published with 4 for high noise and 3 for low.
+    """
+
     negative_prompt: str = ""
     """What guidance leads away from. Empty by default, as in training, where captions are dropped."""
 

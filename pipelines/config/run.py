@@ -63,7 +63,8 @@ class Config(Section):
     checkpoint: BranchFolder | None = None
     """Folder of a trained branch, for serve and generate: what `prophy train` or `prophy export` wrote.
 
-    'tiny' is the embedded one, null the bare backbone.
+    'tiny' is the embedded one, null the bare backbone. Of a backbone with two transformers, it is that of one
+    of them, or of both (`prophy export --with`).
     """
 
     taxonomy: TaxonomyName = "wisa"

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.config.base import BranchFolder, Fraction, How, NonNegativeFloat, NonNegativeInt, Section
+from prophy.models.description import ExpertName
 from prophy.priors.recipes import RECIPE_NAMES
 
 
@@ -35,6 +36,13 @@ class TrainConfig(Section):
 
     start_from: BranchFolder | None = None
     """Folder of a trained branch to go on from; 'tiny' is the embedded one, null starts a new branch."""
+
+    expert: ExpertName | None = None
+    """Which transformer of a backbone with two is trained (Wan2.2-A14B): that for high noise, or for low.
+
+    The noise levels that are drawn are its own. Null for backbones with one. For both, train two runs:
+    `prophy export --with` puts them together.
+    """
 
     backbone: Literal["frozen", "lora", "full"] = "frozen"
     """What of the backbone is trained beside the branch: nothing, an adapter, or all of it.

@@ -8,9 +8,9 @@ from pipelines.config import Config, Contestant
 from pipelines.generation.limits import check_model, model_fingerprint
 from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import RunFolder
-from prophy.backbones.pretrained import encoders_fingerprint, takes_images
+from prophy.backbones.pretrained import encoders_fingerprint, load_experts, takes_images
 from prophy.errors import ProPhyError
-from prophy.models.description import describe
+from prophy.models.description import phenomena_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def enter(config: Config) -> list[Entrant]:
     """The contestants of a run, the first of which the others are compared with.
 
     Raises:
-        ProPhyError: a model is not there, is of another backbone, always takes an image, or has no branch for
-            its knobs.
+        ProPhyError: a model is not there, is of another backbone, always takes an image, has two transformers
+            where clips are denoised, or has no branch for its knobs.
     """
     wanted = config.evaluate.contestants
     if not wanted:
@@ -69,6 +69,12 @@ def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
                 f"{backbone.pretrained} always takes an image, and models are compared without; choose one "
                 "that makes videos of text alone"
             )
+        experts = load_experts(backbone.family, backbone.pretrained, backbone.revision)
+        if len(experts) > 1 and config.evaluate.measures != ["videos"]:
+            raise ProPhyError(
+                f"{backbone.pretrained} has two transformers, and clips are denoised with one; set "
+                "evaluate.measures to [videos]"
+            )
         check_model(own)
         knobs = {"scale": contestant.scale, "strength": contestant.strength}
         knobs["invert_refinement"] = contestant.invert_refinement
@@ -76,7 +82,7 @@ def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
         if checkpoint is None and contestant.pretrained is None and spec != PhysicsSpec():
             raise ProPhyError("it has knobs of a branch and no branch; give it a checkpoint")
         if checkpoint is not None:
-            _check_strengths(spec, describe(checkpoint)["physics"]["phenomena"])
+            _check_strengths(spec, phenomena_of(checkpoint))
     except ProPhyError as error:
         raise ProPhyError(f"the contestant {name!r} of evaluate.contestants: {error}") from None
     return Entrant(

@@ -15,13 +15,15 @@ class Footprint:
     """Bytes of a GPU that makes one video at a time, and of one that encodes one clip at a time.
 
     Attributes:
-        transformer: weights of backbone and branch.
+        num_transformers: how many are held.
+        transformers: weights of backbone and branch.
         text_encoder: its weights; None where its size is not known without a download.
         vae: its weights, and what encoding and decoding take beside them.
         denoising: what a step takes beside the weights; an estimate.
     """
 
-    transformer: int
+    num_transformers: int
+    transformers: int
     text_encoder: int | None
     vae: VaeCost
     denoising: int
@@ -29,7 +31,7 @@ class Footprint:
     @property
     def serving(self) -> int:
         """All of a replica: denoising and decoding follow each other."""
-        held = self.transformer + (self.text_encoder or 0) + self.vae.weights
+        held = self.transformers + (self.text_encoder or 0) + self.vae.weights
         return held + max(self.denoising, self.vae.decode)
 
     @property
@@ -42,6 +44,7 @@ def footprint(
     backbone: BackboneConfig,
     vae_config: ModelConfig,
     num_parameters: int,
+    num_transformers: int,
     block_bytes: int,
     token_bytes: int,
     num_physical_blocks: int,
@@ -51,7 +54,8 @@ def footprint(
     Args:
         backbone: the configuration.
         vae_config: of the VAE.
-        num_parameters: of backbone and branch.
+        num_parameters: of one transformer and its branch.
+        num_transformers: how many there are.
         block_bytes: what the inside of one block keeps for a sample's backward pass, in bfloat16: more than
             it takes where there is none.
         token_bytes: the tokens of a sample, in bfloat16.
@@ -62,7 +66,8 @@ def footprint(
     passes = 2 if family.guides_in_one_pass else 1
     shape = (backbone.num_frames, backbone.height, backbone.width)
     return Footprint(
-        transformer=num_parameters * item,
+        num_transformers=num_transformers,
+        transformers=num_transformers * num_parameters * item,
         text_encoder=_text_encoder_bytes(backbone, item),
         vae=vae_cost(family, vae_config, shape, 4 if family.float32_vae else item),
         denoising=passes * (block_bytes + (num_physical_blocks + 1) * token_bytes) * item // 2,

@@ -4,20 +4,28 @@ import math
 
 from pipelines.config import Config
 from pipelines.generation.spec import ShapeLimits
-from prophy.backbones.families import FAMILIES, ModelConfig
-from prophy.backbones.pretrained import check_checkpoint, fingerprint, load_configs, takes_images
+from prophy.backbones.families import FAMILIES
+from prophy.backbones.pretrained import (
+    branch_configs,
+    check_checkpoint,
+    fingerprint,
+    load_configs,
+    load_experts,
+    takes_images,
+)
 from prophy.errors import ProPhyError
-from prophy.models.description import describe
+from prophy.models.description import phenomena_of
 
 PIPELINE_MULTIPLE = 16  # diffusers' pipelines refuse other sizes, even where VAE and patches would do with 8
 
 
 def check_model(config: Config) -> None:
-    """Checks that checkpoint and step cache of a run, if it has them, fit its backbone; loads no model.
+    """Checks that checkpoint and sampling of a run fit its backbone; loads no model.
 
     Raises:
         ProPhyError: no such model or checkpoint, the family cannot run the model, or not with texts of this
-            length, the checkpoint was trained on another backbone, or the step cache is not for this family.
+            length, the checkpoint was trained on another backbone, the step cache is not for this family, or
+            a second guidance scale not for this model.
     """
     backbone = config.backbone
     _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
@@ -26,6 +34,13 @@ def check_model(config: Config) -> None:
         raise ProPhyError(
             f"sampling.step_cache.sea wants to know each step's noise level, which the pipeline of "
             f"{backbone.family} does not tell; use first_block or taylorseer"
+        )
+    second = config.sampling.guidance_scale_2
+    experts = load_experts(backbone.family, backbone.pretrained, backbone.revision)
+    if second is not None and len(experts) == 1:
+        raise ProPhyError(
+            f"sampling.guidance_scale_2 is {second:g}, but {backbone.pretrained} has one transformer; set it "
+            f"to null"
         )
     if config.checkpoint is not None:
         check_checkpoint(config.checkpoint, backbone.pretrained, backbone.revision)
@@ -60,13 +75,15 @@ def shape_limits(config: Config) -> ShapeLimits:
         width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
         max_num_frames=config.serve.max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
-        phenomena=_phenomena(config, transformer),
+        phenomena=_phenomena(config),
         images=takes_images(backbone.family, backbone.pretrained, backbone.revision),
     )
 
 
-def _phenomena(config: Config, transformer: ModelConfig) -> tuple[str, ...]:
+def _phenomena(config: Config) -> tuple[str, ...]:
     """Names, in their order, of the branch; a complete export brings its own along."""
     if config.checkpoint is not None:
-        return tuple(describe(config.checkpoint)["physics"]["phenomena"])
-    return tuple(transformer["physics"]["phenomena"]) if "physics" in transformer else ()
+        return tuple(phenomena_of(config.checkpoint))
+    backbone = config.backbone
+    own = branch_configs(backbone.family, backbone.pretrained, backbone.revision)
+    return tuple(own[0]["phenomena"]) if own else ()

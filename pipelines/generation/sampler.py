@@ -87,12 +87,13 @@ class VideoSampler:
             Placement(self._device, backbone.offload, backbone.storage_dtype and torch.float8_e4m3fn),
         )
         self._pipeline.set_progress_bar_config(disable=True)
-        accelerate(self._pipeline.transformer, backbone.attention, backbone.compile)
+        for transformer in self._pipeline.transformers:
+            accelerate(transformer, backbone.attention, backbone.compile)
         self._images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
         self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
 
     def warm_up(self, limits: ShapeLimits) -> None:
-        """Makes a video in one step, with guidance and VAE, so that a model that cannot run says so now.
+        """Makes a video in few steps, with guidance and VAE, so that a model that cannot run says so now.
 
         On a GPU it is as long and large as the model's own, if requests may be, so that the first finds the
         kernels chosen and the memory proven. On a CPU, where that takes minutes, it is the smallest frame.
@@ -111,7 +112,8 @@ class VideoSampler:
                 height=height,
                 width=width,
                 fps=clip.fps,
-                num_inference_steps=1,
+                # Of four, each of two transformers has one at least.
+                num_inference_steps=4 if len(self._pipeline.transformers) > 1 else 1,
                 guidance_scale=2.0,
             ),
             image=_gray_image() if self._images == "always" else None,
@@ -203,6 +205,7 @@ class VideoSampler:
                 num_frames=spec.num_frames,
                 num_inference_steps=spec.num_inference_steps,
                 guidance_scale=spec.guidance_scale,
+                **({} if spec.guidance_scale_2 is None else {"guidance_scale_2": spec.guidance_scale_2}),
                 # On the CPU: one noise on every device.
                 generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
                 physics=physics,
@@ -241,7 +244,12 @@ class VideoSampler:
         on_step: Callable[[float], None] = lambda progress: None,
         image: bytes | None = None,
     ) -> VideoResult:
-        """Makes all that an endpoint keeps of a video; `on_step` and `image` as in `sample`."""
+        """Makes all that an endpoint keeps of a video; `on_step` and `image` as in `sample`.
+
+        Raises:
+            ProPhyError: as `sample_batch`; or maps are asked for, and no step fell to a transformer that has
+                a branch.
+        """
         trace = PhysicsTrace() if spec.physics is not None and spec.physics.return_maps else None
         marks = {"start": time.perf_counter()}
         for text in (spec.prompt, spec.negative_prompt):
@@ -254,6 +262,11 @@ class VideoSampler:
 
         frames = self.sample(spec, report, trace, image)
         marks["decode"] = time.perf_counter()
+        if trace is not None and not trace.num_passes:
+            raise ProPhyError(
+                f"none of the {spec.num_inference_steps} steps fell to the transformer that has a branch, so "
+                f"there are no maps; ask for more steps, or for no maps"
+            )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / VIDEO_FILE
             write_video(path, frames, spec.fps)
@@ -266,16 +279,18 @@ class VideoSampler:
 
     @contextmanager
     def _caching_steps(self, step_cache: StepCache) -> Iterator[None]:
-        """Has the transformer skip steps while the block lasts; nothing is left for the next video."""
+        """Has the transformers skip steps while the block lasts; nothing is left for the next video."""
         cache = _diffusers_cache(step_cache)
         if cache is None:
             yield
             return
-        self._pipeline.transformer.enable_cache(cache)
+        for transformer in self._pipeline.transformers:
+            transformer.enable_cache(cache)
         try:
             yield
         finally:
-            self._pipeline.transformer.disable_cache()
+            for transformer in self._pipeline.transformers:
+                transformer.disable_cache()
 
     def _embed(self, text: str) -> dict[str, torch.Tensor]:
         """What the backbone's text encoders make of one text."""

@@ -71,6 +71,7 @@ class VideoSpec(BaseModel):
     fps: float
     num_inference_steps: int
     guidance_scale: float
+    guidance_scale_2: float | None = None
     step_cache: StepCache = StepCache()
     physics: PhysicsSpec | None = None
     image: str | None = None

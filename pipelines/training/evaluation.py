@@ -25,7 +25,7 @@ from pipelines.training.metrics import mean_losses, total_loss
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.placement import Placement
-from prophy.backbones.pretrained import takes_images
+from prophy.backbones.pretrained import load_experts, load_trained_expert, takes_images
 from prophy.device import autocast, default_device
 from prophy.evaluation.pictures import heat_overlay
 from prophy.models.acceleration import accelerate
@@ -69,7 +69,9 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
     Noise and timesteps are the same every time, so that checkpoints differ by what they learnt alone.
     """
     backbone, train, device = config.backbone, config.train, default_device()
-    family = FAMILIES[backbone.family]
+    family, model_name = FAMILIES[backbone.family], (backbone.family, backbone.pretrained, backbone.revision)
+    expert = load_trained_expert(*model_name, train.expert)
+    others = [other.component for other in load_experts(*model_name).values() if other != expert]
     pipeline = load_pipeline(
         backbone.family,
         backbone.pretrained,
@@ -77,18 +79,19 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
         getattr(torch, backbone.dtype),
         model,
         Placement(device),
-        **dict.fromkeys(family.encoders),
+        **dict.fromkeys([*family.encoders, *others]),
     )
-    accelerate(pipeline.transformer, backbone.attention, backbone.compile)
+    [transformer] = pipeline.transformers
+    accelerate(transformer, backbone.attention, backbone.compile)
     dataset, num_samples = build_held_out_dataset(config, cache)
     module = ProPhyTrainModule(
-        pipeline.transformer,
-        family.classes().objective.from_scheduler(pipeline.scheduler.config),
+        transformer,
+        family.classes().objective.from_scheduler(pipeline.scheduler.config, expert.levels),
         cache.null_text(),
         train.loss_weights,
         train.reduction,
         num_samples,  # micro-batches of the one step
-        takes_images(backbone.family, backbone.pretrained, backbone.revision) == "first_latent",
+        takes_images(*model_name) == "first_latent",
     ).to(device)
     # All clips, each at all quantiles, are one global batch: load is balanced, and pairs are made, over all.
     batches = partial(_batches, dataset, num_samples, device)

@@ -17,11 +17,18 @@ from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.data import clip_shape
 from pipelines.training.saving import EveryRankError
 from prophy.backbones.families import FAMILIES
-from prophy.backbones.pretrained import check_checkpoint, download, load_configs, takes_images
+from prophy.backbones.pretrained import (
+    check_checkpoint,
+    download,
+    load_configs,
+    load_trained_expert,
+    takes_images,
+)
 from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import accelerate, checkpoint_but_attention
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
+from prophy.models.description import branches_in
 from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.models.weights import WeightFiles, empty_model, fill, keep
@@ -47,17 +54,20 @@ def build_module(
         place: see `fill`.
 
     Raises:
-        ProPhyError: the branch to start from is of another backbone, or of another shape; or the checkpoint
-            holds other parameters.
+        ProPhyError: the branch to start from is of another backbone, or of another shape; the checkpoint
+            holds other parameters; or `train.expert` does not fit the backbone.
     """
     backbone, train = config.backbone, config.train
-    parts = ["model_index.json", "scheduler/*", "transformer/*"]
+    expert = load_trained_expert(backbone.family, backbone.pretrained, backbone.revision, train.expert)
+    parts = ["model_index.json", "scheduler/*", f"{expert.component}/*"]
     folder = download(backbone.pretrained, backbone.revision, parts)
-    transformer = _empty_transformer(config, phenomena)
+    transformer = _empty_transformer(config, phenomena, expert.component)
     start = None if train.start_from is None else _start(config, phenomena, train.start_from)
     module = ProPhyTrainModule(
         transformer,
-        FAMILIES[backbone.family].classes().objective.from_scheduler(_scheduler_config(folder / "scheduler")),
+        FAMILIES[backbone.family]
+        .classes()
+        .objective.from_scheduler(_scheduler_config(folder / "scheduler"), expert.levels),
         null_text,
         train.loss_weights,
         train.reduction,
@@ -67,7 +77,7 @@ def build_module(
     if checkpoint is not None:
         _check_shapes(module, checkpoint)
 
-    files = WeightFiles(folder / "transformer")
+    files = WeightFiles(folder / expert.component)
 
     def read(name: str) -> torch.Tensor | None:
         if checkpoint is not None and name in checkpoint.shapes:
@@ -101,11 +111,11 @@ def _scheduler_config(folder: Path) -> Mapping[str, Any]:
     return getattr(diffusers, settings["_class_name"]).from_config(settings).config
 
 
-def _empty_transformer(config: Config, phenomena: Sequence[str]) -> PhysicsTransformer:
+def _empty_transformer(config: Config, phenomena: Sequence[str], component: str) -> PhysicsTransformer:
     """Backbone and copied blocks are on the meta device; the rest of branch and adapter is new, and real."""
     backbone, train = config.backbone, config.train
     classes = FAMILIES[backbone.family].classes()
-    _, settings = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    _, settings = load_configs(backbone.family, backbone.pretrained, backbone.revision, component)
     exact = train.backbone == "full" or not has_bfloat16(default_device())
     dtype = torch.float32 if exact else getattr(torch, backbone.dtype)
     upstream = empty_model(classes.transformer, settings, dtype)
@@ -126,11 +136,18 @@ def _start(config: Config, phenomena: Sequence[str], folder: Path) -> BranchChec
     """The trained branch that a run goes on from.
 
     Raises:
-        ProPhyError: it is of another backbone or shape, or the backbone was trained in another way.
+        ProPhyError: it is of another backbone, transformer or shape, or the backbone was trained in another
+            way.
     """
     train = config.train
     check_checkpoint(folder, config.backbone.pretrained, config.backbone.revision)
-    start = load_branch(folder)
+    branches = branches_in(folder)
+    if train.expert not in branches:
+        raise ProPhyError(
+            f"the branch in {folder} was trained on {' and '.join(map(str, branches))}, and train.expert is "
+            f"{train.expert}; make them equal, or set train.start_from=null for a new branch"
+        )
+    start = load_branch(branches[train.expert])
     theirs = BranchConfig.read(start.physics).model_dump()
     ours = _branch_of(config, phenomena).model_dump()
     if start.lora is not None:

@@ -15,7 +15,7 @@ from pipelines.generation.footprint import Footprint, footprint
 from pipelines.training.model import branch_config
 from pipelines.training.states import Memory, ModelSize, model_states
 from prophy.backbones.families import FAMILIES, ModelConfig
-from prophy.backbones.pretrained import check_bare, load_all_configs
+from prophy.backbones.pretrained import check_bare, load_all_configs, load_trained_expert
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.taxonomy import load_taxonomy
 from prophy.training.cost import count_flops, count_forward_flops, count_saved_bytes
@@ -108,7 +108,8 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
     """Prints the plan for `train.num_workers` GPUs of this much memory, at this price of an hour of one.
 
     Raises:
-        ProPhyError: the backbone is neither a published one nor a folder, and the hub cannot be reached.
+        ProPhyError: the backbone is neither a published one nor a folder, and the hub cannot be reached; or
+            `train.expert` does not fit it.
     """
     plan, console = make_plan(config), Console()
     clip, train, size, gpu_memory = config.backbone, plan.train, plan.size, gpu_memory_gb * 1e9
@@ -144,6 +145,7 @@ def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -
     vae, text = parts.vae, parts.text_encoder
     text_gb = "of unknown size" if text is None else _gb(text)
     hours = 1000 * vae.encode_flops / _ASSUMED_FLOPS / 3600
+    held = "transformer" if parts.num_transformers == 1 else "two transformers, each with a branch,"
     encodes, serves = (
         f"{_gb(value)} GB of a GPU ({'fits' if value <= USABLE * gpu_memory else 'does not fit'})"
         for value in (parts.encoding, parts.serving)
@@ -152,7 +154,7 @@ def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -
         f"encoding takes {encodes}: text encoder {text_gb}, VAE {_gb(vae.weights)}, and {_gb(vae.encode)} "
         f"for a clip of {vae.encode_flops / 1e12:.0f} TFLOP; 1,000 clips take {_gpu_hours(hours, price)}, "
         f"beside the VLM's\n"
-        f"serving takes {serves}: transformer {_gb(parts.transformer)}, text encoder {text_gb}, VAE "
+        f"serving takes {serves}: {held} {_gb(parts.transformers)}, text encoder {text_gb}, VAE "
         f"{_gb(vae.weights)}, and the larger of denoising {_gb(parts.denoising)}* and decoding "
         f"{_gb(vae.decode)}",
         highlight=False,
@@ -220,6 +222,7 @@ def make_plan(config: Config) -> Plan:
             backbone,
             vae,
             size.backbone + size.branch,
+            len(family.experts(pipeline_config)),
             kept // blocks // train.micro_batch_size,
             t * h * w * width * torch.bfloat16.itemsize,
             num_physical,
@@ -229,11 +232,13 @@ def make_plan(config: Config) -> Plan:
 
 def _configs(config: Config) -> tuple[ModelConfig, ModelConfig, ModelConfig]:
     """Configurations of pipeline, VAE and transformer: those of a published model come with the product."""
-    backbone, family = config.backbone, FAMILIES[config.backbone.family]
+    backbone, family, expert = config.backbone, FAMILIES[config.backbone.family], config.train.expert
     if backbone.pretrained not in family.published:
-        check_bare(backbone.family, backbone.pretrained, backbone.revision)
-        return load_all_configs(backbone.family, backbone.pretrained, backbone.revision)
+        model = (backbone.family, backbone.pretrained, backbone.revision)
+        check_bare(*model)
+        return load_all_configs(*model, load_trained_expert(*model, expert).component)
     published = family.published[backbone.pretrained]
+    family.trained_expert(backbone.pretrained, published.pipeline, expert)
     with torch.device("meta"):
         upstream = family.classes().transformer(**published.transformer)
     return published.pipeline, published.vae, dict(upstream.config)

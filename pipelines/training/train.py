@@ -25,9 +25,15 @@ from pipelines.training.samples import describe_samples
 from pipelines.training.schedule import learning_rate_factor
 from pipelines.training.tracking import check_trackers, tracking
 from pipelines.training.watcher import evaluating
-from prophy.backbones.pretrained import check_bare, check_unchanged, fingerprint, pinned_revision
+from prophy.backbones.pretrained import (
+    check_bare,
+    check_unchanged,
+    fingerprint,
+    load_trained_expert,
+    pinned_revision,
+)
 from prophy.errors import ProPhyError
-from prophy.models.description import describe
+from prophy.models.description import phenomena_of
 from prophy.taxonomy import difference, load_taxonomy
 from prophy.training.cache import PriorCache
 
@@ -56,6 +62,7 @@ def run(config: Config) -> Path:
     if newest_run(config.checkpoints) is None:  # a run that goes on was let in, and its hub may have moved on
         model = config.backbone
         check_bare(model.family, model.pretrained, model.revision)
+        load_trained_expert(model.family, model.pretrained, model.revision, config.train.expert)
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
     cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
@@ -183,6 +190,8 @@ def _export(checkpoint: Checkpoint, model: Path) -> None:
 def pin_backbone(config: Config) -> dict[str, str | None]:
     """`name`, `revision` and `fingerprint` of the backbone that every node, restart and resumption loads.
 
+    And `expert`, of a backbone with two transformers: which of them is trained.
+
     The first start decides: a hub that moves on does not change what a run is trained on.
 
     Raises:
@@ -194,7 +203,8 @@ def pin_backbone(config: Config) -> dict[str, str | None]:
         check_unchanged(folder, saved["backbone"], pretrained)
         return saved["backbone"]
     revision = pinned_revision(pretrained, config.backbone.revision)
-    return {"name": pretrained, "revision": revision, "fingerprint": fingerprint(pretrained, revision)}
+    pinned = {"name": pretrained, "revision": revision, "fingerprint": fingerprint(pretrained, revision)}
+    return pinned if config.train.expert is None else pinned | {"expert": config.train.expert}
 
 
 def tell_samples(cache: PriorCache) -> None:
@@ -224,7 +234,7 @@ def compare_phenomena(config: Config, cache: PriorCache) -> None:
         folder, saved = newest
         found.append((f"the checkpoint {folder}", saved["physics"]["phenomena"], "run_dir"))
     if start is not None:
-        found.append((f"the branch in {start}", describe(start)["physics"]["phenomena"], "train.start_from"))
+        found.append((f"the branch in {start}", tuple(phenomena_of(start)), "train.start_from"))
     for what, theirs, key in found:
         if other := difference(theirs, load_taxonomy(config.taxonomy).names):
             raise ProPhyError(

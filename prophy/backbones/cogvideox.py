@@ -52,8 +52,8 @@ _LARGE_1_5 = {
     "patch_size_t": 2,
     "patch_bias": False,
     "sample_frames": 81,
-    "sample_height": 96,
-    "sample_width": 170,
+    "sample_height": 300,
+    "sample_width": 300,
 }
 
 FAMILY = Family(

@@ -42,7 +42,14 @@ class VideoEncoder:
         self._max_sequence_length = max_sequence_length
         placement = Placement(self._device, offload)
         self._pipeline: Any = load_pipeline(
-            family, pretrained, revision, getattr(torch, dtype), None, placement, transformer=None
+            family,
+            pretrained,
+            revision,
+            getattr(torch, dtype),
+            None,
+            placement,
+            transformer=None,
+            transformer_2=None,
         )
         self._family = FAMILIES[family]
         self._configs = load_configs(family, pretrained, revision)

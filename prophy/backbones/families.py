@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from prophy.errors import ProPhyError
+from prophy.models.description import ExpertName
 from prophy.registry import Registry
 
 if TYPE_CHECKING:
@@ -60,13 +61,26 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """One of a model's transformers, and the noise that it is for.
+
+    Attributes:
+        component: its name in the pipeline.
+        levels: the least and the most noise, as shares of the last timestep.
+    """
+
+    component: str = "transformer"
+    levels: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class Published:
     """What the configurations of a published model say where it is not the default of diffusers' classes.
 
     Attributes:
         vae: what decides its shape.
         transformer: all of it.
-        pipeline: as much as `Family.images` reads.
+        pipeline: as much as `Family.images` and `Family.experts` read.
     """
 
     vae: ModelConfig
@@ -93,6 +107,8 @@ class Family:
         images: configurations of pipeline and transformer -> whether this model makes videos of images.
         image: transformer's configuration and (T, H, W) of a clip's latents -> shape of each tensor that its
             first frame is encoded to, by the name that `predict` has for it; of models that always take one.
+        experts: configuration of the pipeline -> its transformers: one, which is called None, or one for high
+            noise and one for low.
         encoders: components of the pipeline that latents and text are made by.
         float32_vae: whether the VAE is float32 whatever the rest is, as upstream wants it for Wan.
         guides_in_one_pass: whether a pass has a video and its unguided twin; else each has one of its own.
@@ -111,6 +127,7 @@ class Family:
     unfit: Callable[[ModelConfig, Shape], str | None] = lambda transformer, latents: None
     images: Callable[[ModelConfig, ModelConfig], Images] = lambda pipeline, transformer: "never"
     image: Callable[[ModelConfig, Shape], TextShapes] = lambda transformer, latents: {}
+    experts: Callable[[ModelConfig], Mapping[ExpertName | None, Expert]] = lambda pipeline: {None: Expert()}
     encoders: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     float32_vae: bool = True
     guides_in_one_pass: bool = False
@@ -143,6 +160,27 @@ class Family:
         reason = self.unsupported(pipeline, transformer)
         if reason is not None:
             raise ProPhyError(f"{name} {reason}; choose another backbone.pretrained")
+
+    def trained_expert(self, name: str, pipeline: ModelConfig, expert: ExpertName | None) -> Expert:
+        """The transformer that a branch is trained beside.
+
+        Args:
+            name: the model's, for the message.
+            pipeline: configuration of the pipeline.
+            expert: `train.expert`.
+
+        Raises:
+            ProPhyError: the model has two and none is named, or it has one.
+        """
+        experts = self.experts(pipeline)
+        if expert in experts:
+            return experts[expert]
+        if expert is not None:
+            raise ProPhyError(f"train.expert is {expert}, but {name} has one transformer; set it to null")
+        raise ProPhyError(
+            f"{name} has two transformers, for high and for low noise, and a run trains one; set "
+            f"train.expert to {' or '.join(map(str, experts))}"
+        )
 
     def latent_shape(
         self,

@@ -8,10 +8,17 @@ import torch
 
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.placement import Placement
-from prophy.backbones.pretrained import check_checkpoint, resolve_pretrained, takes_images, unloadable
+from prophy.backbones.pretrained import (
+    check_checkpoint,
+    load_experts,
+    resolve_pretrained,
+    takes_images,
+    unloadable,
+)
 from prophy.device import default_device, has_bfloat16
 from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.models.checkpoint import load_branch
+from prophy.models.description import branches_in
 from prophy.models.physics_transformer import BRANCH
 
 
@@ -43,15 +50,15 @@ def load_pipeline(
     """Loads a backbone's pipeline, with the branch of `checkpoint` if one is given.
 
     What the checkpoint holds of the backbone takes the place of what it was; an adapter stays beside it, as
-    in training. A VAE that can tile works on no more pixels at once than it was made for. What encodes an
-    image is float32.
+    in training. Of a backbone with two transformers, one without a branch of its own stays as it was. A VAE
+    that can tile works on no more pixels at once than it was made for. What encodes an image is float32.
 
     Args:
         family: key of `FAMILIES`.
         pretrained: see `resolve_pretrained`.
         revision: commit, branch or tag, where it is a hub id.
         dtype: precision of transformer and text encoder, and of the VAE where `vae_dtype` says so.
-        checkpoint: folder that `save_branch` wrote.
+        checkpoint: folder that `save_branch` wrote, or `branches_in` knows.
         placement: where it computes, the CPU by default; the weights are read to there at once.
         components: components to use instead of the pretrained ones; None leaves one out. Those that the
             model does not have are passed by.
@@ -64,7 +71,11 @@ def load_pipeline(
     pipeline_class = classes.pipeline_for(takes_images(family, pretrained, revision))
     if checkpoint is not None:
         check_checkpoint(checkpoint, pretrained, revision)
-    branch = None if checkpoint is None else load_branch(checkpoint)
+    experts = load_experts(family, pretrained, revision)
+    branches = {
+        experts[name].component: load_branch(folder)
+        for name, folder in ({} if checkpoint is None else branches_in(checkpoint)).items()
+    }
     try:
         pipeline = pipeline_class.from_pretrained(
             resolve_pretrained(pretrained),
@@ -81,13 +92,15 @@ def load_pipeline(
         raise unloadable(pretrained) from None
     if not FAMILIES[family].float32_vae and pipeline.vae is not None:
         tile_large_frames(pipeline.vae)
-    if branch is not None:
-        transformer = classes.prophy_transformer.from_transformer(pipeline.transformer, branch.physics)
+    for component, branch in branches.items():
+        transformer = classes.prophy_transformer.from_transformer(
+            getattr(pipeline, component), branch.physics
+        )
         if branch.lora is not None:
             transformer.add_lora(**branch.lora, dtype=dtype)
         missing, unexpected = transformer.load_state_dict(branch.state_dict, strict=False)
         assert not unexpected and not any(name.startswith(BRANCH) or "lora_" in name for name in missing)
-        pipeline.register_modules(transformer=transformer.eval())
+        pipeline.register_modules(**{component: transformer.eval()})
     placement.apply(pipeline, dtype)
     return pipeline
 

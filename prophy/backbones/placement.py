@@ -16,7 +16,7 @@ class Placement:
     Attributes:
         device: where it computes.
         offload: what waits in the host's memory until it is used: text encoders, layer by layer; with "all"
-            the transformer too, block by block, and its branch for the length of a step.
+            transformers too, block by block, and their branches for the length of a step.
         storage_dtype: precision that the weights of the backbone's layers are kept in, without its norms and
             embeddings and the branch; they compute in that of the pipeline. None keeps all in that.
     """
@@ -39,12 +39,13 @@ class Placement:
             if isinstance(component, torch.nn.Module)
         }
         for name, component in modules.items():
-            if name == "transformer" and self.storage_dtype is not None:
+            is_transformer = name.startswith("transformer")
+            if is_transformer and self.storage_dtype is not None:
                 component.enable_layerwise_casting(storage_dtype=self.storage_dtype, compute_dtype=dtype)
             streams = {"onload_device": self.device, "use_stream": self.device.type == "cuda"}
             if name.startswith("text_encoder") and self.offload != "none":
                 apply_group_offloading(component, offload_type="leaf_level", **streams)
-            elif name == "transformer" and self.offload == "all":
+            elif is_transformer and self.offload == "all":
                 component.enable_group_offload(num_blocks_per_group=1, **streams)
             elif self.loaded_on != self.device:
                 component.to(self.device)

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from huggingface_hub import snapshot_download
 
-from prophy.backbones.families import FAMILIES, Images, ModelConfig
+from prophy.backbones.families import FAMILIES, Expert, Images, ModelConfig
 from prophy.errors import ProPhyError
 from prophy.hashing import file_sha256
-from prophy.models.description import trained_on
+from prophy.models.description import ExpertName, branches_in, phenomena_of, trained_on
 from prophy.tiny import EMBEDDED, part_fingerprint
 from prophy.tiny import pipeline as tiny
 
@@ -171,17 +171,21 @@ def vlm_fingerprint(pretrained: str, revision: str | None) -> str:
 
 
 def check_checkpoint(checkpoint: Path, pretrained: str, revision: str | None) -> None:
-    """Checks that a branch was trained on this backbone; reads no weights of the branch.
+    """Checks that a branch, or each of two, was trained on this backbone; reads no weights of the branch.
 
     Raises:
-        ProPhyError: there is no such checkpoint, or it belongs to another backbone.
+        ProPhyError: there is no such checkpoint, it belongs to another backbone, or its branches have
+            different phenomena.
     """
-    backbone = trained_on(checkpoint)
-    if backbone["fingerprint"] != fingerprint(pretrained, revision):
-        raise ProPhyError(
-            f"{checkpoint} was trained on another backbone ({backbone['name']}) than {pretrained}; "
-            f"set backbone.pretrained to that one, or choose another checkpoint"
-        )
+    phenomena_of(checkpoint)
+    ours = fingerprint(pretrained, revision)
+    for branch in branches_in(checkpoint).values():
+        backbone = trained_on(branch)
+        if backbone["fingerprint"] != ours:
+            raise ProPhyError(
+                f"{branch} was trained on another backbone ({backbone['name']}) than {pretrained}; "
+                f"set backbone.pretrained to that one, or choose another checkpoint"
+            )
 
 
 def check_unchanged(folder: Path, trained: Mapping[str, str | None], pretrained: str) -> None:
@@ -204,19 +208,21 @@ def check_unchanged(folder: Path, trained: Mapping[str, str | None], pretrained:
         )
 
 
-def load_configs(family: str, pretrained: str, revision: str | None) -> tuple[ModelConfig, ModelConfig]:
+def load_configs(
+    family: str, pretrained: str, revision: str | None, transformer: str = "transformer"
+) -> tuple[ModelConfig, ModelConfig]:
     """Configurations of VAE and transformer, as their files have them; reads no weights.
 
     Args:
         family: key of `FAMILIES`.
         pretrained: see `resolve_pretrained`.
         revision: commit, branch or tag, where it is a hub id.
+        transformer: its name in the pipeline.
 
     Raises:
         ProPhyError: there is no such model, or this family cannot run it.
     """
-    _, vae, transformer = load_all_configs(family, pretrained, revision)
-    return vae, transformer
+    return load_all_configs(family, pretrained, revision, transformer)[1:]
 
 
 def takes_images(family: str, pretrained: str, revision: str | None) -> Images:
@@ -225,19 +231,49 @@ def takes_images(family: str, pretrained: str, revision: str | None) -> Images:
     return FAMILIES[family].images(pipeline, transformer)
 
 
+def load_experts(family: str, pretrained: str, revision: str | None) -> Mapping[ExpertName | None, Expert]:
+    """The transformers of a model, see `Family.experts`. Arguments and errors as in `load_configs`."""
+    pipeline, _, _ = load_all_configs(family, pretrained, revision)
+    return FAMILIES[family].experts(pipeline)
+
+
+def load_trained_expert(
+    family: str, pretrained: str, revision: str | None, expert: ExpertName | None
+) -> Expert:
+    """The transformer that `expert`, which is `train.expert`, names; reads no weights.
+
+    Raises:
+        ProPhyError: as `load_configs`; or the model has two transformers and none is named, or it has one.
+    """
+    pipeline, _, _ = load_all_configs(family, pretrained, revision)
+    return FAMILIES[family].trained_expert(pretrained, pipeline, expert)
+
+
 def load_all_configs(
-    family: str, pretrained: str, revision: str | None
+    family: str, pretrained: str, revision: str | None, transformer: str = "transformer"
 ) -> tuple[ModelConfig, ModelConfig, ModelConfig]:
     """Configurations of pipeline, VAE and transformer; the rest is as in `load_configs`."""
-    files = ["model_index.json", "vae/config.json", "transformer/config.json"]
+    files = ["model_index.json", "vae/config.json", f"{transformer}/config.json"]
     folder = download(pretrained, revision, files)
     try:
         # A dict of what is no JSON object fails too.
-        pipeline, vae, transformer = (dict(json.loads((folder / file).read_text())) for file in files)
+        pipeline, vae, of_transformer = (dict(json.loads((folder / file).read_text())) for file in files)
     except (OSError, ValueError, TypeError):
         raise unloadable(pretrained) from None
-    FAMILIES[family].check(pretrained, pipeline, transformer)
-    return pipeline, vae, transformer
+    FAMILIES[family].check(pretrained, pipeline, of_transformer)
+    return pipeline, vae, of_transformer
+
+
+def branch_configs(family: str, pretrained: str, revision: str | None) -> list[ModelConfig]:
+    """`physics` of each transformer that has a branch: those of what `prophy export --complete` wrote.
+
+    Arguments and errors as in `load_configs`.
+    """
+    experts = load_experts(family, pretrained, revision)
+    transformers = [
+        load_configs(family, pretrained, revision, expert.component)[1] for expert in experts.values()
+    ]
+    return [transformer["physics"] for transformer in transformers if "physics" in transformer]
 
 
 def check_bare(family: str, pretrained: str, revision: str | None) -> None:
@@ -251,7 +287,7 @@ def check_bare(family: str, pretrained: str, revision: str | None) -> None:
     Raises:
         ProPhyError: it has a branch, as `prophy export --complete` writes it; or there is no such model.
     """
-    if "physics" in load_configs(family, pretrained, revision)[1]:
+    if branch_configs(family, pretrained, revision):
         raise ProPhyError(
             f"{pretrained} is a complete export, which holds a trained branch; set backbone.pretrained to "
             f"the backbone that it was trained on, and train.start_from to what `prophy export` writes "

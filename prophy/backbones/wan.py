@@ -1,7 +1,10 @@
-"""Wan 2.1, text or an image to video; Wan 2.2 TI2V, which is both in one."""
+"""Wan 2.1 and Wan 2.2 A14B, text or an image to video; Wan 2.2 TI2V, which is both in one."""
+
+from collections.abc import Mapping
 
 from prophy.backbones.families import (
     Classes,
+    Expert,
     Family,
     Images,
     ModelConfig,
@@ -10,6 +13,7 @@ from prophy.backbones.families import (
     TextShapes,
 )
 from prophy.errors import ProPhyError
+from prophy.models.description import ExpertName
 
 _MASK = 4  # channels that say which frames are given
 _IMAGE_TOKENS = 257  # of CLIP's ViT-H/14
@@ -22,13 +26,24 @@ def _unsupported(pipeline: ModelConfig, transformer: ModelConfig) -> str | None:
     extra = transformer["in_channels"] - transformer["out_channels"]
     if extra not in (0, _MASK + transformer["out_channels"]):
         return f"reads {extra} channels beside the latents, which are not those of one image"
-    # [null, null] where the pipeline has the place, but no second transformer.
-    if any(pipeline.get("transformer_2") or ()):
-        return (
-            "has two transformers (transformer_2, as Wan2.2-A14B), and the Physical Branch would act in one "
-            "of them only"
-        )
+    if _has_two(pipeline) and pipeline.get("boundary_ratio") is None:
+        return "has two transformers and no boundary_ratio, which says at which noise the second takes over"
     return None
+
+
+def _has_two(pipeline: ModelConfig) -> bool:
+    # [null, null] where the pipeline has the place, but no second transformer.
+    return any(pipeline.get("transformer_2") or ())
+
+
+def _experts(pipeline: ModelConfig) -> Mapping[ExpertName | None, Expert]:
+    if not _has_two(pipeline):
+        return {None: Expert()}
+    boundary = pipeline["boundary_ratio"]
+    return {
+        "high_noise": Expert("transformer", (boundary, 1.0)),
+        "low_noise": Expert("transformer_2", (0.0, boundary)),
+    }
 
 
 def _images(pipeline: ModelConfig, transformer: ModelConfig) -> Images:
@@ -85,6 +100,7 @@ _VAE_2_2 = {
     "scale_factor_temporal": 4,
     "scale_factor_spatial": 16,
 }
+_TWO = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
 
 FAMILY = Family(
     # Configurations of older diffusers leave these two out.
@@ -102,6 +118,7 @@ FAMILY = Family(
     classes=_classes,
     images=_images,
     image=_image,
+    experts=_experts,
     encoders=("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor"),
     supports_sea=True,
     published={
@@ -122,6 +139,10 @@ FAMILY = Family(
                 "num_layers": 30,
             },
             {"expand_timesteps": True},
+        ),
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": Published(_VAE, {}, {**_TWO, "boundary_ratio": 0.875}),
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers": Published(
+            _VAE, {"in_channels": 36}, {**_TWO, "boundary_ratio": 0.9}
         ),
     },
     published_text_encoder=5_680_910_336,  # of UMT5 XXL

@@ -1,10 +1,11 @@
 """What the pipelines of all families add to diffusers': physics knobs, and one length of text."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prophy.errors import ProPhyError
@@ -12,11 +13,17 @@ from prophy.models.control import PhysicsControl
 
 
 class PhysicsPipeline(DiffusionPipeline):
-    """Base, before diffusers' own class, of a pipeline whose transformer may carry a Physical Branch.
+    """Base, before diffusers' own class, of a pipeline whose transformers may carry a Physical Branch.
 
     `max_sequence_length`, text tokens, is in the pipeline's configuration: where no mask hides padding from
     attention, another length than in training would make other videos.
     """
+
+    @property
+    def transformers(self) -> Sequence[ModelMixin]:
+        """Those that there are: one, or one for high noise and one for low."""
+        parts = (getattr(self, name, None) for name in ("transformer", "transformer_2"))
+        return [part for part in parts if part is not None]
 
     def encode_prompt(
         self, prompt: str | list[str], *args: Any, max_sequence_length: int | None = None, **kwargs: Any
@@ -71,9 +78,9 @@ class PhysicsPipeline(DiffusionPipeline):
             kwargs: upstream's.
 
         Raises:
-            ProPhyError: `physics` is given, but the transformer has no Physical Branch.
+            ProPhyError: `physics` is given, but no transformer has a Physical Branch.
         """
-        if hasattr(self.transformer, "physics_branch"):
+        if any(hasattr(transformer, "physics_branch") for transformer in self.transformers):
             given = kwargs.get("attention_kwargs") or {}
             physics = physics or given.get("physics") or PhysicsControl()
             kwargs["attention_kwargs"] = given | {"physics": replace(physics, mixtures=WeakIdKeyDictionary())}

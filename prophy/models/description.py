@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prophy.errors import ProPhyError
 
 DESCRIPTION = "physics_branch.json"
+ExpertName = Literal["high_noise", "low_noise"]
+"""Which transformer of a backbone with two: each is for a range of noise."""
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -40,10 +42,42 @@ def describe(folder: Path) -> dict[str, Any]:
     return description
 
 
-def trained_on(folder: Path) -> dict[str, str | None]:
-    """The backbone, as `save_branch` was given it, of the checkpoint in `folder`.
+def branches_in(folder: Path) -> dict[ExpertName | None, Path]:
+    """Where the branches of a checkpoint lie, by the transformer that each was trained beside.
+
+    That is None where the backbone has one. A checkpoint for both transformers of a backbone has a folder of
+    the name of each.
 
     Raises:
-        ProPhyError: the folder holds no such checkpoint.
+        ProPhyError: the folder holds no such checkpoint, or two branches for one transformer.
+    """
+    names = [name for name in get_args(ExpertName) if (folder / name / DESCRIPTION).is_file()]
+    folders = [folder / name for name in names] or [folder]
+    found = {trained_on(each).get("expert"): each for each in folders}
+    if len(found) < len(folders):
+        raise ProPhyError(
+            f"both branches in {folder} were trained on {next(iter(found))}; put the one of the other "
+            f"transformer into {folder / names[-1]}"
+        )
+    return found  # type: ignore[return-value]  # of what is in a file
+
+
+def trained_on(folder: Path) -> dict[str, str | None]:
+    """The backbone, as `save_branch` was given it, of the branch in `folder`.
+
+    Raises:
+        ProPhyError: the folder holds no such branch.
     """
     return describe(folder)["backbone"]
+
+
+def phenomena_of(folder: Path) -> list[str]:
+    """What the branches of the checkpoint in `folder` tell apart, in their order.
+
+    Raises:
+        ProPhyError: the folder holds no such checkpoint, or branches with different ones.
+    """
+    first, *others = (describe(each)["physics"]["phenomena"] for each in branches_in(folder).values())
+    if any(other != first for other in others):
+        raise ProPhyError(f"the branches in {folder} have different phenomena; train both with one taxonomy")
+    return first

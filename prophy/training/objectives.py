@@ -11,28 +11,40 @@ class FlowMatching:
     """Rectified flow: x_t = (1 - sigma) x_0 + sigma noise, and the target is the velocity noise - x_0.
 
     Timesteps are logit-normal (Esser et al., 2024), then shifted as the pipeline's scheduler shifts its
-    sigmas; timestep = sigma * num_train_timesteps.
+    sigmas; timestep = sigma * num_train_timesteps. Where only a part of the levels of noise is drawn, that is
+    this distribution, given that a level lies there.
 
     Args:
         shift: the scheduler's; larger means noisier.
         num_train_timesteps: the timestep of pure noise.
+        levels: the least and the most noise, sigma as shifted.
     """
 
-    def __init__(self, shift: float, num_train_timesteps: int = 1000) -> None:
+    def __init__(
+        self, shift: float, num_train_timesteps: int = 1000, levels: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
         self.shift = shift
         self.num_train_timesteps = num_train_timesteps
+        self.levels = levels
+        sigma = torch.tensor(levels, dtype=torch.float64)
+        unshifted = sigma / (shift - (shift - 1) * sigma)
+        self._quantiles = torch.special.ndtr(unshifted.logit()).tolist()
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
+    def from_scheduler(cls, config: Mapping[str, Any], levels: tuple[float, float] = (0.0, 1.0)) -> Self:
         """The objective that fits a flow scheduler's configuration, UniPC's or flow-matching Euler's."""
         return cls(
-            config["flow_shift"] if "flow_shift" in config else config["shift"], config["num_train_timesteps"]
+            config["flow_shift"] if "flow_shift" in config else config["shift"],
+            config["num_train_timesteps"],
+            levels,
         )
 
     def timesteps(self, quantile: torch.Tensor) -> torch.Tensor:
         """Quantiles `[B]` in (0, 1) of the timestep's distribution -> timesteps `[B]`."""
-        sigma = torch.special.ndtri(quantile).sigmoid()
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma) * self.num_train_timesteps
+        low, high = self._quantiles
+        sigma = torch.special.ndtri(low + quantile * (high - low)).sigmoid()
+        shifted = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        return shifted.clamp(*self.levels) * self.num_train_timesteps
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
         """Noise levels `[B]`, here sigma, -> timesteps `[B]`: 0 is the clip, 1 is noise alone."""
@@ -66,19 +78,22 @@ class VPrediction:
 
     Args:
         alphas_cumprod: a_t of each timestep.
+        levels: the least and the most noise, as shares of the last timestep.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor) -> None:
+    def __init__(self, alphas_cumprod: torch.Tensor, levels: tuple[float, float] = (0.0, 1.0)) -> None:
         self.alphas_cumprod = alphas_cumprod.float()
+        self.levels = levels
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
+    def from_scheduler(cls, config: Mapping[str, Any], levels: tuple[float, float] = (0.0, 1.0)) -> Self:
         """The objective that fits the configuration of CogVideoX's schedulers, DDIM's or DPM's."""
-        return cls(CogVideoXDDIMScheduler.from_config(config).alphas_cumprod)
+        return cls(CogVideoXDDIMScheduler.from_config(config).alphas_cumprod, levels)
 
     def timesteps(self, quantile: torch.Tensor) -> torch.Tensor:
         """Quantiles `[B]` in (0, 1) of the timestep's distribution -> timesteps `[B]`, integers."""
-        return (quantile * len(self.alphas_cumprod)).long()
+        low, high = self.levels
+        return ((low + quantile * (high - low)) * len(self.alphas_cumprod)).long()
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
         """Noise levels `[B]`, as shares of the last timestep, -> timesteps `[B]`, integers."""
@@ -86,22 +101,22 @@ class VPrediction:
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t, like `latents` `[B, ...]`."""
-        signal, sigma = self._levels(timesteps, latents)
+        signal, sigma = self._factors(timesteps, latents)
         return signal * latents + sigma * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the transformer shall predict at `timesteps`, like `latents`."""
-        signal, sigma = self._levels(timesteps, latents)
+        signal, sigma = self._factors(timesteps, latents)
         return signal * noise - sigma * latents
 
     def original(
         self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """x_0 from x_t and a prediction: the inverse of `add_noise` where the prediction is the target."""
-        signal, sigma = self._levels(timesteps, noisy)
+        signal, sigma = self._factors(timesteps, noisy)
         return signal * noisy - sigma * prediction
 
-    def _levels(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factors(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of x_0 and of the noise."""
         alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, *[1] * (like.ndim - 1))
         return alphas.sqrt().to(like.dtype), (1 - alphas).sqrt().to(like.dtype)

@@ -53,10 +53,10 @@ def _copy(folder: Path, pipeline: dict[str, Any], transformer: dict[str, Any]) -
     return str(folder)
 
 
-A14B = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+TWO = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
 # By what is wrong: what Wan2.2 and image-to-video pipelines say otherwise than Wan2.1's text-to-video.
 UNSUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "has two transformers": (A14B, {}),
+    "has two transformers and no boundary_ratio": (TWO, {}),
     "between a first and a last image": ({}, {"in_channels": 36, "pos_embed_seq_len": 514}),
     "reads 32 channels beside the latents": ({}, {"in_channels": 48}),
     "is a WanVACEPipeline, and": ({"_class_name": "WanVACEPipeline"}, {}),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 from pipelines.config import Config
@@ -15,15 +16,14 @@ from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import VideoSpec
 from pipelines.training.data import build_dataset
 from pipelines.training.evaluation import held_out_losses
-from pipelines.training.model import build_module
 from pipelines.training.plan import make_plan
-from prophy.backbones.pretrained import fingerprint
+from pipelines.training.train import pin_backbone
 from prophy.errors import ProPhyError
 from prophy.models.checkpoint import save_branch
 from prophy.training.cache import PriorCache
-from prophy.training.module import ProPhyTrainModule
 from tests import cogvideox, wan
 from tests.backbones.small_cache import write_cache
+from tests.backbones.small_training import train, with_backbone
 from tests.conftest import tiny_config
 
 CAPTIONS = ("a red ball falls", "a candle burns", "ice", "smoke on the left")
@@ -36,6 +36,12 @@ KINDS: dict[str, tuple[str, Callable[[Path], Path], int, dict[str, tuple[int, ..
         wan.write_i2v,
         wan.I2V_SEQUENCE_LENGTH,
         {"image_latents": (6, 5, 4, 4), "image_embeds": (257, 8)},
+    ),
+    "wan2.2-i2v-a14b": (
+        "wan",
+        lambda folder: wan.write_a14b(folder, WanImageToVideoPipeline),
+        wan.MAX_SEQUENCE_LENGTH,
+        {"image_latents": (6, 5, 4, 4)},
     ),
     "cogvideox-i2v": (
         "cogvideox",
@@ -78,6 +84,7 @@ def config(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
         "train.micro_batch_size=2",
         "train.lora_rank=4",
         "train.num_held_out=1",
+        f"train.expert={'high_noise' if 'a14b' in kind else 'null'}",
     )
 
 
@@ -108,20 +115,6 @@ def image(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def train(config: Config, cache: PriorCache, how: str) -> ProPhyTrainModule:
-    """After some steps."""
-    own = config.train.model_copy(update={"backbone": how})
-    module = build_module(config.model_copy(update={"train": own}), cache.null_text(), cache.phenomena)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer, dataset = torch.optim.AdamW(parameters, lr=1e-2), build_dataset(config, cache, rank=0)
-    for step in range(3):
-        [batch], captions = dataset[step]
-        optimizer.zero_grad()
-        module(batch, captions).loss.backward()
-        optimizer.step()
-    return module.eval()
-
-
 def test_the_cache_holds_what_the_model_reads_of_the_first_frame(
     kind: str, config: Config, cache: PriorCache
 ) -> None:
@@ -138,10 +131,8 @@ def test_the_cache_holds_what_the_model_reads_of_the_first_frame(
 def test_what_was_trained_makes_videos_that_depend_on_the_image(
     kind: str, config: Config, cache: PriorCache, spec: VideoSpec, how: str
 ) -> None:
-    module, name = train(config, cache, how), config.backbone.pretrained
-    backbone = {"name": name, "revision": None, "fingerprint": fingerprint(name, None)}
-    folder = config.run_dir / how
-    save_branch(module.transformer, folder, backbone)
+    module, folder = train(with_backbone(config, how), cache), config.run_dir / how
+    save_branch(module.transformer, folder, pin_backbone(config))
     trained = config.model_copy(update={"checkpoint": folder})
     losses = held_out_losses(config, cache, folder)
     assert np.isfinite(losses["loss"]) and losses["token_alignment"] > 0

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLWan
 
 from pipelines.config import load_config
 from pipelines.training.model import branch_config
-from prophy.backbones.families import FAMILIES
+from prophy.backbones.families import FAMILIES, Expert
 from tests.wisa import PHENOMENA
 
 TRANSFORMER = {"patch_size": (1, 2, 2)}
@@ -16,6 +16,9 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "wan2.1-14b": (14_288_491_584, (21, 60, 104), (21, 30, 52)),
     "wan2.1-i2v-14b": (16_394_878_784, (21, 60, 104), (21, 30, 52)),
     "wan2.2-ti2v-5b": (4_999_787_712, (31, 44, 80), (31, 22, 40)),
+    # Of each of the two; image latents and a mask are 20 channels more.
+    "wan2.2-t2v-a14b": (14_288_491_584, (21, 60, 104), (21, 30, 52)),
+    "wan2.2-i2v-a14b": (14_288_491_584 + 20 * 4 * 5120, (21, 60, 104), (21, 30, 52)),
     "cogvideox-2b": (1_693_783_872, (13, 60, 90), (13, 30, 45)),
     "cogvideox-5b": (5_570_283_072, (13, 60, 90), (13, 30, 45)),
     "cogvideox-5b-i2v": (5_570_479_680, (13, 60, 90), (13, 30, 45)),
@@ -48,6 +51,18 @@ def test_published_configuration(preset: str) -> None:
     block = sum(p.numel() for p in getattr(upstream, model._block_list)[0].parameters())
     branch = sum(p.numel() for p in model.physics_branch.parameters())
     assert num_layers * block < branch < (num_layers + 3) * block
+
+
+def test_the_transformers_of_a14b_share_all_noise_between_them() -> None:
+    for name, boundary in (("T2V", 0.875), ("I2V", 0.9)):
+        published = FAMILIES["wan"].published[f"Wan-AI/Wan2.2-{name}-A14B-Diffusers"]
+        assert (
+            FAMILIES["wan"].unsupported(published.pipeline, {"in_channels": 16, "out_channels": 16}) is None
+        )
+        assert FAMILIES["wan"].experts(published.pipeline) == {
+            "high_noise": Expert("transformer", (boundary, 1.0)),
+            "low_noise": Expert("transformer_2", (0.0, boundary)),
+        }
 
 
 def test_the_vae_of_ti2v_makes_what_its_record_says() -> None:

@@ -89,6 +89,28 @@ def test_timesteps_are_logit_normal() -> None:
     assert FlowMatching(shift=3.0).timesteps(torch.tensor([0.5])) == 750.0
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+def test_a_part_of_the_levels_is_drawn_as_all_are_there(shift: float) -> None:
+    """The timesteps of two transformers, each as often as the boundary has it, are those of one."""
+    quantiles, boundary = (torch.arange(20_000) + 0.5) / 20_000, 0.875
+    of_one = FlowMatching(shift).timesteps(quantiles)
+    low = FlowMatching(shift, levels=(0.0, boundary)).timesteps(quantiles)
+    high = FlowMatching(shift, levels=(boundary, 1.0)).timesteps(quantiles)
+    assert low.max() <= 875.0 <= high.min() and high.max() <= 1000.0
+    share = (of_one < 875.0).float().mean()
+    for level in (200.0, 600.0, 800.0):
+        assert abs((low < level).float().mean() * share - (of_one < level).float().mean()) < 1e-3
+    for level in (900.0, 950.0, 990.0):
+        beyond = (high > level).float().mean() * (1 - share)
+        assert abs(beyond - (of_one > level).float().mean()) < 1e-3
+
+
+def test_a_part_of_the_levels_of_velocities() -> None:
+    quantiles = torch.tensor([0.0, 0.5, 0.999])
+    levels = VPrediction.from_scheduler(COGVIDEOX, (0.5, 1.0)).timesteps(quantiles)
+    assert levels.tolist() == [500, 750, 999]
+
+
 @pytest.mark.parametrize("scheduler_type", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
 def test_velocity_is_the_schedulers(
     scheduler_type: type[SchedulerMixin], latents: torch.Tensor, noise: torch.Tensor

@@ -2,13 +2,11 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from pipelines.config import Config
@@ -22,17 +20,11 @@ from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, lora_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from tests.backbones.small_training import one_rank
 from tests.conftest import tiny_config
 from tests.wisa import PHENOMENA
 
 PARTS = {"vae": None, "text_encoder": None, "tokenizer": None}
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
