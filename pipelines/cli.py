@@ -352,7 +352,16 @@ def _read_lines(path: Path, what: str) -> list[str]:
 
 @app.command(rich_help_panel=_VIDEOS)
 def evaluate(
-    config: ConfigOption = PRESET, set_: SetOption = None, print_config: PrintOption = False
+    config: ConfigOption = PRESET,
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+    ablation: Annotated[
+        bool,
+        typer.Option(
+            "--ablation",
+            help="Train the rows of the paper's ablation on the cache, and compare these with the backbone.",
+        ),
+    ] = False,
 ) -> None:
     """Compare models: does the branch, a checkpoint or a knob make anything better? Resumes by itself.
 
@@ -375,7 +384,12 @@ def evaluate(
     `prophy config evaluate` explains all keys. Your own clips are `evaluate.clips=cache` and
     `evaluate.pairs=LIST`.
     """
-    resolved = _configure("evaluate", config, set_, print_config)
+    resolved = _configure("train" if ablation else "evaluate", config, set_, print_config)
+    if ablation:
+        from pipelines.evaluation import ablation as rows
+
+        rows.run(resolved)
+        return
     from pipelines.evaluation import evaluate
 
     evaluate.run(resolved)

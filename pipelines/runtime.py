@@ -37,6 +37,7 @@ WORKER_ENVIRONMENT = {
 }
 
 _ANSWERS_WITHIN_S = 10.0
+_ADVICE = "\nFailed to apply UDF"
 
 # What a command makes depends on these sections, except for the keys that are marked `How`; its results in
 # one run folder must agree in them.
@@ -119,6 +120,8 @@ def ray_session(config: Config, environment: Mapping[str, str] | None = None) ->
         user_error = find_user_error(error)
         if user_error is None:
             raise
+        # Ray Data appends its advice on retries to what a row raises.
+        user_error.args = (str(user_error).partition(_ADVICE)[0],)
         raise user_error from None
     finally:
         if started:

@@ -72,8 +72,12 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the cache folder for one writer and clears away what a killed one left half written.
+def exclusive(folder: Path, setting: str = "cache.output") -> Iterator[None]:
+    """Holds a folder for one writer and clears away what a killed one left half written.
+
+    Args:
+        folder: the cache's, or another's.
+        setting: the key of the configuration that names it.
 
     Raises:
         ProPhyError: another run writes to it, or it cannot be written to.
@@ -84,12 +88,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ProPhyError(
-            f"another run writes to {folder}; wait for it, or choose another cache.output"
+            f"another run writes to {folder}; wait for it, or choose another {setting}"
         ) from None
     except OSError as error:
-        raise _cannot_write(folder, error) from None
+        raise _cannot_write(folder, setting, error) from None
     try:
-        with writing(folder):
+        with writing(folder, setting):
             for leftover in folder.rglob(".*.tmp"):
                 if _TEMPORARY_NAME.fullmatch(leftover.name):
                     leftover.unlink(missing_ok=True)  # a worker that outlives its run removes its own
@@ -100,17 +104,20 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns what a full disk, or a folder that is not ours, does to a block into one sentence."""
+def writing(folder: Path, setting: str = "cache.output") -> Iterator[None]:
+    """Turns what a full disk, or a folder that is not ours, does to a block into one sentence.
+
+    The arguments are those of `exclusive`.
+    """
     try:
         yield
     except OSError as error:
-        raise _cannot_write(folder, error) from None
+        raise _cannot_write(folder, setting, error) from None
 
 
-def _cannot_write(folder: Path, error: OSError) -> ProPhyError:
+def _cannot_write(folder: Path, setting: str, error: OSError) -> ProPhyError:
     return ProPhyError(
-        f"cannot write to {folder} ({error.strerror}); free it or choose another cache.output, then run the "
+        f"cannot write to {folder} ({error.strerror}); free it or choose another {setting}, then run the "
         f"same command again: what was written before is whole"
     )
 

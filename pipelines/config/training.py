@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_va
 
 from pipelines.config.base import BranchFolder, Fraction, How, NonNegativeFloat, NonNegativeInt, Section
 from prophy.models.description import ExpertName
-from prophy.priors.recipes import RECIPE_NAMES
+from prophy.priors.recipes import RECIPE_NAMES, Negatives
 
 
 def _recipe(name: str) -> str:
@@ -155,8 +155,20 @@ class TrainConfig(Section):
     the sandbox's exact masks; `_motion` needs a camera that stands still.
     """
 
-    negatives: Literal["ignore", "zero"] = "ignore"
-    """What tokens outside a phenomenon's map say: nothing (the paper), or that it is not there."""
+    negatives: Negatives = "ignore"
+    """What tokens outside a phenomenon's map say: nothing (ignore, as in the paper), "not here" (zero), or
+    also that what a clip does not hold is nowhere in it (all).
+
+    A knob of one phenomenon acts by the share that its map has of all maps: with all, other knobs act less
+    there.
+    """
+
+    alignment: Literal["absolute", "cross_entropy"] = "absolute"
+    """How maps are held against targets: by the absolute difference (Eq. 5), or cross-entropy.
+
+    The optimum of the first is a median, so a map is 0 wherever a place is uncertain, as in noise it mostly
+    is; that of the second is a mean. The paper's is the default.
+    """
 
     reduction: Literal["mean", "sum"] = "mean"
     """How the alignment losses add up over the global batch: sum is the paper's formula.

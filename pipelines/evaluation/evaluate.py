@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.caching.tables import exclusive
+from pipelines.caching.tables import exclusive, writing
 from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant, enter
-from pipelines.evaluation.tables import SCORES
+from pipelines.evaluation.tables import OUTPUT, SCORES, whole_file
 from pipelines.evaluation.work import Denoising, Filming
 from pipelines.runtime import open_run, ray_session
 
@@ -28,7 +28,7 @@ def run(config: Config) -> Path:
         The report.
 
     Raises:
-        ProPhyError: a contestant, the clips or the list of pairs cannot be used.
+        ProPhyError: a contestant, the clips or the list of pairs cannot be used, or the disk is full.
     """
     output, measures = config.evaluate.output, {*config.evaluate.measures}
     entrants = enter(config)
@@ -39,9 +39,10 @@ def run(config: Config) -> Path:
     if films is not None:
         work.append(films)
     open_run(config, "evaluate")
-    with exclusive(output):
-        for folder in ("encodings", "scores", "videos"):
-            (output / folder).mkdir(parents=True, exist_ok=True)
+    with exclusive(output, OUTPUT):
+        with writing(output, OUTPUT):
+            for folder in ("encodings", "scores", "videos"):
+                (output / folder).mkdir(parents=True, exist_ok=True)
         files = [file for part in work for file in part.files]
         missing = [path for _, path in files if not path.exists()]
         logger.info("%d of %d files of scores are already there", len(files) - len(missing), len(files))
@@ -50,7 +51,8 @@ def run(config: Config) -> Path:
                 for part in work:
                     part.run()
         scores = _collect(entrants, files)
-        pq.write_table(scores, output / "scores.parquet")
+        with whole_file(output / "scores.parquet") as partial:
+            pq.write_table(scores, partial)
     # Networks and plots: of no use until here.
     from pipelines.evaluation.report import write
 

@@ -7,6 +7,7 @@ from typing import Any
 from pipelines.config import Config
 from pipelines.evaluation.films import films_section
 from pipelines.evaluation.items import CORRELATED
+from pipelines.evaluation.tables import whole_file
 from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.evaluation.statistics import CONFIDENCE, FEWEST_UNITS, Difference, Estimate
@@ -37,7 +38,8 @@ def write(
         sections += _correlation_section(correlations(scores, contestants, CORRELATED))
     for name in contestants[1:] if videos else ():
         sections += films_section(config, (contestants[0], name), scores, videos)
-    write_report(path, "Evaluation", sections)
+    with whole_file(path) as partial:
+        write_report(partial, "Evaluation", sections)
     return path
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from pipelines.caching.stages import decoder, video_encoder
 from pipelines.caching.video_files import LocalFiles
 from pipelines.config import Config, VideoLimits
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Clip, Item
-from pipelines.evaluation.tables import score, write_scores
+from pipelines.evaluation.tables import score, whole_file, write_scores
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.placement import Placement
@@ -95,9 +95,9 @@ class EncodeItems:
                 f"mask.{name}": torch.from_numpy(mask_on_grid(mask, self._shape.token_grid))
                 for name, mask in masks.items()
             }
-        partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, partial)
-        partial.rename(path)
+        content = save({name: value.contiguous().clone() for name, value in tensors.items()})
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
 
     def _frames(self, clip: Clip) -> np.ndarray:
         if clip.parts:
@@ -258,7 +258,7 @@ def load_denoiser(entrant: Entrant, batch_size: int) -> Denoiser:
             knobs = PhysicsControl(**entrant.knobs.model_dump(exclude={"return_maps"}))
     else:
         transformer = classes.prophy_transformer.from_transformer(
-            transformer, bare_branch(["none"], [1, 1, 1])
+            transformer, bare_branch(["nothing"], [1, 1, 1])
         )
         knobs = PhysicsControl(scale=0.0)
     return Denoiser(

@@ -1,11 +1,17 @@
 """The scores of a comparison, as a Parquet table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipelines.caching.tables import writing
+
+OUTPUT = "evaluate.output"
+"""The key of the configuration that names the folder of a comparison."""
 
 SCORES = pa.schema(
     [
@@ -44,7 +50,23 @@ def score(
 
 
 def write_scores(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes scores as a Parquet file that is there in whole or not at all."""
+    """Writes scores as a Parquet file that is there in whole or not at all; raises as `whole_file`."""
+    table = pa.Table.from_pylist(list(rows), SCORES)
+    with whole_file(path) as partial:
+        pq.write_table(table, partial)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, and renames it to `path` where that went well.
+
+    Raises:
+        ProPhyError: the disk is full, or the folder cannot be written to.
+    """
     partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(list(rows), SCORES), partial)
-    partial.rename(path)
+    try:
+        with writing(path.parent, OUTPUT):
+            yield partial
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

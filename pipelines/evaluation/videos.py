@@ -9,7 +9,7 @@ import numpy as np
 from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.requests import requests_of, unit_of
-from pipelines.evaluation.tables import score, write_scores
+from pipelines.evaluation.tables import score, whole_file, write_scores
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import VideoSpec
 from prophy.evaluation.generated import Request
@@ -43,9 +43,8 @@ class MakeVideos:
         specs = [VideoSpec.model_validate_json(spec) for spec in row["specs"]]
         films = self._held[1].sample_batch(specs)
         for path, spec, frames in zip(map(Path, row["videos"]), specs, films, strict=True):
-            partial = path.with_suffix(".partial")
-            write_video(partial, frames, spec.fps)
-            partial.rename(path)
+            with whole_file(path) as partial:
+                write_video(partial, frames, spec.fps)
         return {"videos": row["videos"]}
 
 

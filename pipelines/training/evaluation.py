@@ -90,6 +90,7 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
         cache.null_text(),
         train.loss_weights,
         train.reduction,
+        train.alignment,
         num_samples,  # micro-batches of the one step
         takes_images(*model_name) == "first_latent",
     ).to(device)

@@ -71,6 +71,7 @@ def build_module(
         null_text,
         train.loss_weights,
         train.reduction,
+        train.alignment,
         train.gradient_accumulation_steps,
         takes_images(backbone.family, backbone.pretrained, backbone.revision) == "first_latent",
     )

@@ -117,7 +117,8 @@ def measure_fall(frames: np.ndarray, *, colour: str, side: str, fps: float, pixe
         fps: frame rate.
         pixels_per_m: scale.
     """
-    heights, numbers = follow(frames, colour, side, pixels_per_m)
+    places, numbers = follow(frames, colour, side, pixels_per_m)
+    heights = places[:, 1]
     seen = np.isfinite(heights)
     shares = {"seen": float(seen.mean()), "split": float(np.mean(numbers > 1))}
     if seen.sum() < FEWEST_FRAMES:
@@ -131,11 +132,12 @@ def measure_fall(frames: np.ndarray, *, colour: str, side: str, fps: float, pixe
 
 
 def follow(frames: np.ndarray, colour: str, side: str, pixels_per_m: float) -> tuple[np.ndarray, np.ndarray]:
-    """Heights `[T]` in metres of the largest spot of a colour on a side, and the numbers of spots `[T]`.
+    """Places `[T, 2]` of the largest spot of a colour on a side, and the numbers of spots `[T]`.
 
-    A height is NaN where there is no spot. The arguments are those of `measure_fall`.
+    A place is as in a track: metres from the frame's lower left corner, y up; NaN where there is no spot. The
+    arguments are those of `measure_fall`.
     """
-    heights, numbers = [], []
+    places, numbers = [], []
     columns = slice(*(round(share * frames.shape[2]) for share in SIDES[side]))
     nearest, vividness = nearest_colour(frames[:, :, columns])
     for ball in (nearest == list(COLOURS).index(colour)) & (vividness > VIVID):
@@ -143,9 +145,9 @@ def follow(frames: np.ndarray, colour: str, side: str, pixels_per_m: float) -> t
         areas = ndimage.sum_labels(ball, spots, range(1, count + 1))
         numbers.append(int(np.sum(areas >= SMALLEST_BALL_M2 * pixels_per_m**2)))
         if not numbers[-1]:
-            heights.append(np.nan)
+            places.append((np.nan, np.nan))
             continue
         filled = ndimage.binary_fill_holes(spots == 1 + np.argmax(areas))
-        row, _ = ndimage.center_of_mass(filled)
-        heights.append((frames.shape[1] - 0.5 - row) / pixels_per_m)
-    return np.array(heights), np.array(numbers)
+        row, column = ndimage.center_of_mass(filled)
+        places.append((columns.start + column + 0.5, frames.shape[1] - 0.5 - row))
+    return np.array(places) / pixels_per_m, np.array(numbers)

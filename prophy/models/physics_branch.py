@@ -1,11 +1,12 @@
 """The Physical Branch: from noisy latents, text and time to one residual per listed block of the backbone.
 
 It knows no family: the backbone hands it copies of its blocks, its embedding of patches and text and its
-conditions, and adds the residuals. It never reads the backbone's hidden states, so it runs before the first
-block.
+conditions, and adds the residuals. By default it never reads the backbone's hidden states, so it runs before
+the first block.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from torch import nn
 from prophy.models.control import PhysicsControl, RoutingOutput
 from prophy.models.experts import RefinementExpertBlock, SemanticExpertBlock
 from prophy.models.physics_config import BranchConfig
+
+Residual = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+"""What is injected at a layer, `[B, N, D]`, or what computes it from the layer's output."""
 
 
 class ZeroLinear(nn.Linear):
@@ -49,10 +53,15 @@ class PhysicsBranch(nn.Module):
 
     Without Physical Blocks the experts act on the backbone's own stream, as in the paper's ablation: the
     semantic ones before its first block, where an injection equal to the identity would hand the backbone X~
-    in the place of X; the refinement ones by `refine`, on what the last listed layer gives.
+    in the place of X; the refinement ones on what the last listed layer gives. Physical Blocks that read the
+    backbone take the output of their layer, the first with the semantic experts' mixture.
 
     X~ = X + mixture (Eq. 1) is never formed, nor a difference of embeddings: in bfloat16 either would round
     away much of a mixture that is small beside X. Patches are embedded linearly: the mixture is, alone.
+
+    Attributes:
+        reads_backbone: whether residuals are computed from the backbone's tokens, so that there is no routing
+            without them.
 
     Args:
         blocks: copies of the backbone's blocks, one per listed layer; or none.
@@ -79,6 +88,7 @@ class PhysicsBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.phenomena = tuple(config.phenomena)
+        self.reads_backbone = not blocks or config.blocks_read == "backbone"
         self.semantic = self.semantic_injection = self.refinement = self.refinement_injection = None
         if config.num_semantic_experts:
             self.semantic = SemanticExpertBlock(
@@ -105,7 +115,7 @@ class PhysicsBranch(nn.Module):
         embed_mixture: Callable[[torch.Tensor], torch.Tensor],
         conditions: tuple[object, ...],
         control: PhysicsControl,
-    ) -> tuple[torch.Tensor | None, Iterator[torch.Tensor], RoutingOutput]:
+    ) -> tuple[torch.Tensor | None, Iterator[Residual], RoutingOutput]:
         """Computes what does not need the backbone's hidden states; a residual only when it is asked for.
 
         Args:
@@ -120,10 +130,10 @@ class PhysicsBranch(nn.Module):
 
         Returns:
             The residual `[B, N, D]` before the first block, where there are no Physical Blocks to inject the
-            semantic experts; one per Physical Block, the last with the refinement in it; and the routing,
-            complete with the last.
+            semantic experts; one per Physical Block, the last with the refinement in it, or without such
+            blocks that of the refinement alone; and the routing, complete with the last.
         """
-        routing, start = RoutingOutput(), None
+        routing, start, mixture = RoutingOutput(), None, None
         if self.semantic is not None:
             mixture, routing["semantic_weights"] = self._mix(
                 encoder_hidden_states, latent_shape, embed_mixture, control
@@ -131,10 +141,12 @@ class PhysicsBranch(nn.Module):
             if self.semantic_injection is not None:
                 start = self.semantic_injection(mixture) * control.scale
             tokens = tokens + mixture.to(tokens.dtype)
+        if self.reads_backbone:
+            return start, self._readers(mixture, text, conditions, control, routing), routing
         return start, self._residuals(tokens, text, conditions, control, routing), routing
 
-    def refine(
-        self, hidden_states: torch.Tensor, control: PhysicsControl, routing: RoutingOutput
+    def _refine(
+        self, control: PhysicsControl, routing: RoutingOutput, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """What the refinement experts inject `[B, N, D]` for tokens of that shape; completes `routing`."""
         assert self.refinement is not None and self.refinement_injection is not None
@@ -179,8 +191,36 @@ class PhysicsBranch(nn.Module):
             hidden_states, text, residual = self._run_block(block, hidden_states, text, *conditions)
             residual = residual * control.scale
             if index == len(self.blocks) and self.refinement is not None:
-                residual = residual + self.refine(hidden_states, control, routing)
+                residual = residual + self._refine(control, routing, hidden_states)
             yield residual
+
+    def _readers(
+        self,
+        mixture: torch.Tensor | None,
+        text: torch.Tensor,
+        conditions: tuple[object, ...],
+        control: PhysicsControl,
+        routing: RoutingOutput,
+    ) -> Iterator[Residual]:
+        """What computes the residuals from the backbone's tokens at their layers."""
+        if not self.blocks:
+            if self.refinement is not None:
+                yield partial(self._refine, control, routing)
+            return
+        texts = [text]  # what each block reads: gradient checkpointing runs it again
+
+        def read(index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+            if index == 0 and mixture is not None:
+                hidden_states = hidden_states + mixture.to(hidden_states.dtype)
+            block = self.blocks[index]
+            hidden_states, following, residual = block(hidden_states, texts[index], *conditions)
+            texts[index + 1 :] = [following]
+            residual = residual * control.scale
+            if index == len(self.blocks) - 1 and self.refinement is not None:
+                residual = residual + self._refine(control, routing, hidden_states)
+            return residual
+
+        yield from (partial(read, index) for index in range(len(self.blocks)))
 
     def _run_block(
         self, block: nn.Module, *inputs: object

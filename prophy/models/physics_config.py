@@ -1,7 +1,7 @@
 """What decides a Physical Branch, as configuration files and saved models hold it. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,15 @@ class PhysicsConfig(BaseModel):
 
     physical_blocks: bool = True
     """Whether the listed layers get Physical Blocks. False: the experts act on the backbone's own stream."""
+
+    blocks_read: Literal["latents", "backbone"] = "latents"
+    """What Physical Blocks read: the noisy latents, each what the one before made of them (the paper); or
+    the tokens that the backbone has at their layer.
+
+    By the latents the branch is blind to what the backbone knows. By its tokens maps come nearer to where
+    the physics is, and routing alone, which load balancing asks for where batches are accumulated, costs a
+    whole pass.
+    """
 
     num_semantic_experts: NonNegativeInt = 8
     """Experts that the text chooses, for the whole video; 0: no Semantic Expert Block.

@@ -16,15 +16,13 @@ from torch import nn
 
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, RoutingOutput
-from prophy.models.physics_branch import PhysicsBranch
+from prophy.models.physics_branch import PhysicsBranch, Residual
 from prophy.models.physics_config import BranchConfig
 
 BRANCH = "physics_branch."  # begins the names of the branch's parameters
 # Compiled beside blocks. The experts themselves are one kernel, which cannot be traced in float32.
 EXPERT_BLOCKS = ("RefinementRouter",)
 _ENLARGED = 2.0**14  # exact in any precision, and far from the ends of the range of bfloat16
-Residual = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-"""What is injected at a layer, `[B, N, D]`, or what computes it from the layer's output."""
 
 
 @dataclass
@@ -166,8 +164,8 @@ class PhysicsTransformer(ModelMixin):
     def route(
         self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> RoutingOutput:
-        """The routing of `predict` alone: where there are Physical Blocks, no block of the backbone runs."""
-        if not self.physics_branch.blocks:
+        """The routing of `predict` alone; no block of the backbone runs where the branch reads none."""
+        if self.physics_branch.reads_backbone:
             routing = self.predict(latents, timestep, text).routing
             assert routing is not None
             return routing
@@ -279,9 +277,9 @@ class PhysicsTransformer(ModelMixin):
                 "this model lacks semantic or refinement experts, so there are no maps and no strengths; "
                 "leave them out, or use a model that has both"
             )
-        if self.is_cache_enabled and control.trace is not None and not branch.blocks:
+        if self.is_cache_enabled and control.trace is not None and branch.reads_backbone:
             raise ProPhyError(
-                "this model has no Physical Blocks: its maps come from tokens that a step cache leaves out; "
+                "the maps of this model come from tokens of its backbone, which a step cache leaves out; "
                 "switch the step cache off, or ask for no maps"
             )
 
@@ -294,14 +292,19 @@ class PhysicsTransformer(ModelMixin):
             if control.trace is not None:
                 control.trace.record(timestep[0].max().item(), routing, token_grid, branch.phenomena)
 
-        def refine(hidden_states: torch.Tensor) -> torch.Tensor:
-            refinement = branch.refine(hidden_states, control, routing)
-            record()
-            return refinement
+        def with_record(residual: Callable[[torch.Tensor], torch.Tensor]) -> Residual:
+            def compute(hidden_states: torch.Tensor) -> torch.Tensor:
+                added = residual(hidden_states)
+                record()
+                return added
 
-        if not branch.blocks:
-            if branch.refinement is not None:
-                residuals[layers[-1]] = refine
+            return compute
+
+        if branch.reads_backbone:
+            readers = [*steps]
+            if readers:  # of refinement experts alone: that of the last layer
+                readers[-1] = with_record(readers[-1])
+                residuals |= zip(layers[-len(readers) :], readers, strict=True)
             return residuals, routing
         if self.is_cache_enabled and control.trace is None:
             return residuals | dict.fromkeys(layers, lambda _: next(steps)), None

@@ -7,13 +7,12 @@ Equations: prophy/METHOD.md, section 4, steps 3 and 4.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from prophy.errors import ProPhyError
-from prophy.priors.recipes import SUBTRACTIONS
+from prophy.priors.recipes import SUBTRACTIONS, Negatives
 
 _SATURATED = 0.2
 """Share of a map's positive cells whose target is 1.
@@ -152,14 +151,14 @@ def make_targets(
     slices: torch.Tensor,
     num_phenomena: int,
     recipe: str,
-    negatives: Literal["ignore", "zero"] = "ignore",
+    negatives: Negatives = "ignore",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets `Q_r` and mask `M` of Eq. 5 for one clip.
 
     Each phenomenon's map (by the recipe, on the token grid) keeps its positive part, scaled so that its
     highest fifth is 1. `M` is true where that map is positive; with `negatives="zero"` also where it is not,
-    with target 0. It is false for phenomena without a map, and for a map without any positive cell: that
-    says nothing about where.
+    with target 0. It is false for phenomena without a map, unless `negatives="all"` says by it that they are
+    nowhere, and for a map without any positive cell: that says nothing about where.
 
     Args:
         maps: raw maps `[K + 1, T, H, W]` on the VLM's grid, the background's last.
@@ -171,7 +170,7 @@ def make_targets(
             of the clip from its first frame (0) to its last (1).
         num_phenomena: phenomena of the taxonomy.
         recipe: a key of `RECIPES`.
-        negatives: what cells outside the positive part say: nothing, or "not here".
+        negatives: what cells outside the positive part say, see `Negatives`.
 
     Returns:
         `Q_r [N, num_phenomena]` float32 in [0, 1], and `M [N, num_phenomena]` bool; `N = T' H' W'`, t
@@ -186,7 +185,7 @@ def make_targets(
         )
     num_tokens = grid[0] * grid[1] * grid[2]
     targets = torch.zeros(num_tokens, num_phenomena)
-    mask = torch.zeros(num_tokens, num_phenomena, dtype=torch.bool)
+    mask = torch.full((num_tokens, num_phenomena), negatives == "all")
     if map_phenomena:
         signed = RECIPES[recipe](maps, latents, grid, num_frames, slices).flatten(1).T
         positive = signed > 0

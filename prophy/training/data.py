@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from prophy.errors import ProPhyError
 from prophy.priors.grounding import make_targets
+from prophy.priors.recipes import Negatives
 from prophy.training.cache import PriorCache, Shape
 
 
@@ -182,7 +183,7 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         rank: int,
         world_size: int,
         recipe: str,
-        negatives: Literal["ignore", "zero"],
+        negatives: Negatives,
         caption_dropout: float,
         image_share: float,
         seed: int,

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 
 Reduction = Literal["mean", "sum"]
+Alignment = Literal["absolute", "cross_entropy"]
+
+_NEVER = 1e-6  # a map is at least this far from 0 and 1, where its logarithm is not finite
 
 
 def diffusion_loss(prediction: torch.Tensor, target: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
@@ -44,7 +47,11 @@ def semantic_alignment_loss(
 
 
 def token_alignment_loss(
-    maps: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, reduction: Reduction = "mean"
+    maps: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    reduction: Reduction = "mean",
+    alignment: Alignment = "absolute",
 ) -> torch.Tensor:
     """Alignment of tokens (Eq. 5): sum over M[n, e] = 1 of |P'[n, e] - Q[n, e]|.
 
@@ -55,8 +62,16 @@ def token_alignment_loss(
         reduction: "mean" over each video's masked entries, then over the videos, so that the loss of a batch
             is the mean over its micro-batches; or "sum" as in the formula, so that it is the sum. A video
             without any counts as 0.
+        alignment: "absolute" as in the formula, whose optimum is a median: 0 wherever a place is uncertain;
+            or the "cross_entropy" of Q to P', whose optimum is a mean.
     """
-    difference = torch.where(mask, (maps.float() - targets.float()).abs(), 0.0).sum(dim=(1, 2))
+    maps, targets = maps.float(), targets.float()
+    if alignment == "absolute":
+        differences = (maps - targets).abs()
+    else:
+        inside = maps.clamp(_NEVER, 1 - _NEVER)
+        differences = -(targets * inside.log() + (1 - targets) * (1 - inside).log())
+    difference = torch.where(mask, differences, 0.0).sum(dim=(1, 2))
     if reduction == "sum":
         return difference.sum()
     return (difference / mask.sum(dim=(1, 2)).clamp(min=1)).mean()

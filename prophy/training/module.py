@@ -16,6 +16,7 @@ from torch import nn
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.losses import (
+    Alignment,
     Reduction,
     diffusion_loss,
     load_balancing_loss,
@@ -79,6 +80,7 @@ class ProPhyTrainModule(nn.Module):
         null_text: the empty prompt, encoded, for dropped captions: one of each tensor of `TrainBatch.text`.
         loss_weights: the weights of Eq. 6.
         reduction: how both alignment losses add up.
+        alignment: what holds maps against targets.
         gradient_accumulation_steps: micro-steps whose gradients the engine averages.
         takes_first_latent: whether the transformer may be given the first latent frame, and so takes a
             timestep of each token.
@@ -91,6 +93,7 @@ class ProPhyTrainModule(nn.Module):
         null_text: Mapping[str, torch.Tensor],
         loss_weights: LossWeights,
         reduction: Reduction,
+        alignment: Alignment,
         gradient_accumulation_steps: int,
         takes_first_latent: bool = False,
     ) -> None:
@@ -99,6 +102,7 @@ class ProPhyTrainModule(nn.Module):
         self.objective = objective
         self.loss_weights = loss_weights
         self.reduction = reduction
+        self.alignment = alignment
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.takes_first_latent = takes_first_latent
         self.null_text = nn.Module()
@@ -140,7 +144,9 @@ class ProPhyTrainModule(nn.Module):
         if branch.refinement is not None:
             logits, maps = output.routing.refinement_logits, output.routing.phenomenon_maps
             assert logits is not None and maps is not None
-            alignment = token_alignment_loss(maps, batch.target_maps, batch.target_mask, self.reduction)
+            alignment = token_alignment_loss(
+                maps, batch.target_maps, batch.target_mask, self.reduction, self.alignment
+            )
             if self.reduction == "sum":
                 alignment = alignment * self._undo_averaging()
             if expert_load is None:

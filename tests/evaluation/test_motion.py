@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prophy.evaluation.motion import Fall, Law, fit_law, measure_fall
+from prophy.evaluation.motion import Fall, Law, fit_law, follow, measure_fall
 from prophy.sandbox import COLOURS, SCENES, Part, SimulatedClip, play_parts
 from prophy.sandbox.scene import GRAVITY_M_S2
 
@@ -31,6 +31,16 @@ def test_finds_the_law_of_simulated_falls(colour: str, side: str) -> None:
     assert fall.acceleration_m_s2 == pytest.approx(GRAVITY_M_S2, rel=0.03)
     assert fall.restitution == pytest.approx(clip.constants["restitution"], abs=0.05)
     assert fall.residual_m < 0.03 and fall.seen == 1 and fall.split == 0 and fall.obeys(GRAVITY_M_S2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_body_is_followed_to_where_it_is(side: str) -> None:
+    clip = ball(4, "green", side)
+    [track] = clip.tracks
+    places, numbers = follow(clip.frames, "green", side, clip.pixels_per_m)
+    assert np.abs(places - track.position_m).max() < 0.1 and (numbers == 1).all()
+    missing, _ = follow(clip.frames, "red", side, clip.pixels_per_m)
+    assert np.isnan(missing).all() and missing.shape == (17, 2)
 
 
 def test_knows_another_gravity() -> None:

@@ -73,6 +73,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "lora+seb+reb": {"physical_blocks": False},
     "lora+pb": {"num_semantic_experts": 0, "num_refinement_experts": 0},
     "lora+pb+seb+reb": {},
+    "lora+pb+seb+reb, reading the backbone": {"blocks_read": "backbone"},
 }
 """What of the branch there is, beside an adapter: the paper's ablation, and more."""
 
@@ -117,6 +118,17 @@ def transformer(family: str, backbone: ModelMixin) -> PhysicsTransformer:
 @pytest.fixture
 def awakened(transformer: PhysicsTransformer) -> PhysicsTransformer:
     """A branch that injects something, as after training."""
+    return awaken(transformer)
+
+
+@pytest.fixture
+def reading(family: str, backbone: ModelMixin) -> PhysicsTransformer:
+    """A branch that injects something, and whose blocks read the backbone's tokens."""
+    return awaken(BACKBONES[family][1].from_transformer(backbone, PHYSICS | {"blocks_read": "backbone"}))
+
+
+def awaken(transformer: PhysicsTransformer) -> PhysicsTransformer:
+    """Has the branch inject something."""
     branch: Any = transformer.physics_branch
     for projection in [*(block.injection for block in branch.blocks), branch.refinement_injection]:
         torch.nn.init.normal_(projection.weight, std=0.3)

@@ -55,6 +55,31 @@ def test_residuals_are_added_after_the_listed_blocks(
     torch.testing.assert_close(model(**inputs).sample, expected)
 
 
+def test_blocks_that_read_the_backbone_take_the_output_of_their_layer(
+    reading: ProPhyWanTransformer3DModel, inputs: Inputs
+) -> None:
+    """The blocks written out, in plain steps."""
+    model: Any = reading
+    branch, latents = model.physics_branch, inputs["hidden_states"]
+    _, time, text, _ = model.condition_embedder(inputs["timestep"], inputs["encoder_hidden_states"])
+    conditions = text, time.view(2, 6, -1), model.rope(latents)
+    mixture, _ = branch.semantic(inputs["encoder_hidden_states"], latents.shape[2:])
+
+    tokens = model.blocks[0](model._embed_patches(latents), *conditions)
+    first = branch.blocks[0].block(tokens + model._embed_mixture(mixture), *conditions)
+    tokens = model.blocks[1](tokens + branch.blocks[0].injection(first), *conditions)
+    tokens = model.blocks[2](tokens, *conditions)
+    second = branch.blocks[1].block(tokens, *conditions)
+    refined, logits, _ = branch.refinement(second)
+    expected = tokens + branch.blocks[1].injection(second) + branch.refinement_injection(refined)
+
+    seen: list[torch.Tensor] = []
+    model.norm_out.register_forward_pre_hook(lambda _, args: seen.append(*args))
+    routing = model(**inputs).routing
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(routing.refinement_logits, logits)
+
+
 def of_each_token(inputs: Inputs) -> Inputs:
     """The same inputs, where the first latent frame is given: its 6 of the 12 tokens have timestep 0."""
     timesteps = inputs["timestep"][:, None].float().repeat(1, 12)

@@ -183,6 +183,20 @@ def test_routing_alone_runs_no_block_of_the_backbone(awakened: PhysicsTransforme
     assert all(torch.equal(routing[name], value) for name, value in expected.items())
 
 
+def test_a_branch_that_reads_the_backbone_gives_maps_and_routing(
+    reading: PhysicsTransformer, inputs: Inputs
+) -> None:
+    latents = torch.randn(2, 4, 2, 4, 6)
+    arguments = (latents, inputs["timestep"], text_of(inputs))
+    expected, trace = reading.predict(*arguments).routing, PhysicsTrace()
+    reading.predict(*arguments, PhysicsControl(trace=trace))
+    assert torch.equal(trace.phenomenon_maps.flatten(1, 3), expected.phenomenon_maps)
+    assert torch.equal(reading.route(*arguments).refinement_logits, expected.refinement_logits)
+    plain = reading(**inputs).sample
+    assert not torch.equal(controlled(reading, inputs, strength={"combustion": 4.0}), plain)
+    assert torch.equal(controlled(reading, inputs, strength=dict.fromkeys(PHENOMENA, 1.0)), plain)
+
+
 def test_routing_alone_of_experts_without_blocks(family: str, backbone: ModelMixin, inputs: Inputs) -> None:
     model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb+reb"])
     arguments = (torch.randn(2, 4, 2, 4, 6), inputs["timestep"], text_of(inputs))
@@ -261,6 +275,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     checkpointed = gradients()
     assert len(calls) == 2 * (len(blocks) + len(awakened.physics_branch.blocks))  # all run twice
     torch.testing.assert_close(checkpointed, plain)
+
+
+def test_gradient_checkpointing_of_a_branch_that_reads_the_backbone(
+    reading: PhysicsTransformer, inputs: Inputs
+) -> None:
+    def gradients() -> dict[str, torch.Tensor]:
+        reading.zero_grad()
+        reading(**inputs).sample.square().mean().backward()
+        return {name: p.grad.clone() for name, p in reading.named_parameters() if p.grad is not None}
+
+    plain, calls = gradients(), []
+    reading.enable_gradient_checkpointing()
+    for block in reading.physics_branch.blocks:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    torch.testing.assert_close(gradients(), plain)
+    assert len(calls) == 4, "both run again with the layer that they read, and not once more"
 
 
 def test_one_form_of_prediction_for_all_families(awakened: PhysicsTransformer, inputs: Inputs) -> None:
@@ -366,10 +396,11 @@ def test_a_step_that_is_skipped_runs_no_physical_block_unless_a_trace_wants_it(
         awakened.disable_cache()
 
 
-def test_no_maps_of_experts_without_blocks_where_steps_are_skipped(
-    family: str, backbone: ModelMixin, inputs: Inputs
+@pytest.mark.parametrize("baseline", ["lora+seb+reb", "lora+pb+seb+reb, reading the backbone"])
+def test_no_maps_of_the_backbones_tokens_where_steps_are_skipped(
+    family: str, backbone: ModelMixin, inputs: Inputs, baseline: str
 ) -> None:
-    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES["lora+seb+reb"])
+    model = BACKBONES[family][1].from_transformer(backbone, PHYSICS | BASELINES[baseline])
     sample = Sampling(model, inputs)
     expected = sample()
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))

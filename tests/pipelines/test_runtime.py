@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray.data
 import yaml
 
 from pipelines.config import Config, PretrainConfig, TrainConfig, how_keys
@@ -50,6 +51,17 @@ def test_user_error_comes_out_of_a_worker(ray_cluster: None, config: Config) -> 
     with pytest.raises(ProPhyError, match="^the grid is 3 wide; give an even one$"), ray_session(config):
         ray.get(fail.remote())
     assert find_user_error(RuntimeError("a bug")) is None
+
+
+def test_user_error_comes_out_of_a_row_without_the_advice_of_ray_data(
+    ray_cluster: None, config: Config
+) -> None:
+    def fail(row: dict[str, int]) -> dict[str, int]:
+        raise ProPhyError("the disk is full; free it")
+
+    with pytest.raises(ProPhyError) as caught, ray_session(config):
+        list(ray.data.range(1).map(fail).iter_rows())
+    assert str(caught.value) == "the disk is full; free it"
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,18 @@
 """A disk that is full for real, with database and videos on it: the job says so, and the server goes on."""
 
-import os
-import subprocess
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx
-import pytest
 
 from pipelines.generation.spec import THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
 from pipelines.serving.dispatcher import GenerationStep
 from tests.conftest import tiny_config
+from tests.disks import small_disk
 from tests.pipelines.serving.test_jobs import DURATIONS
 from tests.servers import PROMPT, check_error, http_server, make, submit
 
 DISK_BYTES = 4 << 20
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(["mount", *options], check=False).returncode:
-        pytest.skip("only root can mount a disk that is small")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 async def as_large_as_its_seed(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
@@ -33,9 +20,12 @@ async def as_large_as_its_seed(spec: VideoSpec) -> AsyncGenerator[GenerationStep
     yield GenerationStep(1.0, VideoResult({VIDEO_FILE: bytes(spec.seed), THUMBNAIL_FILE: b"webp"}, DURATIONS))
 
 
-def test_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "run", f"serve.output={small_disk}")
-    with http_server(config, as_large_as_its_seed) as url, httpx.Client(base_url=url) as client:
+def test_full_disk(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", DISK_BYTES) as disk,
+        http_server(tiny_config(tmp_path / "run", f"serve.output={disk}"), as_large_as_its_seed) as url,
+        httpx.Client(base_url=url) as client,
+    ):
         too_large = submit(client, prompt=PROMPT, seed=DISK_BYTES)
         while (video := client.get(f"/v1/videos/{too_large}").json())["status"] != "failed":
             assert video["status"] != "completed"

@@ -24,6 +24,7 @@ from pipelines.config import Config, VideoLimits
 from prophy.schema import INDEX
 from prophy.video import write_video
 from tests.conftest import tiny_config
+from tests.disks import remount, small_disk
 from tests.hostile import FPS, REFUSED, moving_square
 from tests.pipelines.test_cli import CommandLine, in_folder
 from tests.wisa import PHENOMENA, WISA
@@ -155,16 +156,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_whole(tmp_path: Path) -
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own, of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
-        pytest.skip("mounting a disk takes root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def remount(disk: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+    with small_disk(tmp_path / "disk", 1 << 20) as folder:
+        yield folder
 
 
 def test_a_disk_that_is_read_only_and_then_full(

@@ -2,12 +2,13 @@
 
 import itertools
 import math
-from typing import Literal
 
 import pytest
 import torch
 
 from prophy.training.losses import (
+    Alignment,
+    Reduction,
     diffusion_loss,
     expert_load,
     load_balancing_loss,
@@ -90,11 +91,33 @@ def test_token_alignment_is_eq_5() -> None:
     assert math.isclose(mean, sum(sum(d) / len(d) for d in per_video) / 2, rel_tol=1e-5)
 
 
+def test_cross_entropy_is_that_of_torch_and_its_optimum_a_mean() -> None:
+    torch.manual_seed(0)
+    maps, targets, mask = torch.rand(2, 6, 17), torch.rand(2, 6, 17), torch.rand(2, 6, 17) < 0.2
+    expected = torch.nn.functional.binary_cross_entropy(maps[mask], targets[mask], reduction="sum")
+    torch.testing.assert_close(token_alignment_loss(maps, targets, mask, "sum", "cross_entropy"), expected)
+
+    one_in_four, everywhere = (
+        torch.tensor([1.0, 0, 0, 0]).view(1, 4, 1),
+        torch.ones(1, 4, 1, dtype=torch.bool),
+    )
+    grid = torch.linspace(0, 1, 101)  # its ends are where a logarithm is not finite
+    optima: dict[Alignment, float] = {"absolute": 0.0, "cross_entropy": 0.25}
+    for alignment, best in optima.items():
+        losses = [
+            token_alignment_loss(value.expand(1, 4, 1), one_in_four, everywhere, "mean", alignment)
+            for value in grid
+        ]
+        assert torch.stack(losses).isfinite().all()
+        assert grid[torch.stack(losses).argmin()].item() == pytest.approx(best)
+
+
+@pytest.mark.parametrize("alignment", ["absolute", "cross_entropy"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_masked_entries_get_no_gradient(reduction: Literal["mean", "sum"]) -> None:
+def test_masked_entries_get_no_gradient(reduction: Reduction, alignment: Alignment) -> None:
     torch.manual_seed(0)
     maps, mask = torch.rand(2, 6, 17, requires_grad=True), torch.rand(2, 6, 17) < 0.2
-    token_alignment_loss(maps, torch.rand(2, 6, 17), mask, reduction).backward()
+    token_alignment_loss(maps, torch.rand(2, 6, 17), mask, reduction, alignment).backward()
     assert torch.equal(maps.grad != 0, mask)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.tiny.pipeline import TRANSFORMER
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.losses import (
+    Alignment,
+    Reduction,
     expert_load,
     load_balancing_loss,
     semantic_alignment_loss,
@@ -34,10 +36,11 @@ SMALL: dict[str, Any] = {
 }
 WEIGHTS = SimpleNamespace(semantic_alignment=0.1, token_alignment=0.02, load_balancing=0.01)
 TOKENS = 2 * 2 * 2
-Reduction = Literal["mean", "sum"]
 
 
-def build(accumulation: int = 1, reduction: Reduction = "mean") -> ProPhyTrainModule:
+def build(
+    accumulation: int = 1, reduction: Reduction = "mean", alignment: Alignment = "absolute"
+) -> ProPhyTrainModule:
     torch.manual_seed(0)
     transformer = ProPhyWanTransformer3DModel.from_transformer(
         WanTransformer3DModel(**TRANSFORMER | SMALL),
@@ -51,7 +54,9 @@ def build(accumulation: int = 1, reduction: Reduction = "mean") -> ProPhyTrainMo
     )
     transformer.train_backbone("frozen")
     null = {"prompt_embeds": torch.randn(5, 16)}
-    return ProPhyTrainModule(transformer, FlowMatching(3.0), null, WEIGHTS, reduction, accumulation)
+    return ProPhyTrainModule(
+        transformer, FlowMatching(3.0), null, WEIGHTS, reduction, alignment, accumulation
+    )
 
 
 @pytest.fixture
@@ -71,9 +76,11 @@ def batch() -> TrainBatch:
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_is_eq_6(batch: TrainBatch, reduction: Reduction) -> None:
-    module = build(reduction=reduction)
+@pytest.mark.parametrize(
+    ("reduction", "alignment"), [("mean", "absolute"), ("sum", "absolute"), ("mean", "cross_entropy")]
+)
+def test_loss_is_eq_6(batch: TrainBatch, reduction: Reduction, alignment: Alignment) -> None:
+    module = build(reduction=reduction, alignment=alignment)
     output = module(batch, SemanticBatch.join([batch]))
 
     odds = torch.distributions.Normal(0.0, 1.0).icdf(batch.timestep_quantile).exp()
@@ -85,7 +92,9 @@ def test_loss_is_eq_6(batch: TrainBatch, reduction: Reduction) -> None:
     predicted = module.transformer((1 - s) * batch.latents + s * batch.noise, 1000 * sigma, text)
     diffusion = F.mse_loss(predicted.sample, batch.noise - batch.latents)
     routing = predicted.routing
-    fine = token_alignment_loss(routing.phenomenon_maps, batch.target_maps, batch.target_mask, reduction)
+    fine = token_alignment_loss(
+        routing.phenomenon_maps, batch.target_maps, batch.target_mask, reduction, alignment
+    )
     logits = routing.refinement_logits
     balance = load_balancing_loss(logits, expert_load(logits, 2))
     router = module.transformer.physics_branch.semantic.router

@@ -10,7 +10,9 @@ from pipelines.config import Config, load_config
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.requests import requests_of
 from pipelines.evaluation.videos import FALL
+from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
+from tests.disks import remount, small_disk
 
 SMALL = (
     "evaluate.num_clips=6",
@@ -102,6 +104,20 @@ def test_videos_are_judged(both: Both) -> None:
     assert "Videos: shapes" in html and "Side by side: without (left) and with (right)" in html
     assert "Falls: the law" not in html, "so few falls make no figure"
     assert len(list((config.evaluate.output / "videos").iterdir())) == 12
+
+
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(ray_cluster: None, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 512 << 10) as disk:
+        there = f"evaluate.output={disk / 'evaluation'}"
+        config = tiny_config(tmp_path / "run", *SMALL, WITHOUT, "evaluate.num_clips=16", there)
+        with pytest.raises(ProPhyError, match="No space left.*choose another evaluate.output") as caught:
+            evaluate.run(config)
+        assert "\n" not in str(caught.value)
+        made = files(config)
+        assert made and all(path.suffix != ".partial" for path in made)
+        remount(disk, "size=8m")
+        evaluate.run(config)
+        assert made.items() <= files(config).items(), "what was there is not made again"
 
 
 def test_clips_of_the_cache_and_ones_own_pairs(tiny_cache: Config, tmp_path: Path) -> None:

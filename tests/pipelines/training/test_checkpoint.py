@@ -1,10 +1,8 @@
 """Checkpoints on disk: what is committed, what is damaged, what is kept, and what a full disk leaves."""
 
 import json
-import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ from pipelines.training.json_lines import read_rows
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.saving import EveryRankError, Fragment, latest_on_every_rank, save, writing
 from prophy.errors import ProPhyError
+from tests.disks import small_disk
 
 SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
 VALUES = {
@@ -156,23 +155,17 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("only root can mount a disk that is small")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 256 << 10) as folder:
+        yield folder
 
 
-def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk: Path) -> None:
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(disk: Path) -> None:
     """100 kB each: the third does not fit beside the two that are kept, until others have made room."""
 
     def write_large(step: int) -> None:
         part = Fragment("a", 0, {"parameter": torch.full((25_000,), float(step))})
-        save(small_disk / "checkpoints", step, [part], {"a": torch.Size([25_000])}, {}, num_to_keep=2)
+        save(disk / "checkpoints", step, [part], {"a": torch.Size([25_000])}, {}, num_to_keep=2)
 
     write_large(1)
     write_large(2)
@@ -180,20 +173,20 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk: Path) -> N
         EveryRankError, match="cannot save the checkpoint of step 3: .*No space left.*make room"
     ):
         write_large(3)
-    last = latest(small_disk / "checkpoints")
+    last = latest(disk / "checkpoints")
     assert last.step == 2 and torch.equal(last.read("parameter", "a"), torch.full((25_000,), 2.0))
-    shutil.rmtree(small_disk / "checkpoints" / "step-00000001")
+    shutil.rmtree(disk / "checkpoints" / "step-00000001")
     write_large(3)
-    assert latest(small_disk / "checkpoints").step == 3
+    assert latest(disk / "checkpoints").step == 3
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
-def test_a_disk_that_is_full_of_metrics(small_disk: Path, config: Config) -> None:
+def test_a_disk_that_is_full_of_metrics(disk: Path, config: Config) -> None:
     """The file or TensorBoard, whichever is first; what was written before stays."""
-    log = MetricsLog(small_disk, 0, config.train, {}, 1.0)
+    log = MetricsLog(disk, 0, config.train, {}, 1.0)
     losses = dict.fromkeys(("diffusion", "semantic_alignment", "token_alignment", "load_balancing"), 1.0)
     log.write(1, losses, {})
-    with (small_disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+    with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
         while True:
             ballast.write(bytes(4096))
     with (
@@ -202,7 +195,7 @@ def test_a_disk_that_is_full_of_metrics(small_disk: Path, config: Config) -> Non
     ):
         for step in range(2, 200):
             log.write(step, losses, {})
-    assert read_rows(small_disk / METRICS_FILE)[0]["step"] == 1
+    assert read_rows(disk / METRICS_FILE)[0]["step"] == 1
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:

@@ -242,6 +242,7 @@ def train_module(
         {"prompt_embeds": torch.zeros(5, 16)},
         weights,
         reduction,
+        "absolute",
         accumulation_steps,
     )
 
