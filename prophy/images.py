@@ -11,6 +11,8 @@ from prophy.picture import cut_share
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; more than any camera of a telephone takes
+MAX_SCANS = 100  # of a JPEG: a few bytes are a pass over all pixels; progressive ones have about 10
+_SCAN = b"\xff\xda"  # what a scan holds never looks like this
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # the others hold more than 8 bits
 
 
@@ -22,7 +24,7 @@ def read_image(content: bytes, name: str) -> Image.Image:
         name: for the message.
 
     Raises:
-        ProPhyError: too large, of another format, damaged, or of more than 8 bits.
+        ProPhyError: too large, of another format, animated, damaged, or of more than 8 bits.
     """
     if len(content) > MAX_BYTES:
         raise ProPhyError(f"{name} has {len(content)} bytes; give an image of at most {MAX_BYTES}")
@@ -32,14 +34,20 @@ def read_image(content: bytes, name: str) -> Image.Image:
                 raise ProPhyError(
                     f"{name} has {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS}"
                 )
+            if image.format not in ("PNG", "WEBP"):  # a JPEG, to which Pillow may give another name
+                if (scans := content.count(_SCAN)) > MAX_SCANS:
+                    raise ProPhyError(f"{name} has {scans} scans; give a JPEG of at most {MAX_SCANS}")
+            elif getattr(image, "is_animated", False):
+                raise ProPhyError(f"{name} is animated; give a single picture")
             if image.mode not in _MODES:
                 raise ProPhyError(f"{name} has more than 8 bits a channel; give an image of 8")
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if not upright.has_transparency_data:
-                return upright.convert("RGB")
-            white = Image.new("RGBA", upright.size, "white")
-            return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            if not image.has_transparency_data:
+                return image.convert("RGB")
+            transparent, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+            white.paste(transparent, mask=transparent)
+            return white
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         raise ProPhyError(f"{name} is no image that can be read; give a {', '.join(FORMATS)} file") from None
 

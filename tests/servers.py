@@ -29,7 +29,7 @@ SHORT = {"prompt": PROMPT, "num_inference_steps": 1, "seed": 0}
 PATIENCE_S = 240
 
 LIMITS = ShapeLimits(
-    images="never",
+    images="first_latent",
     frame_multiple=4,
     height_multiple=16,
     width_multiple=16,
@@ -39,7 +39,7 @@ LIMITS = ShapeLimits(
 )
 """Of the tiny model."""
 
-Generate = Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]]
+Generate = Callable[[VideoSpec, bytes | None], AsyncGenerator[GenerationStep, None]]
 
 
 def save_checkpoint(folder: Path, family: str = "wan", pretrained: str = "tiny") -> Path:
@@ -87,7 +87,9 @@ def serve_config(folder: Path, checkpoint: Path, *overrides: str) -> Config:
 
 
 @contextmanager
-def http_server(config: Config, generate: Generate, *, is_ready: bool = True) -> Iterator[str]:
+def http_server(
+    config: Config, generate: Generate, *, is_ready: bool = True, limits: ShapeLimits = LIMITS
+) -> Iterator[str]:
     """The API over real HTTP without Ray: videos are made by `generate`, in this process. Yields its URL."""
     metrics, settings = Metrics(), config.serve
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ def http_server(config: Config, generate: Generate, *, is_ready: bool = True) ->
 
     service = VideoService(
         config,
-        LIMITS,
+        limits,
         store,
         artefacts,
         Dispatcher(store, artefacts, generate, metrics, settings),

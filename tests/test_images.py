@@ -31,12 +31,20 @@ def test_formats_are_told_by_content(format: str) -> None:
     assert np.abs(np.asarray(read).astype(int) - np.asarray(picture)).mean() < 3
 
 
-def test_a_telephones_picture_is_upright() -> None:
+@pytest.mark.parametrize("format", images.FORMATS)
+def test_a_telephones_picture_is_upright(format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned to the right
-    turned = read_image(content(gradient(20, 30), "PNG", exif=exif), "photo")
+    turned = read_image(content(gradient(20, 30), format, exif=exif, quality=95), "photo")
     assert turned.size == (20, 30)
-    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(gradient(20, 30)), -1))
+    upright = np.rot90(np.asarray(gradient(20, 30)), -1).astype(int)
+    assert np.abs(np.asarray(turned) - upright).mean() < 3
+
+
+def test_a_telephones_second_view_is_left_out() -> None:
+    picture = gradient(20, 30)
+    two = content(picture, "MPO", save_all=True, append_images=[Image.new("RGB", (30, 20))], quality=95)
+    assert np.abs(np.asarray(read_image(two, "photo")).astype(int) - np.asarray(picture)).mean() < 3
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
@@ -59,6 +67,14 @@ def test_what_is_no_image_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> No
             read_image(bad, "photo")
     with pytest.raises(ProPhyError, match="more than 8 bits a channel"):
         read_image(content(Image.new("I;16", (4, 4))), "photo")
+    for format in ("PNG", "WEBP"):
+        moving = content(gradient(4, 4), format, save_all=True, append_images=[gradient(4, 4).rotate(90)])
+        with pytest.raises(ProPhyError, match="photo is animated; give a single picture"):
+            read_image(moving, "photo")
+    jpeg = content(gradient(20, 30), "JPEG", progressive=True)
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ProPhyError, match=r"photo has 1\d\d scans; give a JPEG of at most 100"):
+        read_image(jpeg[:-2] + 100 * last + jpeg[-2:], "photo")
     monkeypatch.setattr(images, "MAX_PIXELS", 500)
     with pytest.raises(ProPhyError, match="30x20 pixels; give an image of at most 500"):
         read_image(png, "photo")

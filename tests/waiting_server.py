@@ -31,7 +31,7 @@ class WaitingSampler:
 
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    def render(self, spec: VideoSpec, on_step: Callable[[float], None]) -> VideoResult:
+    def render(self, spec: VideoSpec, on_step: Callable[[float], None], image: bytes | None) -> VideoResult:
         self._note("begin", spec)
         begun = time.monotonic()
         with contextlib.suppress(FileNotFoundError):

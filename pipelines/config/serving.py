@@ -45,7 +45,10 @@ class ServeConfig(Section):
     """Seconds that the files of a video are kept, a week by default; null keeps them until it is deleted."""
 
     max_body_bytes: PositiveInt = 1 << 20
-    """Bytes that a request may have. A prompt with all knobs has a few thousand; the default is 1 MiB."""
+    """Bytes that a request may have, without an image. A prompt with all knobs has a few thousand; 1 MiB."""
+
+    max_image_bytes: Annotated[int, Field(gt=0, le=2**25)] = 1 << 24
+    """Bytes that a request's image may have, at most 32 MiB; 16 MiB, since photographs have 2 to 8 MB."""
 
     examples: list[str] = Field([])
     """Prompts to click on the page at `/`, of the kind that the model was trained on. None by default."""

@@ -11,6 +11,7 @@ from prophy.errors import ProPhyError
 
 VIDEO_FILE, THUMBNAIL_FILE, MAPS_FILE = "video.mp4", "thumbnail.webp", "physics.json"
 SPRITESHEET_FILE = "spritesheet.webp"
+IMAGE_FILE, PREVIEW_FILE = "input_reference", "input_reference.webp"
 
 
 def _refuse_bool(value: Any) -> Any:

@@ -4,24 +4,29 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi_offline import FastAPIOffline
 
-from pipelines.generation.spec import MAPS_FILE, SPRITESHEET_FILE, THUMBNAIL_FILE, VIDEO_FILE
+from pipelines.generation.spec import (
+    IMAGE_FILE,
+    MAPS_FILE,
+    PREVIEW_FILE,
+    SPRITESHEET_FILE,
+    THUMBNAIL_FILE,
+    VIDEO_FILE,
+)
 from pipelines.serving import pages
 from pipelines.serving.database import UNANSWERED
-from pipelines.serving.dispatcher import KeyReusedError, QueueFullError
+from pipelines.serving.dispatcher import KeyReusedError, NotStoredError, QueueFullError
+from pipelines.serving.errors import RETRY_AFTER_S, ApiError, ErrorResponse
 from pipelines.serving.jobs import Job
 from pipelines.serving.middleware import KeyCheck, PageCheck, guard, read_fields
 from pipelines.serving.protocol import (
-    RETRY_AFTER_S,
-    ApiError,
     DeletedVideo,
-    ErrorResponse,
     Health,
     Model,
     ModelList,
@@ -32,6 +37,7 @@ from pipelines.serving.protocol import (
     VideoRequest,
     model_name,
 )
+from pipelines.serving.references import IMAGE_FIELD
 from pipelines.serving.service import VideoService, no_video
 from prophy.errors import ProPhyError
 from prophy.taxonomy import spelled
@@ -61,7 +67,8 @@ def create_app(service: VideoService) -> FastAPI:
     app.include_router(pages.router)
     routes = [*router.routes, *probes.routes, *pages.router.routes]
     translations = dict.fromkeys(UNANSWERED, _unanswered)
-    guard(app, routes, settings.max_body_bytes, service.metrics, origins, translations)
+    longest_field = None if service.limits.images == "never" else IMAGE_FIELD
+    guard(app, routes, service.max_body_bytes, longest_field, service.metrics, origins, translations)
     return app
 
 
@@ -100,7 +107,7 @@ router = APIRouter(
         _401="No valid API key, where the server asks for one",
         _403="A page of another site, or another host name, where it does not",
         _422="A field is wrong",
-        _503="The job database does not answer",
+        _503="The job database does not answer, or an image cannot be stored",
     )
 )
 _UNKNOWN = _errors(_404="No such video")
@@ -115,6 +122,11 @@ _VARIANTS = {
     "thumbnail": (THUMBNAIL_FILE, "image/webp"),
     "spritesheet": (SPRITESHEET_FILE, "image/webp"),
 }
+_IMAGES = {
+    # Whatever it says that it is: no browser shows what a stranger has sent.
+    "file": (IMAGE_FILE, "application/octet-stream"),
+    "preview": (PREVIEW_FILE, "image/webp"),
+}
 _OVERLAYS = {
     "video": ("draw_overlay", [VIDEO_FILE, MAPS_FILE], "overlay {}.mp4", "video/mp4"),
     "layer": ("draw_layer", [MAPS_FILE], "layer {}.png", "image/png"),
@@ -123,7 +135,7 @@ _NOT_ACCEPTED = _errors(
     _400="The body cannot be read",
     _404="No such model",
     _408="The body does not come to its end",
-    _413="The body is too long",
+    _413="The body, or the image in it, is too long",
     _415="Neither JSON nor a form",
     _429="Too many videos are queued",
 )
@@ -222,6 +234,29 @@ async def download_content(
 
 
 @router.get(
+    "/v1/videos/{video_id}/input_reference",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {}, "image/webp": {}}, "description": "The image"},
+        206: {"content": {"application/octet-stream": {}, "image/webp": {}}, "description": "A part of it"},
+        **_errors(
+            _404="No such video", _409="Made from text alone, or failed", _410="Expired", _416="No such bytes"
+        ),
+    },
+)
+def retrieve_image(
+    video_id: str, request: Request, service: Service, variant: Literal["file", "preview"] = "file"
+) -> Response:
+    """The file of the image that a video begins with, as it was sent.
+
+    `preview` is a WebP of what the video begins with: cut at its centre, scaled, and at most 512 pixels wide
+    and high.
+    """
+    name, media_type = _IMAGES[variant]
+    return service.file(request, service.find_with_image(video_id), name, media_type)
+
+
+@router.get(
     "/v1/videos/{video_id}/physics",
     response_class=Response,
     responses={
@@ -273,9 +308,9 @@ async def download_overlay(
 @router.post("/v1/videos/characters", include_in_schema=False)
 @router.post("/v1/videos/{video_id}/remix", include_in_schema=False)
 async def refuse_operation(request: Request) -> None:
-    """What others make of videos; here they come from text alone."""
+    """What others make of videos; here they come from text and images alone."""
     operation = request.url.path.rpartition("/")[2]
-    message = f"{operation!r} is not offered: this server makes videos from text; POST /v1/videos"
+    message = f"{operation!r} is not offered: no video is made of another one here; POST /v1/videos"
     # OpenAI's client would ask twice more.
     raise ApiError(501, message, "not_implemented", headers={"x-should-retry": "false"})
 
@@ -334,19 +369,34 @@ async def check_readiness(service: Service) -> Health:
 
 
 async def _accept(request: Request, service: VideoService, idempotency_key: str | None) -> Job:
-    fields = VideoRequest.parse(await read_fields(request, may_be_blank={"negative_prompt"}))
+    length = int(request.headers.get("content-length", service.max_body_bytes))
+    is_long = length > service.config.serve.max_body_bytes
+    async with service.long_bodies if is_long else nullcontext():
+        return await _read_and_create(request, service, idempotency_key)
+
+
+async def _read_and_create(request: Request, service: VideoService, idempotency_key: str | None) -> Job:
+    body = await read_fields(request, may_be_blank={"negative_prompt"}, may_be_file={IMAGE_FIELD})
+    fields = VideoRequest.parse(body, service.config, service.limits)
     spec = fields.to_spec(service.config, service.limits)
-    marks: tuple[str, ...] = ()
+    image = fields.input_reference
+    files = {} if image is None else await service.look_at(image, spec)
+    marks: tuple[str | None, str | None] = (None, None)
     if idempotency_key is not None:
         # Each client has its own keys; one whose API key is not asked for is any.
         client = getattr(request.state, "client", "")
-        marks = (_sha256(f"{client} {idempotency_key}"), _sha256(fields.model_dump_json()))
+        asked = fields.model_dump_json(exclude={IMAGE_FIELD}) + (spec.image or "")
+        marks = (_sha256(f"{client} {idempotency_key}"), _sha256(asked))
     try:
-        return await service.dispatcher.create(spec, request.headers.get("x-request-id"), *marks)
+        return await service.dispatcher.create(spec, request.headers.get("x-request-id"), *marks, files)
     except KeyReusedError as error:
         message = f"this idempotency key stands for video {error}, and that is another one; send a new key"
         # Not 409, which OpenAI's client would send again.
         raise ApiError(422, message, "idempotency_key_reused", "idempotency-key") from None
+    except NotStoredError as error:
+        headers = {"retry-after": str(RETRY_AFTER_S)}
+        message = f"the image cannot be stored: {error}; try again later"
+        raise ApiError(503, message, "storage_unavailable", IMAGE_FIELD, headers) from None
     except QueueFullError:
         message = f"{service.config.serve.max_queued} videos are queued already; try again later"
         headers = {"retry-after": str(RETRY_AFTER_S)}

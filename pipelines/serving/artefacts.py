@@ -1,7 +1,7 @@
-"""The files of finished videos: a folder on this machine, or any location that fsspec knows."""
+"""The files of videos: a folder on this machine, or any location that fsspec knows."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import fsspec
 
@@ -18,8 +18,8 @@ class ArtefactStore:
     def __init__(self, location: str) -> None:
         self._fs, self._root = fsspec.url_to_fs(location)
 
-    def write(self, job_id: str, files: dict[str, bytes]) -> None:
-        """Writes files of a job, which nobody reads before it is completed.
+    def write(self, job_id: str, files: Mapping[str, bytes]) -> None:
+        """Writes files of a job, which nobody reads before they are all there.
 
         Raises:
             OSError: they could not be written in whole.

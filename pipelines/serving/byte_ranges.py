@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from pipelines.serving.protocol import ApiError
+from pipelines.serving.errors import ApiError
 
 
 def partial_content(

@@ -6,16 +6,17 @@ queue. How a video is made is a callable that it is given; it knows no HTTP.
 
 import asyncio
 import contextvars
+import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from pipelines.config import ServeConfig
-from pipelines.generation.spec import VideoResult, VideoSpec
+from pipelines.generation.spec import IMAGE_FILE, VideoResult, VideoSpec
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.database import UNANSWERED
 from pipelines.serving.jobs import Job, JobStore
@@ -39,6 +40,10 @@ class QueueFullError(Exception):
 
 class KeyReusedError(Exception):
     """An idempotency key stands for another request already; the argument is the id of its job."""
+
+
+class NotStoredError(Exception):
+    """The files of a request could not be written; the argument says why."""
 
 
 class ReplicaDiedError(Exception):
@@ -67,9 +72,10 @@ class Dispatcher:
 
     Args:
         store: the jobs.
-        artefacts: the finished videos.
-        generate: makes one video; waits for a free replica first. Cancelling its iterator stops the making.
-            It raises `ReplicaDiedError`, or what is wrong with the video.
+        artefacts: the finished videos, and the images that videos begin with.
+        generate: makes one video, of an image's file where there is one; waits for a free replica first.
+            Cancelling its iterator stops the making. It raises `ReplicaDiedError`, or what is wrong with the
+            video.
         metrics: what is counted on the way.
         settings: length of the queue, and how long videos are kept.
     """
@@ -78,7 +84,7 @@ class Dispatcher:
         self,
         store: JobStore,
         artefacts: ArtefactStore,
-        generate: Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]],
+        generate: Callable[[VideoSpec, bytes | None], AsyncGenerator[GenerationStep, None]],
         metrics: Metrics,
         settings: ServeConfig,
     ) -> None:
@@ -124,6 +130,7 @@ class Dispatcher:
         request_id: str | None,
         idempotency_key: str | None = None,
         request_hash: str | None = None,
+        files: Mapping[str, bytes] = {},
     ) -> Job:
         """Accepts a job: once this returns, the video will be made, or the job says why not.
 
@@ -134,13 +141,15 @@ class Dispatcher:
             request_id: the HTTP request, for the logs.
             idempotency_key: marks the request, if the client wants that.
             request_hash: what the client asked for, to be compared with the earlier request.
+            files: what is kept from the beginning: `IMAGE_FILE`, where the video begins with an image.
 
         Raises:
             KeyReusedError: the earlier request with this key asked for something else.
+            NotStoredError: the files could not be written.
             QueueFullError: too many wait already.
         """
         # Shielded: a client that goes away meanwhile must not leave a row that nobody works on.
-        creating = self._create(spec, request_id, idempotency_key, request_hash)
+        creating = self._create(spec, request_id, idempotency_key, request_hash, files)
         return await asyncio.shield(asyncio.create_task(creating))
 
     async def wait(self, job_id: str) -> None:
@@ -165,7 +174,12 @@ class Dispatcher:
         return True
 
     async def _create(
-        self, spec: VideoSpec, request_id: str | None, idempotency_key: str | None, request_hash: str | None
+        self,
+        spec: VideoSpec,
+        request_id: str | None,
+        idempotency_key: str | None,
+        request_hash: str | None,
+        files: Mapping[str, bytes],
     ) -> Job:
         async with self._creating:
             if idempotency_key is not None:
@@ -181,9 +195,24 @@ class Dispatcher:
                 raise QueueFullError
             marks = (request_id, idempotency_key, request_hash)
             job = await asyncio.to_thread(self._store.create, spec, *marks)
+            if files:
+                await self._keep(job.id, files)
             self._submit(job)
         _log(job, "accepted")
         return job
+
+    async def _keep(self, job_id: str, files: Mapping[str, bytes]) -> None:
+        """Writes what a new job needs. The row is there already: it leads the sweep to half of a file.
+
+        Raises:
+            NotStoredError: that cannot be done; the job is gone.
+        """
+        try:
+            await asyncio.to_thread(self._artefacts.write, job_id, files)
+        except OSError as error:
+            await asyncio.to_thread(self._artefacts.remove, job_id)  # a full disk must have room for the row
+            await self.delete(job_id)
+            raise NotStoredError(error.strerror or str(error)) from error
 
     def _submit(self, job: Job) -> None:
         # In a context of its own: in that of the HTTP request that created the job, Serve would take the call
@@ -228,7 +257,8 @@ class Dispatcher:
         return True
 
     async def _make(self, job: Job) -> None:
-        async with aclosing(self._generate(job.spec)) as steps:
+        image = await asyncio.to_thread(self._image, job)
+        async with aclosing(self._generate(job.spec, image)) as steps:
             async for step in steps:
                 if job.id not in self._progress:
                     await asyncio.to_thread(_persist, self._store.start, job.id)
@@ -241,6 +271,21 @@ class Dispatcher:
                     event = "completed" if done else "deleted, yet made,"
                     _log(job, f"{event} {time.time() - job.created_at:.3f} s after it was accepted")
                     return  # what its replica does from here on is of no concern
+
+    def _image(self, job: Job) -> bytes | None:
+        """The file that the video begins with.
+
+        Raises:
+            ProPhyError: it is not there, or not whole.
+        """
+        if job.spec.image is None:
+            return None
+        with suppress(FileNotFoundError):
+            content = self._artefacts.read(job.id, IMAGE_FILE)
+            if hashlib.sha256(content).hexdigest() == job.spec.image:
+                return content
+        # The server ended while it was written.
+        raise ProPhyError("the image that it begins with is not there; send it again")
 
     def _finish(self, job_id: str, result: VideoResult) -> bool:
         """Puts all files in place before the row says so; False if the job was deleted meanwhile.

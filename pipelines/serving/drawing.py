@@ -1,4 +1,4 @@
-"""Draws what a finished video is asked for. Knows neither Ray nor HTTP."""
+"""Draws what a video is asked for, and what an image is to it. Knows neither Ray nor HTTP."""
 
 import io
 import json
@@ -11,11 +11,14 @@ import numpy as np
 from PIL import Image
 
 from pipelines.generation.spec import VIDEO_FILE, VideoSpec
+from prophy.images import fit_image, read_image
 from prophy.taxonomy import index_of
 from prophy.video import read_frames, write_video
 
 MAX_SHEET_SIDE = 16_383
 """Pixels: what WebP can hold."""
+MAX_PREVIEW_SIDE = 512
+"""Pixels."""
 
 
 def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: str) -> bytes:
@@ -72,6 +75,25 @@ def draw_spritesheet(video: bytes, spec: VideoSpec) -> bytes:
     size = int(spec.width / shrink), int(spec.height / shrink)
     pictures = [Image.fromarray(frame).resize(size, Image.Resampling.BOX) for frame in frames]
     return _save(_on_one_sheet(pictures), "webp", quality=95, method=2)
+
+
+def draw_preview(image: bytes, height: int, width: int) -> bytes:
+    """Draws what a video of this size begins with: an image as it is cut and scaled, or smaller.
+
+    Args:
+        image: the file that a client sent.
+        height: the video's, in pixels.
+        width: the video's, in pixels.
+
+    Returns:
+        A WebP.
+
+    Raises:
+        ProPhyError: it is no image, or not one that is taken.
+    """
+    preview = Image.fromarray(fit_image(read_image(image, "the image"), height, width))
+    preview.thumbnail((MAX_PREVIEW_SIDE, MAX_PREVIEW_SIDE))
+    return _save(preview, "webp", quality=90)
 
 
 def _on_one_sheet(pictures: Sequence[Image.Image]) -> Image.Image:

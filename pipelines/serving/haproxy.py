@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.serving.protocol import RETRY_AFTER_S, ApiError
+from pipelines.serving.errors import RETRY_AFTER_S, ApiError
 
 # A head must come in this time, and then as much of the body as HAProxy keeps: 16 kB.
 REQUEST_WITHIN_S = 10

@@ -122,7 +122,7 @@ class JobStore(OwnDatabase):
         idempotency_key: str | None = None,
         request_hash: str | None = None,
     ) -> Job:
-        """Adds a queued job."""
+        """Adds a queued job; one that begins with an image may have files from now on."""
         job = Job(
             id=f"video_{uuid.uuid4().hex}",
             request_id=request_id,
@@ -131,6 +131,7 @@ class JobStore(OwnDatabase):
             spec=spec,
             status="queued",
             created_at=time.time(),
+            has_files=spec.image is not None,
         )
         with self.sessions.begin() as session:
             session.add(job)

@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
@@ -28,10 +29,11 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.serving.errors import ApiError
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.protocol import ApiError, no_image
 
 MAX_FORM_FIELDS = 100
+MAX_JSON_VALUES = 100_000  # of a few bytes each, that are a hundred in memory
 BODY_WITHIN_S = 60.0  # what HAProxy has not waited for: all but the first 16 kB
 CLIENT_LEFT = 499  # as nginx, Serve and others name what nobody reads any more
 _METHODS = {"GET", "HEAD", "POST", "DELETE"}
@@ -131,12 +133,16 @@ class Edge:
     Args:
         app: what it wraps.
         max_body_bytes: longer bodies are refused with 413.
+        longest_field: the field that a body so long has; None where there is none.
         metrics: what it reports to.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, longest_field: str | None, metrics: Metrics
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._longest_field = longest_field
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,6 +154,7 @@ class Edge:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + BODY_WITHIN_S
         status, length, is_answered = 500, 0, False
+        unsent: int | None = None  # bytes, where the answer says how long it is
         headers = Headers(scope=scope)
         unread = "content-length" in headers or "transfer-encoding" in headers
 
@@ -164,17 +171,25 @@ class Edge:
             unread = message.get("more_body", False)
             length += len(message.get("body", b""))
             if length > self._max_body_bytes:
-                long = f"the body is longer than {self._max_body_bytes} bytes; files are not taken"
-                raise ApiError(413, long, "body_too_large")
+                field = self._longest_field
+                advice = "files are not taken" if field is None else f"send a smaller {field}"
+                long = f"the body is longer than {self._max_body_bytes} bytes; {advice}"
+                raise ApiError(413, long, "body_too_large", field)
             return message
 
         async def watched(message: Message) -> None:
-            nonlocal status, is_answered
+            nonlocal status, is_answered, unsent
             if status != CLIENT_LEFT:
                 status = message.get("status", status)
-            is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
-            if message["type"] == "http.response.start" and unread:  # do not wait for the rest of the body
-                MutableHeaders(scope=message)["connection"] = "close"
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                unsent = int(headers["content-length"]) if "content-length" in headers else None
+                if unread:  # do not wait for the rest of the body
+                    headers["connection"] = "close"
+            else:
+                # A client that has all bytes may leave before the answer is said to be at its end.
+                unsent = None if unsent is None else unsent - len(message.get("body", b""))
+                is_answered = unsent == 0 or not message.get("more_body", False)
             await send(message)
 
         try:
@@ -192,6 +207,7 @@ def guard(
     app: FastAPI,
     routes: Sequence[BaseRoute],
     max_body_bytes: int,
+    longest_field: str | None,
     metrics: Metrics,
     allowed_origins: Sequence[str],
     translations: Mapping[type[Exception], Callable[[Exception], ApiError]],
@@ -202,6 +218,7 @@ def guard(
         app: the application.
         routes: its routes, for the methods that a path allows.
         max_body_bytes: longer bodies are refused.
+        longest_field: see `Edge`.
         metrics: what it reports to.
         allowed_origins: pages of these may read the answers (CORS).
         translations: what else than an `ApiError` means one.
@@ -224,7 +241,7 @@ def guard(
             allow_headers=["*"],
             expose_headers=["openai-poll-after-ms", "retry-after", "x-request-id"],
         )
-    app.add_middleware(Edge, max_body_bytes=max_body_bytes, metrics=metrics)
+    app.add_middleware(Edge, max_body_bytes=max_body_bytes, longest_field=longest_field, metrics=metrics)
     for kind in (ApiError, HTTPException, RequestValidationError, *translations, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientDisconnect, nobody_reads)
@@ -259,8 +276,10 @@ def _allowed(request: Request, routes: Sequence[BaseRoute]) -> str:
     return ", ".join(sorted(found))
 
 
-async def read_fields(request: Request, may_be_blank: Collection[str] = ()) -> Any:
-    """The fields of a JSON or form body.
+async def read_fields(
+    request: Request, may_be_blank: Collection[str] = (), may_be_file: Collection[str] = ()
+) -> Any:
+    """The fields of a JSON or form body, which is as long as `Edge` lets it be.
 
     In a form, `physics` is JSON text, or one field for each knob, as the `openai` client writes them:
     `physics[strength][collision]`. An input that was left blank is not given.
@@ -268,6 +287,7 @@ async def read_fields(request: Request, may_be_blank: Collection[str] = ()) -> A
     Args:
         request: what to read.
         may_be_blank: inputs of a form that mean something also where they are blank.
+        may_be_file: inputs of a form that may be files, whose content, bytes, is their value then.
 
     Raises:
         ApiError: 400, 413, 415 or 422.
@@ -275,10 +295,12 @@ async def read_fields(request: Request, may_be_blank: Collection[str] = ()) -> A
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
-            return from_json(await request.body(), allow_inf_nan=False)
+            # Not `request.body()`, which would be held as long as the request lasts.
+            return _json_fields(b"".join([chunk async for chunk in request.stream()]))
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            async with request.form(max_files=1, max_fields=MAX_FORM_FIELDS) as form:
-                return _form_fields(form, may_be_blank)
+            limits = {"max_files": 1, "max_fields": MAX_FORM_FIELDS, "max_part_size": sys.maxsize}
+            async with request.form(**limits) as form:
+                return await _form_fields(form, may_be_blank, may_be_file)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", "invalid_json") from None
     raise _unknown_type(kind)
@@ -289,7 +311,21 @@ def _unknown_type(kind: str) -> ApiError:
     return ApiError(415, message, "unsupported_media_type")
 
 
-def _form_fields(form: FormData, may_be_blank: Collection[str]) -> dict[str, Any]:
+def _json_fields(body: bytes) -> Any:
+    """Of text, such as an image, that grows by nothing, a body may have more than of anything else.
+
+    Raises:
+        ApiError: it has too many values.
+        ValueError: it is no JSON.
+    """
+    if sum(map(body.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ApiError(400, f"the body has more than {MAX_JSON_VALUES} values; send less", "too_many_values")
+    return from_json(body, allow_inf_nan=False)
+
+
+async def _form_fields(
+    form: FormData, may_be_blank: Collection[str], may_be_file: Collection[str]
+) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.items():
         if name.lstrip().startswith("{"):  # `curl -d '{"prompt": ...}'`, which curl calls a form
@@ -297,7 +333,10 @@ def _form_fields(form: FormData, may_be_blank: Collection[str]) -> dict[str, Any
         if isinstance(value, UploadFile):
             if not value.filename and not value.size:  # an input of files, none of them chosen
                 continue
-            raise no_image(name)
+            if name not in may_be_file:
+                raise ApiError(422, f"the field {name!r} takes no file; send text", "invalid_value", name)
+            fields[name] = await value.read()
+            continue
         if not value and name not in may_be_blank:
             continue
         *sections, key = re.findall(r"[^\[\]]+", name) or [name]

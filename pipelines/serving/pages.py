@@ -5,7 +5,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
-from pipelines.serving.protocol import ApiError
+from pipelines.serving.errors import ApiError
 
 FOLDER = Path(__file__).parent / "page"
 FILES = frozenset(path.name for path in FOLDER.iterdir())

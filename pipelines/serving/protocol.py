@@ -1,8 +1,9 @@
-"""The Videos API as data: requests, answers and errors, in the shapes that the `openai` client speaks.
+"""The Videos API as data: requests and answers, in the shapes that the `openai` client speaks.
 
 Knows no routes, no jobs' life and no models.
 """
 
+import hashlib
 import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
@@ -12,60 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.config import Config, key_advice
 from pipelines.generation.spec import NO_BOOL, PhysicsSpec, ShapeLimits, VideoSpec
+from pipelines.serving.errors import ApiError
 from pipelines.serving.jobs import Job, JobStatus
+from pipelines.serving.references import DESCRIPTION, IMAGE_FIELD, SCHEMA, image_of
 from prophy.errors import ProPhyError
+from prophy.images import FORMATS, MAX_PIXELS
 from prophy.taxonomy import parse_phenomenon
-
-RETRY_AFTER_S = 10
-IMAGE_FIELD = "input_reference"
-"""Where clients put an image: a file, or an object with its URL or data."""
-
-
-class ErrorDetail(BaseModel):
-    """What is wrong: for people (`message`), and for programs."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every answer whose status is not 2xx."""
-
-    error: ErrorDetail
-
-
-class ApiError(Exception):
-    """An answer whose status is not 2xx.
-
-    Args:
-        status: HTTP status.
-        message: one sentence for people.
-        code: one word for programs.
-        param: the field of the request that is to blame.
-        headers: further headers.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.body = ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
-
-
-def no_image(field: str) -> ApiError:
-    """What is said of an image, or of any file, that a request holds in `field`."""
-    message = f"this model makes videos from text alone and takes no image; leave out the field {field!r}"
-    return ApiError(422, message, "unsupported_parameter", field)
 
 
 class VideoRequest(BaseModel):
@@ -93,18 +46,19 @@ class VideoRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=20), NO_BOOL] | None = None
     fps: Annotated[float, Field(ge=1, le=120), NO_BOOL] | None = None
     physics: PhysicsSpec | None = None
+    input_reference: Annotated[bytes, SCHEMA] | None = Field(None, description=DESCRIPTION)
 
     @classmethod
-    def parse(cls, fields: Any) -> Self:
-        """Checks the fields of a request.
-
-        An image is refused unseen, whatever it is: nothing decodes it, and nothing is fetched from a URL.
+    def parse(cls, fields: Any, config: Config, limits: ShapeLimits) -> Self:
+        """Checks the fields of a request; nobody looks into an image.
 
         Raises:
-            ApiError: 422, about one field that is wrong; names the nearest one where it is unknown.
+            ApiError: 422, about one field that is wrong; names the nearest one where it is unknown. 413, an
+                image is too long.
         """
-        if isinstance(fields, Mapping) and fields.get(IMAGE_FIELD) is not None:
-            raise no_image(IMAGE_FIELD)
+        if isinstance(fields, Mapping) and (given := fields.get(IMAGE_FIELD)) is not None:
+            _check_image(True, config, limits)
+            fields = {**fields, IMAGE_FIELD: image_of(given, config.serve.max_image_bytes)}
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -132,7 +86,8 @@ class VideoRequest(BaseModel):
         """The video that this asks for, with the operator's defaults.
 
         Raises:
-            ApiError: not this server's model (404), or a shape or knobs that it does not have (422).
+            ApiError: not this server's model (404), or a shape or knobs that it does not have (422), or it
+                always takes an image (422).
         """
         if self.model not in (None, model_name(config)):
             message = f"no model {self.model!r} here; use {model_name(config)!r}, or leave the field out"
@@ -140,6 +95,8 @@ class VideoRequest(BaseModel):
         if self.physics is not None and not limits.phenomena:
             message = "this server runs the bare backbone, which has no physics knobs; leave the field out"
             raise ApiError(422, message, "unsupported_parameter", "physics")
+        image = self.input_reference
+        _check_image(image is not None, config, limits)
         backbone, sampling = config.backbone, config.sampling
         fps = self.fps or backbone.fps
         width, height = map(int, self.size.split("x")) if self.size else (backbone.width, backbone.height)
@@ -162,6 +119,7 @@ class VideoRequest(BaseModel):
             height=height,
             width=width,
             physics=self._physics(limits),
+            image=None if image is None else hashlib.sha256(image).hexdigest(),
         )
 
     def _physics(self, limits: ShapeLimits) -> PhysicsSpec | None:
@@ -181,6 +139,15 @@ class VideoRequest(BaseModel):
             spellings[name] = spelling
         strength = {name: self.physics.strength[spelling] for name, spelling in spellings.items()}
         return self.physics.model_copy(update={"strength": strength})
+
+
+def _check_image(given: bool, config: Config, limits: ShapeLimits) -> None:
+    """See `ShapeLimits.check_image`."""
+    try:
+        limits.check_image(given, config.sampling.step_cache)
+    except ProPhyError as error:
+        code = "unsupported_parameter" if given else "missing_parameter"
+        raise ApiError(422, str(error), code, IMAGE_FIELD) from None
 
 
 class VideoError(BaseModel):
@@ -215,6 +182,7 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     physics: PhysicsSpec | None
+    image: str | None = Field(description="SHA-256 of the file of the image that it begins with")
     queue_position: int | None = Field(description="videos that wait before it; null if it does not wait")
     phenomena: list[str] = Field(description="those of the model that the prompt names")
     inference_time_s: float | None
@@ -325,6 +293,12 @@ class Settings(BaseModel):
     height_multiple: int
     max_pixels: int = Field(description="per frame")
     phenomena: list[str] = Field(description="what `physics.strength` may name")
+    images: Literal["never", "optional", "required"] = Field(
+        description="whether requests hold an `input_reference`"
+    )
+    image_formats: list[str]
+    max_image_bytes: int
+    max_image_pixels: int
     examples: list[str] = Field(description="prompts of what the model was trained on")
 
     @classmethod
@@ -356,8 +330,22 @@ class Settings(BaseModel):
             height_multiple=limits.height_multiple,
             max_pixels=limits.max_pixels,
             phenomena=list(limits.phenomena),
+            images=_images(config, limits),
+            image_formats=list(FORMATS),
+            max_image_bytes=config.serve.max_image_bytes,
+            max_image_pixels=MAX_PIXELS,
             examples=config.serve.examples,
         )
+
+
+def _images(config: Config, limits: ShapeLimits) -> Literal["never", "optional", "required"]:
+    if limits.images == "always":
+        return "required"
+    try:
+        limits.check_image(True, config.sampling.step_cache)
+    except ProPhyError:
+        return "never"
+    return "optional"
 
 
 class Health(BaseModel):

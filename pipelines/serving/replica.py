@@ -38,8 +38,10 @@ class VideoGenerator:
         """Raises what the device raises; Serve asks every 10 s, and replaces a replica after three errors."""
         await asyncio.to_thread(self._sampler.check_device)
 
-    async def generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    async def generate(self, spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
         """Makes a video, in a thread; a caller that goes away stops it after the current denoising step.
+
+        It begins with `image`, a file's content, if there is one.
 
         The first step is reported once the video before, should it be on its way out, has left the thread.
         After an error of the device the process ends: all that follows there would fail too, and at once, so
@@ -57,7 +59,7 @@ class VideoGenerator:
         def render() -> VideoResult:
             report(0.0)
             try:
-                return self._sampler.render(spec, report)
+                return self._sampler.render(spec, report, image)
             except Exception as error:
                 from prophy.device import is_device_error  # torch
 

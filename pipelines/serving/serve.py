@@ -1,7 +1,7 @@
 """`prophy serve`: the Videos API on Ray Serve, with model replicas that scale with the queue.
 
-`VideoAPI` is the one ingress: it owns the job database and the finished videos. `VideoGenerator` replicas
-hold the model and nothing else: a call brings a specification, and streams progress and then the mp4 back.
+`VideoAPI` is the one ingress: it owns the job database and all files. `VideoGenerator` replicas hold the
+model and nothing else: a call brings a specification and an image, and streams progress and the mp4 back.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig, ReplicaState
 
-from pipelines.config import BackboneConfig, Config, ServeConfig, load_config
+from pipelines.config import Config, ServeConfig, load_config
 from pipelines.generation.limits import check_model, shape_limits
 from pipelines.generation.spec import ShapeLimits, VideoSpec
 from pipelines.resources import needs_of, room_for
@@ -37,12 +37,11 @@ from pipelines.serving.adoption import APP_NAME, adopt, alone
 from pipelines.serving.api import create_app
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import Dispatcher, GenerationStep, ReplicaDiedError
+from pipelines.serving.errors import ApiError
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.protocol import ApiError
 from pipelines.serving.replica import VideoGenerator
 from pipelines.serving.service import GeneratorStatus, VideoService
-from prophy.backbones.pretrained import takes_images
 from prophy.errors import ProPhyError
 
 logger = logging.getLogger("ray.serve")  # the ingress's own: JSON lines with its context
@@ -106,8 +105,10 @@ class VideoAPI:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
 
-    async def _generate(self, spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
-        response = self._generator.options(stream=True).generate.remote(spec)
+    async def _generate(self, spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
+        # While it waits for a replica, Ray's store holds the image: there its memory is bounded.
+        held = None if image is None else ray.put(image)
+        response = self._generator.options(stream=True).generate.remote(spec, held)
         assert isinstance(response, DeploymentResponseGenerator)
         try:
             async for step in response:
@@ -174,8 +175,8 @@ def build_app(config: Config) -> serve.Application:
     """The Serve application of a run.
 
     Raises:
-        ProPhyError: open to other machines without keys; no such model; or the job database is a file, and
-            this cluster has several nodes.
+        ProPhyError: open to other machines without keys; no such model, or a step cache that is none for the
+            images that it always takes; or the job database is a file, and this cluster has several nodes.
     """
     settings = config.serve
     _check_keys(settings)
@@ -185,6 +186,8 @@ def build_app(config: Config) -> serve.Application:
             "serve.database to PostgreSQL, as postgresql://USER@HOST/DATABASE"
         )
     limits = shape_limits(config)
+    if limits.images == "always":
+        limits.check_image(True, config.sampling.step_cache)
     settings.output.mkdir(parents=True, exist_ok=True)
     generator = serve.deployment(
         max_ongoing_requests=1,
@@ -229,7 +232,6 @@ def serving(config: Config) -> Iterator[str]:
     settings = config.serve
     _check_keys(settings)
     check_model(config)
-    _check_takes_text(config.backbone)
     on_cluster = ray.is_initialized() or "RAY_ADDRESS" in os.environ
     with ExitStack() as stack:
         if on_cluster:
@@ -327,14 +329,6 @@ def run(config: Config) -> None:
         stop.wait()
         faulthandler.dump_traceback_later(STOP_WITHIN_S, exit=True)
     faulthandler.cancel_dump_traceback_later()
-
-
-def _check_takes_text(backbone: BackboneConfig) -> None:
-    if takes_images(backbone.family, backbone.pretrained, backbone.revision) == "always":
-        raise ProPhyError(
-            f"the endpoint takes no images, and {backbone.pretrained} makes videos of images alone; use "
-            "`prophy generate --image`, or serve another backbone.pretrained"
-        )
 
 
 def _check_keys(settings: ServeConfig) -> None:

@@ -11,15 +11,18 @@ from typing import Any
 from fastapi import Request, Response
 
 from pipelines.config import Config
-from pipelines.generation.spec import ShapeLimits
+from pipelines.generation.spec import IMAGE_FILE, PREVIEW_FILE, ShapeLimits, VideoSpec
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.byte_ranges import partial_content
 from pipelines.serving.dispatcher import Dispatcher
+from pipelines.serving.errors import ApiError
 from pipelines.serving.jobs import Job, JobStore
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.protocol import ApiError
+from pipelines.serving.references import IMAGE_FIELD
+from prophy.errors import ProPhyError
 from prophy.taxonomy import Taxonomy, load_taxonomy
 
+MAX_LONG_BODIES = 8
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 
 
@@ -44,12 +47,13 @@ class VideoService:
         config: the operator's defaults and limits.
         limits: the shapes that the model can make.
         store: the jobs.
-        artefacts: the files of finished videos.
+        artefacts: the files of videos.
         dispatcher: makes queued jobs into videos.
         metrics: what is counted.
         generator_status: how the model is.
         draw: name and arguments of a function of `pipelines.serving.drawing` -> what that draws.
         drawing: held while it is at work: it takes a processor.
+        long_bodies: held while a body with an image is read: it takes memory.
     """
 
     config: Config
@@ -61,11 +65,19 @@ class VideoService:
     generator_status: Callable[[], Awaitable[GeneratorStatus]]
     draw: Callable[..., Awaitable[bytes]]
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    long_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_BODIES))
 
     @cached_property
     def taxonomy(self) -> Taxonomy:
         """What phenomena are called in prompts."""
         return load_taxonomy(self.config.taxonomy)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """What a request may have; an image grows by a third where it is written as text."""
+        settings = self.config.serve
+        is_text = self.limits.images == "never"
+        return settings.max_body_bytes + (0 if is_text else 4 * (settings.max_image_bytes // 3 + 1))
 
     def find(self, video_id: str, param: str | None = None) -> Job:
         """The job of a video; `param` is the field of the request that names it, where one does.
@@ -86,7 +98,7 @@ class VideoService:
         """
         job = self.find(video_id)
         if job.status == "failed":
-            raise ApiError(409, f"video {job.id} was not made: {job.error_message}", "video_failed")
+            raise _failed(job)
         if job.status != "completed":
             done = self.dispatcher.progress(job.id)
             message = f"video {job.id} is {job.status}, {done} % done; poll it until it is completed"
@@ -102,6 +114,35 @@ class VideoService:
             message = f"video {job.id} was made without `physics.return_maps`; make it again with it"
             raise ApiError(409, message, "no_maps")
         return job
+
+    def find_with_image(self, video_id: str) -> Job:
+        """A job that begins with an image, whether or not it is completed.
+
+        Raises:
+            ApiError: there is no such video, or it begins with none, or failed.
+        """
+        job = self.find(video_id)
+        if job.spec.image is None:
+            raise ApiError(409, f"video {job.id} is made from text alone", "no_image")
+        if job.status == "failed":
+            raise _failed(job)
+        return job
+
+    async def look_at(self, image: bytes, spec: VideoSpec) -> dict[str, bytes]:
+        """Has the image of a request looked at, by whom a hostile one does no harm.
+
+        Returns:
+            The files that are kept of it.
+
+        Raises:
+            ApiError: it is none that is taken.
+        """
+        async with self.drawing:
+            try:
+                preview = await self.draw("draw_preview", image, spec.height, spec.width)
+            except ProPhyError as error:
+                raise ApiError(422, str(error), "invalid_image", IMAGE_FIELD) from None
+        return {IMAGE_FILE: image, PREVIEW_FILE: preview}
 
     def file(self, request: Request, job: Job, name: str, media_type: str) -> Response:
         """A file of a video, or the range of it that the request asks for.
@@ -152,6 +193,10 @@ class VideoService:
 def no_video(video_id: str, param: str | None = None) -> ApiError:
     """What is said of a video that there is not; `param` as in `VideoService.find`."""
     return ApiError(404, f"no video {video_id[:64]!r}", "video_not_found", param)
+
+
+def _failed(job: Job) -> ApiError:
+    return ApiError(409, f"video {job.id} was not made: {job.error_message}", "video_failed")
 
 
 def _expired(job: Job) -> ApiError:

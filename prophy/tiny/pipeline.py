@@ -71,7 +71,7 @@ def _hash_of(parts: dict[str, Any]) -> str:
 
 def pipeline_folder() -> Path:
     """The folder of the pipeline, in diffusers' layout."""
-    return build_once("pipeline", pipeline_fingerprint(), _build)
+    return build_once("pipeline", f"{pipeline_fingerprint()}, of texts and images", _build)
 
 
 def _build(folder: Path) -> None:
@@ -96,7 +96,10 @@ def write_pipeline(
     text_encoder: "UMT5EncoderModel",
     transformer: "WanTransformer3DModel",
 ) -> None:
-    """Writes the pipeline of these, with the scheduler, in diffusers' layout."""
+    """Writes the pipeline of these, with the scheduler, in diffusers' layout.
+
+    It is as Wan2.2-TI2V-5B's: the transformer takes a timestep for each token, and so a first frame.
+    """
     from diffusers import UniPCMultistepScheduler
 
     from prophy.generation.pipeline_wan import ProPhyWanPipeline
@@ -107,6 +110,7 @@ def write_pipeline(
         vae=vae,
         transformer=transformer,
         scheduler=UniPCMultistepScheduler(**SCHEDULER),
+        expand_timesteps=True,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
     )
     pipeline.save_pretrained(folder)

@@ -29,7 +29,8 @@ def pipeline(bare: ProPhyWanPipeline) -> ProPhyWanPipeline:
     transformer = ProPhyWanTransformer3DModel.from_transformer(
         bare.transformer, {"physics_layers": (0, 3), "latent_shape": (2, 8, 8), "phenomena": PHENOMENA}
     )
-    return ProPhyWanPipeline(**bare.components | {"transformer": transformer.eval()}, max_sequence_length=32)
+    settings = {name: bare.config[name] for name in ("expand_timesteps", "max_sequence_length")}
+    return ProPhyWanPipeline(**bare.components | {"transformer": transformer.eval()}, **settings)
 
 
 def awaken(pipeline: ProPhyWanPipeline) -> None:

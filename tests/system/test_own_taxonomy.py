@@ -13,7 +13,8 @@ from pipelines.config import Config
 from pipelines.generation.limits import shape_limits
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import MAPS_FILE
-from pipelines.serving.protocol import ApiError, Settings, VideoRequest
+from pipelines.serving.errors import ApiError
+from pipelines.serving.protocol import Settings, VideoRequest
 from pipelines.training import train
 from prophy.errors import ProPhyError
 from prophy.models.description import describe
@@ -98,13 +99,15 @@ def test_the_branch_has_the_names_and_speaks_by_them(trained: Config) -> None:
     assert settings.has_physics and settings.phenomena == list(NAMES)
 
     asked = {"strength": {"Hard-Impact": 3.0}, "return_maps": True}
-    spec = VideoRequest.parse({"prompt": "a ball", "physics": asked, **SHORT}).to_spec(serving, limits)
+    spec = VideoRequest.parse({"prompt": "a ball", "physics": asked, **SHORT}, serving, limits).to_spec(
+        serving, limits
+    )
     assert spec.physics.strength == {"hard impact": 3.0}
     maps = json.loads(VideoSampler(serving).render(spec).files[MAPS_FILE])["maps"]
     assert tuple(maps) == NAMES and all(np.shape(map_) == (2, 4, 4) for map_ in maps.values())
     with pytest.raises(ApiError, match=r"unknown phenomenon 'collision'; did you mean"):
         strange = {"strength": {"collision": 1.0}}
-        VideoRequest.parse({"prompt": "a ball", "physics": strange}).to_spec(serving, limits)
+        VideoRequest.parse({"prompt": "a ball", "physics": strange}, serving, limits).to_spec(serving, limits)
 
 
 def test_another_order_is_refused(trained: Config) -> None:

@@ -39,16 +39,26 @@ export const remove = (id) => json(video(id), { method: "DELETE" });
 export const physics = (id) => json(`${video(id)}/physics`);
 export const content = async (id, variant) => (await ask(`${video(id)}/content?variant=${variant}`)).blob();
 
+export const image = async (id, variant) => (await ask(`${video(id)}/input_reference?variant=${variant}`)).blob();
+
 export const layer = async (id, phenomenon) =>
   (await ask(`${video(id)}/physics/overlay?variant=layer&phenomenon=${encodeURIComponent(phenomenon)}`)).blob();
 
+const jsonBody = (fields) => ({ headers: { "content-type": "application/json" }, body: JSON.stringify(fields) });
+
+function form(fields, image) {
+  const body = new FormData();
+  for (const [name, value] of Object.entries(fields))
+    body.set(name, value instanceof Object ? JSON.stringify(value) : value);
+  body.set("input_reference", image);
+  return { headers: {}, body };
+}
+
 // Tried again where no answer came, or the server says that it cannot now: by its key it stays one video.
-export async function create(fields) {
-  const options = {
-    method: "POST",
-    headers: { "content-type": "application/json", "idempotency-key": crypto.randomUUID?.() ?? String(Math.random()) },
-    body: JSON.stringify(fields),
-  };
+export async function create(fields, image) {
+  const { headers, body } = image ? form(fields, image) : jsonBody(fields);
+  const key = crypto.randomUUID?.() ?? String(Math.random());
+  const options = { method: "POST", headers: { ...headers, "idempotency-key": key }, body };
   for (const waitMs of RETRY_AFTER_MS) {
     try {
       return await json("v1/videos", options);

@@ -4,7 +4,7 @@ import { element } from "./dom.js";
 
 const form = document.getElementById("make");
 const general = document.getElementById("make-error");
-const NOT_FIELDS = new Set(["model", "physics.return_maps"]);
+const NOT_FIELDS = new Set(["model", "image", "physics.return_maps"]);
 const NUMBERS = new Set(["seed", "num_inference_steps", "guidance_scale", "fps"]);
 let defaults = {};
 // Names of fields that hold what the user put there; the settings may arrive after the first words.
@@ -63,7 +63,7 @@ const paths = (value, path = "") => (value instanceof Object
   ? Object.entries(value).flatMap(([key, inner]) => paths(inner, path ? `${path}.${key}` : key)) : [path]);
 
 function put(field, request) {
-  if (!field.name) return;
+  if (!field.name || field.type === "file") return;
   const given = value(request, field.name);
   if (given !== undefined) touched.add(field.name);
   if (field.type === "checkbox") field.checked = Boolean(given);
@@ -76,12 +76,12 @@ function value(request, name) {
   return key === "strength" ? request.physics?.strength?.[phenomenon.join(".")] : request.physics?.[key];
 }
 
-// The request that the form describes. Numbers that are none go as they are: the server says what is wrong.
+// The request that the form describes, without its image. Numbers that are none go as they are: the server says what is wrong.
 export function read(hasPhysics) {
   const request = {};
   for (const field of form.elements) {
     const text = field.value?.trim();
-    if (!field.name || field.name.startsWith("physics.") || text === "") continue;
+    if (!field.name || field.type === "file" || field.name.startsWith("physics.") || text === "") continue;
     request[field.name] = NUMBERS.has(field.name) ? number(text) : text;
   }
   if (!hasPhysics) return request;

@@ -3,9 +3,10 @@
 import * as api from "./api.js";
 import { byId, element, save } from "./dom.js";
 import * as form from "./form.js";
+import * as image from "./image.js";
 import * as look from "./look.js";
 import * as maps from "./maps.js";
-import { describe, isTwin, link, readLink, request } from "./recipe.js";
+import { describe, isTwin, link, readLink, recipe, request } from "./recipe.js";
 import { showStatus } from "./status.js";
 import * as watch from "./videos.js";
 
@@ -42,6 +43,7 @@ async function start() {
   byId("key-form").hidden = true;
   byId("model").textContent = settings.model;
   form.build(settings);
+  image.build(settings);
   if (location.hash.length > 1 && !form.isTouched()) fillFromLink();
   await refresh();
 }
@@ -49,10 +51,17 @@ async function start() {
 function fillFromLink() {
   const wanted = readLink();
   const ignored = form.fill(wanted);
+  image.choose(null);
   if (wanted.model && wanted.model !== settings.model)
     complain(new Error(`The link's video was made by ${wanted.model}; this server has ${settings.model}.`));
   else if (ignored.length) complain(new Error(`The link has what this server does not know: ${ignored.join(", ")}.`));
+  else if (wanted.image && image.isTaken())
+    form.showError(image.wrong("The link's video begins with an image, which no link holds; choose it again."));
+  else if (wanted.image) complain(new Error("The link's video begins with an image; this server takes none."));
 }
+
+// The image that a video begins with, or null.
+const imageOf = async (video) => (video.image ? new File([await api.image(video.id, "file")], "image") : null);
 
 async function refresh() {
   await watch.refresh();
@@ -77,8 +86,19 @@ async function keepFresh() {
   }
 }
 
-async function make(fields) {
-  watch.addNewest(await api.create(fields));
+async function make(fields, file) {
+  watch.addNewest(await api.create(fields, file));
+}
+
+// Does what may fail by one field of the form, and says it there.
+async function atField(act) {
+  form.clearErrors();
+  try {
+    await act();
+  } catch (error) {
+    if (error.status === 401 || error.status === 0) throw error;
+    form.showError(error);
+  }
 }
 
 async function show(video) {
@@ -102,16 +122,17 @@ function offerComparisons() {
   if (others.some((video) => video.id === chosen)) byId("compare").value = chosen;
 }
 
-on("make", "submit", async () => {
-  form.clearErrors();
-  try {
-    await make(form.read(settings.has_physics));
-  } catch (error) {
-    if (error.status === 401 || error.status === 0) throw error;
-    form.showError(error);
-  }
+on("make", "submit", () =>
+  atField(() => make(form.read(settings.has_physics), image.isTaken() ? image.chosen() : null)));
+on("input_reference", "change", () => atField(image.show));
+on("image-remove", "click", () => atField(async () => {
+  await image.choose(null);
+  byId("input_reference").focus();
+}));
+on("reset", "click", async () => {
+  form.fill({});
+  await image.choose(null);
 });
-on("reset", "click", () => form.fill({}));
 on("key-form", "submit", () => {
   api.setKey(byId("key").value);
   byId("key").value = "";
@@ -119,9 +140,14 @@ on("key-form", "submit", () => {
 });
 on("compare", "change", (event) =>
   look.compareWith(watch.videos().find((other) => other.id === event.target.value) ?? null));
-on("branch-off", "click", () => make({ ...request(look.shownVideo()), physics: { scale: 0 } }));
-on("vary", "click", () => {
-  form.fill(request(look.shownVideo()));
+on("branch-off", "click", async () => {
+  const video = look.shownVideo();
+  await make({ ...request(video), physics: { scale: 0 } }, await imageOf(video));
+});
+on("vary", "click", async () => {
+  const video = look.shownVideo();
+  form.fill(request(video));
+  await image.choose(await imageOf(video));
   byId("prompt").focus();
 });
 on("phenomenon", "change", async () => {
@@ -133,26 +159,30 @@ on("download", "click", async () => {
   const { id } = look.shownVideo();
   save(await api.content(id, "video"), `${id}.mp4`);
 });
-on("recipe", "click", () => {
+on("recipe", "click", async () => {
   const video = look.shownVideo();
-  save(new Blob([JSON.stringify(request(video), null, 2)]), `${video.id}.json`);
+  save(new Blob([await recipe(video, await imageOf(video))]), `${video.id}.json`);
 });
 on("link", "click", async () => {
-  const url = link(look.shownVideo());
+  const video = look.shownVideo(), url = link(video);
   try {
     await navigator.clipboard.writeText(url);
-    byId("said").textContent = "Copied.";
+    byId("said").textContent = video.image ? "Copied; whoever opens it must choose the image again." : "Copied.";
   } catch {
     history.replaceState(null, "", url);
     byId("said").textContent = "This browser does not let a page copy; the link stands in its address bar.";
   }
 });
-// A picture that is dropped or pasted: the browser would leave the page for it, or do nothing.
+// A picture that is dropped or pasted anywhere: the browser would leave the page for it, or do nothing.
 for (const event of ["dragover", "drop", "paste"]) {
   document.addEventListener(event, (happened) => {
-    if (!(happened.dataTransfer ?? happened.clipboardData).types.includes("Files")) return;
+    const { types, files } = happened.dataTransfer ?? happened.clipboardData;
+    if (!types.includes("Files")) return;
     happened.preventDefault();
-    if (event !== "dragover") complain(new Error("Videos are made from text alone here; an image is not taken."));
+    if (event === "dragover") return;
+    if (!image.isTaken()) complain(new Error("Videos are made from text alone here; an image is not taken."));
+    else if (files.length !== 1) form.showError(image.wrong(`These are ${files.length} files; give one image.`));
+    else atField(() => image.choose(files[0])).catch(complain);
   });
 }
 window.addEventListener("hashchange", () => {

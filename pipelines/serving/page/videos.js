@@ -1,7 +1,8 @@
 // The list "Watch": videos, newest first; those that are not finished are asked after until they are.
 
-import { list, remove, retrieve } from "./api.js";
+import { image, list, remove, retrieve } from "./api.js";
 import { byId, element } from "./dom.js";
+import { draw } from "./image.js";
 import { knobs } from "./recipe.js";
 
 let known = new Map();      // id -> video, newest first
@@ -115,7 +116,7 @@ function render() {
 }
 
 function row(video) {
-  const item = element("li", {},
+  const item = element("li", {}, ...(video.image ? [beginning(video)] : []),
     element("p", { class: "prompt" }, video.prompt),
     element("p", { class: "state" }),
     element("progress", { max: 100, "aria-label": `Progress of: ${video.prompt}` }),
@@ -124,6 +125,17 @@ function row(video) {
       element("button", { type: "button", name: "forget" })));
   item.dataset.id = video.id;
   return item;
+}
+
+// What the video begins with; not there any more where the video failed or has expired.
+function beginning(video) {
+  const canvas = element("canvas", { class: "begins", role: "img", "aria-label": "The image that it begins with" });
+  canvas.hidden = true;
+  image(video.id, "preview").then((blob) => createImageBitmap(blob)).then((picture) => {
+    draw(canvas, picture);
+    canvas.hidden = false;
+  }).catch(() => {});
+  return canvas;
 }
 
 function update(item, video) {
@@ -137,7 +149,8 @@ function update(item, video) {
 }
 
 function state(video) {
-  const shape = [`${video.seconds} s`, video.size, `seed ${video.seed}`, ...knobs(video)].join(", ");
+  const from = video.image ? ["from an image"] : [];
+  const shape = [`${video.seconds} s`, video.size, `seed ${video.seed}`, ...from, ...knobs(video)].join(", ");
   if (video.status === "queued") return `Queued, ${video.queue_position ? `${video.queue_position} before it` : "next"}; ${shape}`;
   if (video.status === "failed") return `Failed: ${video.error?.message}`;
   if (video.status === "completed") return `Completed in ${video.inference_time_s?.toFixed(1)} s; ${shape}`;

@@ -9,6 +9,7 @@ from PIL import Image
 from pipelines.generation import generate
 from prophy.errors import ProPhyError
 from prophy.video import probe
+from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 from tests.wan import write_ti2v
 
@@ -80,8 +81,16 @@ def test_images_that_do_not_fit_the_prompts_or_cannot_be_read(tmp_path: Path) ->
     )
     with pytest.raises(ProPhyError, match="leave the image out, or use first_block or taylorseer"):
         generate.run(sea, ["a ball"], [image])
+    of_text = write_pipeline(tmp_path / "of-text")
+    cogvideox = tiny_config(
+        tmp_path / "run",
+        "backbone.family=cogvideox",
+        f"backbone.pretrained={of_text}",
+        f"backbone.max_sequence_length={MAX_SEQUENCE_LENGTH}",
+        "checkpoint=null",
+    )
     with pytest.raises(ProPhyError, match="from text alone and takes no image"):
-        generate.run(tiny_config(tmp_path / "run"), ["a ball"], [image])
+        generate.run(cogvideox, ["a ball"], [image])
 
 
 def test_a_video_is_named_after_its_image_too(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pipelines.generation import generate
 from pipelines.generation.limits import check_model
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import VideoSpec
-from pipelines.serving.protocol import ApiError, VideoRequest
+from pipelines.serving.errors import ApiError
+from pipelines.serving.protocol import VideoRequest
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsTrace
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
@@ -196,10 +197,10 @@ def test_a_kernel_that_does_not_run_here_is_refused_before_anything_loads(config
 
 def test_the_step_cache_is_the_operators_choice(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "sampling.step_cache.taylorseer=3")
-    served = VideoRequest.parse({"prompt": "a ball"}).to_spec(config, LIMITS)
+    served = VideoRequest.parse({"prompt": "a ball"}, config, LIMITS).to_spec(config, LIMITS)
     assert served.step_cache == generate.video_spec(config, "a ball").step_cache == StepCache(taylorseer=3)
     with pytest.raises(ApiError, match="unknown field 'step_cache'"):
-        VideoRequest.parse({"prompt": "a ball", "step_cache": {"taylorseer": 3}})
+        VideoRequest.parse({"prompt": "a ball", "step_cache": {"taylorseer": 3}}, config, LIMITS)
 
 
 def test_a_video_that_takes_too_much_memory_leaves_the_next_one_well(sampler: VideoSampler) -> None:

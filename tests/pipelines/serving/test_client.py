@@ -11,8 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
-from pipelines.generation.spec import VideoSpec
+from pipelines.generation.spec import VIDEO_FILE, VideoSpec
 from pipelines.serving import client
 from pipelines.serving.dispatcher import GenerationStep
 from pipelines.serving.middleware import hash_key
@@ -29,13 +30,14 @@ KEY = "prophy-key-of-a-test"
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Makes any video at once, but none from a prompt with `broken` in it, and never an `endless` one."""
 
-    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    async def generate(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
         yield GenerationStep(0.5)
         if "endless" in spec.prompt:
             await asyncio.Event().wait()
         if "broken" in spec.prompt:
             raise ProPhyError("no such thing")
-        yield GenerationStep(1.0, RESULT)
+        of_image = {VIDEO_FILE: b"mp4 of " + image} if image else {}
+        yield GenerationStep(1.0, RESULT._replace(files=RESULT.files | of_image))
 
     config = tiny_config(tmp_path_factory.mktemp("client"), f"serve.api_keys=[{hash_key(KEY)}]")
     with http_server(config, generate) as url:
@@ -59,13 +61,19 @@ def test_request(prophy: CommandLine, url: str, tmp_path: Path) -> None:
     assert (video["prompt"], video["seed"], video["seconds"], video["size"]) == (PROMPT, 3, "1.125", "32x32")
 
 
-def test_an_image_goes_to_the_server_which_takes_none(prophy: CommandLine, url: str, tmp_path: Path) -> None:
-    image = tmp_path / "a.png"
-    asked = ("request", PROMPT, "--out", str(tmp_path / "a.mp4"), "--url", url, "--image", str(image))
+def test_an_image_goes_to_the_server(prophy: CommandLine, url: str, tmp_path: Path) -> None:
+    image, out = tmp_path / "a.png", tmp_path / "a.mp4"
+    asked = ("request", PROMPT, "--out", str(out), "--url", url, "--image", str(image))
     assert f"cannot read the image {image}: No such file or directory" in prophy.mistake(*asked)
     image.write_bytes(b"png")
     knobs = ("-f", "seconds=1", "-f", "seed=3", "-f", "physics.strength.collision=2")
-    assert "the server refuses: this model makes videos from text alone" in prophy.mistake(*asked, *knobs)
+    assert "the server refuses: the image is no image that can be read" in prophy.mistake(*asked, *knobs)
+    Image.new("RGB", (8, 8), "red").save(image)
+    code, _, _ = prophy(*asked, *knobs)
+    assert code == 0 and out.read_bytes() == b"mp4 of " + image.read_bytes()
+    headers = {"authorization": f"Bearer {KEY}"}
+    (video,) = httpx.get(f"{url}/v1/videos", params={"limit": 1}, headers=headers).json()["data"]
+    assert (video["seed"], video["physics"]["strength"]) == (3, {"collision": 2})
 
 
 def test_mistakes(prophy: CommandLine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """The dispatcher over a real job store and real files; only the making of a video is a stand-in."""
 
 import asyncio
+import errno
+import hashlib
+import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -10,13 +13,21 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from pipelines.config import ServeConfig
-from pipelines.generation.spec import THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
+from pipelines.generation.spec import (
+    IMAGE_FILE,
+    PREVIEW_FILE,
+    THUMBNAIL_FILE,
+    VIDEO_FILE,
+    VideoResult,
+    VideoSpec,
+)
 from pipelines.serving import dispatcher as dispatcher_module
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import (
     Dispatcher,
     GenerationStep,
     KeyReusedError,
+    NotStoredError,
     QueueFullError,
     ReplicaDiedError,
 )
@@ -24,6 +35,7 @@ from pipelines.serving.jobs import Job, JobStore
 from pipelines.serving.metrics import Metrics
 from tests.pipelines.serving.test_jobs import DURATIONS, SPEC, status_of
 
+OF_AN_IMAGE = SPEC.model_copy(update={"image": hashlib.sha256(b"an image").hexdigest()})
 RESULT = VideoResult({VIDEO_FILE: b"mp4", THUMBNAIL_FILE: b"webp"}, DURATIONS)
 
 
@@ -41,7 +53,7 @@ def videos(tmp_path: Path) -> Path:
 @pytest.fixture
 def new(store: JobStore, videos: Path) -> Callable[..., Dispatcher]:
     def new(
-        generate: Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]], **settings: float
+        generate: Callable[[VideoSpec, bytes | None], AsyncGenerator[GenerationStep, None]], **settings: float
     ) -> Dispatcher:
         config = ServeConfig(output=videos.parent, **settings)
         return Dispatcher(store, ArtefactStore(str(videos)), generate, Metrics(), config)
@@ -49,26 +61,26 @@ def new(store: JobStore, videos: Path) -> Callable[..., Dispatcher]:
     return new
 
 
-async def two_steps(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+async def two_steps(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
     yield GenerationStep(0.0)
     yield GenerationStep(0.5)
     yield GenerationStep(1.0, RESULT)
 
 
-async def without_end(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+async def without_end(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
     yield GenerationStep(0.5)
     await asyncio.Event().wait()
 
 
-async def no_replica(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+async def no_replica(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
     await asyncio.Event().wait()
     yield GenerationStep(0.0)
 
 
-def dying(num_deaths: int) -> Callable[[VideoSpec], AsyncGenerator[GenerationStep, None]]:
+def dying(num_deaths: int) -> Callable[[VideoSpec, bytes | None], AsyncGenerator[GenerationStep, None]]:
     remaining = iter(range(num_deaths))
 
-    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    async def generate(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
         yield GenerationStep(0.3)
         if next(remaining, None) is not None:
             raise ReplicaDiedError
@@ -103,6 +115,65 @@ def test_files_then_the_row_and_both_go(
     run(scenario)
 
 
+def test_an_image_is_kept_for_every_replica_and_the_next_dispatcher(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    seen: list[bytes | None] = []
+
+    async def dying_twice(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
+        seen.append(image)
+        yield GenerationStep(0.3)
+        if len(seen) < 3:
+            raise ReplicaDiedError
+        yield GenerationStep(1.0, RESULT)
+
+    async def scenario() -> None:
+        first = new(no_replica)
+        await first.start()
+        job, other, gone = [
+            await first.create(OF_AN_IMAGE, None, files={IMAGE_FILE: b"an image", PREVIEW_FILE: b"webp"})
+            for _ in range(3)
+        ]
+        (videos / other.id / IMAGE_FILE).write_bytes(b"an im")
+        assert await first.delete(gone.id) and not (videos / gone.id).exists()
+        await first.stop()
+        second = new(dying_twice)
+        await second.start()
+        for made in (job, other):
+            await second.wait(made.id)
+        assert seen == [b"an image"] * 3
+        kept = {path.name for path in (videos / job.id).iterdir()}
+        assert kept == {IMAGE_FILE, PREVIEW_FILE, VIDEO_FILE, THUMBNAIL_FILE}
+        failed = store.get(other.id)
+        assert failed.error_message == "the image that it begins with is not there; send it again"
+        assert [folder.name for folder in videos.iterdir()] == [job.id], "what fails leaves nothing"
+        await second.stop()
+
+    run(scenario)
+
+
+def test_an_image_that_cannot_be_stored_leaves_no_job(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_a_part(artefacts: ArtefactStore, job_id: str, files: dict[str, bytes]) -> None:
+        (videos / job_id).mkdir(parents=True)
+        (videos / job_id / IMAGE_FILE).write_bytes(b"an im")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ArtefactStore, "write", write_a_part)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        with pytest.raises(NotStoredError, match="^No space left on device$"):
+            await dispatcher.create(OF_AN_IMAGE, None, "key", "asked", {IMAGE_FILE: b"an image"})
+        assert store.page(None, 10, "asc")[0] == [] and [*videos.iterdir()] == []
+        assert store.find("key") is None
+        await dispatcher.stop()
+
+    run(scenario)
+
+
 def test_stopped_dispatcher_leaves_its_jobs_to_the_next(
     store: JobStore, new: Callable[..., Dispatcher]
 ) -> None:
@@ -129,7 +200,7 @@ def test_jobs_know_their_place_in_the_queue(store: JobStore, new: Callable[..., 
     async def scenario() -> None:
         free = asyncio.Semaphore(1)
 
-        async def one_at_a_time(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+        async def one_at_a_time(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
             async with free:
                 yield GenerationStep(0.5)
                 await asyncio.Event().wait()
@@ -248,9 +319,9 @@ def test_a_client_that_waits_no_longer_stops_its_video_alone(
 def test_delete_stops_the_making(store: JobStore, new: Callable[..., Dispatcher]) -> None:
     stopped = asyncio.Event()
 
-    async def until_stopped(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
+    async def until_stopped(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
         try:
-            async for step in without_end(spec):
+            async for step in without_end(spec, image):
                 yield step
         finally:
             stopped.set()
@@ -295,8 +366,8 @@ def test_expired_files_go(
 def test_a_replica_that_dies_after_its_video_is_of_no_concern(
     store: JobStore, videos: Path, new: Callable[..., Dispatcher]
 ) -> None:
-    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
-        async for step in two_steps(spec):
+    async def generate(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
+        async for step in two_steps(spec, image):
             yield step
         raise ReplicaDiedError
 

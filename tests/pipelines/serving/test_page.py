@@ -1,6 +1,8 @@
 """The page at `/` in a real browser, against the real API and the real model, in one process without Ray."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -14,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from pipelines.generation.limits import shape_limits
@@ -59,8 +62,8 @@ def url(tmp_path_factory: pytest.TempPathFactory, stopping: set[str]) -> Iterato
 
     turn = asyncio.Lock()
 
-    async def generate(spec: VideoSpec) -> AsyncGenerator[GenerationStep, None]:
-        async with turn, aclosing(generator.generate(spec)) as steps:
+    async def generate(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
+        async with turn, aclosing(generator.generate(spec, image)) as steps:
             async for step in steps:
                 yield step
                 while step.progress and spec.prompt in stopping:
@@ -414,21 +417,140 @@ def test_reload_in_the_middle_and_two_tabs(open_page: Callable[..., Page], held:
         expect(row(page, prompt)).to_contain_text("Completed in")
 
 
-def test_an_image_that_is_dropped_or_pasted_is_refused(open_page: Callable[..., Page]) -> None:
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """Red on the left and blue on the right, wider than high."""
+    image = Image.new("RGB", (96, 48), "red")
+    image.paste("blue", (48, 0, 96, 48))
+    image.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def image_field(page: Page) -> Locator:
+    return page.get_by_label("Image to begin with")
+
+
+def test_a_video_from_an_image_and_all_that_makes_it_again(
+    open_page: Callable[..., Page], url: str, client: httpx.Client, photo: Path
+) -> None:
+    page, prompt = open_page(), "a ball that was painted"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
+    image_field(page).set_input_files(photo)
+    preview = page.get_by_role("img", name="The image that was chosen")
+    expect(preview).to_be_visible()
+    assert pixels(page, "image-preview")[:4] == [255, 0, 0, 255]
+    make_and_look(page, prompt)
+    made = newest(client)
+    assert made["image"] == hashlib.sha256(photo.read_bytes()).hexdigest()
+    expect(row(page, prompt)).to_contain_text("seed 7, from an image")
+    beginning = row(page, prompt).get_by_role("img", name="The image that it begins with")
+    expect(beginning).to_be_visible()
+    assert beginning.evaluate("(canvas) => [canvas.width, canvas.height]") == [32, 32], "cut as the video"
+    first = np.reshape(pixels(page, "film"), (32, 32, 4)).astype(float)
+    for half, (red, blue) in ((first[:, :14], (1, 0)), (first[:, 18:], (0, 1))):
+        assert np.abs(half[..., :3].mean((0, 1)) / 255 - (red, 0, blue)).max() < 0.3
+
+    page.get_by_role("button", name="Make it with the branch off").click()
+    expect(page.locator("#compare option", has_text="the same with the branch off")).to_have_count(1)
+    assert (newest(client)["image"], newest(client)["physics"]["scale"]) == (made["image"], 0)
+    with page.expect_download() as recipe:
+        page.get_by_role("button", name="Save the recipe").click()
+    again = submit(client, **json.loads(recipe.value.path().read_text()))
+    wait(client, again)
+    contents = [client.get(f"/v1/videos/{video_id}/content").content for video_id in (again, made["id"])]
+    assert contents[0] == contents[1]
+
+    page.get_by_role("button", name="Remove the image").click()
+    expect(preview).to_be_hidden()
+    expect(image_field(page)).to_be_focused()
+    page.get_by_role("button", name="Change this one").click()
+    expect(preview).to_be_visible()
+    page.get_by_role("button", name="Back to the defaults").click()
+    expect(preview).to_be_hidden()
+    page.get_by_role("button", name="Copy a link").click()
+    expect(page.locator("#said")).to_have_text("Copied; whoever opens it must choose the image again.")
+    link = page.evaluate("navigator.clipboard.readText()")
+    other = open_page(link.removeprefix(url))
+    expect(other.get_by_label("Prompt", exact=True)).to_have_value(prompt)
+    expect(other.locator("#input_reference-error")).to_contain_text("which no link holds; choose it again")
+
+
+def test_a_wrong_file_is_said_at_the_field(
+    open_page: Callable[..., Page], photo: Path, tmp_path: Path
+) -> None:
+    page, said = open_page(), "#input_reference-error"
+    expect(page.locator("#input_reference-hint")).to_contain_text("PNG, JPEG, WEBP, at most 16 MiB")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "large.png").write_bytes(photo.read_bytes() + bytes(16 * 2**20))
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
+    page.get_by_label("Prompt", exact=True).fill("a ball")
+    for name, reason in (
+        ("text.png", "text.png is no image that this browser can read"),
+        ("large.png", "choose one of at most 16777216"),
+    ):
+        image_field(page).set_input_files(tmp_path / name)
+        expect(page.locator(said)).to_contain_text(reason)
+        expect(image_field(page)).to_have_attribute("aria-invalid", "true")
+        expect(image_field(page)).to_be_focused()
+    image_field(page).set_input_files(tmp_path / "text.png")
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.locator(said)).to_contain_text(
+        "the image is no image that can be read; give a PNG, JPEG, WEBP file"
+    )
+    image_field(page).set_input_files(tmp_path / "moving.png")
+    expect(page.locator(said)).to_have_count(0)
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.locator(said)).to_contain_text("the image is animated; give a single picture")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a ball")
+
+
+DROP_OR_PASTE = """([event, names]) => {
+    const data = new DataTransfer();
+    for (const name of names) {
+        const bytes = Uint8Array.from(atob(window.photo), (character) => character.charCodeAt(0));
+        data.items.add(new File([bytes], name, { type: "image/png" }));
+    }
+    const made = event === "drop"
+        ? new DragEvent(event, { dataTransfer: data, bubbles: true, cancelable: true })
+        : new ClipboardEvent(event, { clipboardData: data, bubbles: true, cancelable: true });
+    return document.getElementById("prompt").dispatchEvent(made);
+}"""
+
+
+@pytest.mark.parametrize("event", ["drop", "paste"])
+def test_an_image_is_dropped_or_pasted(open_page: Callable[..., Page], photo: Path, event: str) -> None:
     page = open_page()
+    expect(image_field(page)).to_be_visible()
+    page.evaluate("(photo) => { window.photo = photo }", base64.b64encode(photo.read_bytes()).decode())
+    assert page.evaluate(DROP_OR_PASTE, [event, ["a.png"]]) is False, "the browser does not leave the page"
+    expect(page.get_by_role("img", name="The image that was chosen")).to_be_visible()
+    assert image_field(page).evaluate("(input) => input.files[0].name") == "a.png"
+    page.evaluate(DROP_OR_PASTE, [event, ["a.png", "b.png"]])
+    expect(page.locator("#input_reference-error")).to_contain_text("These are 2 files; give one image.")
+
+
+@pytest.mark.parametrize("images", ["never", "required"])
+def test_a_model_that_takes_no_image_or_always_one(
+    open_page: Callable[..., Page], photo: Path, images: str
+) -> None:
+    def say(route: Route) -> None:
+        route.fulfill(json=route.fetch().json() | {"images": images})
+
+    page = open_page(key=None)
+    page.route("**/v1/settings", say)
+    use_key(page)
     expect(page.locator("#status")).to_contain_text("Replicas")
-    script = """(event) => {
-        const data = new DataTransfer();
-        data.items.add(new File(["x"], "a.png", { type: "image/png" }));
-        document.getElementById("alert").textContent = "";
-        const made = event === "drop"
-            ? new DragEvent(event, { dataTransfer: data, bubbles: true, cancelable: true })
-            : new ClipboardEvent(event, { clipboardData: data, bubbles: true, cancelable: true });
-        return document.getElementById("prompt").dispatchEvent(made);
-    }"""
+    if images == "required":
+        expect(image_field(page)).to_have_attribute("required", "")
+        expect(page.locator("#input_reference-hint")).to_contain_text("This model needs one.")
+        return
+    expect(image_field(page)).to_be_hidden()
+    page.evaluate("(photo) => { window.photo = photo }", base64.b64encode(photo.read_bytes()).decode())
     for event in ("drop", "paste"):
-        assert page.evaluate(script, event) is False, "the browser does not leave the page"
+        assert page.evaluate(DROP_OR_PASTE, [event, ["a.png"]]) is False
         expect(page.locator("#alert")).to_contain_text("made from text alone here; an image is not taken")
+        page.evaluate("document.getElementById('alert').textContent = ''")
 
 
 def test_a_hostile_prompt_stays_text(open_page: Callable[..., Page]) -> None:

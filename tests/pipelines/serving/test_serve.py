@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -17,8 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import ray
+from PIL import Image
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from pipelines.config import Config
@@ -119,6 +122,22 @@ def test_same_seed_same_video_over_http_and_offline(client: httpx.Client, config
     over_http = make(client, num_inference_steps=2, seed=config.generate.seed)
     assert over_http == offline.read_bytes()
     assert over_http != make(client, num_inference_steps=2, seed=config.generate.seed + 1)
+
+
+def test_same_seed_and_image_same_video_over_http_and_offline(
+    client: httpx.Client, config: Config, tmp_path: Path
+) -> None:
+    image = tmp_path / "squares.png"
+    colours = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 14
+    Image.fromarray(colours.repeat(20, 0).repeat(20, 1)).save(image)
+    (offline,) = generate.run(config, [PROMPT], [image])
+    knobs = {"prompt": PROMPT, "num_inference_steps": "2", "seed": str(config.generate.seed)}
+    sent = client.post("/v1/videos", data=knobs, files={"input_reference": image.read_bytes()})
+    video_id = sent.raise_for_status().json()["id"]
+    assert wait(client, video_id)["image"] == hashlib.sha256(image.read_bytes()).hexdigest()
+    assert client.get(f"/v1/videos/{video_id}/content").content == offline.read_bytes()
+    wrong = client.post("/v1/videos", data=knobs, files={"input_reference": b"png"})
+    check_error(wrong, 422, "invalid_image", "input_reference")
 
 
 def test_one_video_at_a_time_and_delete(client: httpx.Client) -> None:
@@ -362,19 +381,18 @@ def test_taken_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             pass
 
 
-def test_a_model_of_images_alone_is_not_served(tmp_path: Path) -> None:
-    backbone = write_i2v(tmp_path / "backbone")
+def test_a_step_cache_that_is_none_for_images_where_the_model_always_takes_one(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     config = tiny_config(
         tmp_path / "run",
-        f"backbone.pretrained={backbone}",
+        f"backbone.pretrained={write_i2v(tmp_path / 'backbone')}",
         f"backbone.max_sequence_length={I2V_SEQUENCE_LENGTH}",
         "checkpoint=null",
+        "sampling.step_cache.sea=0.1",
     )
-    refusal = pytest.raises(
-        ProPhyError, match="takes no images, and .* of images alone; use `prophy generate"
-    )
-    with refusal, serve.serving(config):
-        pass
+    with pytest.raises(ProPhyError, match=r"step_cache\.sea wants to know each step's noise level"):
+        serve.build_app(config)
 
 
 def test_other_machines_need_keys(tmp_path: Path) -> None:
