@@ -16,8 +16,9 @@ class Footprint:
 
     Attributes:
         num_transformers: how many are held.
-        transformers: weights of backbone and branch.
-        text_encoder: its weights; None where its size is not known without a download.
+        transformers: weights of backbone and branch, as `backbone.offload` and `.storage_dtype` leave them.
+        text_encoder: its weights, 0 where they wait in the host's memory; None where their size is not known
+            without a download.
         vae: its weights, and what encoding and decoding take beside them.
         denoising: what a step takes beside the weights; an estimate.
     """
@@ -43,8 +44,11 @@ class Footprint:
 def footprint(
     backbone: BackboneConfig,
     vae_config: ModelConfig,
-    num_parameters: int,
+    *,
     num_transformers: int,
+    num_blocks: int,
+    backbone_parameters: int,
+    branch_parameters: int,
     block_bytes: int,
     token_bytes: int,
     num_physical_blocks: int,
@@ -54,8 +58,10 @@ def footprint(
     Args:
         backbone: the configuration.
         vae_config: of the VAE.
-        num_parameters: of one transformer and its branch.
         num_transformers: how many there are.
+        num_blocks: blocks of one.
+        backbone_parameters: parameters of one, without its branch.
+        branch_parameters: parameters of its branch.
         block_bytes: what the inside of one block keeps for a sample's backward pass, in bfloat16: more than
             it takes where there is none.
         token_bytes: the tokens of a sample, in bfloat16.
@@ -65,10 +71,15 @@ def footprint(
     item = getattr(torch, backbone.dtype).itemsize
     passes = 2 if family.guides_in_one_pass else 1
     shape = (backbone.num_frames, backbone.height, backbone.width)
+    weights = backbone_parameters * (1 if backbone.storage_dtype is not None else item)
+    branch = branch_parameters * item
+    held = num_transformers * (weights + branch)
+    if backbone.offload == "all":  # a block computes while the next one comes
+        held = 2 * weights // num_blocks + branch
     return Footprint(
         num_transformers=num_transformers,
-        transformers=num_transformers * num_parameters * item,
-        text_encoder=_text_encoder_bytes(backbone, item),
+        transformers=held,
+        text_encoder=0 if backbone.offload != "none" else _text_encoder_bytes(backbone, item),
         vae=vae_cost(family, vae_config, shape, 4 if family.float32_vae else item),
         denoising=passes * (block_bytes + (num_physical_blocks + 1) * token_bytes) * item // 2,
     )

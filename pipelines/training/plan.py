@@ -221,11 +221,13 @@ def make_plan(config: Config) -> Plan:
         footprint=footprint(
             backbone,
             vae,
-            size.backbone + size.branch,
-            len(family.experts(pipeline_config)),
-            kept // blocks // train.micro_batch_size,
-            t * h * w * width * torch.bfloat16.itemsize,
-            num_physical,
+            num_transformers=len(family.experts(pipeline_config)),
+            num_blocks=transformer.config.num_layers,
+            backbone_parameters=size.backbone,
+            branch_parameters=size.branch,
+            block_bytes=kept // blocks // train.micro_batch_size,
+            token_bytes=t * h * w * width * torch.bfloat16.itemsize,
+            num_physical_blocks=num_physical,
         ),
     )
 

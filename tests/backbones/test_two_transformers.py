@@ -301,11 +301,16 @@ def test_a_fingerprint_is_of_both_transformers(high: Config, backbone: Path, tmp
 
 
 def test_a_plan_trains_one_and_serves_both() -> None:
-    plan = make_plan(load_config("wan2.2-t2v-a14b"))
-    of_one = make_plan(load_config("wan2.1-14b"))
-    assert plan.size == of_one.size
-    assert plan.footprint.transformers == 2 * of_one.footprint.transformers
-    assert plan.footprint.encoding == of_one.footprint.encoding
+    preset, small = (
+        make_plan(load_config("wan2.2-t2v-a14b", overrides))
+        for overrides in ([], ["backbone.offload=none", "backbone.storage_dtype=float8_e4m3fn"])
+    )
+    size = preset.size
+    assert size.backbone == 14_288_491_584 and size.trained == size.branch
+    assert small.footprint.transformers == 2 * (size.backbone + 2 * size.branch)
+    # Two of 40 blocks, and a branch; no text encoder.
+    assert 2 * size.branch < preset.footprint.transformers < 2 * (size.branch + size.backbone // 18)
+    assert preset.footprint.serving < 30e9 < small.footprint.serving < 0.9 * 80e9
 
 
 def test_mistakes(
