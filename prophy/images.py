@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from prophy.errors import ProPhyError
 from prophy.picture import cut_share
@@ -14,6 +14,17 @@ MAX_PIXELS = 50_000_000  # 150 MB as RGB; more than any camera of a telephone ta
 MAX_SCANS = 100  # of a JPEG: a few bytes are a pass over all pixels; progressive ones have about 10
 _SCAN = b"\xff\xda"  # what a scan holds never looks like this
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # the others hold more than 8 bits
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a stored picture upright, by its orientation."""
 
 
 def read_image(content: bytes, name: str) -> Image.Image:
@@ -42,10 +53,12 @@ def read_image(content: bytes, name: str) -> Image.Image:
             if image.mode not in _MODES:
                 raise ProPhyError(f"{name} has more than 8 bits a channel; give an image of 8")
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            transparent, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+            # Not `ImageOps.exif_transpose`, which writes EXIF anew, and fails where that is a little wrong.
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            upright = image if turn is None else image.transpose(turn)
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            transparent, white = upright.convert("RGBA"), Image.new("RGB", upright.size, "white")
             white.paste(transparent, mask=transparent)
             return white
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from prophy import images
 from prophy.errors import ProPhyError
@@ -39,6 +39,18 @@ def test_a_telephones_picture_is_upright(format: str) -> None:
     assert turned.size == (20, 30)
     upright = np.rot90(np.asarray(gradient(20, 30)), -1).astype(int)
     assert np.abs(np.asarray(turned) - upright).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_also_beside_exif_that_is_wrong(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = orientation, 3.5
+    resolution_as_text = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+    assert resolution_as_text != exif.tobytes()
+    stored = gradient(20, 30)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content(stored, exif=exif))))
+    read = read_image(content(stored, exif=resolution_as_text), "photo")
+    assert np.array_equal(np.asarray(read), np.asarray(expected))
 
 
 def test_a_telephones_second_view_is_left_out() -> None:

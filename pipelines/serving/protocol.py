@@ -314,7 +314,7 @@ class Settings(BaseModel):
         return cls(
             model=model_name(config),
             has_physics=bool(limits.phenomena),
-            defaults=sampling.model_dump(exclude={"step_cache"})
+            defaults=sampling.model_dump(exclude={"step_cache", "guidance_scale_2"})
             | {
                 "seconds": f"{backbone.num_frames / backbone.fps:.3f}".rstrip("0").rstrip("."),
                 "size": f"{backbone.width}x{backbone.height}",

@@ -22,7 +22,7 @@ from pipelines.serving.references import IMAGE_FIELD
 from prophy.errors import ProPhyError
 from prophy.taxonomy import Taxonomy, load_taxonomy
 
-MAX_LONG_BODIES = 8
+MAX_LONG_BODIES = 4
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 
 
