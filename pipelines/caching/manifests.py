@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.caching.list_files import SUFFIXES, Row, Rows, read_rows
-from pipelines.caching.video_files import find_files, open_store, source_of
+from pipelines.caching.video_files import find_files, open_store, sources_of
 from prophy.errors import ProPhyError
 from prophy.taxonomy import parse_phenomena, parse_phenomenon
 
@@ -137,10 +137,13 @@ class _Reader:
                 self.location,
                 _some([f"{name!r} {count}" for name, count in self.strange.most_common()]),
             )
+        sources = sources_of([video["source"] for video in videos])
+        videos = [{**video, "source": source} for video, source in zip(videos, sources, strict=True)]
         sentences = [_sentence(self.location, reason, found) for reason, found in refused.items()]
         return Input(videos, sentences)
 
     def _ours(self, values: dict[str, Any]) -> Video:
+        """A video whose `source` is only its location yet, as below."""
         path = _text(values, "path")
         if path is None:
             raise _RowError("'path' is missing; name the row's video there")
@@ -150,7 +153,7 @@ class _Reader:
         except ProPhyError as error:
             raise _RowError(f"'phenomena' has an {error}") from None
         return {
-            "source": self._source("path", path),
+            "source": self._location("path", path),
             "caption": _caption(values, "caption"),
             "labels": labels,
         }
@@ -169,7 +172,7 @@ class _Reader:
             labels = [*parse_phenomena(self._known(itertools.chain(*said)), self.names)]
         caption = _caption(values, "captions") or _caption(values, "en_caption")
         return {
-            "source": self._source(column, name, search="/" not in name),
+            "source": self._location(column, name, search="/" not in name),
             "caption": caption,
             "labels": labels,
         }
@@ -183,7 +186,7 @@ class _Reader:
             except ProPhyError:
                 self.strange[name] += 1
 
-    def _source(self, column: str, path: str, search: bool = False) -> dict[str, Any]:
+    def _location(self, column: str, path: str, search: bool = False) -> str:
         if "\0" in path:
             raise _RowError(f"{column!r} holds a NUL", _short(path))
         if "://" not in self.location and (path == "~" or path.startswith("~/")):
@@ -197,10 +200,13 @@ class _Reader:
             path = found[0]
         elif "://" not in path and not path.startswith("/"):
             path = f"{self.folder}/{path}"
+        if "://" not in path:
+            return str(PurePosixPath(path))
         try:
-            return source_of(path if "://" in path else str(PurePosixPath(path)))
+            open_store(path)
         except ProPhyError as error:  # a URL of no store that we know
             raise _RowError(f"{column!r} names no place that can be opened", str(error)) from None
+        return path
 
     def _files(self) -> dict[str, list[str]]:
         """The videos below the list's folder, by name."""

@@ -5,7 +5,8 @@ A location is a path or a URL such as `s3://bucket/videos`. Knows neither tables
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +21,8 @@ from prophy.errors import ProPhyError
 from prophy.video import SUFFIXES, VideoError
 
 _MODIFIED_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")  # one per kind of store
+_A_LISTING = 1000  # files that an object store lists in one request
+_AT_ONCE, _PART = 32, 16  # threads that ask for single files, and how many each takes at a time
 UNREADABLE = {"size": 0, "modified": 0.0}  # the version of a file that cannot be had
 
 
@@ -121,8 +124,51 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def source_of(location: str) -> dict[str, Any]:
-    """This version of a file. One that cannot be had goes to quarantine when a stage opens it."""
+def sources_of(locations: Sequence[str]) -> list[dict[str, Any]]:
+    """This version of each file. One that cannot be had goes to quarantine when a stage opens it.
+
+    Where a list names many files of a folder in an object store, the folder is listed, by a request for each
+    thousand; otherwise each file costs a request.
+
+    Raises:
+        ProPhyError: as `open_store`.
+    """
+    folders = Counter(map(_folder, locations))
+    listed = {
+        name: source
+        for folder, count in folders.items()
+        if count >= _A_LISTING and "://" in folder
+        for name, source in _listed(folder).items()
+    }
+    others = [name for name in dict.fromkeys(locations) if name not in listed]
+    parts = [others[start : start + _PART] for start in range(0, len(others), _PART)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for part, sources in zip(parts, pool.map(lambda part: [*map(_source_of, part)], parts), strict=True):
+            listed.update(zip(part, sources, strict=True))
+    return [listed[name] for name in locations]
+
+
+def _folder(location: str) -> str:
+    return location.rpartition("/")[0]
+
+
+def _listed(folder: str) -> dict[str, dict[str, Any]]:
+    """The files of a folder by location; none where its store keeps no lists, as web servers."""
+    store, path = open_store(folder)
+    try:
+        with asking(folder):
+            infos = [info for info in store.ls(path, detail=True) if info["type"] == "file"]
+            sources = [_source(store, info["name"], info) for info in infos]
+    except OSError:
+        return {}
+    return {f"{folder}/{_name(source['uri'])}": source for source in sources}
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def _source_of(location: str) -> dict[str, Any]:
     store, path = open_store(location)
     if _is_local(store):
         return _source(store, path, {})

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.caching.list_files import SUFFIXES, read_rows
-from pipelines.caching.video_files import open_store, source_of
+from pipelines.caching.video_files import open_store, sources_of
 from pipelines.config import Config
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
@@ -256,5 +256,5 @@ def read_pairs(location: str) -> list[Item]:
 
 def _file(path: str, folder: str) -> Clip:
     place = path if "://" in path or path.startswith("/") else f"{folder}/{path}"
-    source = source_of(place)
+    [source] = sources_of([place])
     return Clip(path=place, version=f"{source['size']} {source['modified']}")

@@ -5,16 +5,18 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.caching.sources import find_videos
-from pipelines.caching.video_files import LocalFiles, find_files, source_of
+from pipelines.caching.video_files import LocalFiles, find_files, sources_of
 from prophy.errors import ProPhyError
 from prophy.video import VideoError
 from tests.wisa import PHENOMENA
@@ -404,6 +406,26 @@ def bucket() -> Iterator[str]:
     store.rm("/bucket", recursive=True)
 
 
+def test_a_folder_of_many_listed_files_is_asked_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/bucket/many/{number}.mp4": b"." * number for number in range(1000)})
+    places = [f"{bucket}/many/{number}.mp4" for number in range(999, -1, -1)]
+    requests = list[str]()
+    for request in ("ls", "info"):
+        ask = getattr(MemoryFileSystem, request)
+
+        def counted(*given: Any, request: str = request, ask: Callable[..., Any] = ask, **named: Any) -> Any:
+            requests.append(request)
+            return ask(*given, **named)
+
+        # Each thread has a store of its own.
+        monkeypatch.setattr(MemoryFileSystem, request, counted)
+    found = sources_of([*places, f"{bucket}/many/gone.mp4", f"{bucket}/videos/a.webm"])
+    assert [source["size"] for source in found] == [*range(999, -1, -1), 0, 3]
+    assert found[1000] == {"uri": f"{bucket}/many/gone.mp4", "size": 0, "modified": 0.0}
+    assert sorted(requests) == ["info", "info", "ls"]
+
+
 def test_object_store_prefixes(bucket: str) -> None:
     found = find_files(f"{bucket}/videos")
     a, b = found.sources
@@ -411,7 +433,7 @@ def test_object_store_prefixes(bucket: str) -> None:
     assert a["uri"].startswith("memory://") and a["uri"].endswith("/bucket/videos/a.webm")
     assert (a["size"], b["size"]) == (3, 5)
     assert a["modified"] > 1e9
-    assert source_of(b["uri"]) == b
+    assert sources_of([b["uri"], a["uri"], b["uri"]]) == [b, a, b]
     assert [video["source"] for video in find_videos(f"{bucket}/videos", PHENOMENA).videos] == [a, b]
     manifest = (
         json.dumps({"path": "videos/a.webm", "caption": "seen"}) + "\n" + json.dumps({"path": "gone.mp4"})
