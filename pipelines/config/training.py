@@ -65,7 +65,8 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt
     """Clips of an optimizer step, over all workers.
 
-    A multiple of micro_batch_size times num_workers: what does not fit at once is accumulated.
+    A multiple of micro_batch_size times num_workers / sequence_parallel: what does not fit at once is
+    accumulated.
     """
 
     num_workers: Annotated[PositiveInt, How()]
@@ -76,6 +77,14 @@ class TrainConfig(Section):
 
     As many start as have room and divide the batch, and more once nodes are back, from the last checkpoint.
     Null by default: fewer workers take longer for each step.
+    """
+
+    sequence_parallel: Annotated[PositiveInt, How()] = 1
+    """Workers that share each clip, every one with a part of its tokens; a divisor of num_workers.
+
+    Activations and the time of a clip are divided by it, for an exchange of tokens in every block: for clips
+    that do not fit otherwise, among GPUs of one node. It must divide attention heads and tokens, and with
+    CogVideoX backbone.max_sequence_length too. 1 by default: what fits alone is faster so.
     """
 
     cpus_per_worker: Annotated[NonNegativeFloat, How()] = 1.0
@@ -238,13 +247,19 @@ class TrainConfig(Section):
         return bool(self.num_held_out or self.sample_prompts)
 
     @property
+    def data_parallel_size(self) -> int:
+        """How many workers, or groups of workers that share their clips, have clips of their own."""
+        return self.num_workers // self.sequence_parallel
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of each worker in a step."""
-        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     def shares_batch(self, num_workers: int) -> bool:
-        """Whether so many workers have as many whole micro-batches each."""
-        return self.global_batch_size % (self.micro_batch_size * num_workers) == 0
+        """Whether so many workers make whole groups that share clips, each with as many micro-batches."""
+        num_groups, left = divmod(num_workers, self.sequence_parallel)
+        return not left and self.global_batch_size % (self.micro_batch_size * num_groups) == 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -254,11 +269,17 @@ class TrainConfig(Section):
             )
         for name in ("num_workers", "min_workers"):
             num_workers = getattr(self, name)
-            if num_workers is not None and not self.shares_batch(num_workers):
+            if num_workers is None or self.shares_batch(num_workers):
+                continue
+            if num_workers % self.sequence_parallel:
                 raise ValueError(
-                    f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
-                    f"({self.micro_batch_size}) times {name} ({num_workers})"
+                    f"sequence_parallel ({self.sequence_parallel}) must divide {name} ({num_workers})"
                 )
+            shared = f" / sequence_parallel ({self.sequence_parallel})" if self.sequence_parallel > 1 else ""
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) times {name} ({num_workers}){shared}"
+            )
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} at least")

@@ -1,12 +1,13 @@
 """The batches of a run: those that it trains on, and those that it only measures. It knows no Ray."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.config import BackboneConfig, Config
 from pipelines.training.samples import held_out, trained_on
-from prophy.backbones.families import FAMILIES
+from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.backbones.pretrained import load_configs, takes_images
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
@@ -19,7 +20,9 @@ Step = tuple[list[TrainBatch], SemanticBatch]
 
 
 def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
-    """The share of worker `rank` in the cached samples, without those that are held out.
+    """The samples of worker `rank`, and of those that share them with it, of the cached ones.
+
+    Those that are held out are none of them.
 
     Raises:
         ProPhyError: the cache does not fit the configuration, or all of it is held out.
@@ -32,7 +35,13 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
         )
     plan = BatchPlan({key: shapes[key] for key in kept}, train.global_batch_size, train.seed)
     return _dataset(
-        config, cache, plan, rank, train.num_workers, train.micro_batch_size, train.caption_dropout
+        config,
+        cache,
+        plan,
+        rank // train.sequence_parallel,
+        train.data_parallel_size,
+        train.micro_batch_size,
+        train.caption_dropout,
     )
 
 
@@ -93,6 +102,47 @@ def clip_shapes(config: Config) -> list[ClipShape]:
         for _, num_frames in config.clip_lengths
         for height, width in backbone.frame_shapes
     ]
+
+
+def check_sharing(config: Config) -> None:
+    """Checks that `train.sequence_parallel` workers can share every clip of a run.
+
+    Raises:
+        ProPhyError: as `sharing_sizes`.
+    """
+    backbone = config.backbone
+    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    sharing_sizes(config, transformer, [prod(shape.token_grid) for shape in clip_shapes(config)])
+
+
+def sharing_sizes(config: Config, transformer: ModelConfig, token_counts: Iterable[int]) -> list[int]:
+    """How many workers may share a clip: divisors of `train.num_workers`, 1 the first.
+
+    Args:
+        config: the run's.
+        transformer: the backbone's configuration.
+        token_counts: N of each shape of clip.
+
+    Raises:
+        ProPhyError: `train.sequence_parallel` is none of them.
+    """
+    train, family = config.train, FAMILIES[config.backbone.family]
+    length = config.backbone.max_sequence_length
+    reasons = {
+        size: next(
+            filter(None, (family.unshareable(size, count, length, transformer) for count in token_counts)),
+            None,
+        )
+        for size in range(1, train.num_workers + 1)
+        if train.num_workers % size == 0
+    }
+    sizes = [size for size, reason in reasons.items() if reason is None]
+    if reason := reasons[train.sequence_parallel]:
+        raise ProPhyError(
+            f"train.sequence_parallel is {train.sequence_parallel}, and so many workers {reason}; set it to "
+            f"{' or '.join(map(str, sizes))}"
+        )
+    return sizes
 
 
 def image_share(config: Config) -> float:

@@ -31,7 +31,7 @@ from pipelines.training.engine import (
     whole_shape,
 )
 from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
-from pipelines.training.model import build_module
+from pipelines.training.model import build_module, share_samples
 from pipelines.training.samples import describe_samples
 from pipelines.training.saving import EveryRankError, latest_on_every_rank, writing
 from prophy.backbones.families import FAMILIES
@@ -80,7 +80,9 @@ def _train(loop_config: dict[str, Any]) -> None:
 
     precision = torch.bfloat16 if train.precision == "bf16" and has_bfloat16(device) else torch.float32
     try:
-        check_attention(config.backbone.attention, device, precision, trains=True)
+        check_attention(
+            config.backbone.attention, device, precision, trains=True, shares=train.sequence_parallel > 1
+        )
     except ProPhyError as error:  # alike on every rank
         raise EveryRankError(str(error)) from None
 
@@ -91,6 +93,8 @@ def _train(loop_config: dict[str, Any]) -> None:
     module = build_module(config, cache.null_text(), cache.phenomena, checkpoint, placement(train))
     if rank == 0:
         flops = _flops_of_micro_batches(module, cache, config)
+    if train.sequence_parallel > 1:  # after the count, which one rank makes alone
+        share_samples(module.transformer, train.sequence_parallel)
     compiled = () if config.backbone.compile == "none" else module.transformer._repeated_blocks
     engine = initialize(module, train, compiled)
     ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
@@ -226,7 +230,7 @@ def _check_finite(
     ]
     gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
-    guilty = sorted(sample_id for ids in gathered for sample_id in ids)
+    guilty = sorted({sample_id for ids in gathered for sample_id in ids})
     what = f"the loss of the samples {', '.join(guilty)}" if guilty else "the gradient"
     kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved before"
     advice = "train in another run_dir with a lower train.learning_rate"

@@ -87,10 +87,10 @@ class MetricsLog:
             logger.info("resumed from step %d of %d", first_step, train.num_steps)
 
     def count(self, batches: Iterable[TrainBatch]) -> None:
-        """Counts the work of a step, whose micro-batches are alike on every worker."""
+        """Counts the work of a step, whose micro-batches have one shape on all workers."""
         for batch in batches:
-            self._tokens += self._train.num_workers * batch.target_mask[..., 0].numel()
-            self._operations += self._train.num_workers * self._flops[tuple(batch.latents.shape[1:])]
+            self._tokens += self._train.data_parallel_size * batch.target_mask[..., 0].numel()
+            self._operations += self._train.data_parallel_size * self._flops[tuple(batch.latents.shape[1:])]
 
     def write(
         self, step: int, metrics: Mapping[str, float], seconds: Mapping[Phase, float]

@@ -10,7 +10,10 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint
@@ -91,6 +94,14 @@ def build_module(
 
     fill(module, read, place)
     return module
+
+
+def share_samples(transformer: PhysicsTransformer, num_ranks: int) -> None:
+    """Has each `num_ranks` successive ranks of the default group compute samples together."""
+    num_groups = dist.get_world_size() // num_ranks
+    names = ("samples", "ring", "ulysses")
+    mesh = init_device_mesh(default_device().type, (num_groups, 1, num_ranks), mesh_dim_names=names)
+    transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=num_ranks, mesh=mesh))
 
 
 def branch_config(

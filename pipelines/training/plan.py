@@ -3,7 +3,7 @@
 Parameters are counted on the meta device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich import box
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipelines.config import Config, TrainConfig
 from pipelines.generation.footprint import Footprint, footprint
+from pipelines.training.data import sharing_sizes
 from pipelines.training.model import branch_config
 from pipelines.training.states import Memory, ModelSize, model_states
 from prophy.backbones.families import FAMILIES, ModelConfig
@@ -21,6 +22,7 @@ from prophy.taxonomy import load_taxonomy
 from prophy.training.cost import count_flops, count_forward_flops, count_saved_bytes
 
 USABLE = 0.9  # share of a GPU's memory; the rest is CUDA's context and fragments
+_GPUS_OF_A_NODE = 8
 _ASSUMED_FLOPS = 300e12  # per second and GPU: 30 % of an H100's peak, as Megatron reaches with Wan 14B
 
 
@@ -31,6 +33,7 @@ class Way:
     zero_stage: int
     offload: str
     gradient_checkpointing: bool
+    sequence_parallel: int = 1
 
     @property
     def overrides(self) -> str:
@@ -40,11 +43,14 @@ class Way:
             "offload": self.offload,
             "gradient_checkpointing": str(self.gradient_checkpointing).lower(),
         }
+        if self.sequence_parallel > 1:
+            keys["sequence_parallel"] = self.sequence_parallel
         return " ".join(f"--set train.{key}={value}" for key, value in keys.items())
 
 
 # The less there is to compute twice and to communicate, the faster: the first that fits is advised. ZeRO 2
-# reduces gradients after every micro-batch, ZeRO 1 after the last.
+# reduces gradients after every micro-batch, ZeRO 1 after the last. GPUs of a node exchange tokens faster than
+# any of them reaches the host.
 WAYS = [
     Way(1, "none", False),
     Way(2, "none", False),
@@ -70,7 +76,11 @@ class Plan:
         flops: operations of a step, over all GPUs.
         routing_flops: those of them by which load balancing knows ahead what later micro-batches choose.
         recomputed_flops: operations that gradient checkpointing adds to a step.
-        activations: bytes of a micro-batch, by whether gradients are checkpointed; an estimate.
+        token_bytes: bytes of all activations of a micro-batch's tokens, which GPUs may share, by whether
+            gradients are checkpointed; an estimate.
+        copies: bytes of weights that autocast copies.
+        block_tokens: bytes of a micro-batch's tokens in the attention of all blocks, each once.
+        sharing_sizes: how many GPUs may share a sample.
         footprint: what making and encoding videos takes.
     """
 
@@ -81,13 +91,34 @@ class Plan:
     flops: int
     routing_flops: int
     recomputed_flops: int
-    activations: dict[bool, int]
+    token_bytes: dict[bool, int]
+    copies: int
+    block_tokens: int
+    sharing_sizes: list[int]
     footprint: Footprint
+
+    @property
+    def activations(self) -> dict[bool, int]:
+        """Bytes on a GPU by a micro-batch, by whether gradients are checkpointed; an estimate."""
+        shares = self.train.sequence_parallel
+        return {checkpointed: self.copies + size // shares for checkpointed, size in self.token_bytes.items()}
 
     def total(self, way: Way) -> int:
         """Bytes per GPU, activations included."""
         states = self.states(way.zero_stage, way.offload)
-        return states.total + self.activations[way.gradient_checkpointing]
+        tokens = self.token_bytes[way.gradient_checkpointing] // way.sequence_parallel
+        return states.total + self.copies + tokens
+
+    def exchanged(self, way: Way) -> int:
+        """Bytes that each GPU sends in a step to those that share its samples.
+
+        In each block queries, keys and values go one way and the output the other; so do their gradients, and
+        what is computed again.
+        """
+        passes, shares = 3 if way.gradient_checkpointing else 2, way.sequence_parallel
+        micro_batches = self.train.global_batch_size // self.train.micro_batch_size
+        sent = 4 * passes * self.block_tokens * micro_batches * (shares - 1) // shares
+        return sent // self.train.num_workers
 
     def states(self, zero_stage: int, offload: str) -> Memory:
         """Memory of weights, gradients and optimizer on each GPU."""
@@ -101,7 +132,11 @@ class Plan:
 
     def advice(self, gpu_memory: float) -> Way | None:
         """The fastest way that fits into `gpu_memory` bytes; None if none does."""
-        return next((way for way in WAYS if self.total(way) <= USABLE * gpu_memory), None)
+        sizes = [size for size in self.sharing_sizes if self.train.sequence_parallel <= size]
+        near = [size for size in sizes if size <= max(_GPUS_OF_A_NODE, self.train.sequence_parallel)]
+        ways = [replace(way, sequence_parallel=size) for size in near for way in WAYS]
+        ways.sort(key=lambda way: way.offload != "none")
+        return next((way for way in ways if self.total(way) <= USABLE * gpu_memory), None)
 
 
 def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> None:
@@ -109,17 +144,19 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
 
     Raises:
         ProPhyError: the backbone is neither a published one nor a folder, and the hub cannot be reached; or
-            `train.expert` does not fit it.
+            `train.expert` does not fit it, or `train.sequence_parallel` GPUs cannot share a sample.
     """
     plan, console = make_plan(config), Console()
     clip, train, size, gpu_memory = config.backbone, plan.train, plan.size, gpu_memory_gb * 1e9
+    shared = "" if train.sequence_parallel == 1 else f", each {train.sequence_parallel} of which share them,"
     console.print(
         f"{clip.pretrained}: {_billions(size.backbone)} parameters, and {_billions(size.branch)} of the "
         f"branch; {_billions(size.trained)} are trained\n"
         f"a sample of {clip.num_frames} frames of {clip.height}x{clip.width} has {plan.num_tokens:,} tokens, "
         f"and {plan.text_length} of text\n"
         f"a step of {train.global_batch_size} samples, {train.gradient_accumulation_steps} micro-batches of "
-        f"{train.micro_batch_size} on each of {train.num_workers} GPUs, takes {plan.flops / 1e15:.3g} PFLOP: "
+        f"{train.micro_batch_size} on each of {train.num_workers} GPUs{shared}, takes "
+        f"{plan.flops / 1e15:.3g} PFLOP: "
         f"{plan.seconds(False):.3g} s if each GPU does {_ASSUMED_FLOPS / 1e12:.0f} TFLOP/s, and "
         f"{plan.recomputed_flops / plan.flops:.0%} more with gradient checkpointing; "
         f"{plan.routing_flops / plan.flops:.1%} of it is routing ahead for load balancing over the global "
@@ -134,6 +171,12 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
         console.print(f"advice: {way.overrides}", highlight=False, soft_wrap=True)
         days = train.num_steps * plan.seconds(way.gradient_checkpointing) / 86400
         hours = 24 * days * train.num_workers
+        if way.sequence_parallel > 1:
+            console.print(
+                f"each {way.sequence_parallel} GPUs share a sample, and each of them sends "
+                f"{_gb(plan.exchanged(way))} GB to the others in a step: let them be of one node",
+                highlight=False,
+            )
         console.print(
             f"{train.num_steps:,} steps then take {days:.3g} days: {_gpu_hours(hours, price)}",
             highlight=False,
@@ -179,6 +222,8 @@ def make_plan(config: Config) -> Plan:
         backbone.num_frames, backbone.height, backbone.width, vae, transformer_config
     )
     physics = branch_config(config.physics, latents, load_taxonomy(config.taxonomy).names)
+    t, h, w = family.token_grid(latents, transformer_config)
+    sizes = sharing_sizes(config, transformer_config, [t * h * w])
     with torch.device("meta"):
         transformer = family.classes().prophy_transformer.from_config(
             {**transformer_config, "physics": physics.model_dump(mode="json")}
@@ -189,12 +234,11 @@ def make_plan(config: Config) -> Plan:
     shape = (family.latent_channels(transformer.config), *latents)
     text = family.text(transformer.config, backbone.max_sequence_length)
     text |= family.image(transformer.config, latents)
-    t, h, w = family.token_grid(latents, transformer_config)
     timestep = (t * h * w,) if family.images(pipeline_config, transformer_config) == "first_latent" else ()
     work = (transformer, train.micro_batch_size, shape, text, timestep)
     routing_flops = 0
     if transformer.physics_branch.refinement is not None and train.gradient_accumulation_steps > 1:
-        ahead = (train.gradient_accumulation_steps - 1) * train.num_workers
+        ahead = (train.gradient_accumulation_steps - 1) * train.data_parallel_size
         routing_flops = count_forward_flops(*work, method="route") * ahead
     size = _size(transformer, getattr(torch, backbone.dtype))
     kept = count_saved_bytes(*work)
@@ -202,10 +246,12 @@ def make_plan(config: Config) -> Plan:
     # Autocast keeps a copy of each trained weight until the forward pass ends, or is saved for the backward.
     copies = size.trained * (0 if train.precision == "fp32" else torch.bfloat16.itemsize)
     checkpointed = _checkpointed(transformer, saved, t * h * w, train)
-    micro_batches = train.gradient_accumulation_steps * train.num_workers
+    micro_batches = train.gradient_accumulation_steps * train.data_parallel_size
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     num_physical = len(transformer.physics_branch.blocks)
     blocks = transformer.config.num_layers + num_physical
+    attended = t * h * w + (backbone.max_sequence_length if family.has_text_stream else 0)
+    item = 4 if train.precision == "fp32" else 2
     recomputed = count_forward_flops(*work)
     if train.keep_attention:  # scores, and the sums of values
         recomputed -= blocks * 4 * train.micro_batch_size * (t * h * w) ** 2 * width
@@ -217,7 +263,10 @@ def make_plan(config: Config) -> Plan:
         flops=count_flops(*work) * micro_batches + routing_flops,
         routing_flops=routing_flops,
         recomputed_flops=recomputed * micro_batches,
-        activations={False: saved + copies, True: checkpointed + copies},
+        token_bytes={False: saved, True: checkpointed},
+        copies=copies,
+        block_tokens=blocks * train.micro_batch_size * attended * width * item,
+        sharing_sizes=sizes,
         footprint=footprint(
             backbone,
             vae,

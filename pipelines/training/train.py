@@ -54,9 +54,10 @@ def run(config: Config) -> Path:
         Folder of the trained branch.
 
     Raises:
-        ProPhyError: no cache, or one that does not fit; what the run goes on from has another taxonomy; the
-            run folder belongs to another run, another process trains in it, or it cannot be written to; a
-            tracker is not installed; or a loss is not finite.
+        ProPhyError: no cache, or one that does not fit; workers cannot share its clips as
+            `train.sequence_parallel` says; what the run goes on from has another taxonomy; the run folder
+            belongs to another run, another process trains in it, or it cannot be written to; a tracker is not
+            installed; or a loss is not finite.
     """
     check_trackers(config)
     if newest_run(config.checkpoints) is None:  # a run that goes on was let in, and its hub may have moved on
@@ -71,8 +72,9 @@ def run(config: Config) -> Path:
     compare_samples(pinned, cache)
     compare_schedule(pinned)
     # Loads torch, for seconds: after all that can be refused without it.
-    from pipelines.training.data import build_dataset
+    from pipelines.training.data import build_dataset, check_sharing
 
+    check_sharing(pinned)
     _ = build_dataset(pinned, cache, rank=0)[0]
     places = RunFolder(open_run(config, "train"))
     root = places.training

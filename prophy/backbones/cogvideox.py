@@ -78,6 +78,7 @@ FAMILY = Family(
     classes=_classes,
     float32_vae=False,
     guides_in_one_pass=True,
+    has_text_stream=True,
     unfit=_unfit,
     images=_images,
     image=_image,

@@ -112,6 +112,7 @@ class Family:
         encoders: components of the pipeline that latents and text are made by.
         float32_vae: whether the VAE is float32 whatever the rest is, as upstream wants it for Wan.
         guides_in_one_pass: whether a pass has a video and its unguided twin; else each has one of its own.
+        has_text_stream: whether text tokens go through the blocks as the video's do; else these read them.
         published_text_encoder: parameters of the published pipelines' text encoder.
         supports_sea: whether its pipeline tells SeaCache the noise level of each step.
         published: models by hub id: `prophy plan` then needs no network.
@@ -131,6 +132,7 @@ class Family:
     encoders: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     float32_vae: bool = True
     guides_in_one_pass: bool = False
+    has_text_stream: bool = False
     supports_sea: bool = False
     published: Mapping[str, Published] = field(default_factory=dict)
     published_text_encoder: int = 0
@@ -229,6 +231,19 @@ class Family:
             )
         t, h, w = (length // patch for length, patch in zip(latent_shape, patch_size, strict=True))
         return t, h, w
+
+    def unshareable(
+        self, num_processes: int, num_tokens: int, text_length: int, transformer_config: ModelConfig
+    ) -> str | None:
+        """Why so many processes cannot share a sample, as a sentence goes on after them; None if they can."""
+        for number, what in (
+            (transformer_config["num_attention_heads"], "attention heads"),
+            (num_tokens, "tokens of a clip"),
+            (text_length if self.has_text_stream else 0, "tokens of text (backbone.max_sequence_length)"),
+        ):
+            if number % num_processes:
+                return f"cannot share out {number} {what}"
+        return None
 
     def shape_multiples(self, vae_config: ModelConfig, transformer_config: ModelConfig) -> Shape:
         """What the (frames after the first, height, width) of a video must be multiples of."""

@@ -10,6 +10,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
+    _AttentionBackendRegistry,
     _check_attention_backend_requirements,
     _maybe_download_kernel_for_backend,
     dispatch_attention_fn,
@@ -91,7 +92,16 @@ class CogVideoXAttnProcessor:
         return attended[:, length:], attended[:, :length]
 
 
-def check_attention(backend: str, device: torch.device, dtype: torch.dtype, *, trains: bool) -> None:
+def dispatch_attention(transformer: ModelMixin) -> None:
+    """Gives a family whose attention is PyTorch's alone one that another kernel, or processes, may do."""
+    for module in transformer.modules():
+        if isinstance(getattr(module, "processor", None), CogVideoXAttnProcessor2_0):
+            module.set_processor(CogVideoXAttnProcessor())
+
+
+def check_attention(
+    backend: str, device: torch.device, dtype: torch.dtype, *, trains: bool, shares: bool = False
+) -> None:
     """Whether attention can be computed by `backend` here; fetches a kernel that comes from the hub.
 
     Args:
@@ -99,20 +109,25 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, *, t
         device: where it runs.
         dtype: precision that it computes in.
         trains: whether it needs gradients.
+        shares: whether several processes share a sample.
 
     Raises:
         ProPhyError: its package is not installed or cannot be fetched, it does not run on this device or in
-            this precision, or it has no backward pass.
+            this precision, it has no backward pass, or processes cannot share what it computes.
     """
-    if reason := _why_not(backend, device, dtype, trains):
+    if reason := _why_not(backend, device, dtype, trains, shares):
         raise ProPhyError(
             f"backbone.attention {backend!r} {reason}; set it to 'native', which runs everywhere"
         )
 
 
-def _why_not(backend: str, device: torch.device, dtype: torch.dtype, trains: bool) -> str | None:
+def _why_not(
+    backend: str, device: torch.device, dtype: torch.dtype, trains: bool, shares: bool
+) -> str | None:
     if trains and backend in _WITHOUT_BACKWARD:
         return "has no backward pass, so that nothing can be trained with it"
+    if shares and not _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(backend)):
+        return "cannot be shared by several GPUs, as diffusers has it"
     if backend in _CAPABILITY:
         major, minor = _CAPABILITY[backend]
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (major, minor):
@@ -137,9 +152,7 @@ def set_attention(transformer: ModelMixin, backend: str) -> None:
     Raises:
         ProPhyError: the family computes its attention itself, and knows no kernels.
     """
-    for module in transformer.modules():
-        if isinstance(getattr(module, "processor", None), CogVideoXAttnProcessor2_0):
-            module.set_processor(CogVideoXAttnProcessor())
+    dispatch_attention(transformer)
     for name, module in transformer.named_modules():
         if name.endswith((".norm_q", ".norm_k")) and not module._forward_hooks:
             module.register_forward_hook(_in_the_precision_of_its_input)

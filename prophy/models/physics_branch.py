@@ -102,6 +102,7 @@ class PhysicsBranch(nn.Module):
                 hidden_dim, config.num_refinement_experts, config.top_k, len(config.phenomena)
             )
             self.refinement_injection = ZeroLinear(hidden_dim, hidden_dim)
+        self.all_tokens = nn.Identity()  # diffusers gathers here where several processes share a sample
         self.gradient_checkpointing = (
             False  # diffusers switches it on, and sets `_gradient_checkpointing_func`
         )
@@ -151,7 +152,8 @@ class PhysicsBranch(nn.Module):
         """What the refinement experts inject `[B, N, D]` for tokens of that shape; completes `routing`."""
         assert self.refinement is not None and self.refinement_injection is not None
         refined, logits, maps = self.refinement(hidden_states, invert=control.invert_refinement)
-        routing["refinement_logits"], routing["phenomenon_maps"] = logits, maps
+        routing["refinement_logits"] = self.all_tokens(logits)
+        routing["phenomenon_maps"] = self.all_tokens(maps)
         refinement = self.refinement_injection(refined)
         if control.strength:
             refinement = (refinement * control.token_gain(maps, self.phenomena)).to(refinement.dtype)

@@ -4,17 +4,22 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NoReturn, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import ContextParallelConfig, ModelMixin, ParallelConfig
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.utils import BaseOutput
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from prophy.device import default_device
 from prophy.errors import ProPhyError
+from prophy.models.acceleration import dispatch_attention
 from prophy.models.control import PhysicsControl, RoutingOutput
 from prophy.models.physics_branch import PhysicsBranch, Residual
 from prophy.models.physics_config import BranchConfig
@@ -46,7 +51,8 @@ class PhysicsTransformer(ModelMixin):
     `predict`, `_embed_inputs`, `_embed_patches`. Its `__init__` takes `physics`, `lora_rank` and `lora_alpha`
     (None without an adapter), and ends with `self._add_branch()`. The configuration has `in_channels`, and
     `num_attention_heads` times `attention_head_dim` is the width of a token. Routers are float32, whatever
-    the precision of the rest: `_keep_in_fp32_modules` names "router".
+    the precision of the rest: `_keep_in_fp32_modules` names "router". Where processes may share a sample,
+    what a block takes of each token went through `_own`, and `proj_out` gives the prediction of a token.
 
     Attributes:
         semantic_text: name of the tensor, of those that a text is encoded to, that the semantic experts read:
@@ -63,16 +69,87 @@ class PhysicsTransformer(ModelMixin):
     _injected_block: ClassVar[type[nn.Module]]
     _text_dim: ClassVar[str]
     _skip_layerwise_casting_patterns: Sequence[str] | None  # diffusers'
+    # diffusers': what is split among processes that share a sample, and what is put together again. The two
+    # that are named for it are modules that do nothing else, and so are met wherever the branch is run from.
+    _cp_plan: ClassVar = {
+        "own_tokens": {"input": ContextParallelInput(split_dim=-2)},
+        "physics_branch.all_tokens": ContextParallelOutput(gather_dim=1),
+        "proj_out": ContextParallelOutput(gather_dim=1),
+    }
 
-    def enable_parallelism(self, **_: Any) -> NoReturn:
-        """Refuses: the backbones' plans split their own tokens, and leave those of the branch whole.
+    def enable_parallelism(self, *, config: ContextParallelConfig) -> None:
+        """Has several processes make each sample together: every one computes a share of its tokens.
+
+        Each is called with the same, whole inputs, and gets the same, whole outputs. In attention they
+        exchange tokens for heads (Ulysses). Each process has the gradients that its tokens give: their sum is
+        the sample's.
+
+        Args:
+            config: its `ulysses_degree` is the number of processes; its `mesh`, where the default group has
+                more than these, has the dimensions "ring", of size 1, and "ulysses".
 
         Raises:
-            NotImplementedError: always.
+            ProPhyError: another kind of parallelism, a number of processes that does not divide the attention
+                heads, no group of processes, a family whose attention is its own, or a step cache, about
+                which processes that see other tokens would disagree.
         """
-        raise NotImplementedError(
-            "a transformer with a Physical Branch runs on one device; load one per device"
+        if not isinstance(config, ContextParallelConfig) or config.ring_degree > 1 or config.ulysses_anything:
+            raise ProPhyError(
+                "a transformer with a Physical Branch is parallel in one way alone: give enable_parallelism "
+                "a ContextParallelConfig with nothing but ulysses_degree and mesh"
+            )
+        heads = self.config.num_attention_heads
+        if heads % config.ulysses_degree:
+            raise ProPhyError(
+                f"{config.ulysses_degree} processes cannot share out {heads} attention heads; set "
+                f"ulysses_degree to a divisor of {heads}"
+            )
+        if not dist.is_initialized():
+            raise ProPhyError(
+                "a sample is shared by processes, and this is one alone; start them with torchrun, and call "
+                "torch.distributed.init_process_group() first"
+            )
+        if self.is_cache_enabled:
+            raise ProPhyError(
+                "processes that share a sample would skip other steps each; call disable_cache() first"
+            )
+        dispatch_attention(self)
+        processors = [module.processor for module in self.modules() if hasattr(module, "processor")]
+        if deaf := [one for one in processors if not hasattr(one, "_parallel_config")]:
+            raise ProPhyError(
+                f"the attention of {type(self).__name__}, {type(deaf[0]).__name__}, sees the tokens of one "
+                f"process alone; make each sample in one process"
+            )
+        super().enable_parallelism(config=config)
+
+    def enable_cache(self, config: Any) -> None:
+        """As upstream's.
+
+        Raises:
+            ProPhyError: several processes share a sample.
+        """
+        if self.processes_per_sample > 1:
+            raise ProPhyError(
+                "processes that share a sample would skip other steps each; leave the step cache out, or "
+                "make each video in one process"
+            )
+        super().enable_cache(config)
+
+    @property
+    def processes_per_sample(self) -> int:
+        """How many processes share the tokens of a sample: 1 until `enable_parallelism`."""
+        parallel = self._parallel_config
+        return 1 if parallel is None else parallel.context_parallel_config.ulysses_degree
+
+    def _resolve_parallel_config(self, config: ContextParallelConfig) -> ParallelConfig:
+        """As upstream's, which counts the devices of a host without a GPU as none, and divides by them."""
+        parallel, device = ParallelConfig(context_parallel_config=config), default_device()
+        mesh = config.mesh or init_device_mesh(
+            device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names
         )
+        parallel.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+        self._parallel_config = parallel
+        return parallel
 
     @classmethod
     def from_transformer(cls, backbone: ModelMixin, physics: Mapping[str, Any]) -> Self:
@@ -197,7 +274,22 @@ class PhysicsTransformer(ModelMixin):
         """
         missing = self.config.in_channels - mixture.shape[1]  # of an image, which the mixture leaves alone
         enlarged = F.pad(_ENLARGED * mixture.to(self.dtype), (0, 0) * 3 + (0, missing))
-        return (self._embed_patches(enlarged) - self._embed_patches(torch.zeros_like(enlarged))) / _ENLARGED
+        mixture = self._embed_patches(enlarged) - self._embed_patches(torch.zeros_like(enlarged))
+        return self._own(mixture / _ENLARGED)
+
+    def _own(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This process's share of what there is of each token, `[..., N, D]`: all where it shares none.
+
+        Raises:
+            ProPhyError: the tokens cannot be shared out evenly.
+        """
+        num_tokens = tokens.shape[-2]
+        if num_tokens % self.processes_per_sample:
+            raise ProPhyError(
+                f"{self.processes_per_sample} processes cannot share out {num_tokens} tokens; take another "
+                f"number of them, or another size, length or maximum of text tokens"
+            )
+        return self.own_tokens(tokens)
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """`[B, C, T, H, W]` -> tokens `[B, N, D]`."""
@@ -208,6 +300,7 @@ class PhysicsTransformer(ModelMixin):
 
     def _add_branch(self) -> None:
         self.physics = BranchConfig.read(self.config.physics)
+        self.own_tokens = nn.Identity()
         layers, blocks = self.physics.physics_layers, getattr(self, self._block_list)
         if layers[-1] >= len(blocks):
             raise ProPhyError(
@@ -254,7 +347,7 @@ class PhysicsTransformer(ModelMixin):
         branch runs.
 
         Args:
-            tokens: embedded latents `[B, N, D]`.
+            tokens: embedded latents `[B, N, D]`, this process's share.
             text: embedded text `[B, L, D]`.
             encoder_hidden_states: the text that the semantic experts read, `[B, L, text_dim]`.
             latent_shape: (T, H, W).

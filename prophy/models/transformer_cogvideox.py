@@ -177,8 +177,9 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
 
         # 1. Embeddings and conditions, shared by backbone and branch
         latent_shape = torch.Size((num_frames, height, width))
-        hidden_states, text, temb = self._embed(hidden_states, timestep, encoder_hidden_states, ofs)
-        conditions = (temb, image_rotary_emb)
+        hidden_states, text, conditions = self._embed(
+            hidden_states, timestep, encoder_hidden_states, ofs, image_rotary_emb
+        )
 
         # 2. Physical Branch
         residuals, routing = self._run_branch(
@@ -204,7 +205,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
                 hidden_states, text = block(hidden_states, text, *conditions, *injected)
 
         # 4. Output norm, projection and unpatchify
-        hidden_states = self.norm_out(self.norm_final(hidden_states), temb=temb)
+        hidden_states = self.norm_out(self.norm_final(hidden_states), temb=conditions[0])
         hidden_states = self.proj_out(hidden_states).reshape(batch_size, *token_grid, -1, p_t, p, p)
         # [B, T', H', W', C, p_t, p, p] -> [B, T', p_t, C, H', p, W', p]
         sample = hidden_states.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
@@ -277,24 +278,28 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         ofs: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents `[B, T, C, H, W]`, time, text -> tokens `[B, N, D]`, text `[B, L, D]`, time `[B, D_t]`."""
+        rotary: Rotary | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, Rotary | None]]:
+        """Tokens `[B, N, D]` of latents `[B, T, C, H, W]`, and of text `[B, L, D]`: this process's of both.
+
+        And what a block takes after these: embedded time `[B, D_t]`, and the positions of the tokens.
+        """
         temb = self.time_embedding(self.time_proj(timestep).to(latents.dtype))
         if self.ofs_embedding is not None:
             temb = temb + self.ofs_embedding(self.ofs_proj(ofs).to(latents.dtype))
         embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, latents))
         text_length = encoder_hidden_states.shape[1]
-        return embedded[:, text_length:], embedded[:, :text_length], temb
+        tokens, text = self._own(embedded[:, text_length:]), self._own(embedded[:, :text_length])
+        return tokens, text, (temb, rotary and (self._own(rotary[0]), self._own(rotary[1])))
 
     def _embed_inputs(
         self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """See the base class."""
         hidden_states = self._beside_image(latents, text.get("image_latents")).transpose(1, 2)
-        tokens, embedded_text, temb = self._embed(
-            hidden_states, timestep, text["prompt_embeds"], self._ofs(latents)
+        return self._embed(
+            hidden_states, timestep, text["prompt_embeds"], self._ofs(latents), self._rotary(latents)
         )
-        return tokens, embedded_text, (temb, self._rotary(latents))
 
     def _beside_image(self, latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
         """Noisy latents `[B, C, T, H, W]`, and the channels of an image: its latents in the first frame."""

@@ -61,6 +61,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     _no_split_modules: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", "PhysicalBlock"]
     _keep_in_fp32_modules: ClassVar = [*WanTransformer3DModel._keep_in_fp32_modules, "router"]
     _repeated_blocks: ClassVar = ["WanTransformerBlock", "InjectedWanTransformerBlock", *EXPERT_BLOCKS]
+    _cp_plan: ClassVar = PhysicsTransformer._cp_plan | {"rope": WanTransformer3DModel._cp_plan["rope"]}
     semantic_text = "prompt_embeds"
     _block_list = "blocks"
     _block = WanTransformerBlock
@@ -220,9 +221,11 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[object, ...]]:
         """Embedded time `[B, D]`, tokens `[B, N, D]`, text `[B, L, D]`; what a block takes after these.
 
-        Where each token has a timestep of its own, embedded time is `[B, N, D]`. An image's tokens, if the
-        model reads any, stand before the text's.
+        Of the tokens, this process's. Where each has a timestep of its own, embedded time is `[B, N, D]`. An
+        image's tokens, if the model reads any, stand before the text's.
         """
+        if timestep.ndim == 2:
+            timestep = self._own(timestep[..., None])[..., 0]
         temb, timestep_proj, text, image = self.condition_embedder(
             timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, _tokens_of(timestep)
         )
@@ -230,7 +233,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
             text = torch.cat([image, text], dim=1)
         return (
             temb,
-            self._embed_patches(latents),
+            self._own(self._embed_patches(latents)),
             text,
             (timestep_proj.unflatten(-1, (6, -1)), self.rope(latents)),
         )

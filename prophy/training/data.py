@@ -161,8 +161,8 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         plan: which samples make up a step.
         clip_shapes: every shape of clip that may occur.
         micro_batch_size: samples in a micro-batch; times `world_size` it divides the plan's batch.
-        rank: this worker's.
-        world_size: number of workers.
+        rank: this worker's, among those that have samples of their own.
+        world_size: number of these.
         recipe: how maps become targets (`prophy.priors.grounding.RECIPES`).
         negatives: what cells without the phenomenon say (`make_targets`).
         caption_dropout: share of captions that are replaced by the empty prompt.

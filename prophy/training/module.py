@@ -1,7 +1,8 @@
 """From a batch to a loss: noise, forward, and the four losses of Eq. 6. Trains in bare torch too.
 
 It knows no engine; only that gradients are averaged over the ranks of torch.distributed and over the
-micro-steps of an accumulation.
+micro-steps of an accumulation. Ranks that share their samples (`enable_parallelism` of the transformer) are
+successive ones, and have the same batches; each has the gradients that its tokens give.
 """
 
 from collections.abc import Iterable, Mapping
@@ -124,10 +125,12 @@ class ProPhyTrainModule(nn.Module):
         Args:
             batch: the micro-batch.
             semantic: all captions of this rank's accumulation step, as many on every rank; given at one of
-                its micro-steps (the last). Its loss is over the pairs of all ranks.
+                its micro-steps (the last). Its loss is over the pairs of all ranks' samples.
             expert_load: that of the output of the first micro-step; None at the first.
             later: the micro-batches after the first, as many on every rank; given at the first.
         """
+        shares = self.transformer.processes_per_sample
+
         # 1. What the later micro-batches choose
         branch = self.transformer.physics_branch
         ahead = [self._choices(other) for other in later] if branch.refinement is not None else []
@@ -160,11 +163,12 @@ class ProPhyTrainModule(nn.Module):
             log_weights = logits.detach().log_softmax(dim=-1)
             terms["router_entropy"] = -(log_weights.exp() * log_weights).sum(dim=-1).mean()
             terms["expert_load"] = expert_load
+        loss = shares * loss  # the gradients of ranks that share a sample add up to the sample's
         if branch.semantic is not None and semantic is not None:
-            # Over the captions of all ranks; only this rank's rows carry gradient.
+            # Over the captions of all ranks; only this rank's rows carry gradient, all of it.
             captions = semantic.text[self.transformer.semantic_text].to(noisy.dtype)
-            weights = _gather(branch.semantic.router(captions))
-            labels = _gather(semantic.phenomena)
+            weights = _gather(branch.semantic.router(captions), shares)
+            labels = _gather(semantic.phenomena, shares)
             alignment = semantic_alignment_loss(weights, labels, self.reduction)
             loss = loss + self._undo_averaging() * self.loss_weights.semantic_alignment * alignment
             has_pairs = labels.any(dim=1).sum() > 1
@@ -204,9 +208,9 @@ class ProPhyTrainModule(nn.Module):
         return load_of(logits, self.transformer.physics.top_k)
 
     def _undo_averaging(self) -> int:
-        """Each rank's share of the gradient shall be summed, not averaged, over ranks and micro-steps."""
+        """What each sample adds to the gradient shall be summed, not averaged, over ranks and micro-steps."""
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return num_ranks * self.gradient_accumulation_steps
+        return num_ranks // self.transformer.processes_per_sample * self.gradient_accumulation_steps
 
 
 def _where(condition: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -221,11 +225,12 @@ def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value / dist.get_world_size()
 
 
-def _gather(own: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks, in the order of the ranks; only this rank's carry gradient."""
+def _gather(own: torch.Tensor, shares: int) -> torch.Tensor:
+    """Rows of all ranks, in their order, once where `shares` have the same; this rank's carry gradient."""
     if not dist.is_initialized():
         return own
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own.detach().contiguous())
-    rows[dist.get_rank()] = own
+    rows = rows[::shares]
+    rows[dist.get_rank() // shares] = own
     return torch.cat(rows)

@@ -142,9 +142,9 @@ def training(preset: str, layers: dict[str, Any] | None = None) -> Iterator[Row]
     overrides = ["train.num_workers=1", "train.global_batch_size=1"]
     config = load_config(preset if GPU else "tiny", overrides + ([] if GPU else ["train.micro_batch_size=1"]))
     family, clip = FAMILIES[config.backbone.family], config.backbone
-    published = dict(family.published[clip.pretrained]) if GPU else TINY["wan"]
-    settings = published | (layers or {} if GPU else {})
-    time_factor, space = family.vae_factors(family.published_vae)
+    published = family.published["Wan-AI/Wan2.1-T2V-1.3B-Diffusers" if not GPU else clip.pretrained]
+    settings = dict(published.transformer) | (layers or {}) if GPU else TINY["wan"]
+    time_factor, space = family.vae_factors(published.vae)
     latents = (
         16,
         (clip.num_frames - 1) // time_factor + 1,
@@ -214,11 +214,12 @@ def vaes() -> Iterator[Row]:
     shapes = {"wan": (81, 480, 832), "cogvideox": (49, 480, 720)} if GPU else dict.fromkeys(TINY, (9, 32, 32))
     for name, shape in shapes.items():
         family = FAMILIES[name]
+        settings = next(iter(family.published.values())).vae
         torch.manual_seed(0)
         with DEVICE:
-            vae: Any = family.classes().vae.from_config(dict(family.published_vae)).eval()
+            vae: Any = family.classes().vae.from_config(dict(settings)).eval()
         video = torch.rand(1, 3, *shape, device=DEVICE) * 2 - 1
-        cost = vae_cost(family, family.published_vae, shape, 4)
+        cost = vae_cost(family, settings, shape, 4)
         with torch.no_grad():
             latents = vae.encode(video).latent_dist.mode()
             for what, planned in (("encode", cost.encode), ("decode", cost.decode)):

@@ -201,4 +201,6 @@ def test_a_family_that_takes_neither_is_refused() -> None:
 def test_a_kernel_that_does_not_run_here_is_refused_by_name(backend: str, trains: bool, reason: str) -> None:
     with pytest.raises(ProPhyError, match=f"backbone.attention '{backend}' {reason}.*set it to 'native'"):
         check_attention(backend, CPU, torch.bfloat16, trains=trains)
-    check_attention("native", CPU, torch.float32, trains=True)
+    check_attention("native", CPU, torch.float32, trains=True, shares=True)
+    with pytest.raises(ProPhyError, match="cannot be shared by several GPUs"):
+        check_attention("_flash_3", CPU, torch.bfloat16, trains=True, shares=True)

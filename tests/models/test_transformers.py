@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ContextParallelConfig, FirstBlockCacheConfig, ModelMixin, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, ModelMixin, TaylorSeerCacheConfig
 
 from prophy.errors import ProPhyError
 from prophy.models.control import PhysicsControl, PhysicsTrace
@@ -307,11 +307,6 @@ def test_one_form_of_prediction_for_all_families(awakened: PhysicsTransformer, i
 def test_too_many_layers_are_refused(family: str, backbone: ModelMixin) -> None:
     with pytest.raises(ProPhyError, match="3 blocks"):
         BACKBONES[family][1].from_transformer(backbone, PHYSICS | {"physics_layers": (0, 3)})
-
-
-def test_several_devices_for_one_video_are_refused(awakened: PhysicsTransformer) -> None:
-    with pytest.raises(NotImplementedError, match="runs on one device"):
-        awakened.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
 
 
 def test_blocks_compile_without_a_break(awakened: PhysicsTransformer, inputs: Inputs) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from torch.utils.data import Dataset
 
-from pipelines.training.data import read_ahead
+from pipelines.training.data import check_sharing, read_ahead
 from prophy.errors import ProPhyError
 from prophy.schema import DamagedFileError, MissingFileError
+from tests.conftest import tiny_config
 
 
 class Spoilt(Dataset[Any]):
@@ -38,3 +39,14 @@ def test_a_mistake_comes_out_of_the_process_that_reads_as_one_sentence(error: Pr
     with pytest.raises(type(error)) as caught:
         next(steps)
     assert str(caught.value) == str(error)
+
+
+def test_numbers_that_workers_cannot_share_are_refused_by_one_sentence(tmp_path: Path) -> None:
+    def check(*overrides: str) -> None:
+        check_sharing(tiny_config(tmp_path, *(f"train.{override}" for override in overrides)))
+
+    check("num_workers=2", "sequence_parallel=2")
+    with pytest.raises(ProPhyError, match=r"train.sequence_parallel is 5, .* set it to 1"):
+        check("num_workers=5", "sequence_parallel=5", "global_batch_size=8", "micro_batch_size=8")
+    with pytest.raises(ProPhyError, match=r"sequence_parallel \(2\) must divide num_workers \(1\)"):
+        check("num_workers=1", "sequence_parallel=2")

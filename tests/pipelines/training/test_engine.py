@@ -3,17 +3,15 @@
 And the gradients of all losses, the global ones too, are those of one process with the joint batch.
 """
 
-import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from torch import multiprocessing, nn
+from torch import nn
 
 from pipelines.config import LossWeights, TrainConfig
 from pipelines.training.checkpoint import Checkpoint, latest
@@ -24,6 +22,7 @@ from prophy.models.weights import fill
 from prophy.training.data import SemanticBatch, TrainBatch
 from prophy.training.module import ProPhyTrainModule
 from prophy.training.objectives import FlowMatching
+from tests.ranks import Result, on_ranks
 from tests.wisa import PHENOMENA
 
 pytestmark = pytest.mark.processes
@@ -39,28 +38,6 @@ SHORT = 6  # steps of a loss curve
 Reduction = Literal["mean", "sum"]
 REDUCTIONS: dict[int, Reduction] = {0: "sum", 1: "mean", 2: "sum", 3: "mean"}
 GLOBAL = ("diffusion", "token_alignment", "load_balancing", "expert_load")
-Result = dict[Any, Any]
-
-
-def on_ranks(world_size: int, function: Callable[[int, Path], Result], folder: Path) -> Result:
-    """Runs `function(rank, folder)` on the processes of one group; what rank 0 returns."""
-    multiprocessing.spawn(rank_main, (world_size, function, folder), nprocs=world_size)
-    return torch.load(folder / "result.pt")
-
-
-def rank_main(rank: int, world_size: int, function: Callable[[int, Path], Result], folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    torch.set_num_threads(1)
-    # The ranks meet in a file: a port that was free may be taken by the time they listen. DeepSpeed looks for
-    # MPI where these are not set, although the group is there.
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    meeting = f"file://{folder / 'meeting'}"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
-    result = function(rank, folder)
-    if rank == 0:
-        torch.save(result, folder / "result.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # the work is done: at a usual exit gloo's threads now and then abort the process
 
 
 def train_config(zero_stage: int, **values: Any) -> TrainConfig:

@@ -9,6 +9,7 @@ from pipelines.cli import app
 from pipelines.config import load_config
 from pipelines.training.plan import Plan, Way, make_plan
 from pipelines.training.states import ModelSize, model_states
+from prophy.backbones.families import FAMILIES
 from prophy.errors import ProPhyError
 
 NUM_PARAMETERS, GPUS = 1_600_000_000, 8
@@ -106,6 +107,28 @@ def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
     assert wan_14b.total(Way(2, "none", True)) > 0.9 * 80e9 > wan_14b.total(Way(3, "none", True))
     assert wan_14b.advice(80e9) == Way(3, "none", gradient_checkpointing=True)
     assert wan_14b.advice(1e9) is None
+
+
+def test_gpus_share_samples_where_nothing_fits_alone(wan_14b: Plan) -> None:
+    """Before anything goes to the host. 40 heads and 32,760 tokens make 2, 4 and 8 of 8 GPUs."""
+    assert wan_14b.sharing_sizes == [1, 2, 4, 8]
+    way = wan_14b.advice(48e9)
+    assert way == Way(3, "none", gradient_checkpointing=True, sequence_parallel=2)
+    assert "--set train.sequence_parallel=2" in way.overrides
+    halved = wan_14b.total(Way(3, "none", True)) - wan_14b.total(way)
+    assert halved == pytest.approx((wan_14b.activations[True] - 2 * wan_14b.size.trained) / 2)
+    # Queries, keys, values and output of 49 blocks, thrice: half of each half goes, in 8 micro-batches.
+    assert wan_14b.exchanged(way) == 49 * 32760 * 5120 * 2 * 4 * 3 * 8 // 4
+    with pytest.raises(ProPhyError, match="so many workers cannot share out 40 attention heads; set it to 1"):
+        make_plan(load_config("wan2.1-14b", ["train.num_workers=3", "train.sequence_parallel=3"]))
+
+
+def test_text_that_goes_through_the_blocks_is_shared_out_too() -> None:
+    family = FAMILIES["cogvideox"]
+    config = {"num_attention_heads": 48}
+    assert family.unshareable(2, 17550, 226, config) is None
+    assert "226 tokens of text" in str(family.unshareable(4, 17552, 226, config))
+    assert "17550 tokens of a clip" in str(family.unshareable(4, 17550, 224, config))
 
 
 def test_command_prints_a_table() -> None:
