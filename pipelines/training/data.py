@@ -108,9 +108,15 @@ def check_sharing(config: Config) -> None:
     """Checks that `train.sequence_parallel` workers can share every clip of a run.
 
     Raises:
-        ProPhyError: as `sharing_sizes`.
+        ProPhyError: as `sharing_sizes`; or blocks shall be compiled, and torch.compile cannot trace the
+            backward pass of diffusers' attention among processes.
     """
-    backbone = config.backbone
+    backbone, number = config.backbone, config.train.sequence_parallel
+    if number > 1 and backbone.compile != "none":
+        raise ProPhyError(
+            f"backbone.compile is {backbone.compile!r}, and attention that workers share "
+            f"(train.sequence_parallel, {number}) cannot be compiled; set one to 'none', or the other to 1"
+        )
     _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     sharing_sizes(config, transformer, [prod(shape.token_grid) for shape in clip_shapes(config)])
 

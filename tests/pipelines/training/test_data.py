@@ -43,10 +43,12 @@ def test_a_mistake_comes_out_of_the_process_that_reads_as_one_sentence(error: Pr
 
 def test_numbers_that_workers_cannot_share_are_refused_by_one_sentence(tmp_path: Path) -> None:
     def check(*overrides: str) -> None:
-        check_sharing(tiny_config(tmp_path, *(f"train.{override}" for override in overrides)))
+        check_sharing(tiny_config(tmp_path, *overrides))
 
-    check("num_workers=2", "sequence_parallel=2")
+    check("train.num_workers=2", "train.sequence_parallel=2")
+    with pytest.raises(ProPhyError, match="'regional', and attention that .* cannot be compiled; set one to"):
+        check("train.sequence_parallel=2", "backbone.compile=regional")
     with pytest.raises(ProPhyError, match=r"train.sequence_parallel is 5, .* set it to 1"):
-        check("num_workers=5", "sequence_parallel=5", "global_batch_size=8", "micro_batch_size=8")
+        check("train.num_workers=5", "train.sequence_parallel=5")
     with pytest.raises(ProPhyError, match=r"sequence_parallel \(2\) must divide num_workers \(1\)"):
-        check("num_workers=1", "sequence_parallel=2")
+        check("train.num_workers=1", "train.sequence_parallel=2")
