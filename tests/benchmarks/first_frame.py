@@ -26,7 +26,6 @@ from prophy.evaluation.motion import follow
 from prophy.evaluation.shapes import drawn
 from prophy.evaluation.statistics import Estimate, compare, estimate
 from prophy.generation.physics_pipeline import PhysicsPipeline
-from prophy.generation.pipeline_wan_i2v import ProPhyWanImageToVideoPipeline
 from prophy.pretraining.backbone import SAMPLING
 from prophy.pretraining.recipe import held_out_clips
 from prophy.pretraining.vae import reconstruct
@@ -69,12 +68,8 @@ def bodies(number: int) -> list[SimulatedClip]:
 
 
 def continued(pipeline: PhysicsPipeline, clips: Clips, seed: int) -> list[np.ndarray]:
-    """A video of each clip's first frame and caption, by the pipeline that Wan2.2-TI2V-5B has."""
-    from_image = ProPhyWanImageToVideoPipeline(
-        **pipeline.components,
-        expand_timesteps=True,
-        max_sequence_length=pipeline.config.max_sequence_length,
-    )
+    """A video of each clip's first frame and caption."""
+    from_image = pipeline.for_images()
     from_image.set_progress_bar_config(disable=True)
     first = np.stack([clip.frames[0] for clip in clips])
     with autocast(pipeline.device, "bfloat16"):
@@ -97,10 +92,10 @@ def kept(folder: Path, name: str, clips: Clips, make: Make) -> list[np.ndarray]:
     videos: list[np.ndarray] = []
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(clips), _TOGETHER):
-        path = folder / f"{name}-{start:03d}.npy"
+        batch = clips[start : start + _TOGETHER]
+        path = folder / f"{name}-{start:03d}-{len(batch)}.npy"
         if not path.exists():
-            made = make(clips[start : start + _TOGETHER], start)
-            np.save(path.with_suffix(".partial.npy"), np.stack(made))
+            np.save(path.with_suffix(".partial.npy"), np.stack(make(batch, start)))
             path.with_suffix(".partial.npy").rename(path)
         videos += list(np.load(path))
     return videos
@@ -165,7 +160,7 @@ def main() -> None:
         first = None
         for way in ways:
             values = measure(videos[name, way], sets[name])
-            means = np.nanmean(values, axis=1)
+            means = _mean(values)
             first = means if first is None else first
             both = np.isfinite(means) & np.isfinite(first)
             row = [_interval(estimate(column[np.isfinite(column)])) for column in (*values.T, means)]
@@ -181,7 +176,12 @@ def _off(videos: Sequence[np.ndarray], clips: Clips) -> np.ndarray:
     """Means of `distances` over each quarter, `[N, quarters]`; NaN where no frame shows the body."""
     found = distances(videos, clips)
     quarters = [found[:, start:end] for start, end in pairwise(QUARTERS)]
-    return np.stack([np.ma.masked_invalid(part).mean(axis=1).filled(np.nan) for part in quarters], 1)
+    return np.stack([_mean(part) for part in quarters], 1)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Means of the rows of `[N, M]` over what is finite; NaN where nothing is."""
+    return np.ma.masked_invalid(values).mean(axis=1).filled(np.nan)
 
 
 def _interval(value: Estimate | None) -> str:

@@ -102,14 +102,16 @@ def sizes(transformer: Any, clips: Sequence[SimulatedClip]) -> dict[str, list[fl
     found: dict[str, list[float]] = {}
     branch, refined = transformer.physics_branch, []
     branch.refinement_injection.register_forward_hook(lambda *args: refined.append(args[2].float().norm()))
-    for layer in transformer.physics.physics_layers:
+    layers = transformer.physics.physics_layers
+    for layer in layers:
         block = transformer.blocks[layer]
 
-        def measure(module: Any, inputs: Any, output: torch.Tensor, name: str = f"layer {layer}") -> None:
+        def measure(module: Any, inputs: Any, output: torch.Tensor, layer: int = layer) -> None:
             plain = module.run_block(*inputs[:4]).float()
-            found.setdefault(name, []).append(((output.float() - plain).norm() / plain.norm()).item())
-            if refined:
-                found.setdefault("refinement", []).append((refined.pop() / plain.norm()).item())
+            added = (output.float() - plain).norm() / plain.norm()
+            found.setdefault(f"layer {layer}", []).append(added.item())
+            if layer == layers[-1]:
+                found.setdefault("the refinement there", []).append((refined.pop() / plain.norm()).item())
 
         block.register_forward_hook(measure)
     predictions = Predictions(transformer, clips, LEVELS[-1])
