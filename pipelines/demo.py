@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
+from PIL import Image
 from pyarrow.dataset import dataset
 
 from pipelines.caching import cache
@@ -22,10 +22,9 @@ from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import RunFolder
 from pipelines.runtime import ray_session
 from pipelines.sandbox import simulate
-from pipelines.serving import serve
+from pipelines.serving import client, serve
 from pipelines.training import train
 from prophy import sandbox
-from prophy.errors import ProPhyError
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.schema import ROW_FILES, read_phenomena
 from prophy.taxonomy import load_taxonomy
@@ -73,10 +72,15 @@ def run(config: Config) -> Path:
             train.run(config)
         with watch.step("generate: offline, with Ray Data"):
             videos = generate.run(trained, list(PROMPTS))
-        with watch.step("serve: a video over HTTP"), serve.serving(trained) as url:
-            served = _request(url, PROMPTS[0], config.run_dir / "served.mp4")
+        first, image = sandbox.read_truth(manifest)[0], config.run_dir / "first_frame.png"
+        Image.fromarray(first.frames[0]).save(image)
+        served, continued = (config.run_dir / name for name in ("served.mp4", "continued.mp4"))
+        with watch.step("serve: videos over HTTP, of text and from an image"), serve.serving(trained) as url:
+            client.run(url, PROMPTS[0], served, ["seed=1"])
+            client.run(url, first.caption, continued, ["seed=1"], image=image)
     with watch.step("report"):
-        report = _report(trained, manifest, dict(zip(PROMPTS, videos, strict=True)), served, watch)
+        offline = dict(zip(PROMPTS, videos, strict=True))
+        report = _report(trained, manifest, offline, {PROMPTS[0]: served}, continued, watch)
     logger.info("the report is %s", report.resolve())
     logger.info(
         "make videos of your own on the page at http://127.0.0.1:8000: "
@@ -87,20 +91,14 @@ def run(config: Config) -> Path:
     return report
 
 
-def _request(url: str, prompt: str, path: Path) -> Path:
-    """Asks the endpoint for a video, waits until it is made, and downloads it to `path`."""
-    with httpx.Client(base_url=url, timeout=60) as client:
-        job = client.post("/v1/videos", json={"prompt": prompt, "seed": "1"}).raise_for_status().json()
-        while job["status"] not in ("completed", "failed"):
-            time.sleep(0.2)
-            job = client.get(f"/v1/videos/{job['id']}").raise_for_status().json()
-        if job["status"] == "failed":
-            raise ProPhyError(f"the server did not make the video: {job['error']['message']}")
-        path.write_bytes(client.get(f"/v1/videos/{job['id']}/content").raise_for_status().content)
-    return path
-
-
-def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Path, watch: Stopwatch) -> Path:
+def _report(
+    config: Config,
+    manifest: Path,
+    offline: dict[str, Path],
+    served: dict[str, Path],
+    continued: Path,
+    watch: Stopwatch,
+) -> Path:
     # Networks and plots: of no use until here.
     from pipelines.generation.sampler import VideoSampler
     from prophy.evaluation import sections
@@ -122,8 +120,15 @@ def _report(config: Config, manifest: Path, videos: dict[str, Path], served: Pat
             sections.priors_section(clips, [priors[str(clip.path)] for clip in clips], names),
             sections.training_section(metrics, CURVES),
             sections.routing_section(PROMPTS[0], frames, trace, named),
-            sections.videos_section("Generated offline", "prophy generate, with the trained branch.", videos),
-            sections.videos_section("Served", "POST /v1/videos, polled, downloaded.", {PROMPTS[0]: served}),
+            sections.videos_section(
+                "Generated offline", "prophy generate, with the trained branch.", offline
+            ),
+            sections.videos_section("Served", "POST /v1/videos, polled, downloaded.", served),
+            sections.videos_section(
+                "Served, from an image",
+                f"The first frame of a simulated clip, as input_reference: {clips[0].caption}.",
+                {"the simulator goes on": clips[0].path, "the model goes on": continued},
+            ),
         ],
     )
     return report
