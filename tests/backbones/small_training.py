@@ -1,8 +1,9 @@
-"""A few steps of training without Ray and DeepSpeed, and a checkpoint of them as one rank writes it."""
+"""A few steps of training without Ray and DeepSpeed, their checkpoint as one rank writes it, and videos."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -53,3 +54,8 @@ def save_checkpoint(config: Config, module: ProPhyTrainModule) -> None:
     shapes = {name: value.shape for name, value in trained.items()}
     with one_rank():
         save(config.checkpoints, 3, parts, shapes, run, num_to_keep=1)
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """But for rounding."""
+    return np.abs(one.astype(int) - other).max() <= 1

@@ -14,6 +14,7 @@ from pipelines.config import Config
 from pipelines.generation.limits import check_model, shape_limits
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import VideoSpec
+from pipelines.training import export
 from pipelines.training.data import build_dataset
 from pipelines.training.evaluation import held_out_losses
 from pipelines.training.plan import make_plan
@@ -23,7 +24,7 @@ from prophy.models.checkpoint import save_branch
 from prophy.training.cache import PriorCache
 from tests import cogvideox, wan
 from tests.backbones.small_cache import write_cache
-from tests.backbones.small_training import train, with_backbone
+from tests.backbones.small_training import alike, save_checkpoint, train, with_backbone
 from tests.conftest import tiny_config
 
 CAPTIONS = ("a red ball falls", "a candle burns", "ice", "smoke on the left")
@@ -131,7 +132,9 @@ def test_the_cache_holds_what_the_model_reads_of_the_first_frame(
 def test_what_was_trained_makes_videos_that_depend_on_the_image(
     kind: str, config: Config, cache: PriorCache, spec: VideoSpec, how: str
 ) -> None:
-    module, folder = train(with_backbone(config, how), cache), config.run_dir / how
+    folder = config.run_dir / how
+    config = with_backbone(config, how)
+    module = train(config, cache)
     save_branch(module.transformer, folder, pin_backbone(config))
     trained = config.model_copy(update={"checkpoint": folder})
     losses = held_out_losses(config, cache, folder)
@@ -155,6 +158,22 @@ def test_what_was_trained_makes_videos_that_depend_on_the_image(
             limits.check_image(False, of_text.step_cache)
         with pytest.raises(ProPhyError, match="of images alone; give one"):
             sampler.sample(of_text)
+
+
+@pytest.mark.parametrize("how", ["frozen", "lora", "full"])
+def test_a_complete_export_makes_what_the_trained_branch_makes(
+    kind: str, config: Config, cache: PriorCache, spec: VideoSpec, how: str, tmp_path: Path
+) -> None:
+    own = with_backbone(config, how).model_copy(update={"run_dir": tmp_path})
+    save_checkpoint(own, train(own, cache))
+    complete = export.run(own, tmp_path / "complete", None, complete=True)
+    backbone = own.backbone.model_copy(update={"pretrained": str(complete)})
+    frames = VideoSampler(own.model_copy(update={"backbone": backbone})).sample(spec, image=image(0))
+    if how == "full":  # it is all that holds the trained backbone
+        assert not alike(VideoSampler(own).sample(spec, image=image(0)), frames)
+    else:
+        trained = own.model_copy(update={"checkpoint": export.run(own, tmp_path / "branch", None, False)})
+        assert alike(VideoSampler(trained).sample(spec, image=image(0)), frames)
 
 
 def test_its_training_can_be_planned(config: Config) -> None:

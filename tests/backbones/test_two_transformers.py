@@ -33,7 +33,7 @@ from prophy.models.description import branches_in
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.training.cache import PriorCache
 from tests.backbones.small_cache import write_cache
-from tests.backbones.small_training import save_checkpoint, train, with_backbone
+from tests.backbones.small_training import alike, save_checkpoint, train, with_backbone
 from tests.conftest import tiny_config
 from tests.wan import MAX_SEQUENCE_LENGTH, write_a14b
 from tests.wisa import PHENOMENA
@@ -114,11 +114,6 @@ def trained(high: Config, low: Config, cache: PriorCache) -> dict[str, Path]:
 def sampler_of(config: Config, checkpoint: Path | None, **backbone: Any) -> VideoSampler:
     changed = config.backbone.model_copy(update=backbone)
     return VideoSampler(config.model_copy(update={"checkpoint": checkpoint, "backbone": changed}))
-
-
-def alike(one: np.ndarray, other: np.ndarray) -> bool:
-    """But for rounding."""
-    return np.abs(one.astype(int) - other).max() <= 1
 
 
 @pytest.mark.parametrize("upstream", [WanPipeline, WanImageToVideoPipeline])
