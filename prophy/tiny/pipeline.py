@@ -113,4 +113,6 @@ def write_pipeline(
         expand_timesteps=True,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
     )
+    # A rank of a training may be the first on its node to want it; transformers saves on rank 0 alone.
+    text_encoder.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[method-assign]
     pipeline.save_pretrained(folder)

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich import box
 from rich.console import Console
 from rich.table import Table as Printed
 
@@ -196,7 +197,7 @@ def main() -> None:
                 found.setdefault(name, []).append(results.get())
                 print(f"{size:,} clips, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     columns = [f"{unit}\n{size:,}" for size in sizes for unit in ("CPU s", "GB")]
-    printed = Printed("", *columns, "exponent", title="What grows with the clips")
+    printed = Printed("", *columns, "exponent", title="What grows with the clips", box=box.SIMPLE, padding=0)
     for name, values in found.items():
         cells = [cell for each in values for cell in _cells(each)]
         known = [(size, each[0]) for size, each in zip(sizes, values, strict=True) if each]

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from prophy.backbones.pretrained import fingerprint
@@ -21,6 +23,19 @@ def test_pipeline_is_the_same_on_every_machine(tmp_path: Path, monkeypatch: pyte
     again = pipeline_folder()
     assert again.parent == tmp_path
     assert fingerprint(str(again), None) == fingerprint(str(folder), None)
+
+
+def test_any_rank_may_be_the_first_to_want_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pipeline_folder()
+    monkeypatch.setenv("PROPHY_HOME", str(tmp_path))
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        built = pipeline_folder()
+    finally:
+        dist.destroy_process_group()
+    assert built.is_relative_to(tmp_path)
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*"))]
+    assert files == [path.relative_to(built) for path in sorted(built.rglob("*"))]
 
 
 def test_embedded_branch_belongs_to_the_embedded_pipeline() -> None:
