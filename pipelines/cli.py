@@ -333,7 +333,7 @@ def generate(
         check_picture(contact_sheet)
     videos = generate.run(resolved, texts, pictures)
     if contact_sheet is not None:
-        generate.write_contact_sheet(resolved, dict(zip(texts, videos, strict=True)), contact_sheet)
+        generate.write_contact_sheet(resolved, texts, videos, contact_sheet)
 
 
 def _read_lines(path: Path, what: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Videos on one picture: some frames of each in a row, rows under each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,12 +38,12 @@ def stacked(rows: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def film_sheet(videos: Mapping[str, np.ndarray], columns: int = 9, scale: int = 2) -> Image.Image:
+def film_sheet(videos: Iterable[tuple[str, np.ndarray]], columns: int = 9, scale: int = 2) -> Image.Image:
     """One row per video under its caption.
 
     Args:
-        videos: frames, uint8 `[T, H, W, 3]`, by caption.
+        videos: the caption of each, and its frames, uint8 `[T, H, W, 3]`.
         columns: how many frames of each are shown.
         scale: factor by which they are enlarged.
     """
-    return stacked([captioned(caption, evenly(frames, columns, scale)) for caption, frames in videos.items()])
+    return stacked([captioned(caption, evenly(frames, columns, scale)) for caption, frames in videos])

@@ -13,7 +13,10 @@ def test_a_row_begins_and_ends_with_the_video() -> None:
 
 
 def test_a_sheet_has_a_row_for_each_video_under_its_caption() -> None:
-    videos = {"white": np.full((5, 4, 40, 3), 255, np.uint8), "grey": np.full((3, 4, 60, 3), 99, np.uint8)}
+    videos = [
+        ("white", np.full((5, 4, 40, 3), 255, np.uint8)),
+        ("grey", np.full((3, 4, 60, 3), 99, np.uint8)),
+    ]
     sheet = np.asarray(film_sheet(videos, columns=2, scale=1))
     height = sheet.shape[0] // 2
     assert sheet.shape == (2 * height, 120, 3) and height > 4

@@ -67,6 +67,9 @@ class GenerateConfig(Section):
     seed: int = 0
     """Seed of the initial noise. A prompt that occurs again gets the next seed."""
 
+    num_videos_per_prompt: PositiveInt = 1
+    """Videos of each prompt, the first with `seed` and each other with the next."""
+
     batch_size: PositiveInt = 1
     """Videos made at once. More than 1 is quicker, but changes a video by rounding; so 1 is the default."""
 

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray.data
 
@@ -24,6 +24,8 @@ from prophy.sheets import film_sheet
 from prophy.video import read_frames, write_video
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 MANIFEST = "manifest.jsonl"
 
@@ -54,15 +56,15 @@ class GenerateVideos:
 
 
 def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list[Path]:
-    """Makes one video per prompt, into `config.generate.output`, and lists them in its `manifest.jsonl`.
+    """Makes the videos of each prompt, into `config.generate.output`, and lists them in its `manifest.jsonl`.
 
     Args:
         config: the run.
-        prompts: one per video; a prompt that occurs again, with the same image, gets the next seed.
-        images: what each video begins with, in the order of the prompts; or one for all; or none.
+        prompts: what the videos show; one that occurs again, with the same image, gets the next seed.
+        images: what videos begin with, in the order of the prompts; or one for all; or none.
 
     Returns:
-        The videos, in the order of the prompts.
+        The videos, in the order of the prompts and, for each, of their seeds.
 
     Raises:
         ProPhyError: no prompts, an empty one, a checkpoint of another backbone, batches with a step cache
@@ -78,13 +80,20 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
             "depend on the others of its batch; use sampling.step_cache.taylorseer, or a batch_size of 1"
         )
     check_model(config)
+    if len(images) not in (0, 1, len(prompts)):
+        raise ProPhyError(
+            f"there are {len(prompts)} prompts and {len(images)} images; give as many, or one image for all"
+        )
+    number = config.generate.num_videos_per_prompt
+    prompts = _each(prompts, number)
+    images = _each([*images] * (len(prompts) // number if len(images) == 1 else 1), number)
     specs = _specs(config, prompts, images)
     model = model_fingerprint(config)
     open_run(config, "generate")
     output = config.generate.output
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{_digest(video, model)}.mp4" for video in specs]
-    files = [str(image.absolute()) for image in _one_each(images, len(prompts))] or [""] * len(prompts)
+    files = [str(image.absolute()) for image in images] or [""] * len(prompts)
     missing = [
         (video.model_dump_json(), str(path), image)
         for video, path, image in zip(specs, paths, files, strict=True)
@@ -99,22 +108,18 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
 
 
 def _specs(config: Config, prompts: list[str], images: Sequence[Path]) -> list[VideoSpec]:
-    """The video of each prompt.
+    """The video of each prompt, and of its image where there are any.
 
     Raises:
         ProPhyError: see `run`.
     """
-    if len(images) not in (0, 1, len(prompts)):
-        raise ProPhyError(
-            f"there are {len(prompts)} prompts and {len(images)} images; give as many, or one image for all"
-        )
     digests: dict[Path, str] = {}
     shape_limits(config).check_image(bool(images), config.sampling.step_cache)
-    for image in images:
+    for image in dict.fromkeys(images):
         content = _read(image)
         read_image(content, str(image))
         digests[image] = hashlib.sha256(content).hexdigest()
-    of_each: list[str | None] = [digests[image] for image in _one_each(images, len(prompts))]
+    of_each: list[str | None] = [digests[image] for image in images]
     asked = [*zip(prompts, of_each or [None] * len(prompts), strict=True)]
     return [
         video_spec(config, prompt, occurrence=asked[:index].count((prompt, image)), image=image)
@@ -122,9 +127,9 @@ def _specs(config: Config, prompts: list[str], images: Sequence[Path]) -> list[V
     ]
 
 
-def _one_each(images: Sequence[Path], number: int) -> list[Path]:
-    """The image of each video, where one may be for all."""
-    return [*images] * (number if len(images) == 1 else 1)
+def _each(items: Sequence[Item], number: int) -> list[Item]:
+    """So many of each item, side by side."""
+    return [item for item in items for _ in range(number)]
 
 
 def _read(image: Path, digest: str | None = None) -> bytes:
@@ -142,18 +147,23 @@ def _read(image: Path, digest: str | None = None) -> bytes:
     return content
 
 
-def write_contact_sheet(config: Config, videos: dict[str, Path], path: Path) -> None:
+def write_contact_sheet(config: Config, prompts: list[str], videos: list[Path], path: Path) -> None:
     """Writes a PNG with a row of frames per video, under its prompt.
 
     Args:
         config: the run that made the videos.
-        videos: by prompt.
+        prompts: what the run was given.
+        videos: what it made.
         path: where to write the PNG.
     """
     backbone = config.backbone
     end_s = (backbone.num_frames - 1) / backbone.fps
     size = (backbone.num_frames, backbone.height, backbone.width)
-    films = {prompt: read_frames(video, 0.0, end_s, *size) for prompt, video in videos.items()}
+    captions = _each(prompts, config.generate.num_videos_per_prompt)
+    films = [
+        (caption, read_frames(video, 0.0, end_s, *size))
+        for caption, video in zip(captions, videos, strict=True)
+    ]
     save_picture(film_sheet(films), path)
     logger.info("wrote %s", path)
 

@@ -142,6 +142,6 @@ def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndar
                 rows[f"where {name} acts"] = heat_overlay(frames, map_)
             if not named:
                 rows = {f"{prompt} (names no phenomenon)": frames}
-        sheet = film_sheet(rows, _COLUMNS, scale=1)
+        sheet = film_sheet(rows.items(), _COLUMNS, scale=1)
         sheet.save(folder / f"{index}.png")
         yield np.asarray(sheet)

@@ -19,6 +19,7 @@ SMALL = (
     "evaluate.noise_levels=[0.9]",
     "evaluate.pool.size=1",
 )
+SCORED = (*SMALL, "evaluate.measures=[loss,captions,routing]")
 WHOLE = (
     *SMALL,
     "evaluate.measures=[loss,captions,routing,videos]",
@@ -109,7 +110,7 @@ def test_videos_are_judged(both: Both) -> None:
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(ray_cluster: None, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 512 << 10) as disk:
         there = f"evaluate.output={disk / 'evaluation'}"
-        config = tiny_config(tmp_path / "run", *SMALL, WITHOUT, "evaluate.num_clips=16", there)
+        config = tiny_config(tmp_path / "run", *SCORED, WITHOUT, "evaluate.num_clips=16", there)
         with pytest.raises(ProPhyError, match="No space left.*choose another evaluate.output") as caught:
             evaluate.run(config)
         assert "\n" not in str(caught.value)
@@ -134,8 +135,7 @@ def test_clips_of_the_cache_and_ones_own_pairs(tiny_cache: Config, tmp_path: Pat
             "cache.encode_batch_size=1",
             "evaluate.clips=cache",
             f"evaluate.pairs={pairs}",
-            *SMALL,
-            "evaluate.measures=[loss,captions,routing]",
+            *SCORED,
             WITHOUT,
         ],
     )

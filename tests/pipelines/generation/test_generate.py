@@ -40,11 +40,22 @@ def test_prompts_become_videos_and_are_not_made_again(ray_cluster: None, tmp_pat
 
 def test_batches(ray_cluster: None, tmp_path: Path) -> None:
     config = tiny_config(
-        tmp_path / "run", *SMALL, "generate.batch_size=2", "sampling.step_cache.taylorseer=2"
+        tmp_path / "run",
+        *SMALL,
+        "generate.batch_size=3",
+        "generate.num_videos_per_prompt=2",
+        "sampling.step_cache.taylorseer=2",
     )
-    paths = generate.run(config, ["a red ball falls", "a yellow fire burns", "a blue ball falls"])
-    assert len({path.read_bytes() for path in paths}) == 3
+    prompts = ["a red ball falls", "a yellow fire burns"]
+    paths = generate.run(config, prompts)
+    assert len({path.read_bytes() for path in paths}) == 4
     assert all(probe(path).num_frames == 5 for path in paths)
+    lines = [json.loads(line) for line in (config.generate.output / "manifest.jsonl").open()]
+    assert [(line["prompt"], line["seed"]) for line in lines] == [
+        (p, seed) for p in prompts for seed in (0, 1)
+    ]
+    generate.write_contact_sheet(config, prompts, paths, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").height > 4 * 2 * 32
 
     for cache in ("first_block", "sea"):
         config = tiny_config(tmp_path, "generate.batch_size=2", f"sampling.step_cache.{cache}=0.1")
@@ -101,7 +112,7 @@ def test_a_video_is_named_after_its_image_too(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), image.stem).save(image)
     prompts = ["a ball"] * 3
     of_each = generate._specs(config, prompts[:2], images)
-    of_one = generate._specs(config, prompts, images[:1])
+    of_one = generate._specs(config, prompts, images[:1] * 3)
     assert [spec.seed for spec in of_each] == [0, 0] and [spec.seed for spec in of_one] == [0, 1, 2]
     assert of_each[0] == of_one[0] and of_each[0].image != of_each[1].image
     assert generate._specs(config, prompts[:1], [])[0].image is None
