@@ -194,6 +194,8 @@ def main() -> None:
                 process = spawn.Process(target=measure, args=(folder, name, results))
                 process.start()
                 process.join()
+                if process.exitcode:
+                    raise SystemExit(f"{name} failed with {size:,} clips")
                 found.setdefault(name, []).append(results.get())
                 print(f"{size:,} clips, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     columns = [f"{unit}\n{size:,}" for size in sizes for unit in ("CPU s", "GB")]
