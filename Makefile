@@ -16,9 +16,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST) --durations=40
 
-# What starts no Ray and no ranks: two thirds of the tests.
+# What starts no Ray, ranks or browser and does not train for long: nine tenths of the tests.
 test-unit: .venv/installed
-	$(PYTEST) -m 'not processes and not gpu and not slow' --durations=10
+	$(PYTEST) -m 'not heavy and not gpu and not slow' --durations=10
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -39,17 +39,17 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what starts a Ray, so that it can be left out, and puts the files that do in front.
+    """Marks what starts a Ray, so that it can be left out, and puts the files with heavy tests in front.
 
     They take longest: two processes that share the files end together when these begin first.
     """
-    slow_files = set()
+    heavy_files = set()
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.processes)
-        if item.get_closest_marker("processes"):
-            slow_files.add(item.path)
-    items.sort(key=lambda item: item.path not in slow_files)  # a stable sort
+            item.add_marker(pytest.mark.heavy)
+        if item.get_closest_marker("heavy"):
+            heavy_files.add(item.path)
+    items.sort(key=lambda item: item.path not in heavy_files)  # a stable sort
 
 
 def tiny_config(run_dir: Path, *overrides: str) -> Config:

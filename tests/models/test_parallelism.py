@@ -118,7 +118,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return on_ranks(2, alone_and_together, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.processes
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_compute_what_one_does(two_ranks: Result, case: str) -> None:
     """To the rounding of float32: tokens are summed in another order."""
@@ -136,7 +136,7 @@ def test_two_processes_compute_what_one_does(two_ranks: Result, case: str) -> No
             torch.testing.assert_close(together[name], alone[name], rtol=1e-5, atol=1e-6 * scale, msg=name)
 
 
-@pytest.mark.processes
+@pytest.mark.heavy
 def test_two_processes_make_the_video_of_one(two_ranks: Result) -> None:
     (frames, maps), (shared_frames, shared_maps) = two_ranks["video"]
     print(f"frames differ by {(shared_frames - frames).abs().max():.1e}")

@@ -56,7 +56,7 @@ def test_an_evaluation_on_a_gpu_has_one_of_its_own(tmp_path: Path) -> None:
     assert len(needs_of(tiny_config(tmp_path, "train.num_held_out=2"), "train")) == 1
 
 
-@pytest.mark.processes
+@pytest.mark.heavy
 def test_what_reserves_no_gpu_sees_none() -> None:
     """With GPUs that are not there: Ray hides them by a variable that it reads as it starts."""
     script = (

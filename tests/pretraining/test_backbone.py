@@ -17,6 +17,8 @@ from prophy.tiny.pipeline import TRANSFORMER, VAE
 from prophy.tiny.text import TEXT_DIM, write_text_encoder
 from prophy.training.objectives import FlowMatching
 
+pytestmark = pytest.mark.heavy
+
 SMALL: dict[str, Any] = {
     "num_clips": 3,
     "num_held_out": 2,

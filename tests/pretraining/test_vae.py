@@ -9,6 +9,8 @@ from PIL import Image
 from prophy.pretraining.muon import Muon, orthogonalise
 from prophy.pretraining.vae import VaeRecipe, pretrain_vae
 
+pytestmark = pytest.mark.heavy
+
 SMALL = {"num_clips": 4, "num_held_out": 2, "crop_batch_size": 1, "crop_frames": 5, "crop_size": 16}
 
 

@@ -13,6 +13,8 @@ from prophy.priors.vlm import load_vlm
 from prophy.sandbox import SimulatedClip, simulate_clip
 from tests.wisa import WISA
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:

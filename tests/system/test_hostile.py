@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from PIL import Image
 
 from pipelines.generation.spec import MAPS_FILE, THUMBNAIL_FILE, VIDEO_FILE, VideoResult, VideoSpec
@@ -23,6 +24,8 @@ from tests.hostile import moving_square
 from tests.pipelines.serving.test_jobs import DURATIONS
 from tests.servers import PROMPT, http_server, submit, wait
 from tests.wisa import PHENOMENA
+
+pytestmark = pytest.mark.heavy
 
 # Which sizes and lengths a model can make is more than a schema can say: a well-formed one may get 422.
 SETTINGS = """

@@ -26,7 +26,7 @@ TOKEN = "f" * 64
 KEY = "a client's"
 PATIENCE_S = 60
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.heavy
 
 
 def free_port() -> int:

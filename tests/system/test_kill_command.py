@@ -11,7 +11,7 @@ from tests.endpoint import GENERATOR, INGRESS, Server
 from tests.nodes import Nodes, cluster
 from tests.servers import until
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture

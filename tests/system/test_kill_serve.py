@@ -16,7 +16,7 @@ import pytest
 from tests.endpoint import GENERATOR, INGRESS, SETTINGS, Server
 from tests.servers import until
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")

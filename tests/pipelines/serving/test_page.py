@@ -28,7 +28,10 @@ from prophy.evaluation.pictures import heat_layer
 from tests.servers import PATIENCE_S, http_server, save_checkpoint, serve_config, submit, until, wait
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed"),
+]
 KEY = new_key()
 PATIENCE_MS = 1000 * PATIENCE_S
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> a red ball falls"

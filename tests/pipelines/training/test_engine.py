@@ -25,7 +25,7 @@ from prophy.training.objectives import FlowMatching
 from tests.ranks import Result, on_ranks
 from tests.wisa import PHENOMENA
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.heavy
 
 WORLD_SIZE = 2
 STAGES = (0, 1, 2, 3)
