@@ -257,7 +257,8 @@ class Dispatcher:
         return True
 
     async def _make(self, job: Job) -> None:
-        image = await asyncio.to_thread(self._image, job)
+        # Where no file is read, nothing is waited for: videos begin in the order of their jobs.
+        image = None if job.spec.image is None else await asyncio.to_thread(self._image, job)
         async with aclosing(self._generate(job.spec, image)) as steps:
             async for step in steps:
                 if job.id not in self._progress:
@@ -272,14 +273,12 @@ class Dispatcher:
                     _log(job, f"{event} {time.time() - job.created_at:.3f} s after it was accepted")
                     return  # what its replica does from here on is of no concern
 
-    def _image(self, job: Job) -> bytes | None:
+    def _image(self, job: Job) -> bytes:
         """The file that the video begins with.
 
         Raises:
             ProPhyError: it is not there, or not whole.
         """
-        if job.spec.image is None:
-            return None
         with suppress(FileNotFoundError):
             content = self._artefacts.read(job.id, IMAGE_FILE)
             if hashlib.sha256(content).hexdigest() == job.spec.image:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,33 @@ def test_jobs_know_their_place_in_the_queue(store: JobStore, new: Callable[..., 
         await dispatcher.delete(jobs[2].id)
         assert [dispatcher.queue_position(job.id) for job in jobs] == [None, 0, None, 1]
         await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_videos_of_texts_begin_in_the_order_of_their_jobs(
+    store: JobStore, new: Callable[..., Dispatcher]
+) -> None:
+    """Whatever threads are busy with: none of these waits for one."""
+    begun = list[int]()
+
+    async def generate(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
+        begun.append(spec.seed)
+        await asyncio.Event().wait()
+        yield GenerationStep(0.0)
+
+    async def scenario() -> None:
+        for seed in range(5):
+            store.create(SPEC.model_copy(update={"seed": seed}))
+        loop, release = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        dispatcher = new(generate)
+        await dispatcher.start()
+        loop.run_in_executor(None, release.wait)
+        await asyncio.sleep(0)
+        release.set()
+        await dispatcher.stop()
+        assert begun == [0, 1, 2, 3, 4]
 
     run(scenario)
 
