@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from pipelines.generation.limits import shape_limits
-from pipelines.generation.spec import VideoSpec
+from pipelines.generation.spec import VideoResult, VideoSpec
 from pipelines.serving.dispatcher import GenerationStep
 from pipelines.serving.middleware import hash_key, new_key
 from pipelines.serving.replica import VideoGenerator
@@ -62,15 +63,25 @@ def url(tmp_path_factory: pytest.TempPathFactory, stopping: set[str]) -> Iterato
         'serve.examples=["a turquoise candle burns on the left"]',
     )
     generator = VideoGenerator(config, shape_limits(config))
+    render = generator._sampler.render
 
+    # In the thread that makes it: what is made is not asked for the steps before.
+    def render_held(spec: VideoSpec, on_step: Callable[[float], None], image: bytes | None) -> VideoResult:
+        def report(progress: float) -> None:
+            on_step(progress)
+            while progress and spec.prompt in stopping:
+                time.sleep(0.01)
+                on_step(progress)
+
+        return render(spec, report, image)
+
+    setattr(generator._sampler, "render", render_held)  # noqa: B010 - to mypy a method is no variable
     turn = asyncio.Lock()
 
     async def generate(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
         async with turn, aclosing(generator.generate(spec, image)) as steps:
             async for step in steps:
                 yield step
-                while step.progress and spec.prompt in stopping:
-                    await asyncio.sleep(0.01)
 
     with http_server(config, generate) as url:
         yield url
