@@ -247,9 +247,10 @@ def plan(
 ) -> None:
     """Predict how much memory `prophy train` takes on each GPU, what fits, and the fastest settings.
 
-    And how long that takes, what encoding 1,000 clips does, and what memory `prophy serve` takes.
+    And how long that takes, what the priors and the encodings of 1,000 clips take, and what memory
+    `prophy serve` takes.
 
-    Needs no GPU and no weights. The published backbones of the presets are known; of another one the
+    Needs no GPU and no weights. The published models of the presets are known; of another one the
     configuration is read, from its folder or from the hub.
 
     ZeRO 0 keeps everything on every GPU. ZeRO 1 shares out the optimizer's state, ZeRO 2 the gradients too,

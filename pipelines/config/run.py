@@ -24,7 +24,7 @@ NEEDS = {
     "cache inspect": ("backbone", "vlm", "cache"),
     "cache explain": ("vlm", "cache"),
     "train": ("backbone", "vlm", "physics", "cache", "train"),
-    "plan": ("backbone", "physics", "train"),
+    "plan": ("backbone", "vlm", "physics", "cache", "train"),
     "export": ("backbone",),
     "generate": ("backbone",),
     "evaluate": ("backbone",),

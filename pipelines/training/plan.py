@@ -15,53 +15,18 @@ from pipelines.generation.footprint import Footprint, footprint
 from pipelines.training.data import sharing_sizes
 from pipelines.training.model import branch_config
 from pipelines.training.states import Memory, ModelSize, model_states
+from pipelines.training.ways import SHOWN, WAYS, Way
 from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.backbones.pretrained import check_bare, load_all_configs, load_trained_expert
 from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.priors.cost import NUM_PHENOMENA, vlm_cost
 from prophy.taxonomy import load_taxonomy
 from prophy.training.cost import count_flops, count_forward_flops, count_saved_bytes
 
 USABLE = 0.9  # share of a GPU's memory; the rest is CUDA's context and fragments
 _GPUS_OF_A_NODE = 8
 _ASSUMED_FLOPS = 300e12  # per second and GPU: 30 % of an H100's peak, as Megatron reaches with Wan 14B
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to train: the keys of the configuration that decide about memory."""
-
-    zero_stage: int
-    offload: str
-    gradient_checkpointing: bool
-    sequence_parallel: int = 1
-
-    @property
-    def overrides(self) -> str:
-        """The arguments of `prophy train`."""
-        keys = {
-            "zero_stage": self.zero_stage,
-            "offload": self.offload,
-            "gradient_checkpointing": str(self.gradient_checkpointing).lower(),
-        }
-        if self.sequence_parallel > 1:
-            keys["sequence_parallel"] = self.sequence_parallel
-        return " ".join(f"--set train.{key}={value}" for key, value in keys.items())
-
-
-# The less there is to compute twice and to communicate, the faster: the first that fits is advised. ZeRO 2
-# reduces gradients after every micro-batch, ZeRO 1 after the last. GPUs of a node exchange tokens faster than
-# any of them reaches the host.
-WAYS = [
-    Way(1, "none", False),
-    Way(2, "none", False),
-    Way(1, "none", True),
-    Way(2, "none", True),
-    Way(3, "none", True),
-    Way(2, "optimizer", True),
-    Way(3, "optimizer", True),
-    Way(3, "all", True),
-]
-SHOWN = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
+_ASSUMED_BYTES = 2e12  # per second and GPU, out of its memory: 60 % of an H100's peak
 
 
 @dataclass(frozen=True)
@@ -143,8 +108,8 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
     """Prints the plan for `train.num_workers` GPUs of this much memory, at this price of an hour of one.
 
     Raises:
-        ProPhyError: the backbone is neither a published one nor a folder, and the hub cannot be reached; or
-            `train.expert` does not fit it, or `train.sequence_parallel` GPUs cannot share a sample.
+        ProPhyError: backbone or VLM is neither a published one nor a folder, and the hub cannot be reached;
+            or `train.expert` does not fit it, or `train.sequence_parallel` GPUs cannot share a sample.
     """
     plan, console = make_plan(config), Console()
     clip, train, size, gpu_memory = config.backbone, plan.train, plan.size, gpu_memory_gb * 1e9
@@ -181,7 +146,35 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
             f"{train.num_steps:,} steps then take {days:.3g} days: {_gpu_hours(hours, price)}",
             highlight=False,
         )
+    _print_vlm(config, price)
     _print_footprint(plan.footprint, gpu_memory, price)
+
+
+def _print_vlm(config: Config, price: float | None) -> None:
+    vlm, pool, batch_size = config.vlm, config.cache.extract, config.cache.extract_batch_size
+    cost = vlm_cost(
+        vlm.pretrained,
+        vlm.revision,
+        vlm.dtype,
+        load_taxonomy(config.taxonomy),
+        (vlm.num_frames, vlm.height, vlm.width),
+        None if vlm.layers is None else len(vlm.layers),
+        vlm.max_new_tokens,
+    )
+    if cost is None:
+        told = f"what the VLM in {vlm.pretrained} takes is not known: its class is of another package"
+    else:
+        seconds = cost.seconds(batch_size, _ASSUMED_FLOPS, _ASSUMED_BYTES)
+        hours = 1000 * seconds * max(1, pool.num_gpus) / 3600
+        told = (
+            f"priors take {_gb(cost.weights)} GB of a GPU for the VLM of {_billions(cost.num_parameters)} "
+            f"parameters, and more for each clip, of {cost.num_tokens:,} tokens and "
+            f"{cost.flops / 1e12:.3g} TFLOP; 1,000 clips, {batch_size} at once, take "
+            f"{_gpu_hours(hours, price)}, if a GPU reads {_ASSUMED_BYTES / 1e12:g} TB/s of its memory, clips "
+            f"have {NUM_PHENOMENA} phenomena and no labels, and of the answers of a batch one has all "
+            f"{vlm.max_new_tokens} tokens"
+        )
+    Console().print(told, highlight=False)
 
 
 def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -> None:
@@ -195,8 +188,7 @@ def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -
     )
     Console().print(
         f"encoding takes {encodes}: text encoder {text_gb}, VAE {_gb(vae.weights)}, and {_gb(vae.encode)} "
-        f"for a clip of {vae.encode_flops / 1e12:.0f} TFLOP; 1,000 clips take {_gpu_hours(hours, price)}, "
-        f"beside the VLM's\n"
+        f"for a clip of {vae.encode_flops / 1e12:.0f} TFLOP; 1,000 clips take {_gpu_hours(hours, price)}\n"
         f"serving takes {serves}: {held} {_gb(parts.transformers)}, text encoder {text_gb}, VAE "
         f"{_gb(vae.weights)}, and the larger of denoising {_gb(parts.denoising)}* and decoding "
         f"{_gb(vae.decode)}",

@@ -5,7 +5,8 @@ it looked meanwhile. It is given several videos at a time, to answer about them 
 packages add models by entry points (`prophy.registry`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,14 +115,34 @@ def load_vlm(pretrained: str, revision: str | None, dtype: str, device_map: str 
         ProPhyError: there is no such model, it cannot be loaded, or it is of a kind that is not known.
     """
     revision = revision or "main"
-    source = str(bundled("vlm")) if pretrained == EMBEDDED else pretrained
-    try:
+    model_type = load_config(pretrained, revision)["model_type"]
+    with _loading(pretrained):
+        return VLMS[model_type](_source(pretrained), revision, dtype, device_map)
+
+
+def load_config(pretrained: str, revision: str | None) -> dict[str, Any]:
+    """The `config.json` of a model of a kind that is known; reads no weights.
+
+    Raises:
+        ProPhyError: as `load_vlm`.
+    """
+    with _loading(pretrained):
         # The file alone: a model of another package may be of a kind that transformers does not know.
-        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        config, _ = PreTrainedConfig.get_config_dict(_source(pretrained), revision=revision or "main")
         model_type = str(config.get("model_type"))
         if model_type not in VLMS:
             raise ValueError(f"its model_type is {model_type}; give one of: {', '.join(VLMS)}")
-        return VLMS[model_type](source, revision, dtype, device_map)
+        return config
+
+
+def _source(pretrained: str) -> str:
+    return str(bundled("vlm")) if pretrained == EMBEDDED else pretrained
+
+
+@contextmanager
+def _loading(pretrained: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, ProPhyError):
             raise

@@ -1,5 +1,8 @@
 """What a plan says against DeepSpeed's estimators, and what it advises."""
 
+import json
+from pathlib import Path
+
 import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -7,10 +10,13 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.config import load_config
-from pipelines.training.plan import Plan, Way, make_plan
+from pipelines.training import plan
+from pipelines.training.plan import Plan, make_plan
 from pipelines.training.states import ModelSize, model_states
+from pipelines.training.ways import Way
 from prophy.backbones.families import FAMILIES
 from prophy.errors import ProPhyError
+from tests.outside import plugged_in
 
 NUM_PARAMETERS, GPUS = 1_600_000_000, 8
 # DeepSpeed's estimators know models that are trained as a whole, in 16 bit.
@@ -137,7 +143,27 @@ def test_command_prints_a_table() -> None:
     assert result.exit_code == 0
     assert "1.419B" in result.output and "advice: --set train.zero_stage=1" in result.output
     assert "GPU hours, " in result.output and "at 2.5 an hour" in result.output
-    assert "serving takes" in result.output and "1,000 clips take" in result.output
+    assert "serving takes" in result.output and "the VLM of 33.453B" in result.output
+    # 0.58 s of products, and 256 steps that read 64 GB of weights for 4 clips, and 0.44 GB for each.
+    assert "1,000 clips, 4 at once, take 0.745 GPU hours, 1.86 at 2.5 an hour" in " ".join(
+        result.output.split()
+    )
+
+
+def test_vlm_of_two_gpus_takes_both_all_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["vlm.device_map=auto", "cache.extract.num_gpus=2"]
+    plan.run(load_config("wan2.1-1.3b", overrides), 80)
+    assert "4 at once, take 1.49 GPU hours," in " ".join(capsys.readouterr().out.split())
+
+
+def test_vlm_of_another_package_is_said_to_be_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "outside_vlm"}))
+    with plugged_in(tmp_path, "prophy.vlms", "outside_vlm", "tests.priors.outside_vlm:OutsideVlm"):
+        plan.run(load_config("tiny", [f"vlm.pretrained={tmp_path}"]), 80)
+    told = "".join(capsys.readouterr().out.split())
+    assert f"whattheVLMin{tmp_path}takesisnotknown" in told
 
 
 def test_unknown_model_without_network() -> None:
