@@ -56,6 +56,7 @@ def test_a_decoder_gives_what_its_module_gives(decoder: Decoder, tmp_path: Path)
     assert np.array_equal(decoder.read_frames(tmp_path / "a.mp4", 1.0, 3.0, 9, 32, 48), expected)
 
 
+@pytest.mark.heavy
 def test_no_frame_is_lost_for_want_of_memory(tmp_path: Path) -> None:
     """Whatever is missing, a plane of a frame or the whole picture: all frames are read, or it is said."""
     levels = np.array([40, 120, 200], np.uint8)

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from diffusers import ContextParallelConfig, ModelMixin, ParallelConfig
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.utils import BaseOutput
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -203,6 +201,10 @@ class PhysicsTransformer(ModelMixin):
             alpha: the adapter's output is scaled by alpha / rank.
             dtype: precision of the adapter: float32 to train, else that of the layers beneath.
         """
+        # Imported where there is an adapter: it takes over a second.
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraLayer
+
         layers = rf"{self._block_list}\.\d+\..*(to_q|to_k|to_v|to_out\.0)"
         self.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))
         self.register_to_config(lora_rank=rank, lora_alpha=alpha)

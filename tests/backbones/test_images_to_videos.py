@@ -128,6 +128,7 @@ def test_the_cache_holds_what_the_model_reads_of_the_first_frame(
         assert not torch.equal(cache.read("1-clip").text[name], sample.text[name])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("how", ["frozen", "lora", "full"])
 def test_what_was_trained_makes_videos_that_depend_on_the_image(
     kind: str, config: Config, cache: PriorCache, spec: VideoSpec, how: str
@@ -160,6 +161,7 @@ def test_what_was_trained_makes_videos_that_depend_on_the_image(
             sampler.sample(of_text)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("how", ["frozen", "lora", "full"])
 def test_a_complete_export_makes_what_the_trained_branch_makes(
     kind: str, config: Config, cache: PriorCache, spec: VideoSpec, how: str, tmp_path: Path

@@ -295,6 +295,7 @@ def test_a_fingerprint_is_of_both_transformers(high: Config, backbone: Path, tmp
     assert fingerprint(str(changed), None) != fingerprint(str(backbone), None)
 
 
+@pytest.mark.heavy
 def test_a_plan_trains_one_and_serves_both(high: Config) -> None:
     plan = make_plan(load_config("wan2.2-t2v-a14b"))
     assert plan.size.backbone == 14_288_491_584 and plan.size.trained == plan.size.branch

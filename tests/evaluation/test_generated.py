@@ -1,6 +1,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from prophy.backbones.loading import load_pipeline
@@ -37,6 +38,7 @@ def test_every_combination_that_was_held_out_is_asked_for() -> None:
     assert requests == held_out_requests(wordings=2)
 
 
+@pytest.mark.heavy
 def test_true_clips_score_as_true() -> None:
     requests = held_out_requests(wordings=1)[::9]
     shape: dict[str, Any] = {"num_frames": 17, "fps": 8.0, "size": 64}

@@ -58,6 +58,7 @@ def differences(compiled: ModelMixin, eager: ModelMixin, latents: torch.Tensor) 
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["wan", "cogvideox1.5-5b"], indirect=True)
 def test_compiled_blocks_are_whole_graphs_that_every_step_takes_again(
     family: str, backbone: ModelMixin, transformer: PhysicsTransformer

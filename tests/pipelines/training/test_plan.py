@@ -81,6 +81,7 @@ def test_plan_of_what_is_beside_training(wan_14b: Plan) -> None:
     assert 0.3 < wan_14b.recomputed_flops / wan_14b.flops < 0.4
 
 
+@pytest.mark.heavy
 def test_attention_that_is_kept_is_not_computed_again(wan_14b: Plan) -> None:
     """An output of 32,760 x 5,120 in each of 40 + 9 blocks."""
     overrides = [f"train.num_workers={GPUS}", "train.keep_attention=true"]
@@ -98,6 +99,7 @@ def test_moving_averages_take_memory_where_the_optimizer_does() -> None:
         assert averaged.host - without.host == (0 if share else 32)
 
 
+@pytest.mark.heavy
 def test_load_balancing_routes_all_but_the_first_micro_batch_ahead(wan_14b: Plan) -> None:
     assert wan_14b.train.gradient_accumulation_steps == 4
     assert 0.04 < wan_14b.routing_flops / wan_14b.flops < 0.06
@@ -137,6 +139,7 @@ def test_text_that_goes_through_the_blocks_is_shared_out_too() -> None:
     assert "17550 tokens of a clip" in str(family.unshareable(4, 17550, 224, config))
 
 
+@pytest.mark.heavy
 def test_command_prints_a_table() -> None:
     options = ["--config", "wan2.1-1.3b", "--gpus", "8", "--gpu-memory", "80", "--price", "2.5"]
     result = CliRunner().invoke(app, ["plan", *options])
