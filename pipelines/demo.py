@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow.dataset import dataset
 
 from pipelines.caching import cache
-from pipelines.config import Config
+from pipelines.config import Config, is_url
 from pipelines.generation import generate
 from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import RunFolder
@@ -25,6 +25,7 @@ from pipelines.sandbox import simulate
 from pipelines.serving import client, serve
 from pipelines.training import train
 from prophy import sandbox
+from prophy.errors import ProPhyError
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.schema import ROW_FILES, read_phenomena
 from prophy.taxonomy import load_taxonomy
@@ -60,7 +61,15 @@ def run(config: Config) -> Path:
 
     Returns:
         The path of the report.
+
+    Raises:
+        ProPhyError: what the steps raise; or `generate.output` is a URL.
     """
+    if is_url(config.generate.output):
+        raise ProPhyError(
+            f"the demo's report shows videos of a folder, and generate.output is {config.generate.output}; "
+            "leave it out, or set it to a folder"
+        )
     watch = Stopwatch()
     trained = config.model_copy(update={"checkpoint": RunFolder(config.run_dir).model})
     with ray_session(config):
@@ -79,7 +88,7 @@ def run(config: Config) -> Path:
             client.run(url, PROMPTS[0], served, ["seed=1"])
             client.run(url, first.caption, continued, ["seed=1"], image=image)
     with watch.step("report"):
-        offline = dict(zip(PROMPTS, videos, strict=True))
+        offline = dict(zip(PROMPTS, map(Path, videos), strict=True))
         report = _report(trained, manifest, offline, {PROMPTS[0]: served}, continued, watch)
     logger.info("the report is %s", report.resolve())
     logger.info(

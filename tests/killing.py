@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ class Run:
     """`prophy COMMAND`, started at once; what it prints is added to a log beside its run folder.
 
     Args:
-        command: of the command line.
+        command: of the command line, with options that are no keys.
         folder: of the run.
         overrides: of its configuration.
         workers: how the titles of those processes begin that hold rows or ranks.
@@ -31,7 +32,7 @@ class Run:
         with self.log.open("ab") as log:
             self.printed_before = log.tell()
             self.process = psutil.Popen(
-                [sys.executable, "-m", "pipelines.cli", command, *options],
+                [sys.executable, "-m", "pipelines.cli", *shlex.split(command), *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": os.getcwd()},

@@ -40,6 +40,16 @@ def _no_url(location: object) -> object:
     return location
 
 
+def _folder_or_s3(location: str) -> str:
+    if "://" not in location:
+        return str(_absolute_path(Path(location)))
+    if re.match(r"s3://[^/]", location) is None:
+        raise ValueError(
+            "set this to a folder, or to a place in S3 such as s3://bucket/videos, but to no other URL"
+        )
+    return location.rstrip("/")
+
+
 def _absolute_folder(name: str) -> str:
     return _absolute(name) if name != EMBEDDED and Path(name).is_dir() else name
 
@@ -60,6 +70,7 @@ def _taxonomy(name: str) -> str:
 # Workers run in folders of their own: what is relative on the command line must not stay so.
 LocalPath = Annotated[Path, BeforeValidator(_no_url), AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
+FolderOrS3 = Annotated[str, AfterValidator(_folder_or_s3)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
 BranchFolder = Annotated[
     Path, BeforeValidator(_no_url), BeforeValidator(_branch_folder), AfterValidator(_absolute_path)

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipelines.config.base import LocalPath, NonNegativeFloat, PoolConfig, Section
+from pipelines.config.base import FolderOrS3, NonNegativeFloat, PoolConfig, Section
 
 
 class StepCache(Section):
@@ -61,8 +61,11 @@ class SamplingConfig(Section):
 class GenerateConfig(Section):
     """Offline generation."""
 
-    output: LocalPath
-    """Folder of the mp4 files and their manifest. By default `videos` in run_dir."""
+    output: FolderOrS3
+    """Folder of the mp4 files and their manifest, or a place in S3. By default `videos` in run_dir.
+
+    `s3://bucket/videos` takes s3fs, and the right to list, read and write there, on each node that generates.
+    """
 
     seed: int = 0
     """Seed of the initial noise. A prompt that occurs again gets the next seed."""

@@ -6,14 +6,17 @@ A video's file is named after all that decides it, so that a second run makes on
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import ray.data
 
+from pipelines.caching.video_files import open_store
 from pipelines.config import Config
 from pipelines.generation.limits import check_model, model_fingerprint, shape_limits
+from pipelines.generation.output import open_output
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
 from pipelines.resources import guard, needs_of, room_for
@@ -31,7 +34,7 @@ MANIFEST = "manifest.jsonl"
 
 
 class GenerateVideos:
-    """Row callable `{"specs", "paths", "images"}` -> `{"paths"}` that writes a batch; holds the model.
+    """Row callable `{"specs", "names", "images"}` -> `{"names"}` that writes a batch; holds the model.
 
     Args:
         config: the run.
@@ -41,21 +44,23 @@ class GenerateVideos:
         from pipelines.generation.sampler import VideoSampler  # torch and diffusers: of no use to the driver
 
         self._sampler = VideoSampler(config)
+        self._output = open_output(config.generate.output)
 
     def __call__(self, row: dict[str, list[str]]) -> dict[str, list[str]]:
-        """Makes the videos at once; a file is there in whole or not at all."""
+        """Makes the videos at once."""
         specs = [VideoSpec.model_validate_json(spec) for spec in row["specs"]]
         pairs = zip(row["images"], specs, strict=True)
         images = [_read(Path(image), spec.image) for image, spec in pairs if image]
         made = self._sampler.sample_batch(specs, images=images)
-        for path, spec, frames in zip(row["paths"], specs, made, strict=True):
-            partial = Path(path).with_suffix(".partial")
-            write_video(partial, frames, spec.fps)
-            partial.rename(path)
-        return {"paths": row["paths"]}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, spec, frames in zip(row["names"], specs, made, strict=True):
+                file = Path(folder) / name
+                write_video(file, frames, spec.fps)
+                self._output.write(name, file.read_bytes())
+        return {"names": row["names"]}
 
 
-def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list[Path]:
+def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list[str]:
     """Makes the videos of each prompt, into `config.generate.output`, and lists them in its `manifest.jsonl`.
 
     Args:
@@ -64,12 +69,12 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
         images: what videos begin with, in the order of the prompts; or one for all; or none.
 
     Returns:
-        The videos, in the order of the prompts and, for each, of their seeds.
+        Paths or URLs of the videos, in the order of the prompts and, for each, of their seeds.
 
     Raises:
         ProPhyError: no prompts, an empty one, a checkpoint of another backbone, batches with a step cache
-            that would have a video depend on the others of its batch, or images that are not as many, cannot
-            be read, or are nothing to this model.
+            that would have a video depend on the others of its batch, an output that cannot be written, or
+            images that are not as many, cannot be read, or are nothing to this model.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ProPhyError(f"cannot make videos from prompts {prompts}; give at least one, and none empty")
@@ -90,21 +95,24 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
     specs = _specs(config, prompts, images)
     model = model_fingerprint(config)
     open_run(config, "generate")
-    output = config.generate.output
-    output.mkdir(parents=True, exist_ok=True)
-    paths = [output / f"{_digest(video, model)}.mp4" for video in specs]
+    output = open_output(config.generate.output)
+    # Before anything is loaded: an output that cannot be written is told of at once.
+    output.change(MANIFEST, lambda lines: lines)
+    names = [f"{_digest(video, model)}.mp4" for video in specs]
+    there = output.names()
     files = [str(image.absolute()) for image in images] or [""] * len(prompts)
     missing = [
-        (video.model_dump_json(), str(path), image)
-        for video, path, image in zip(specs, paths, files, strict=True)
-        if not path.exists()
+        (video.model_dump_json(), name, image)
+        for video, name, image in zip(specs, names, files, strict=True)
+        if name not in there
     ]
-    logger.info("%d of %d videos are already there", len(paths) - len(missing), len(paths))
+    logger.info("%d of %d videos are already there", len(names) - len(missing), len(names))
     if missing:
         with ray_session(config):
             _generate(config, missing)
-    _write_manifest(output / MANIFEST, dict(zip(paths, specs, strict=True)))
-    return paths
+    made = dict(zip(names, specs, strict=True))
+    output.change(MANIFEST, lambda lines: _with_lines_of(made, lines))
+    return [f"{config.generate.output}/{name}" for name in names]
 
 
 def _specs(config: Config, prompts: list[str], images: Sequence[Path]) -> list[VideoSpec]:
@@ -147,7 +155,7 @@ def _read(image: Path, digest: str | None = None) -> bytes:
     return content
 
 
-def write_contact_sheet(config: Config, prompts: list[str], videos: list[Path], path: Path) -> None:
+def write_contact_sheet(config: Config, prompts: list[str], videos: list[str], path: Path) -> None:
     """Writes a PNG with a row of frames per video, under its prompt.
 
     Args:
@@ -160,10 +168,13 @@ def write_contact_sheet(config: Config, prompts: list[str], videos: list[Path], 
     end_s = (backbone.num_frames - 1) / backbone.fps
     size = (backbone.num_frames, backbone.height, backbone.width)
     captions = _each(prompts, config.generate.num_videos_per_prompt)
-    films = [
-        (caption, read_frames(video, 0.0, end_s, *size))
-        for caption, video in zip(captions, videos, strict=True)
-    ]
+    films = []
+    with tempfile.TemporaryDirectory() as folder:
+        for caption, video in zip(captions, videos, strict=True):
+            file = f"{folder}/video.mp4"
+            store, place = open_store(video)
+            store.get_file(place, file)
+            films.append((caption, read_frames(file, 0.0, end_s, *size)))
     save_picture(film_sheet(films), path)
     logger.info("wrote %s", path)
 
@@ -199,11 +210,11 @@ def _generate(config: Config, videos: list[tuple[str, str, str]]) -> None:
 
     Args:
         config: the run.
-        videos: specification, path, and path of the image of each, empty where none has one.
+        videos: specification, name, and path of the image of each, empty where none has one.
     """
     pool, size = config.generate.pool, config.generate.batch_size
     batches = [zip(*videos[start : start + size], strict=True) for start in range(0, len(videos), size)]
-    rows = [dict(zip(("specs", "paths", "images"), map(list, batch), strict=True)) for batch in batches]
+    rows = [dict(zip(("specs", "names", "images"), map(list, batch), strict=True)) for batch in batches]
     [room] = room_for(needs_of(config, "generate"))
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         GenerateVideos,  # type: ignore[arg-type]  # Ray's annotation knows functions only
@@ -215,19 +226,13 @@ def _generate(config: Config, videos: list[tuple[str, str, str]]) -> None:
     guard(made)
     count = 0
     for row in made.iter_rows():
-        for path in row["paths"]:
+        for name in row["names"]:
             count += 1
-            logger.info("%d/%d %s", count, len(videos), path)
+            logger.info("%d/%d %s/%s", count, len(videos), config.generate.output, name)
 
 
-def _write_manifest(path: Path, videos: dict[Path, VideoSpec]) -> None:
-    """One line per video of this folder, earlier ones first; paths are relative to the folder."""
-    lines: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        lines = {entry["path"]: entry for entry in map(json.loads, path.read_text().splitlines())}
-    lines |= {
-        file.name: {"path": file.name, **video.model_dump(mode="json")} for file, video in videos.items()
-    }
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
-    partial.rename(path)
+def _with_lines_of(videos: dict[str, VideoSpec], manifest: bytes) -> bytes:
+    """One line per video, earlier ones first; paths are relative to the manifest."""
+    lines = {entry["path"]: entry for entry in map(json.loads, manifest.splitlines())}
+    lines |= {name: {"path": name, **video.model_dump(mode="json")} for name, video in videos.items()}
+    return "".join(json.dumps(line) + "\n" for line in lines.values()).encode()

@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Path], int, bool]] = {
 }
 
 
-def shown(video: Path) -> np.ndarray:
+def shown(video: str) -> np.ndarray:
     return read_frames(video, 0.0, 2.0, 17, 64, 64)
 
 

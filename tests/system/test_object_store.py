@@ -1,4 +1,4 @@
-"""`prophy cache` on an object store: S3, from a local server. Where it is, AWS's own configuration says."""
+"""`prophy cache` reads from an object store, and `prophy generate` writes there: S3, from a local server."""
 
 import os
 from collections.abc import Iterator
@@ -7,31 +7,26 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
+from PIL import Image
 from s3fs import S3FileSystem
 
 from pipelines.caching import cache
 from pipelines.caching.sources import changed, find_videos
 from pipelines.caching.tables import update_index
 from pipelines.caching.verify import verify
+from pipelines.generation import generate
 from prophy.errors import ProPhyError
 from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import FPS, moving_square
+from tests.object_store import make_bucket, num_versions, object_store, refuse_puts
 from tests.wisa import PHENOMENA, WISA
 
 
 @pytest.fixture
 def store() -> Iterator[S3FileSystem]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = "aws_access_key_id = a\naws_secret_access_key = b\nregion = us-east-1\n"
-    Path(os.environ["AWS_CONFIG_FILE"]).write_text(f"[default]\n{keys}endpoint_url = http://{host}:{port}\n")
-    S3FileSystem.clear_instance_cache()
-    yield S3FileSystem(use_listings_cache=False)
-    S3FileSystem.clear_instance_cache()
-    server.stop()
+    with object_store() as found:
+        yield found
 
 
 def put_video(store: S3FileSystem, name: str, scratch: Path, num_frames: int) -> None:
@@ -84,3 +79,34 @@ def test_a_store_that_does_not_let_us_in(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ProPhyError, match=r"cannot read cache.input: s3://bucket/videos .*NoCredentials"):
         find_videos("s3://bucket/videos", PHENOMENA)
     S3FileSystem.clear_instance_cache()
+
+
+def test_videos_lie_in_a_bucket_as_in_a_folder(
+    store: S3FileSystem, ray_cluster: None, tmp_path: Path
+) -> None:
+    small = ("backbone.num_frames=5", "backbone.height=32", "backbone.width=32")
+    settings = (*small, "sampling.num_inference_steps=2")
+    prompts = ["a red ball falls", "a yellow fire burns"]
+    folder = [Path(path) for path in generate.run(tiny_config(tmp_path / "here", *settings), prompts)]
+    config = tiny_config(tmp_path / "there", *settings, "generate.output=s3://videos/mine")
+    with pytest.raises(ProPhyError, match="cannot use s3://videos/mine/manifest.jsonl: .*bucket does not"):
+        generate.run(config, prompts)
+
+    make_bucket(store, "videos")
+    refuse_puts(store, "videos", f"mine/{folder[1].name}")
+    with pytest.raises(ProPhyError, match=f"cannot use s3://videos/mine/{folder[1].name}: Forbidden; mend"):
+        generate.run(config, prompts)
+    store.call_s3("delete_bucket_policy", Bucket="videos")
+    paths = generate.run(config, prompts)
+    assert paths == [f"s3://videos/mine/{path.name}" for path in folder]
+    assert generate.run(config, prompts) == paths
+    for path, here in zip(paths, folder, strict=True):
+        assert store.cat_file(path) == here.read_bytes()
+    manifest = (folder[0].parent / "manifest.jsonl").read_bytes()
+    assert store.cat_file("s3://videos/mine/manifest.jsonl") == manifest
+    written = num_versions(store, "videos")
+    assert written.pop("mine/manifest.jsonl") > 1
+    assert written == {f"mine/{path.name}": 1 for path in folder}, "nothing else, and nothing twice"
+
+    generate.write_contact_sheet(config, prompts, paths, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").height > 2 * 32

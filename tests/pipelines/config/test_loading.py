@@ -21,7 +21,6 @@ def test_presets_are_valid_and_round_trip(name: str, tmp_path: Path) -> None:
         "run_dir",
         "cache.output",
         "serve.output",
-        "generate.output",
         "simulate.output",
         "checkpoint",
         "train.start_from",
@@ -31,6 +30,20 @@ def test_presets_are_valid_and_round_trip(name: str, tmp_path: Path) -> None:
 def test_what_must_be_a_folder_is_not_taken_from_a_url(key: str, url: str) -> None:
     with pytest.raises(ProPhyError, match=rf"'{key}' .*this cannot be a URL; set it to a folder.*{url}"):
         load_config("tiny", [f"{key}={url}"])
+
+
+def test_videos_go_to_a_folder_or_to_s3(tmp_path: Path) -> None:
+    places = {
+        "s3://bucket/videos/": "s3://bucket/videos",
+        "s3://bucket": "s3://bucket",
+        "~/videos": str(Path.home() / "videos"),
+        str(tmp_path): str(tmp_path),
+    }
+    for place, meant in places.items():
+        assert load_config("tiny", [f"generate.output={place}"]).generate.output == meant
+    for url in ("gs://bucket/x", "file:///tmp/x", "s3://", "s3:///x", "simplecache::s3://bucket/x"):
+        with pytest.raises(ProPhyError, match=rf"'generate.output' .*a folder, or to a place in S3.*{url}"):
+            load_config("tiny", [f"generate.output={url}"])
 
 
 def test_override_wins_and_is_typed() -> None:

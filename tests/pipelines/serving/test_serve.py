@@ -120,7 +120,7 @@ def test_same_seed_same_video_over_http_and_offline(client: httpx.Client, config
     uncached = config.sampling.model_copy(update={"step_cache": StepCache()})
     (offline,) = generate.run(config.model_copy(update={"sampling": uncached}), [PROMPT])
     over_http = make(client, num_inference_steps=2, seed=config.generate.seed)
-    assert over_http == offline.read_bytes()
+    assert over_http == Path(offline).read_bytes()
     assert over_http != make(client, num_inference_steps=2, seed=config.generate.seed + 1)
 
 
@@ -135,7 +135,7 @@ def test_same_seed_and_image_same_video_over_http_and_offline(
     sent = client.post("/v1/videos", data=knobs, files={"input_reference": image.read_bytes()})
     video_id = sent.raise_for_status().json()["id"]
     assert wait(client, video_id)["image"] == hashlib.sha256(image.read_bytes()).hexdigest()
-    assert client.get(f"/v1/videos/{video_id}/content").content == offline.read_bytes()
+    assert client.get(f"/v1/videos/{video_id}/content").content == Path(offline).read_bytes()
     wrong = client.post("/v1/videos", data=knobs, files={"input_reference": b"png"})
     check_error(wrong, 422, "invalid_image", "input_reference")
 
