@@ -19,7 +19,7 @@ from pipelines.training.ways import SHOWN, WAYS, Way
 from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.backbones.pretrained import check_bare, load_all_configs, load_trained_expert
 from prophy.models.physics_transformer import PhysicsTransformer
-from prophy.priors.cost import NUM_PHENOMENA, vlm_cost
+from prophy.priors.cost import NUM_PHENOMENA, published_or_loaded, vlm_cost
 from prophy.taxonomy import load_taxonomy
 from prophy.training.cost import count_flops, count_forward_flops, count_saved_bytes
 
@@ -153,8 +153,7 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
 def _print_vlm(config: Config, price: float | None) -> None:
     vlm, pool, batch_size = config.vlm, config.cache.extract, config.cache.extract_batch_size
     cost = vlm_cost(
-        vlm.pretrained,
-        vlm.revision,
+        published_or_loaded(vlm.pretrained, vlm.revision),
         vlm.dtype,
         load_taxonomy(config.taxonomy),
         (vlm.num_frames, vlm.height, vlm.width),

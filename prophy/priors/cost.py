@@ -78,9 +78,21 @@ class VlmCost:
         return self.flops / flops_per_s + read / bytes_per_s
 
 
+def published_or_loaded(pretrained: str, revision: str | None) -> Mapping[str, Any]:
+    """The `config.json` of a model, for `vlm_cost`.
+
+    Args:
+        pretrained: see `load_vlm`.
+        revision: of a hub id.
+
+    Raises:
+        ProPhyError: there is no such model.
+    """
+    return PUBLISHED.get(pretrained) or load_config(pretrained, revision)
+
+
 def vlm_cost(
-    pretrained: str,
-    revision: str | None,
+    settings: Mapping[str, Any],
     dtype: str,
     taxonomy: Taxonomy,
     shape: tuple[int, int, int],
@@ -92,8 +104,7 @@ def vlm_cost(
     A question has a token for each of its words and marks, about as many as a tokenizer makes of it.
 
     Args:
-        pretrained: see `load_vlm`.
-        revision: of a hub id.
+        settings: the model's `config.json`.
         dtype: "float32" or "bfloat16".
         taxonomy: what the VLM is asked for; a clip shows `NUM_PHENOMENA` of them.
         shape: frames, height and width of what it sees.
@@ -102,15 +113,12 @@ def vlm_cost(
 
     Returns:
         None for a model of another package, of which nothing is known.
-
-    Raises:
-        ProPhyError: there is no such model.
     """
-    settings = dict(PUBLISHED.get(pretrained) or load_config(pretrained, revision))
-    model_type = settings.pop("model_type")
+    values = dict(settings)
+    model_type = values.pop("model_type")
     if model_type not in _CLASSES:
         return None
-    config = AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **values)
     text, vision = config.text_config, config.vision_config
     with torch.device("meta"):
         model = _CLASSES[model_type](config)

@@ -6,8 +6,9 @@ from tests.gpu.accept import main
 
 
 def test_quick_checks_pass_in_the_form_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["experts", "attention"]) == 0
+    assert main(["experts", "attention", "vlm", "checkpoints"]) == 0
     lines = capsys.readouterr().out
+    assert "PASS  map 0 in bfloat16 against the CPU's" in lines
     assert "PASS  gradient of an expert without tokens: 0" in lines and "native's kernel" in lines
 
 
@@ -17,6 +18,12 @@ def test_a_check_that_breaks_fails_and_the_next_one_runs(
     monkeypatch.setitem(main.__globals__["CHECKS"], "broken", lambda: 1 / 0)
     assert main(["broken", "experts"]) == 1
     assert "FAIL  broken: ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_checks_that_run_the_product_pass_in_the_form_for_this_machine() -> None:
+    assert main(["trainings", "endpoint"]) == 0
 
 
 @pytest.mark.gpu

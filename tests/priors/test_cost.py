@@ -7,7 +7,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prophy.priors.cost import NUM_PHENOMENA, vlm_cost
+from prophy.priors.cost import NUM_PHENOMENA, published_or_loaded, vlm_cost
 from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.priors.questionnaire import BACKGROUND, CAPTION, ask_presence, describe_named
 from prophy.priors.qwen_vl import Qwen25VL
@@ -29,8 +29,7 @@ def test_operations_are_those_of_an_extraction(
         for questions in ([CAPTION, ask_presence(WISA), BACKGROUND], named):
             extractor._ask([video], [questions])
     found = vlm_cost(
-        str(peaked_vlm),
-        None,
+        published_or_loaded(str(peaked_vlm), None),
         "float32",
         WISA,
         frames.shape[:3],
@@ -42,7 +41,8 @@ def test_operations_are_those_of_an_extraction(
 
 
 def test_of_a_published_model_without_network() -> None:
-    cost = vlm_cost("Qwen/Qwen2.5-VL-32B-Instruct", None, "bfloat16", WISA, (16, 308, 532), None, 128)
+    settings = published_or_loaded("Qwen/Qwen2.5-VL-32B-Instruct", None)
+    cost = vlm_cost(settings, "bfloat16", WISA, (16, 308, 532), None, 128)
     assert cost.num_parameters == pytest.approx(33.45e9, rel=0.001)
     assert cost.num_tokens == 8 * 11 * 19
     # Two operations per parameter and token of the video, and as much again for some 900 others.
@@ -53,9 +53,8 @@ def test_of_a_published_model_without_network() -> None:
 
 
 def test_layers_that_are_kept_cost_their_scores(peaked_vlm: Path) -> None:
-    none, two = (
-        vlm_cost(str(peaked_vlm), None, "float32", WISA, (8, 48, 64), num_layers, 4) for num_layers in (0, 2)
-    )
+    settings = published_or_loaded(str(peaked_vlm), None)
+    none, two = (vlm_cost(settings, "float32", WISA, (8, 48, 64), kept, 4) for kept in (0, 2))
     assert two.flops > none.flops and two.step_bytes == none.step_bytes
 
 
@@ -63,7 +62,7 @@ def test_the_priors_of_the_embedded_vlm(frames: np.ndarray) -> None:
     """With its own shapes, and one vocabulary for what is read and what is said."""
     extractor = PriorExtractor(EMBEDDED, WISA, dtype="float32")
     assert isinstance(extractor.vlm, Qwen25VL)
-    cost = vlm_cost(EMBEDDED, None, "float32", WISA, frames.shape[:3], None, 32)
+    cost = vlm_cost(published_or_loaded(EMBEDDED, None), "float32", WISA, frames.shape[:3], None, 32)
     assert cost.num_parameters == sum(parameter.numel() for parameter in extractor.vlm.model.parameters())
     [priors] = extractor([Clip(frames, 4.0)])
     assert priors.maps[0].size == cost.num_tokens
