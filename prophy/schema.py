@@ -23,13 +23,15 @@ The footer of each file of the priors has the names of the phenomena, in the ord
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prophy.errors import ProPhyError
@@ -133,17 +135,18 @@ class CacheInput:
     """
 
     location: str
-    sources: list[dict[str, Any]]
+    sources: pa.Array | pa.ChunkedArray
 
     @property
-    def uris(self) -> set[str]:
-        """Names of the videos."""
-        return {source["uri"] for source in self.sources}
+    def uris(self) -> pa.Array | pa.ChunkedArray:
+        """Names of the videos, in their order."""
+        return pc.struct_field(self.sources, "uri")
 
     def to_table(self) -> pa.Table:
         """What `INPUT` holds; the footer too."""
-        rows = pa.table({"source": pa.array(self.sources, SOURCE)})
-        return rows.replace_schema_metadata({_INPUT_FOOTER: self.location.encode()})
+        return pa.table({"source": self.sources}).replace_schema_metadata(
+            {_INPUT_FOOTER: self.location.encode()}
+        )
 
     @classmethod
     def read(cls, encodings: Path) -> "CacheInput":
@@ -158,23 +161,33 @@ class CacheInput:
             )
         with open_file(encodings / INPUT) as file:
             rows = file.read()
-        return cls(rows.schema.metadata[_INPUT_FOOTER].decode(), rows["source"].to_pylist())
+        return cls(rows.schema.metadata[_INPUT_FOOTER].decode(), rows["source"])
 
-    def samples(self, rows: Iterable[dict[str, Any]]) -> list[str]:
-        """The samples of these videos as their files are now, each clip once.
+    def places(self, sources: pa.ChunkedArray) -> pa.ChunkedArray:
+        """The place of each video in the input; null where it is not there, or its file has changed."""
+        place = pc.index_in(pc.struct_field(sources, "uri"), value_set=self.uris)
+        size, modified = (
+            pc.equal(pc.struct_field(self.sources, name).take(place), pc.struct_field(sources, name))
+            for name in ("size", "modified")
+        )
+        return pc.if_else(pc.and_(size, modified), place, None)
+
+    def samples(self, rows: pa.Table) -> pa.Array:
+        """The samples of these videos as their files are now, each clip once; sorted.
 
         Of clips with the same content and span, whatever paths lead to them, the first counts.
 
         Args:
             rows: the rows of the priors, or of their index.
         """
-        place = {source_version(source): number for number, source in enumerate(self.sources)}
-        current = [row for row in rows if source_version(row["source"]) in place]
-        current.sort(key=lambda row: place[source_version(row["source"])])
-        first: dict[tuple[str, float, float], str] = {}
-        for row in current:
-            first.setdefault((row["content_hash"], row["start_s"], row["end_s"]), row["sample_id"])
-        return sorted(first.values())
+        places = self.places(rows["source"])
+        order = pc.sort_indices(places)[: len(places) - places.null_count]
+        # Grouping by texts would take several times their memory.
+        content = rows["content_hash"].dictionary_encode().combine_chunks().indices
+        spans = pa.table({"content": content, "start_s": rows["start_s"], "end_s": rows["end_s"]})
+        spans = spans.take(order).append_column("number", pa.array(np.arange(len(order))))
+        first = spans.group_by(["content", "start_s", "end_s"]).aggregate([("number", "min")])["number_min"]
+        return rows["sample_id"].take(order.take(first)).combine_chunks().sort()
 
 
 def read_phenomena(priors: Path) -> tuple[str, ...]:
@@ -188,11 +201,6 @@ def read_phenomena(priors: Path) -> tuple[str, ...]:
     """
     with open_file(priors / INDEX) as file:
         return tuple(json.loads(file.metadata.metadata[SETTINGS_FOOTER])[TAXONOMY])
-
-
-def source_version(source: dict[str, Any]) -> tuple[str, int, float]:
-    """A `SOURCE` as a key."""
-    return source["uri"], source["size"], source["modified"]
 
 
 class MissingFileError(ProPhyError):

@@ -9,7 +9,6 @@ to a video, a caption or labels that have changed.
 import itertools
 import math
 import operator
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +20,17 @@ from ray.data import ActorPoolStrategy, Dataset, ExecutionResources, TaskPoolStr
 from pipelines.caching.manifests import Input
 from pipelines.caching.progress import GraphReport, complete, execute
 from pipelines.caching.shapes import check_shapes, misfits
-from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
+from pipelines.caching.sources import (
+    PLANNED,
+    changed,
+    clips_left,
+    find_videos,
+    of_videos,
+    refusals,
+    videos_left,
+)
 from pipelines.caching.stages import CutVideo, EncodeClip, ExtractPriors, ReadClip
-from pipelines.caching.summary import CacheSummary, print_summary
+from pipelines.caching.summary import CacheSummary, count_phenomena, print_summary
 from pipelines.caching.tables import (
     ATTEMPTS_FOLDER,
     Table,
@@ -50,7 +57,7 @@ from prophy.backbones.pretrained import (
 from prophy.errors import ProPhyError
 from prophy.priors.fingerprint import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, TAXONOMY, CacheInput
-from prophy.taxonomy import Taxonomy, from_multi_hot, load_taxonomy
+from prophy.taxonomy import Taxonomy, load_taxonomy
 from prophy.video import FRAMES_VERSION
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
@@ -180,7 +187,8 @@ def _read(work: pa.Table, num_actors: int, num_frames: int, shapes: list[tuple[i
     clip_bytes = num_frames * 3 * max(map(math.prod, shapes))
     limits = ExecutionResources.for_limits(object_store_memory=_MAX_DECODED * num_actors * clip_bytes)
     num_blocks = min(max(len(work) // _CLIPS_PER_TASK, _BLOCKS[0]), _BLOCKS[1], len(work))
-    rows = ray.data.from_items(work.to_pylist(), override_num_blocks=num_blocks)
+    ends = [len(work) * number // num_blocks for number in range(num_blocks + 1)]
+    rows = ray.data.from_blocks([work[start:end] for start, end in itertools.pairwise(ends)])
     rows.context.execution_options.resource_limits = limits  # for this graph alone
     return rows
 
@@ -253,26 +261,26 @@ def _check_clips(config: Config) -> None:
 def _fill(config: Config, taxonomy: Taxonomy, found: Input) -> CacheSummary:
     """Runs both graphs on what is left to do; where that is nothing, Ray is not even started."""
     videos = found.videos
-    current = CacheInput(config.cache.input, [video["source"] for video in videos])
+    current = CacheInput(config.cache.input, videos["source"])
     priors, encodings = priors_table(config, taxonomy), encodings_table(config)
-    drop_samples(priors, changed(update_index(priors), videos, ("source", "caption", "labels")))
-    drop_samples(encodings, changed(update_index(encodings), videos))
+    drop_samples(priors, changed(update_index(priors, PLANNED), videos, ("caption", "labels")))
+    drop_samples(encodings, changed(update_index(encodings, ["sample_id", "source"]), videos))
     # Before any work: training knows these videos by it, also where this run is killed.
     input_rows = current.to_table()
     write_file(encodings.folder, input_rows, {**encodings.footer, **input_rows.schema.metadata}, name=INPUT)
     if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
-        encoded = set(update_index(encodings)["sample_id"].to_pylist())
-        samples = current.samples(update_index(priors).to_pylist())
-        drop_samples(encodings, [sample_id for sample_id in samples if sample_id in encoded][:1])
+        samples = current.samples(update_index(priors, PLANNED))
+        is_encoded = pc.is_in(samples, update_index(encodings, ["sample_id"])["sample_id"])
+        drop_samples(encodings, samples.filter(is_encoded)[:1])
 
     def refused(table: Table) -> pa.Table:
         return read_quarantine(_folder(config).quarantine, quarantine_table(config, table).settings)
 
     def left() -> tuple[pa.Table, pa.Table]:
-        index = update_index(priors)
+        index, encoded = update_index(priors, PLANNED), update_index(encodings, ["sample_id", "caption"])
         return (
             videos_left(videos, index, refused(priors), _clip_durations(config)),
-            clips_left(videos, index, update_index(encodings), refused(encodings)),
+            clips_left(videos, index, encoded, refused(encodings)),
         )
 
     def extract(work: pa.Table) -> GraphReport:
@@ -280,7 +288,7 @@ def _fill(config: Config, taxonomy: Taxonomy, found: Input) -> CacheSummary:
         return execute(build_priors_graph(fitting, taxonomy, priors, work), "priors", len(work), workers)
 
     def encode(work: pa.Table) -> GraphReport:
-        drop_samples(encodings, work["sample_id"].to_pylist())  # those of another caption
+        drop_samples(encodings, work["sample_id"])  # those of another caption
         fitting, workers = _fit_pools(config, "encodings", "encode")
         return execute(build_encodings_graph(fitting, encodings, work), "encodings", len(work), workers)
 
@@ -289,26 +297,21 @@ def _fill(config: Config, taxonomy: Taxonomy, found: Input) -> CacheSummary:
         with ray_session(config):
             added_priors = complete(lambda: left()[0], extract)
             added_encodings = complete(lambda: left()[1], encode)
-    index = update_index(priors)
-    clips = index.filter(
-        pc.is_in(index["sample_id"], pa.array(current.samples(index.to_pylist()), pa.string()))
-    )
+    index = update_index(priors, [*PLANNED, "unparsed", "phenomena"])
+    clips = index.filter(pc.is_in(index["sample_id"], current.samples(index)))
     cut, stretched = misfits(clips, config)
-    labels = Counter(
-        label for row in clips["phenomena"].to_pylist() for label in from_multi_hot(row, taxonomy.names)
-    )
-    cached, counted = _uris(index), _uris(clips)
+    encoded, cached, counted = update_index(encodings, ["sample_id"]), _uris(index), _uris(clips)
     return CacheSummary(
         num_videos=len(videos),
         num_priors=len(clips),
-        num_encodings=pc.sum(pc.is_in(clips["sample_id"], update_index(encodings)["sample_id"])).as_py() or 0,
-        num_copies=len(_uris(of_videos(index, videos)) - counted),
-        num_left_out=len(cached - current.uris),
+        num_encodings=pc.sum(pc.is_in(clips["sample_id"], encoded["sample_id"])).as_py() or 0,
+        num_copies=len(_uris(of_videos(index, videos))) - len(counted),
+        num_left_out=pc.sum(pc.invert(pc.is_in(cached, current.uris))).as_py() or 0,
         quarantined=found.refused
         + refusals(pa.concat_tables(map(refused, (priors, encodings))), videos, left()),
-        phenomena=dict(labels.most_common()),
+        phenomena=count_phenomena(clips, taxonomy.names),
         branch_of=taxonomy.branch_of,
-        unparsed=sum(map(bool, clips["unparsed"].to_pylist())),
+        unparsed=pc.sum(pc.greater(pc.list_value_length(clips["unparsed"]), 0)).as_py() or 0,
         cut=cut,
         stretched=stretched,
         added_priors=added_priors,
@@ -316,8 +319,9 @@ def _fill(config: Config, taxonomy: Taxonomy, found: Input) -> CacheSummary:
     )
 
 
-def _uris(rows: pa.Table) -> set[str]:
-    return {source["uri"] for source in rows["source"].to_pylist()}
+def _uris(rows: pa.Table) -> pa.Array:
+    """Names of the videos that the rows are of, each once."""
+    return pc.struct_field(rows["source"], "uri").unique()
 
 
 def _fit_pools(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +18,7 @@ from rich.table import Table as Grid
 
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.caching.stages import decoder, prior_extractor
+from pipelines.caching.summary import count_phenomena
 from pipelines.caching.tables import file_names, read_quarantine
 from pipelines.caching.video_files import LocalFiles
 from pipelines.config import Config
@@ -47,11 +50,10 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     if not (priors / INDEX).is_file():
         raise ProPhyError(f"no cache in {config.cache.output}; set cache.output, or run `prophy cache`")
     with open_file(priors / INDEX) as file:
-        stored = file.read().to_pylist()
+        stored = file.read()
     current = CacheInput.read(encodings)
-    counted = set(current.samples(stored))
-    index = [row for row in stored if row["sample_id"] in counted]
-    if not index:
+    index = stored.filter(pc.is_in(stored["sample_id"], current.samples(stored)))
+    if not len(index):
         raise ProPhyError(f"no video of {current.location} is in {priors}; run `prophy cache`")
     console = Console()
     grid = Grid("table", "samples", "files", "MB", title=escape(str(config.cache.output)))
@@ -63,24 +65,25 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
         sizes = [(folder / file).stat().st_size for file in file_names(folder)]
         grid.add_row(name, str(samples), str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
     console.print(grid)
+    cached, counted = (pc.struct_field(rows["source"], "uri").unique() for rows in (stored, index))
     lines = [
-        f"of {current.location}, the input of the last run: "
-        f"{len({row['source']['uri'] for row in index})} videos, {len(index)} clips of "
-        f"{sum(row['end_s'] - row['start_s'] for row in index):.0f} s",
-        f"{len({row['source']['uri'] for row in stored} - current.uris)} videos that are not in it; training "
-        f"leaves them out, `prophy cache prune` removes them",
-        f"{sum(row['caption'] is None for row in index)} clips without a given caption have the VLM's",
-        f"{sum(bool(row['unparsed']) for row in index)} clips with an answer that was not understood in full",
+        f"of {current.location}, the input of the last run: {len(counted)} videos, {len(index)} clips of "
+        f"{pc.sum(pc.subtract(index['end_s'], index['start_s'])).as_py():.0f} s",
+        f"{len(cached.filter(pc.invert(pc.is_in(cached, current.uris))))} videos that are not in it; "
+        f"training leaves them out, `prophy cache prune` removes them",
+        f"{index['caption'].null_count} clips without a given caption have the VLM's",
+        f"{len(index.filter(pc.list_value_length(index['unparsed']).cast(pa.bool_())))} clips with an answer "
+        f"that was not understood in full",
     ]
     names = read_phenomena(priors)
-    labels = Counter(label for row in index for label in from_multi_hot(row["phenomena"], names))
-    lines += [f"{phenomenon:>28} {count:6d}" for phenomenon, count in labels.most_common()]
+    lines += [f"{name:>28} {count:6d}" for name, count in count_phenomena(index, names).items()]
     refused = read_quarantine(CacheFolder(config.cache.output).quarantine).to_pylist()
     kinds = Counter(f"{row['error_type']} in {row['stage']}" for row in refused)
     lines += [f"quarantined: {count} by {kind}" for kind, count in kinds.items()]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     places = np.linspace(0, len(index) - 1, min(num_clips, len(index))).round().astype(int)
-    _save([strip for place in places for strip in _cached_clip(config, priors, names, index[place])], sheet)
+    chosen = index.take(places).to_pylist()
+    _save([strip for row in chosen for strip in _cached_clip(config, priors, names, row)], sheet)
 
 
 def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> None:

@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of a list.
 
     Attributes:
         number: counted from 1, without a header.
         line: where it begins in a text file, counted from 1.
-        values: by the name of the column, stripped and in lower case.
+        values: of the known columns, by the name stripped and in lower case.
         error: why it cannot be read, in words that go for every such row.
         detail: what is wrong in this one.
     """
@@ -59,7 +59,7 @@ def read_rows(content: bytes, suffix: str, known: Collection[str]) -> Rows:
     Args:
         content: bytes of the file.
         suffix: one of `SUFFIXES`.
-        known: columns that may be used; of Parquet no others are read.
+        known: columns that may be used.
 
     Raises:
         ValueError: it is no such file, or has a known column twice.
@@ -105,7 +105,7 @@ def _read_csv(content: bytes, known: Collection[str]) -> Rows:
         # Who writes a blank after each comma of the header writes one in the rows too, before quotes as well.
         skipinitialspace=any(name != name.lstrip() for name in written[1:]),
     )
-    header: list[str] | None = None
+    header, used = None, list[tuple[int, str]]()
     rows: list[Row] = []
     line = 1
     try:
@@ -115,12 +115,14 @@ def _read_csv(content: bytes, known: Collection[str]) -> Rows:
                 continue
             if header is None:
                 header = cells
+                used = [(place, name) for place, name in enumerate(map(_plain, cells)) if name in known]
                 continue
-            error = None
+            error, detail = None, ""
             if len(cells) != len(header):
                 error = f"it has not as many cells as the header; quote a text that holds {delimiter!r}"
-            values = {_plain(name): cell or None for name, cell in zip(header, cells, strict=False)}
-            rows.append(Row(len(rows) + 1, begins, values, error, f"{len(cells)} for {len(header)}"))
+                detail = f"{len(cells)} for {len(header)}"
+            values = {name: cells[place] or None for place, name in used if place < len(cells)}
+            rows.append(Row(len(rows) + 1, begins, values, error, detail))
     except csv.Error as error:
         raise ValueError(
             f"the row that begins in line {line} has a quote that does not end, or ends too early; write a "
@@ -151,7 +153,8 @@ def _read_json(content: bytes, known: Collection[str]) -> Rows:
         return Rows(rows, columns)
     rows = []
     # Not `splitlines`: it cuts at what Unicode calls a line separator too, which JSON may have inside a text.
-    for line, written in enumerate(text.split("\n"), 1):
+    for line, written in enumerate(io.StringIO(text, newline="\n"), 1):
+        written = written.removesuffix("\n")
         if not written.strip():
             continue
         row = Row(len(rows) + 1, line)
@@ -175,7 +178,8 @@ def _json_row(row: Row, record: Any, known: Collection[str], columns: dict[str, 
         if name in known and name in values:
             return replace(row, error=f"it has {name!r} twice; keep one")
         columns.setdefault(name, written)
-        values[name] = record[written]
+        if name in known:
+            values[name] = record[written]
     return replace(row, values=values)
 
 

@@ -16,14 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipelines.caching.list_files import SUFFIXES, Row, Rows, read_rows
-from pipelines.caching.video_files import find_files, open_store, sources_of
+from pipelines.caching.video_files import find_files, gathered, open_store, sources_of
 from prophy.errors import ProPhyError
+from prophy.schema import PRIORS, SOURCE
 from prophy.taxonomy import parse_phenomena, parse_phenomenon
 
 logger = logging.getLogger(__name__)
 
-Video = dict[str, Any]  # a row of `stages.SOURCES` without `done`
+# A video of the input.
+VIDEOS = pa.schema(
+    [pa.field("source", SOURCE, nullable=False), PRIORS.field("caption"), PRIORS.field("labels")]
+)
+# The same, of which only the location is known yet.
+_NAMED = VIDEOS.set(0, pa.field("source", pa.string(), nullable=False))
 
 _OURS = ("path", "caption", "phenomena")
 _WISA = ("file", "video_name", "captions", "en_caption", "physical_annotation", "q0", "q1", "q2")
@@ -31,6 +40,7 @@ _WISA = ("file", "video_name", "captions", "en_caption", "physical_annotation", 
 _WISA_ANSWERS = ("q0", "q1", "q2")
 _NONE = {"none", *(f"no obvious {branch} phenomenon" for branch in ("dynamic", "thermodynamic", "optical"))}
 _UNSAID = {"nan", "null", "n/a", "<na>"}  # what programs write into a text file where there is nothing
+_UNUSUAL = re.compile(r"(^\.|/\.?)(/|\Z)")  # a path with pieces that say nothing: `//`, `/./`, `/` at its end
 _SHOWN = 10  # rows that are named, and names that are no phenomenon
 
 
@@ -39,11 +49,11 @@ class Input:
     """The videos of a run, and what of its input cannot be used.
 
     Attributes:
-        videos: in the order of the list, or by name.
+        videos: `VIDEOS`, in the order of the list, or by name.
         refused: why rows of the list or places of the folder cannot be used, a sentence each.
     """
 
-    videos: list[Video]
+    videos: pa.Table
     refused: list[str]
 
 
@@ -122,28 +132,29 @@ class _Reader:
         self._by_name: dict[str, list[str]] | None = None
 
     def read(self, rows: list[Row]) -> Input:
-        videos = []
         refused: dict[str, list[tuple[Row, str]]] = {}
-        for row in rows:
-            try:
-                if row.error:
-                    raise _RowError(row.error, row.detail)
-                videos.append(self._wisa(row.values) if self.is_wisa else self._ours(row.values))
-            except _RowError as error:
-                refused.setdefault(str(error), []).append((row, error.detail))
+        named = gathered(self._videos(rows, refused), _NAMED)
         if self.strange:
             logger.warning(
                 "%s names what is no phenomenon of the taxonomy; left out, each so many times: %s",
                 self.location,
                 _some([f"{name!r} {count}" for name, count in self.strange.most_common()]),
             )
-        sources = sources_of([video["source"] for video in videos])
-        videos = [{**video, "source": source} for video, source in zip(videos, sources, strict=True)]
+        videos = named.set_column(0, VIDEOS.field("source"), sources_of(named["source"].to_pylist()))
         sentences = [_sentence(self.location, reason, found) for reason, found in refused.items()]
         return Input(videos, sentences)
 
-    def _ours(self, values: dict[str, Any]) -> Video:
-        """A video whose `source` is only its location yet, as below."""
+    def _videos(self, rows: list[Row], refused: dict[str, list[tuple[Row, str]]]) -> Iterator[dict[str, Any]]:
+        """Videos whose `source` is only a location yet; rows that cannot be used join `refused`."""
+        for row in rows:
+            try:
+                if row.error:
+                    raise _RowError(row.error, row.detail)
+                yield self._wisa(row.values) if self.is_wisa else self._ours(row.values)
+            except _RowError as error:
+                refused.setdefault(str(error), []).append((row, error.detail))
+
+    def _ours(self, values: dict[str, Any]) -> dict[str, Any]:
         path = _text(values, "path")
         if path is None:
             raise _RowError("'path' is missing; name the row's video there")
@@ -158,7 +169,7 @@ class _Reader:
             "labels": labels,
         }
 
-    def _wisa(self, values: dict[str, Any]) -> Video:
+    def _wisa(self, values: dict[str, Any]) -> dict[str, Any]:
         column = "file" if _text(values, "file") else "video_name"
         name = _text(values, column)
         if name is None:
@@ -201,7 +212,7 @@ class _Reader:
         elif "://" not in path and not path.startswith("/"):
             path = f"{self.folder}/{path}"
         if "://" not in path:
-            return str(PurePosixPath(path))
+            return str(PurePosixPath(path)) if _UNUSUAL.search(path) else path
         try:
             open_store(path)
         except ProPhyError as error:  # a URL of no store that we know
@@ -212,8 +223,8 @@ class _Reader:
         """The videos below the list's folder, by name."""
         if self._by_name is None:
             self._by_name = {}
-            for source in find_files(self.folder).sources:
-                self._by_name.setdefault(source["uri"].rpartition("/")[2], []).append(source["uri"])
+            for uri in pc.struct_field(find_files(self.folder).sources, "uri").to_pylist():
+                self._by_name.setdefault(uri.rpartition("/")[2], []).append(uri)
         return self._by_name
 
 

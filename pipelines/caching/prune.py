@@ -6,6 +6,8 @@ video that is listed there stays, even if it could not be had.
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 
 from pipelines.caching.tables import (
@@ -51,16 +53,16 @@ def prune(folder: Path) -> dict[str, int]:
     """Removes rows of videos in no input; a table of encodings has its own, the priors have all of them."""
     (_, priors_schema), *encodings = tables_of(folder)
     inputs = {place: CacheInput.read(place).uris for place, _ in encodings}
-    listed = set().union(*inputs.values())
+    listed = pa.chunked_array([chunk for uris in inputs.values() for chunk in uris.chunks], pa.string())
     removed = {}
     for place, schema in [*encodings, (CacheFolder(folder).priors, priors_schema)]:
         names = file_names(place)
         if not names:
             continue
         table = stored_table(place, names[0], schema)
-        rows = update_index(table).select(["sample_id", "source"]).to_pylist()
-        uris = inputs.get(place, listed)
-        dropped = [row["sample_id"] for row in rows if row["source"]["uri"] not in uris]
+        rows = update_index(table, ["sample_id", "source"])
+        is_listed = pc.is_in(pc.struct_field(rows["source"], "uri"), inputs.get(place, listed))
+        dropped = rows["sample_id"].filter(pc.invert(is_listed))
         drop_samples(table, dropped)
         removed[str(place.relative_to(folder))] = len(dropped)
     removed["quarantine"] = drop_refusals(CacheFolder(folder).quarantine, listed)

@@ -7,7 +7,9 @@ the backbone, and what is still stretched is bounded.
 
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.config import Config
 from prophy.errors import ProPhyError
@@ -68,21 +70,27 @@ def misfits(clips: pa.Table, config: Config) -> tuple[Misfit | None, Misfit | No
         clips: `source`, `height` and `width` of each, as in the priors.
         config: the shapes.
     """
-    cut, stretched = dict[str, float](), dict[str, float]()
-    for row in clips.select(["source", "height", "width"]).to_pylist():
-        uri, picture = row["source"]["uri"], (row["height"], row["width"])
-        seen = nearest_shape(*picture, config.vlm.frame_shapes)
-        cut[uri] = 1 - min(cut_share(*picture, seen[1] / seen[0]))
-        stretched[uri] = stretch(seen, nearest_shape(*seen, config.backbone.frame_shapes)) - 1
-    return _worst(cut), _worst(stretched)
+    videos = clips.select(["height", "width"]).append_column("uri", pc.struct_field(clips["source"], "uri"))
+    # Without threads, which would not keep the order. All clips of a video have its picture.
+    videos = videos.group_by("uri", use_threads=False).aggregate([("height", "first"), ("width", "first")])
+    sides = [videos[name].cast(pa.string()) for name in ("height_first", "width_first")]
+    pictures = pc.binary_join_element_wise(*sides, " ").combine_chunks().dictionary_encode()
+    cut, stretched = list[float](), list[float]()
+    for text in pictures.dictionary.to_pylist():
+        height, width = map(int, text.split())
+        seen = nearest_shape(height, width, config.vlm.frame_shapes)
+        cut.append(1 - min(cut_share(height, width, seen[1] / seen[0])))
+        stretched.append(stretch(seen, nearest_shape(*seen, config.backbone.frame_shapes)) - 1)
+    which = pictures.indices.to_numpy()
+    return _worst(videos["uri"], np.array(cut)[which]), _worst(videos["uri"], np.array(stretched)[which])
 
 
-def _worst(shares: dict[str, float]) -> Misfit | None:
-    above = {uri: share for uri, share in shares.items() if share > _SMALL}
+def _worst(uris: pa.ChunkedArray, shares: np.ndarray) -> Misfit | None:
+    above = int(np.count_nonzero(shares > _SMALL))
     if not above:
         return None
-    worst = max(above, key=lambda uri: above[uri])
-    return Misfit(len(above), worst, above[worst])
+    worst = int(shares.argmax())
+    return Misfit(above, uris[worst].as_py(), float(shares[worst]))
 
 
 def _size(shape: Shape) -> str:

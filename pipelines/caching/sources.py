@@ -1,20 +1,24 @@
 """Which videos there are, and what of them is left to do. Knows the tables, but neither Ray nor models."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipelines.caching.manifests import Input, Video, read_manifest
-from pipelines.caching.stages import CLIPS, SOURCES, clip_ids
+from pipelines.caching.manifests import VIDEOS, Input, read_manifest
+from pipelines.caching.stages import CLIPS, SOURCES
 from pipelines.caching.video_files import UNREADABLE, asking, find_files, once_each, open_store
 from prophy.errors import ProPhyError
-from prophy.schema import MANIFEST, CacheInput, source_version
-from prophy.video import SUFFIXES
+from prophy.schema import MANIFEST, PRIORS, CacheInput
+from prophy.video import SUFFIXES, clip_spans
 
 logger = logging.getLogger(__name__)
+
+# Of the index of the priors, what says which work is left: all but what the VLM made beside the caption.
+PLANNED = PRIORS.names[: PRIORS.get_field_index("vlm_caption") + 1]
+_RESOURCE_FORK = r"(^|/)\._[^/]*$"  # a file that is named so
 
 
 def find_videos(location: str, names: Sequence[str]) -> Input:
@@ -35,15 +39,15 @@ def find_videos(location: str, names: Sequence[str]) -> Input:
             found = _listed(location, names)
     except OSError as error:
         raise ProPhyError(f"cannot read cache.input: {error}") from None
-    videos = [video for video in found.videos if not _is_resource_fork(video)]
+    videos = found.videos.filter(pc.invert(pc.match_substring_regex(_uris(found.videos), _RESOURCE_FORK)))
     if number := len(found.videos) - len(videos):
         logger.warning("left out %d file(s) named ._*, in which macOS keeps what is no video", number)
-    places = once_each([video["source"] for video in videos])
+    places = once_each(videos["source"])
     if number := len(videos) - len(places):
         logger.warning(
             "left out %d video(s) that are named twice, or linked to others: the first counts", number
         )
-    if not videos:
+    if not len(videos):
         raise ProPhyError(
             f"none of what {location} holds can be used; the first: {found.refused[0]}"
             if found.refused
@@ -51,7 +55,7 @@ def find_videos(location: str, names: Sequence[str]) -> Input:
         )
     if found.refused:
         logger.warning("%s; what else cannot be used is told at the end", found.refused[0])
-    return Input([videos[place] for place in places], found.refused)
+    return Input(videos.take(places), found.refused)
 
 
 def _listed(location: str, names: Sequence[str]) -> Input:
@@ -68,109 +72,118 @@ def _listed(location: str, names: Sequence[str]) -> Input:
     if found.left_out:
         kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(found.left_out.items()))
         logger.warning("left out files of %s that are no videos by their ending: %s", location, kinds)
-    return Input(
-        [{"source": source, "caption": None, "labels": None} for source in found.sources], found.refused
-    )
+    unsaid = (pa.nulls(len(found.sources), VIDEOS.field(name).type) for name in ("caption", "labels"))
+    return Input(pa.table([found.sources, *unsaid], schema=VIDEOS), found.refused)
 
 
-def _is_resource_fork(video: Video) -> bool:
-    return video["source"]["uri"].rpartition("/")[2].startswith("._")
-
-
-def of_videos(rows: pa.Table, videos: Iterable[Video]) -> pa.Table:
+def of_videos(rows: pa.Table, videos: pa.Table) -> pa.Table:
     """The rows of a table whose `source` is one of these videos, unchanged since."""
-    return _of_sources(rows, [video["source"] for video in videos])
+    return rows.filter(_places(rows, videos).is_valid())
 
 
-def refusals(quarantine: pa.Table, videos: Iterable[Video], left: Iterable[pa.Table]) -> list[str]:
+def refusals(quarantine: pa.Table, videos: pa.Table, left: Iterable[pa.Table]) -> list[str]:
     """Why a video or clip of the input cannot be used, a sentence each.
 
     Args:
         quarantine: what cannot be used.
-        videos: the input's.
+        videos: the input's, as `VIDEOS`.
         left: what a run left of its work lists: files that it could not have, though they are there.
     """
-    unreadable = [
-        {"uri": source["uri"], **UNREADABLE} for table in left for source in table["source"].to_pylist()
-    ]
-    rows = _of_sources(quarantine, [*(video["source"] for video in videos), *unreadable])
-    return rows["message"].unique().to_pylist()
+    source = quarantine["source"]
+    is_unreadable = pc.and_(*(pc.equal(pc.struct_field(source, key), UNREADABLE[key]) for key in UNREADABLE))
+    told = _places(quarantine, videos).is_valid()
+    for table in left:
+        told = pc.or_(told, pc.and_(is_unreadable, pc.is_in(_uris(quarantine), _uris(table))))
+    return quarantine["message"].filter(told).unique().to_pylist()
 
 
-def changed(rows: pa.Table, videos: Iterable[Video], columns: Iterable[str] = ("source",)) -> list[str]:
-    """The samples in `rows` whose video has other `columns` now; those of a missing video stay."""
-    current = {video["source"]["uri"]: video for video in videos if video["source"]["modified"]}
-    return [
-        row["sample_id"]
-        for row in rows.select(["sample_id", *columns]).to_pylist()
-        if any(current.get(row["source"]["uri"], row)[column] != row[column] for column in columns)
-    ]
+def changed(rows: pa.Table, videos: pa.Table, columns: Iterable[str] = ()) -> pa.ChunkedArray:
+    """The samples in `rows` whose video has another file or other `columns` now; a missing one's stay."""
+    videos = videos.filter(pc.not_equal(pc.struct_field(videos["source"], "modified"), 0.0))
+    place = pc.index_in(_uris(rows), value_set=_uris(videos))
+    differs = _places(rows, videos).is_null()
+    for column in columns:
+        now, before = videos[column].take(place), rows[column]
+        if pa.types.is_list(before.type):  # of names, as a text that can be compared
+            now, before = pc.binary_join(now, "\n"), pc.binary_join(before, "\n")
+        one_is_null = pc.xor(now.is_null(), before.is_null())
+        differs = pc.or_(differs, pc.coalesce(pc.not_equal(now, before), one_is_null))
+    return rows["sample_id"].filter(pc.and_(place.is_valid(), differs))
 
 
 def videos_left(
-    videos: list[Video], priors: pa.Table, quarantine: pa.Table, clip_durations_s: list[float]
+    videos: pa.Table, priors: pa.Table, quarantine: pa.Table, clip_durations_s: list[float]
 ) -> pa.Table:
     """The videos that have clips without priors, as `stages.SOURCES`.
 
     Args:
-        videos: the input's.
+        videos: the input's, as `VIDEOS`.
         priors: index of the priors.
         quarantine: what cannot be used: such clips and videos are left out while their file is the same.
         clip_durations_s: lengths that a clip may have.
     """
-    known = _by_video(priors, ["content_hash", "num_frames", "fps"])
-    unusable = _by_video(quarantine, ["num_clips"])
-    left = []
-    for video in videos:
-        rows, refused = known[source_version(video["source"])], unusable[source_version(video["source"])]
-        done = {row["sample_id"] for row in (*rows, *refused)}
-        if rows:
-            first = rows[0]
-            duration_s = first["num_frames"] / first["fps"]
-            num_clips = len(clip_ids(video["source"], first["content_hash"], duration_s, clip_durations_s))
-        else:
-            num_clips = max((row["num_clips"] or 0 for row in refused), default=1)
-        if None not in done and len(done) < num_clips:
-            left.append({**video, "done": sorted(done)})
-    return pa.Table.from_pylist(left, SOURCES)
+    known = _with_places(priors, videos, ["sample_id", "num_frames", "fps"])
+    refused = _with_places(quarantine, videos, ["sample_id", "num_clips"])
+    others = refused.filter(pc.invert(pc.is_in(refused["sample_id"], known["sample_id"])))
+    others = others.group_by(["place", "sample_id"]).aggregate([])
+    done = pa.concat_tables([known.select(["place", "sample_id"]), others])
+    num_done = np.bincount(done["place"].to_numpy(), minlength=len(videos))
+    # How many clips a video has says its file; of one that has no priors yet, what was refused of it.
+    num_clips = np.ones(len(videos), int)
+    num_clips[refused["place"].to_numpy()] = 0
+    np.maximum.at(num_clips, refused["place"].to_numpy(), refused["num_clips"].fill_null(0).to_numpy())
+    durations_s = pc.divide(known["num_frames"], known["fps"]).combine_chunks().dictionary_encode()
+    counts = [len(clip_spans(each, clip_durations_s)) for each in durations_s.dictionary.to_pylist()]
+    num_clips[known["place"].to_numpy()] = np.array(counts, int)[durations_s.indices.to_numpy()]
+    num_clips[refused["place"].filter(refused["sample_id"].is_null()).to_numpy()] = 0  # refused as a whole
+    is_left = num_done < num_clips
+    done = done.filter(pa.array(is_left[done["place"].to_numpy()]))
+    done = done.sort_by([("place", "ascending"), ("sample_id", "ascending")])
+    ends = pa.array(np.append(0, num_done[is_left]).cumsum(), pa.int32())
+    lists = pa.ListArray.from_arrays(ends, done["sample_id"].combine_chunks())
+    return videos.filter(pa.array(is_left)).append_column("done", lists).cast(SOURCES)
 
 
-def clips_left(videos: list[Video], priors: pa.Table, encodings: pa.Table, quarantine: pa.Table) -> pa.Table:
+def clips_left(videos: pa.Table, priors: pa.Table, encodings: pa.Table, quarantine: pa.Table) -> pa.Table:
     """The clips with priors but without encodings of their caption, as `stages.CLIPS`.
 
     The caption is the VLM's where none was given.
 
     Args:
-        videos: the input's.
+        videos: the input's, as `VIDEOS`.
         priors: index of the priors.
         encodings: index of the encodings.
         quarantine: what cannot be used.
     """
-    done = dict(zip(*encodings.select(["sample_id", "caption"]).to_pydict().values(), strict=True))
-    refused = set(quarantine["sample_id"].to_pylist())
-    columns = [name for name in priors.column_names if name in (*CLIPS.names, "vlm_caption")]
-    usable = [row for row in priors.select(columns).to_pylist() if row["sample_id"] not in refused]
-    current = set(CacheInput("", [video["source"] for video in videos]).samples(usable))
-    clips = [
-        {**row, "caption": row["caption"] or row["vlm_caption"], "share": 1.0}
-        for row in usable
-        if row["sample_id"] in current
+    sample_ids, given = priors["sample_id"], priors["caption"]
+    is_refused = pc.is_in(sample_ids, quarantine["sample_id"].drop_null())
+    usable = priors.select(["sample_id", "source", "content_hash", "start_s", "end_s"])
+    if pc.any(is_refused).as_py():
+        usable = usable.filter(pc.invert(is_refused))
+    current = CacheInput("", videos["source"]).samples(usable)
+    captions = pc.if_else(pc.equal(given.fill_null(""), ""), priors["vlm_caption"], given)
+    encoded = encodings["caption"].take(pc.index_in(sample_ids, value_set=encodings["sample_id"]))
+    is_left = pc.and_(pc.is_in(sample_ids, current), pc.not_equal(encoded, captions).fill_null(True))
+    clips = priors.set_column(priors.column_names.index("caption"), "caption", captions).filter(is_left)
+    clips = clips.append_column("share", pa.array(np.ones(len(clips))))
+    columns = [
+        clips[field.name] if field.name in clips.column_names else pa.nulls(len(clips), field.type)
+        for field in CLIPS
     ]
-    left = [clip for clip in clips if done.get(clip["sample_id"]) != clip["caption"]]
-    return pa.Table.from_pylist(left, CLIPS)
+    return pa.table(columns, schema=CLIPS)
 
 
-def _of_sources(rows: pa.Table, sources: Iterable[dict[str, Any]]) -> pa.Table:
-    current = set(map(source_version, sources))
-    return rows.filter(
-        pa.array([source_version(source) in current for source in rows["source"].to_pylist()], pa.bool_())
-    )
+def _places(rows: pa.Table, videos: pa.Table) -> pa.ChunkedArray:
+    """The place of each row's video in `videos`; null where it is not there, or its file has changed."""
+    return CacheInput("", videos["source"]).places(rows["source"])
 
 
-def _by_video(
-    rows: pa.Table, columns: list[str]
-) -> defaultdict[tuple[str, int, float], list[dict[str, Any]]]:
-    found = defaultdict(list)
-    for row in rows.select(["sample_id", "source", *columns]).to_pylist():
-        found[source_version(row["source"])].append(row)
-    return found
+def _with_places(rows: pa.Table, videos: pa.Table, columns: list[str]) -> pa.Table:
+    """The rows that are of `videos`, with their `place` there."""
+    places = _places(rows, videos)
+    found = pa.table({"place": places, **{name: rows[name] for name in columns}})
+    return found.filter(places.is_valid())
+
+
+def _uris(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.struct_field(rows["source"], "uri")

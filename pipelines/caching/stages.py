@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.caching.manifests import VIDEOS
 from pipelines.caching.tables import Table, write_file, writing
 from pipelines.caching.video_files import UNREADABLE, LocalFiles
 from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
 from prophy.decoder import ATTEMPTS, Decoder, DecoderError
 from prophy.errors import ProPhyError
-from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, SOURCE, latents_columns, text_column
+from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, latents_columns, text_column
 from prophy.taxonomy import Taxonomy, multi_hot
 from prophy.video import VideoError, clip_spans, nearest_shape
 
@@ -44,9 +45,7 @@ def _or_error(fields: list[pa.Field]) -> pa.Schema:
 
 SOURCES = pa.schema(
     [
-        pa.field("source", SOURCE, nullable=False),
-        PRIORS.field("caption"),
-        PRIORS.field("labels"),
+        *VIDEOS,
         pa.field("done", pa.list_(pa.string()), nullable=False),  # clips that need no work any more
     ]
 )

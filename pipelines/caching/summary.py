@@ -1,9 +1,12 @@
 """What a cache holds of its input after a run, as tables and sentences for people."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
@@ -45,6 +48,18 @@ class CacheSummary:
     stretched: Misfit | None
     added_priors: GraphReport
     added_encodings: GraphReport
+
+
+def count_phenomena(clips: pa.Table, names: Sequence[str]) -> dict[str, int]:
+    """Number of clips by phenomenon, from most to fewest; phenomena of no clip are left out.
+
+    Args:
+        clips: rows of the priors, or of their index.
+        names: the taxonomy's.
+    """
+    labels = clips["phenomena"].combine_chunks().flatten().to_numpy().reshape(len(clips), len(names))
+    counts = Counter(dict(zip(names, (labels > 0.5).sum(axis=0).tolist(), strict=True)))
+    return {name: count for name, count in counts.most_common() if count}
 
 
 def print_summary(summary: CacheSummary, location: str, quarantine: Path) -> None:

@@ -12,13 +12,14 @@ import os
 import re
 import shutil
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -207,15 +208,13 @@ def read_quarantine(folder: Path, settings: dict[str, Any] | None = None) -> pa.
     return pa.concat_tables(parts)
 
 
-def drop_refusals(folder: Path, uris: set[str]) -> int:
+def drop_refusals(folder: Path, uris: pa.ChunkedArray) -> int:
     """Leaves in the quarantine only what is of these videos; returns how many rows went."""
     dropped = 0
     for name in file_names(folder):
         with open_file(folder / name) as file:
             rows = file.read()
-        kept = rows.filter(
-            pa.array([source["uri"] in uris for source in rows["source"].to_pylist()], pa.bool_())
-        )
+        kept = rows.filter(pc.is_in(pc.struct_field(rows["source"], "uri"), uris))
         if len(kept) < len(rows):
             if len(kept):
                 write_file(folder, kept, rows.schema.metadata)
@@ -224,43 +223,51 @@ def drop_refusals(folder: Path, uris: set[str]) -> int:
     return dropped
 
 
-def update_index(table: Table, *, anew: bool = False) -> pa.Table:
+def update_index(table: Table, columns: list[str] | None = None, *, anew: bool = False) -> pa.Table:
     """Brings a table's `index.parquet` up to date; reads only the files that it does not know yet.
 
     A sample that was written twice, by workers of a killed run that outlived it, is left in one file.
 
     Args:
         table: its files.
-        anew: reads all of them, whatever the index says.
+        columns: those to return; None is all. Of millions of rows, each takes memory.
+        anew: reads all of the files, whatever the index says.
 
     Returns:
-        One row per sample, ordered by `sample_id`: the table's small columns, `file` and `row_group`.
+        One row per sample, ordered by `sample_id`: of the table's small columns, `file` and `row_group`.
 
     Raises:
         ProPhyError: a file is damaged, or was made with other models or settings.
     """
     names = file_names(table.folder)
-    parts = [_index_schema(table).empty_table()]
+    stored, known = _index_schema(table).empty_table(), set[str]()
     if not anew and (table.folder / INDEX).exists():
         with _open(table, INDEX) as file:
+            for batch in file.iter_batches(columns=["file"]):
+                known.update(batch["file"].unique().to_pylist())
+            if known == set(names):
+                return file.read(columns)
             stored = file.read()
-        parts.append(stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string()))))
-    known = set(parts[-1]["file"].to_pylist())
-    parts += [_index_file(table, name) for name in names if name not in known]
-    rows = pa.concat_tables(parts)
-    index = _first_of_each(rows, "sample_id").sort_by("sample_id")
+    if known.difference(names):
+        stored = stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string())))
+    rows = pa.concat_tables([stored, *(_index_file(table, name) for name in names if name not in known)])
+    order = pc.sort_indices(rows["sample_id"])
+    sample_ids = rows["sample_id"].take(order)
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = pc.not_equal(sample_ids[1:], sample_ids[:-1])
+    index = rows.take(order.filter(pa.array(is_first)))
     if len(index) < len(rows):
-        return _keep(table, rows, index)
-    if names or (table.folder / INDEX).exists():
+        index = _keep(table, rows, index)
+    elif known or names:
         write_file(table.folder, index, table.footer, name=INDEX)
-    return index
+    return index if columns is None else index.select(columns)
 
 
-def drop_samples(table: Table, sample_ids: list[str]) -> None:
+def drop_samples(table: Table, sample_ids: pa.Array | pa.ChunkedArray) -> None:
     """Takes samples out of a table, by writing the files that hold them anew."""
-    index = update_index(table)
-    dropped = pc.is_in(index["sample_id"], pa.array(sample_ids, pa.string()))
+    dropped = pc.is_in(update_index(table, ["sample_id"])["sample_id"], sample_ids)
     if pc.any(dropped).as_py():
+        index = update_index(table)
         _keep(table, index, index.filter(pc.invert(dropped)))
 
 
@@ -294,8 +301,8 @@ def _keep(table: Table, rows: pa.Table, kept: pa.Table) -> pa.Table:
     Killed at any moment it leaves an index that names no file which is gone: what is kept is written first,
     then the index, and only then old files go.
     """
-    before, after = (Counter(index["file"].to_pylist()) for index in (rows, kept))
-    changed = [name for name in before if after[name] < before[name]]
+    before, after = map(_rows_by_file, (rows, kept))
+    changed = [name for name in before if after.get(name, 0) < before[name]]
     is_changed = pc.is_in(kept["file"], pa.array(changed, pa.string()))
     parts = [kept.filter(pc.invert(is_changed))]
     left: defaultdict[str, list[int]] = defaultdict(list)
@@ -310,9 +317,13 @@ def _keep(table: Table, rows: pa.Table, kept: pa.Table) -> pa.Table:
             )
     index = pa.concat_tables(parts).sort_by("sample_id")
     write_file(table.folder, index, table.footer, name=INDEX)
-    for name in set(changed) - set(index["file"].to_pylist()):
+    for name in set(changed).difference(index["file"].unique().to_pylist()):
         (table.folder / name).unlink()
     return index
+
+
+def _rows_by_file(index: pa.Table) -> dict[str, int]:
+    return {each["values"]: each["counts"] for each in index["file"].value_counts().to_pylist()}
 
 
 def _index_schema(table: Table) -> pa.Schema:
@@ -323,9 +334,10 @@ def _index_schema(table: Table) -> pa.Schema:
 def _index_file(table: Table, name: str) -> pa.Table:
     with _open(table, name) as file:
         rows = file.read(columns=_index_schema(table).names[:-2])
-    located = rows.append_column("file", pa.array([name] * len(rows)))
-    located = located.append_column("row_group", pa.array(range(len(rows)), pa.int32()))
-    return located.cast(_index_schema(table))
+    place = pa.array([name] * len(rows)), pa.array(np.arange(len(rows)))
+    return (
+        rows.append_column("file", place[0]).append_column("row_group", place[1]).cast(_index_schema(table))
+    )
 
 
 @contextmanager
@@ -341,9 +353,3 @@ def _open(table: Table, name: str) -> Iterator[pq.ParquetFile]:
                 f"({', '.join(differing)}); set them back, or choose another cache.output"
             )
         yield file
-
-
-def _first_of_each(rows: pa.Table, key: str) -> pa.Table:
-    """Drops later rows with a key that was there before."""
-    first = rows.append_column("row", pa.array(range(len(rows)))).group_by(key).aggregate([("row", "min")])
-    return rows.take(first["row_min"])

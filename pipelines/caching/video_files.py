@@ -3,9 +3,10 @@
 A location is a path or a URL such as `s3://bucket/videos`. Knows neither tables nor Ray.
 """
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +16,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from fsspec import AbstractFileSystem
 
 from prophy.errors import ProPhyError
+from prophy.schema import SOURCE
 from prophy.video import SUFFIXES, VideoError
 
 _MODIFIED_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")  # one per kind of store
 _A_LISTING = 1000  # files that an object store lists in one request
 _AT_ONCE, _PART = 32, 16  # threads that ask for single files, and how many each takes at a time
+_A_PART = 10_000  # rows that are dictionaries at once
+_SOURCES = pa.schema([pa.field("source", SOURCE, nullable=False)])
 UNREADABLE = {"size": 0, "modified": 0.0}  # the version of a file that cannot be had
 
 
@@ -31,12 +38,12 @@ class Found:
     """What a folder or prefix holds.
 
     Attributes:
-        sources: the videos, by name; what is reached through symbolic links comes last.
+        sources: a `SOURCE` of each video, by name; what is reached through symbolic links comes last.
         left_out: number of files that are no videos, by kind.
         refused: why a file or folder cannot be used, a sentence each.
     """
 
-    sources: list[dict[str, Any]]
+    sources: pa.ChunkedArray
     left_out: Counter[str]
     refused: list[str]
 
@@ -74,20 +81,32 @@ def find_files(location: str) -> Found:
     """All videos below a folder or prefix. Links to folders are followed; each folder is searched once."""
     store, path = open_store(location)
     refused: list[str] = []
+    infos: Iterable[tuple[str, dict[str, Any]]]
     if _is_local(store):
-        infos: dict[str, dict[str, Any]] = {name: {} for name in _walk(path, refused)}
+        infos = ((name, {}) for name in _walk(path, refused))
     else:
-        infos = dict(sorted(store.find(path, detail=True).items()))
-    sources, left_out = list[dict[str, Any]](), Counter[str]()
-    for name, info in infos.items():
-        ending = PurePosixPath(name).suffix.lower()
-        if ending not in SUFFIXES:
-            left_out[ending if is_unicode(ending) and ending else "without an ending"] += 1
-        elif not is_unicode(name):
-            refused.append(f"{os.fsencode(name)!r} has a name that is not UTF-8; rename it")
-        else:
-            sources.append(_source(store, name, info))
-    return Found(sources, left_out, refused)
+        infos = sorted(store.find(path, detail=True).items())
+    left_out = Counter[str]()
+
+    def videos() -> Iterator[dict[str, Any]]:
+        for name, info in infos:
+            ending = PurePosixPath(name).suffix.lower()
+            if ending not in SUFFIXES:
+                left_out[ending if is_unicode(ending) and ending else "without an ending"] += 1
+            elif not is_unicode(name):
+                refused.append(f"{os.fsencode(name)!r} has a name that is not UTF-8; rename it")
+            else:
+                yield {"source": _source(store, name, info)}
+
+    return Found(gathered(videos(), _SOURCES)["source"], left_out, refused)
+
+
+def gathered(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """A table of rows, a part of them at a time: as dictionaries they take ten times its memory."""
+    rows, parts = iter(rows), [schema.empty_table()]
+    while part := list(itertools.islice(rows, _A_PART)):
+        parts.append(pa.Table.from_pylist(part, schema))
+    return pa.concat_tables(parts)
 
 
 def _walk(top: str, refused: list[str]) -> list[str]:
@@ -124,7 +143,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def sources_of(locations: Sequence[str]) -> list[dict[str, Any]]:
+def sources_of(locations: Sequence[str]) -> pa.ChunkedArray:
     """This version of each file. One that cannot be had goes to quarantine when a stage opens it.
 
     Where a list names many files of a folder in an object store, the folder is listed, by a request for each
@@ -140,12 +159,18 @@ def sources_of(locations: Sequence[str]) -> list[dict[str, Any]]:
         if count >= _A_LISTING and "://" in folder
         for name, source in _listed(folder).items()
     }
-    others = [name for name in dict.fromkeys(locations) if name not in listed]
-    parts = [others[start : start + _PART] for start in range(0, len(others), _PART)]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for part, sources in zip(parts, pool.map(lambda part: [*map(_source_of, part)], parts), strict=True):
-            listed.update(zip(part, sources, strict=True))
-    return [listed[name] for name in locations]
+
+    def ask(names: Sequence[str]) -> list[dict[str, Any]]:
+        return [{"source": listed.get(name) or _source_of(name)} for name in names]
+
+    def asked() -> Iterator[dict[str, Any]]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for start in range(0, len(locations), _A_PART):
+                names = locations[start : start + _A_PART]
+                parts = [names[first : first + _PART] for first in range(0, len(names), _PART)]
+                yield from itertools.chain.from_iterable(pool.map(ask, parts))
+
+    return gathered(asked(), _SOURCES)["source"]
 
 
 def _folder(location: str) -> str:
@@ -198,19 +223,25 @@ def _source(store: AbstractFileSystem, name: str, info: dict[str, Any]) -> dict[
     return {"uri": store.unstrip_protocol(info["name"]), "size": info["size"], "modified": modified}
 
 
-def once_each(sources: list[dict[str, Any]]) -> list[int]:
+def once_each(sources: pa.ChunkedArray) -> pa.Array:
     """Places of the sources that are the first with their file: of one URI, or one that links share."""
-    first: dict[object, int] = {}
-    alike = Counter((source["size"], source["modified"]) for source in sources)
-    for place, source in enumerate(sources):
-        key: object = source["uri"]
-        version = source["size"], source["modified"]
-        # Links share these; only then is it worth to ask for the file behind a name.
-        if "://" not in source["uri"] and alike[version] > 1 and os.path.exists(source["uri"]):
-            status = os.stat(source["uri"])
-            key = (*version, status.st_dev, status.st_ino)
-        first.setdefault(key, place)
-    return sorted(first.values())
+    version = ["size", "modified"]
+    rows = pa.table({name: pc.struct_field(sources, name) for name in ("uri", *version)})
+    rows = rows.append_column("place", pa.array(np.arange(len(rows))))
+    first = rows.group_by("uri").aggregate([("place", "min")])["place_min"]
+    # Links share these; only then is it worth to ask for the file behind a name.
+    local = rows.filter(pc.invert(pc.match_substring(rows["uri"], "://")))
+    alike = local.group_by(version).aggregate([("place", "list"), ("place", "count")])
+    alike = alike.filter(pc.greater(alike["place_count"], 1))["place_list"].combine_chunks().flatten()
+    files, again = set[tuple[object, ...]](), list[int]()
+    for row in rows.take(alike.sort()).to_pylist():
+        if os.path.exists(row["uri"]):
+            status = os.stat(row["uri"])
+            file = row["size"], row["modified"], status.st_dev, status.st_ino
+            if file in files:
+                again.append(row["place"])
+            files.add(file)
+    return pa.array(np.setdiff1d(first.to_numpy(), again))
 
 
 class LocalFiles:

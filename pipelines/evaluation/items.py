@@ -184,13 +184,14 @@ def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
 
     cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
     num_held_out = config.train.num_held_out if "train" in config.__dict__ else 0
-    samples = sorted(held_out(cache.shapes, num_held_out) if num_held_out else cache.shapes)
-    samples = samples[: config.evaluate.num_clips]
+    chosen = held_out(cache.sample_ids, num_held_out) if num_held_out else cache.sample_ids
+    chosen = chosen[: config.evaluate.num_clips]
+    samples = chosen.to_pylist()
     if not num_held_out:
         logger.warning("train.num_held_out is 0: these clips of the cache may have been trained on")
     if len(samples) < config.evaluate.num_clips:
         logger.warning("evaluate.num_clips is %d, and there are %d", config.evaluate.num_clips, len(samples))
-    shapes = cache.shapes
+    shapes = {sample: shape for shape, ids in cache.by_shape(chosen).items() for sample in ids.to_pylist()}
     clips = {sample: Clip(sample=sample, version=cache.version(sample)) for sample in samples}
     for index, sample in enumerate(samples):
         behind = samples[index + 1 :] + samples[:index]
@@ -256,5 +257,5 @@ def read_pairs(location: str) -> list[Item]:
 
 def _file(path: str, folder: str) -> Clip:
     place = path if "://" in path or path.startswith("/") else f"{folder}/{path}"
-    [source] = sources_of([place])
+    [source] = sources_of([place]).to_pylist()
     return Clip(path=place, version=f"{source['size']} {source['modified']}")

@@ -27,13 +27,12 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
     Raises:
         ProPhyError: the cache does not fit the configuration, or all of it is held out.
     """
-    train, shapes = config.train, cache.shapes
-    kept = trained_on(config, cache)
-    if not kept:
+    train, kept = config.train, trained_on(config, cache)
+    if not len(kept):
         raise ProPhyError(
             f"train.num_held_out ({train.num_held_out}) leaves no video to train on; lower it, or cache more"
         )
-    plan = BatchPlan({key: shapes[key] for key in kept}, train.global_batch_size, train.seed)
+    plan = BatchPlan(cache.by_shape(kept), train.global_batch_size, train.seed)
     return _dataset(
         config,
         cache,
@@ -47,10 +46,9 @@ def build_dataset(config: Config, cache: PriorCache, rank: int) -> PriorDataset:
 
 def build_held_out_dataset(config: Config, cache: PriorCache) -> tuple[PriorDataset, int]:
     """The held-out samples one by one, always with the same noise and their captions; and how many."""
-    shapes = cache.shapes
-    samples = held_out(shapes, config.train.num_held_out)
-    plan = BatchPlan({key: shapes[key] for key in samples}, 1, config.train.seed)
-    return _dataset(config, cache, plan, 0, 1, 1, caption_dropout=0.0), len(samples)
+    held = held_out(cache.sample_ids, config.train.num_held_out)
+    plan = BatchPlan(cache.by_shape(held), 1, config.train.seed)
+    return _dataset(config, cache, plan, 0, 1, 1, caption_dropout=0.0), len(held)
 
 
 class _Mistakes(Dataset[Step | ProPhyError]):

@@ -249,7 +249,7 @@ def _flops_of_micro_batches(
 ) -> dict[tuple[int, ...], int]:
     """Operations of a micro-batch of each shape of latents in the cache."""
     text = {name: tuple(value.shape) for name, value in module.null_text.named_buffers()}
-    size, cached = config.train.micro_batch_size, set(cache.shapes.values())
+    size, cached = config.train.micro_batch_size, set(cache.shapes)
     return {
         shape.latents: count_flops(
             module.transformer,

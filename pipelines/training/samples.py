@@ -1,31 +1,31 @@
 """Which cached samples a run trains on, and which it only measures. It knows no Ray and no torch."""
 
 import hashlib
-from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.config import Config
 from prophy.training.cache import PriorCache
 
 
-def trained_on(config: Config, cache: PriorCache) -> set[str]:
-    """The samples that are not held out."""
-    return cache.shapes.keys() - held_out(cache.shapes, config.train.num_held_out)
+def trained_on(config: Config, cache: PriorCache) -> pa.Array:
+    """The samples that are not held out, in order."""
+    held = held_out(cache.sample_ids, config.train.num_held_out)
+    return cache.sample_ids.filter(pc.invert(pc.is_in(cache.sample_ids, held)))
 
 
 def describe_samples(config: Config, cache: PriorCache) -> dict[str, int | str]:
     """Number and sha256 of the ids of the samples that a run trains on: they decide what each step draws."""
-    sample_ids = sorted(trained_on(config, cache))
-    return {
-        "number": len(sample_ids),
-        "sha256": hashlib.sha256("\n".join(sample_ids).encode()).hexdigest(),
-    }
+    sample_ids = trained_on(config, cache)
+    [lines] = pc.binary_join(pa.ListArray.from_arrays([0, len(sample_ids)], sample_ids), "\n")
+    return {"number": len(sample_ids), "sha256": hashlib.sha256(lines.as_buffer()).hexdigest()}
 
 
-def held_out(sample_ids: Iterable[str], num_videos: int) -> set[str]:
+def held_out(sample_ids: pa.Array, num_videos: int) -> pa.Array:
     """All clips of the videos whose names, which are hashes, come first.
 
     So a video that was trained on stays so when others join the cache: what is held out then is new.
     """
-    video_of = {sample_id: sample_id.partition("-")[0] for sample_id in sample_ids}
-    chosen = sorted(set(video_of.values()))[:num_videos]
-    return {sample_id for sample_id, video in video_of.items() if video in chosen}
+    videos = pc.replace_substring_regex(sample_ids, "-.*", "")
+    return sample_ids.filter(pc.is_in(videos, videos.unique().sort()[:num_videos]))

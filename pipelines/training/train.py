@@ -213,7 +213,7 @@ def tell_samples(cache: PriorCache) -> None:
     """Says what a run is trained on, and what of the cache it leaves out."""
     logger.info(
         "the samples: %d clips of %d videos in %s, the input of the last `prophy cache`",
-        len(cache.shapes),
+        len(cache.sample_ids),
         cache.num_videos,
         cache.location,
     )

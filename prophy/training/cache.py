@@ -1,12 +1,12 @@
 """The samples in a cache: which there are, and how one is read. Opening a cache takes no torch."""
 
-import sys
-from collections.abc import Iterable
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from prophy.errors import ProPhyError
 from prophy.schema import (
@@ -57,6 +57,8 @@ class PriorCache:
 
     Attributes:
         phenomena: names, in the order of labels and maps.
+        sample_ids: names, in order.
+        shapes: those of the latents, `(C, T, H, W)`.
         location: `cache.input` of the last `prophy cache` with these encodings.
         num_videos: videos that the samples are of.
         num_left_out: videos that are cached, but not in the current input.
@@ -80,27 +82,36 @@ class PriorCache:
         encoding_rows = _read_index(encodings, ["latents_shape"])
         self.phenomena = read_phenomena(priors)
         current = CacheInput.read(encodings)
-        common = [row for key, row in prior_rows.items() if key in encoding_rows]
-        samples = current.samples(common)
-        if not samples:
+        is_encoded = pc.is_in(prior_rows["sample_id"], encoding_rows["sample_id"])
+        common = prior_rows.drop_columns(["file", "row_group"]).filter(is_encoded)
+        self.sample_ids = current.samples(common)
+        if not len(self.sample_ids):
             raise ProPhyError(
                 f"no video of {current.location} is in both {priors} and {encodings}; "
                 f"run `prophy cache` with this configuration"
             )
         self.location = current.location
-        self.num_videos = len({prior_rows[key]["source"]["uri"] for key in samples})
-        self.num_left_out = len({row["source"]["uri"] for row in common} - current.uris)
-        self._rows = _rows(samples, prior_rows, encoding_rows)
+        uris = pc.struct_field(common["source"], "uri")
+        self.num_videos = len(uris.filter(pc.is_in(common["sample_id"], self.sample_ids)).unique())
+        self.num_left_out = len(uris.filter(pc.invert(pc.is_in(uris, current.uris))).unique())
+        self._places = [_places(self.sample_ids, rows) for rows in (prior_rows, encoding_rows)]
+        sizes = encoding_rows["latents_shape"].take(_find(self.sample_ids, encoding_rows)).combine_chunks()
+        sizes = pc.binary_join(sizes.cast(pa.list_(pa.string())), " ").dictionary_encode()
+        self.shapes = [tuple(map(int, text.split())) for text in sizes.dictionary.to_pylist()]
+        self._shape_of = sizes.indices
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Shape of the latents, `(C, T, H, W)`, of each sample id."""
-        return {key: shape for key, (_, _, shape) in self._rows.items()}
+    def by_shape(self, sample_ids: pa.Array) -> dict[Shape, pa.Array]:
+        """Those of the samples that have each shape of latents, in order."""
+        wanted = pc.is_in(self.sample_ids, sample_ids)
+        groups = {
+            shape: self.sample_ids.filter(pc.and_(wanted, pc.equal(self._shape_of, number)))
+            for number, shape in enumerate(self.shapes)
+        }
+        return {shape: ids for shape, ids in groups.items() if len(ids)}
 
     def version(self, sample_id: str) -> str:
         """Which files and rows hold a sample: another where it was cached anew, for files never change."""
-        prior, encoding, _ = self._rows[sample_id]
-        return repr((prior, encoding))
+        return repr(self._place(sample_id))
 
     def null_text(self) -> "dict[str, torch.Tensor]":
         """The empty prompt, encoded: the family's tensors, by name."""
@@ -117,23 +128,28 @@ class PriorCache:
         try:
             return self._read(sample_id)
         except MissingFileError:
-            self._find_again(sample_id)
+            # The indices were written before files went.
+            rows = _read_index(self._priors, []), _read_index(self._encodings, [])
+            self._places = [_places(self.sample_ids, each) for each in rows]
             return self._read(sample_id)
 
-    def _find_again(self, sample_id: str) -> None:
-        """Looks up anew where each sample is; the indices were written before files went."""
-        priors, encodings = _read_index(self._priors, []), _read_index(self._encodings, ["latents_shape"])
-        if sample_id not in priors or sample_id not in encodings:
+    def _place(self, sample_id: str) -> tuple[Place, Place]:
+        """Where its row of the priors lies, and that of the encodings."""
+        row = bisect_left(self.sample_ids, sample_id, key=pa.StringScalar.as_py)
+        if row == len(self.sample_ids) or self.sample_ids[row].as_py() != sample_id:
+            raise KeyError(sample_id)
+        prior, encoding = (tuple(column[row].as_py() for column in table) for table in self._places)
+        if None in (*prior, *encoding):
             raise ProPhyError(
                 f"the sample {sample_id} was taken out of the cache ({self._priors.parent}) after this run "
                 f"began, by `prophy cache` or its `prune`; run the same command again to go on without it"
             )
-        self._rows |= _rows(self._rows.keys() & priors.keys() & encodings.keys(), priors, encodings)
+        return prior, encoding
 
     def _read(self, sample_id: str) -> PriorSample:
         import torch
 
-        prior, encoding, _ = self._rows[sample_id]
+        prior, encoding = self._place(sample_id)
         columns = ["phenomena", "map_phenomena", "maps", "maps_shape", "slice_times", "start_s", "end_s"]
         labels = _read_row(self._priors, prior, columns)
         names = ["latents", "latents_shape", "latents_dtype", "text"]
@@ -151,32 +167,25 @@ class PriorCache:
         )
 
 
-def _read_index(table: Path, columns: list[str]) -> dict[str, dict[str, Any]]:
-    """Where the row of each sample lies: `file` and `row_group`; and `columns` of it."""
+def _read_index(table: Path, columns: list[str]) -> pa.Table:
+    """Where the row of each sample lies: `file` and `row_group`; and `columns` of it.
+
+    Every worker gets what is left of it: the samples of a file share its name.
+    """
     if not (table / INDEX).is_file():
         raise ProPhyError(f"no cache in {table}; run `prophy cache` with this configuration first")
     with open_file(table / INDEX) as file:
-        rows = file.read(["sample_id", "file", "row_group", *columns]).to_pylist()
-    return {row["sample_id"]: row for row in rows}
+        rows = file.read(["sample_id", "file", "row_group", *columns])
+    return rows.set_column(rows.column_names.index("file"), "file", rows["file"].dictionary_encode())
 
 
-def _rows(
-    sample_ids: Iterable[str], priors: dict[str, dict[str, Any]], encodings: dict[str, dict[str, Any]]
-) -> dict[str, tuple[Place, Place, Shape]]:
-    """Where both rows of each sample lie, and its shape.
-
-    Every worker gets a copy: the samples of a file share its name, and all of one shape share that.
-    """
-    shapes: dict[Shape, Shape] = {}
-    rows = {}
-    for key in sample_ids:
-        shape = tuple(encodings[key]["latents_shape"])
-        rows[key] = (_place(priors[key]), _place(encodings[key]), shapes.setdefault(shape, shape))
-    return rows
+def _find(sample_ids: pa.Array, rows: pa.Table) -> pa.Array:
+    """The place of each sample among the rows, null where it is none of them."""
+    return pc.index_in(sample_ids, value_set=rows["sample_id"])
 
 
-def _place(row: dict[str, Any]) -> Place:
-    return sys.intern(row["file"]), row["row_group"]
+def _places(sample_ids: pa.Array, rows: pa.Table) -> pa.Table:
+    return rows.select(["file", "row_group"]).take(_find(sample_ids, rows)).combine_chunks()
 
 
 def _read_row(table: Path, place: Place, columns: list[str]) -> pa.Table:

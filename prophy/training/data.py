@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, default_collate
 
@@ -96,7 +97,7 @@ class BatchPlan:
     holds them several times. The number of workers plays no part.
 
     Args:
-        shapes: latent shape of each sample id.
+        samples: ids by the shape of the latents, each in order (`PriorCache.by_shape`).
         batch_size: samples in a global batch.
         seed: decides all orders.
 
@@ -104,19 +105,16 @@ class BatchPlan:
         ProPhyError: there are fewer samples than a batch holds.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], batch_size: int, seed: int) -> None:
-        if len(shapes) < batch_size:
+    def __init__(self, samples: Mapping[Shape, pa.Array], batch_size: int, seed: int) -> None:
+        if (number := sum(map(len, samples.values()))) < batch_size:
             raise ProPhyError(
-                f"the cache holds {len(shapes)} samples, fewer than the global batch of {batch_size}; "
+                f"the cache holds {number} samples, fewer than the global batch of {batch_size}; "
                 f"cache more videos, or lower train.global_batch_size"
             )
         self.batch_size = batch_size
         self._seed = seed
-        groups: dict[Shape, list[str]] = {}
-        for sample_id in sorted(shapes):
-            groups.setdefault(shapes[sample_id], []).append(sample_id)
-        self._groups = sorted(groups.items())
-        counts = np.array([len(samples) for _, samples in self._groups])
+        self._groups = sorted(samples.items())
+        counts = np.array([len(ids) for _, ids in self._groups])
         self._steps_per_cycle = counts // np.gcd.reduce(counts)  # of each shape
 
     def __call__(self, step: int) -> list[str]:
@@ -127,13 +125,14 @@ class BatchPlan:
         turn = turns[place]
         batch = cycle * self._steps_per_cycle[turn] + np.count_nonzero(turns[:place] == turn)
 
-        shape, samples = self._groups[turn]
-        epochs, places = np.divmod(batch * self.batch_size + np.arange(self.batch_size), len(samples))
+        shape, ids = self._groups[turn]
+        epochs, places = np.divmod(batch * self.batch_size + np.arange(self.batch_size), len(ids))
         orders = {
-            epoch: np.random.default_rng(_seed(self._seed, shape, epoch)).permutation(len(samples))
+            epoch: np.random.default_rng(_seed(self._seed, shape, epoch)).permutation(len(ids))
             for epoch in set(epochs.tolist())
         }
-        return [samples[orders[epoch][place]] for epoch, place in zip(epochs.tolist(), places, strict=True)]
+        drawn = [orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)]
+        return ids.take(pa.array(drawn)).to_pylist()
 
 
 @dataclass(frozen=True)
@@ -191,12 +190,14 @@ class PriorDataset(Dataset[tuple[list[TrainBatch], SemanticBatch]]):
         self._cache = cache
         self._plan = plan
         self._clip_shapes = {shape.latents: shape for shape in clip_shapes}
-        for sample_id, shape in cache.shapes.items():
-            if shape not in self._clip_shapes:
-                raise ProPhyError(
-                    f"the cached latents of {sample_id} have shape {shape}, the configured backbone makes "
-                    f"{' or '.join(map(str, self._clip_shapes))}; run `prophy cache` with this configuration"
-                )
+        if set(cache.shapes) - self._clip_shapes.keys():
+            first = {ids[0].as_py(): shape for shape, ids in cache.by_shape(cache.sample_ids).items()}
+            sample_id = min(key for key, shape in first.items() if shape not in self._clip_shapes)
+            raise ProPhyError(
+                f"the cached latents of {sample_id} have shape {first[sample_id]}, the configured backbone "
+                f"makes {' or '.join(map(str, self._clip_shapes))}; run `prophy cache` with this "
+                f"configuration"
+            )
         self._micro_batch_size = micro_batch_size
         self._rank = rank
         self._stride = micro_batch_size * world_size

@@ -9,7 +9,7 @@ from pipelines.caching.cache import encodings_table, priors_table
 from pipelines.caching.stages import CLIPS_WITH_FRAMES, EncodeClip
 from pipelines.caching.tables import Table, WriteRows, update_index, write_file
 from pipelines.config import Config
-from prophy.schema import INPUT, QUARANTINE, CacheInput
+from prophy.schema import INPUT, QUARANTINE, SOURCE, CacheInput
 from prophy.taxonomy import multi_hot
 from prophy.training.cache import PriorCache
 from tests.wisa import PHENOMENA, WISA
@@ -28,7 +28,7 @@ def write_cache(config: Config, captions: Sequence[str]) -> PriorCache:
     write_file(priors.folder, rows, priors.footer, row_group_size=1)
     for table in (priors, encodings):
         update_index(table)
-    rows = CacheInput("/videos", [row["source"] for row in clips]).to_table()
+    rows = CacheInput("/videos", pa.array([row["source"] for row in clips], SOURCE)).to_table()
     write_file(encodings.folder, rows, rows.schema.metadata, name=INPUT)
     return PriorCache(priors.folder, encodings.folder)
 

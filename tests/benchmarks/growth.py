@@ -10,6 +10,7 @@ where there are at most 100,000 clips.
 """
 
 import argparse
+import json
 import math
 import multiprocessing
 import pickle
@@ -18,19 +19,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 from rich import box
 from rich.console import Console
 from rich.table import Table as Printed
 
 from pipelines.caching import tables
-from pipelines.caching.manifests import Video
-from pipelines.caching.sources import changed, clips_left, refusals, videos_left
+from pipelines.caching.manifests import VIDEOS
+from pipelines.caching.sources import PLANNED, changed, clips_left, find_videos, refusals, videos_left
 from pipelines.config import load_config
 from pipelines.training.samples import describe_samples
 from prophy.schema import (
@@ -88,8 +91,15 @@ def write(folder: Path, num_clips: int) -> None:
         ]
         rows = pa.table(columns, schema=index).sort_by("sample_id")
         tables.write_file(table.folder, rows, table.footer, name=INDEX)
-    footer = {**VERSION_FOOTER, **CacheInput("list", []).to_table().schema.metadata}
-    tables.write_file(folder / "encodings", pa.table({"source": source}), footer, name=INPUT)
+        for file in rows["file"].unique().to_pylist():
+            (table.folder / file).touch()  # an index is not read further where it names one that is gone
+    rows = CacheInput("list", source).to_table()
+    tables.write_file(folder / "encodings", rows, VERSION_FOOTER | rows.schema.metadata, name=INPUT)
+    listed = pa.table({"path": pc.replace_substring(uris, "s3://bucket", str(folder)), "caption": caption})
+    pq.write_table(listed, folder / "list.parquet")
+    csv.write_csv(listed, folder / "list.csv")
+    with (folder / "list.jsonl").open("w") as file:
+        file.writelines(f"{json.dumps(row)}\n" for row in listed.to_pylist())
     if num_clips <= MOST_FILES:
         files = table_of(folder, "files", FILES)
         for start in range(0, num_clips, ROWS_PER_FILE):
@@ -106,17 +116,18 @@ class Steps:
         self.nothing = QUARANTINE.empty_table()
 
     @cached_property
-    def videos(self) -> list[Video]:
-        rows = pq.read_table(self.folder / "encodings" / INPUT)["source"].to_pylist()
-        return [{"source": source, "caption": None, "labels": None} for source in rows]
+    def videos(self) -> pa.Table:
+        sources = CacheInput.read(self.folder / "encodings").sources
+        unsaid = (pa.nulls(len(sources), VIDEOS.field(name).type) for name in ("caption", "labels"))
+        return pa.table([sources, *unsaid], schema=VIDEOS)
 
     @cached_property
     def priors(self) -> pa.Table:
-        return pq.read_table(self.folder / "priors" / INDEX)
+        return tables.update_index(table_of(self.folder, "priors", PRIORS), PLANNED)
 
     @cached_property
     def encodings(self) -> pa.Table:
-        return pq.read_table(self.folder / "encodings" / INDEX)
+        return tables.update_index(table_of(self.folder, "encodings", ENCODINGS), ["sample_id", "caption"])
 
     @cached_property
     def cache(self) -> PriorCache:
@@ -124,7 +135,10 @@ class Steps:
 
     @cached_property
     def plan(self) -> BatchPlan:
-        return BatchPlan(self.cache.shapes, 32, seed=0)
+        return BatchPlan(self.cache.by_shape(self.cache.sample_ids), 32, seed=0)
+
+    def read_list(self, name: str) -> pa.Table:
+        return find_videos(str(self.folder / name), SETTINGS[TAXONOMY]).videos
 
     def steps(self) -> dict[str, tuple[tuple[str, ...], Callable[[], object]]]:
         """By name: what it needs, and the step itself."""
@@ -132,6 +146,10 @@ class Steps:
         lengths = self.config.clip_lengths
         durations = [duration_s for duration_s, _ in lengths]
         return {
+            "a list in Parquet": ((), partial(self.read_list, "list.parquet")),
+            "a list in CSV": ((), partial(self.read_list, "list.csv")),
+            "a list in JSON Lines": ((), partial(self.read_list, "list.jsonl")),
+            "read the index": ((), lambda: self.priors),
             "videos left, all": (
                 ("videos",),
                 lambda: videos_left(self.videos, empty["priors"], self.nothing, durations),

@@ -86,7 +86,7 @@ def video(tmp_path: Path) -> Path:
 
 
 def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: Path) -> None:
-    [source] = [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos]
+    [source] = [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos.to_pylist()]
     [row] = cut(source, max_seconds=1e-4)
     assert (row["error"]["error_type"], row["error"]["attempts"]) == ("DecoderError", 2)
     clips = pa.Table.from_pylist(cut(source), CLIPS)
@@ -98,7 +98,7 @@ def test_a_video_that_kills_its_decoder_is_an_error_row_of_two_attempts(video: P
 def test_limits_of_the_configuration_reach_the_decoder(tmp_path: Path) -> None:
     write, message = REFUSED["forty streams"]
     write(tmp_path / "a.mkv")
-    [source] = [video["source"] for video in find_videos(str(tmp_path), PHENOMENA).videos]
+    [source] = [video["source"] for video in find_videos(str(tmp_path), PHENOMENA).videos.to_pylist()]
     [row] = cut(source)
     assert message in row["error"]["message"]
     [row] = cut(source, max_streams=40)
@@ -106,7 +106,7 @@ def test_limits_of_the_configuration_reach_the_decoder(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> None:
-    [source] = [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos]
+    [source] = [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos.to_pylist()]
     clips = cut(source)
     content, status = video.read_bytes(), video.stat()
     video.unlink()
@@ -120,7 +120,9 @@ def test_a_file_that_vanishes_is_tried_again_when_it_is_back(video: Path) -> Non
         assert (row["error"]["source"], row["error"]["sample_id"]) == (missing, None)
     video.write_bytes(content)
     os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos] == [source]
+    assert [video["source"] for video in find_videos(str(video.parent), PHENOMENA).videos.to_pylist()] == [
+        source
+    ]
 
 
 FILL = """
@@ -243,7 +245,7 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     clips.mkdir(parents=True)
     for number in range(4):
         write_video(clips / f"{number}.mp4", moving_square(17 + number), FPS)
-    deadly = find_videos(str(clips), PHENOMENA).videos[1]["source"]
+    deadly = find_videos(str(clips), PHENOMENA).videos.to_pylist()[1]["source"]
     [row] = cut(deadly)
     marker = Path(config.cache.output, ATTEMPTS_FOLDER, f"ExtractPriors-{row['sample_id']}")
     priors, stop = Path(cache.priors_folder(config)), threading.Event()

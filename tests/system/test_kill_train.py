@@ -8,7 +8,6 @@ CogVideoX at tiny random weights.
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,8 +86,8 @@ def undisturbed(
         frames = read_frames(clip, 0.0, 2.0, 17, 64, 64)
         write_video(videos / clip.name, frames[:, 13:51] if number % 2 else frames, 8)
     cache.run(config)
-    latents = PriorCache(Path(cache.priors_folder(config)), Path(cache.encodings_folder(config))).shapes
-    assert list(Counter(latents.values()).values()) == [6, 6]
+    samples = PriorCache(Path(cache.priors_folder(config)), Path(cache.encodings_folder(config)))
+    assert [*map(len, samples.by_shape(samples.sample_ids).values())] == [6, 6]
     Run(*command(config.run_dir, config)).finish()
     return config
 

@@ -55,9 +55,8 @@ def test_a_prefix_is_cached_and_what_changes_in_it_is_seen(
 
     put_video(store, "bucket/videos/a.mp4", tmp_path, 19)
     S3FileSystem.clear_instance_cache()  # as a new process has it
-    assert changed(priors, find_videos(config.cache.input, PHENOMENA).videos) == [
-        uris["s3://bucket/videos/a.mp4"]
-    ]
+    now = changed(priors, find_videos(config.cache.input, PHENOMENA).videos)
+    assert now.to_pylist() == [uris["s3://bucket/videos/a.mp4"]]
 
 
 def test_a_manifest_lies_beside_its_videos(store: S3FileSystem, tmp_path: Path) -> None:
@@ -66,7 +65,7 @@ def test_a_manifest_lies_beside_its_videos(store: S3FileSystem, tmp_path: Path) 
     rows = pa.table({"path": ["a.mp4", "gone.mp4"], "caption": ["a ball", None]})
     pq.write_table(rows, tmp_path / "manifest.parquet")
     store.put_file(str(tmp_path / "manifest.parquet"), "listed/videos/manifest.parquet")
-    here, gone = find_videos("s3://listed/videos", PHENOMENA).videos
+    here, gone = find_videos("s3://listed/videos", PHENOMENA).videos.to_pylist()
     assert (here["source"]["uri"], here["source"]["size"]) == ("s3://listed/videos/a.mp4", 3)
     assert here["caption"] == "a ball" and here["source"]["modified"] > 1.7e9
     assert gone["source"] == {"uri": "s3://listed/videos/gone.mp4", "size": 0, "modified": 0.0}

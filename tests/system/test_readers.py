@@ -33,7 +33,7 @@ def assert_is_the_cache(
 ) -> None:
     """The rows against what training reads."""
     ours = PriorCache(*folders)
-    assert priors.keys() == encodings.keys() == ours.shapes.keys()
+    assert priors.keys() == encodings.keys() == {*ours.sample_ids.to_pylist()}
     for sample_id in priors:
         sample = ours.read(sample_id)
         maps = np.float32(priors[sample_id]["maps"]).reshape(priors[sample_id]["maps_shape"])

@@ -234,7 +234,10 @@ def test_another_vlm_in_the_same_folder_is_refused(cached: tuple[Config, cache.C
 
 
 def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
-    truth = {video["source"]["uri"]: video for video in find_videos(tiny_cache.cache.input, PHENOMENA).videos}
+    truth = {
+        video["source"]["uri"]: video
+        for video in find_videos(tiny_cache.cache.input, PHENOMENA).videos.to_pylist()
+    }
     priors, encodings = rows(cache.priors_folder(tiny_cache)), rows(cache.encodings_folder(tiny_cache))
     assert len(priors) == len(encodings) == len(truth) == 12
     for sample_id, prior in priors.items():
@@ -304,7 +307,7 @@ def test_the_current_input_alone_counts_and_each_content_once(
     summary, samples, printed = cached(clips)
     assert (summary.num_videos, summary.num_priors, summary.num_encodings) == (3, 2, 2)
     assert (summary.added_priors.written, summary.added_encodings.written) == (3, 2)
-    assert (summary.num_copies, summary.num_left_out, len(samples.shapes)) == (1, 0, 2)
+    assert (summary.num_copies, summary.num_left_out, len(samples.sample_ids)) == (1, 0, 2)
     assert "1 video(s) have the content of others" in printed and r"caf\xe9.mp4' has a name that" in printed
 
     listed = [{"path": "c.mp4"}, {"path": str(clips / "c.mp4")}, {"path": 5}]
@@ -313,7 +316,7 @@ def test_the_current_input_alone_counts_and_each_content_once(
     assert summary.added_priors == summary.added_encodings == GraphReport()
     assert (summary.num_videos, summary.num_priors, summary.num_encodings) == (1, 1, 1)
     assert (summary.num_copies, summary.num_left_out) == (0, 2)
-    assert (samples.num_videos, samples.num_left_out, len(samples.shapes)) == (1, 1, 1)
+    assert (samples.num_videos, samples.num_left_out, len(samples.sample_ids)) == (1, 1, 1)
     assert "2 cached video(s) are not in the input" in printed
     assert summary.quarantined == [f"row 3 of {clips / 'list.jsonl'}: 'path' is no text (5)"]
 

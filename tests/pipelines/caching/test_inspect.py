@@ -38,7 +38,7 @@ def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_explain(tiny_cache: Config, tmp_path: Path) -> None:
-    video = find_videos(tiny_cache.cache.input, PHENOMENA).videos[0]["source"]["uri"]
+    video = find_videos(tiny_cache.cache.input, PHENOMENA).videos.to_pylist()[0]["source"]["uri"]
     inspect.explain(tiny_cache, video, ["collision", "combustion"], tmp_path / "explain.png")
     assert colourful_rows(tmp_path / "explain.png") >= 1 + 3 * (1 + 4)  # three questions, four layers
 

@@ -47,7 +47,7 @@ def test_csv_and_json_lines_say_the_same(tmp_path: Path) -> None:
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     for name in ("list.csv", "list.jsonl"):
-        videos = find_videos(str(tmp_path / name), PHENOMENA).videos
+        videos = find_videos(str(tmp_path / name), PHENOMENA).videos.to_pylist()
         assert summary(videos) == EXPECTED
         assert {Path(video["source"]["uri"]).parent for video in videos} == {tmp_path}
 
@@ -101,7 +101,7 @@ def test_both_layouts_of_wisa(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     unlabelled = {"video_name": "none.mp4", "captions": "Nothing is known.", "physical_annotation": {}}
     (tmp_path / "wisa-80k.json").write_text(json.dumps([NESTED, FLAT, by_name, unlabelled]))
     with caplog.at_level(logging.WARNING):
-        videos = find_videos(str(tmp_path / "wisa-80k.json"), PHENOMENA).videos
+        videos = find_videos(str(tmp_path / "wisa-80k.json"), PHENOMENA).videos.to_pylist()
     assert summary(videos) == [
         ("0.mp4", NESTED["captions"], ["liquid motion", "gas motion", "solidification", "vaporization"]),
         ("1.mp4", FLAT["en_caption"], []),
@@ -129,7 +129,7 @@ def test_a_bare_name_that_two_folders_have_is_ambiguous(tmp_path: Path) -> None:
     ):
         find_videos(str(tmp_path / "wisa.json"), PHENOMENA)
     (tmp_path / "wisa.json").write_text(json.dumps([{"file": "2/a.mp4"}]))
-    [video] = find_videos(str(tmp_path / "wisa.json"), PHENOMENA).videos
+    [video] = find_videos(str(tmp_path / "wisa.json"), PHENOMENA).videos.to_pylist()
     assert video["source"]["uri"] == str(tmp_path / "2/a.mp4")
 
 
@@ -151,7 +151,7 @@ def test_a_video_that_two_rows_lead_to_counts_once(tmp_path: Path, caplog: pytes
     records = [{"path": path, "caption": f"row {row}"} for row, path in enumerate([*paths, "gone.mp4"], 1)]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, records)))
     found = find_videos(str(tmp_path / "list.jsonl"), PHENOMENA)
-    assert summary(found.videos) == [
+    assert summary(found.videos.to_pylist()) == [
         ("a.mp4", "row 1", None),
         ("b.mp4", "row 2", None),
         ("gone.mp4", "row 8", None),
@@ -183,7 +183,7 @@ def test_rows_that_cannot_be_used_are_told_with_their_number_and_column(
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     found = find_videos(str(tmp_path / "list.jsonl"), PHENOMENA)
-    assert summary(found.videos) == [
+    assert summary(found.videos.to_pylist()) == [
         ("a.mp4", "good", None),
         ("m.mp4", None, None),
         ("n.mp4", None, ["melting"]),
@@ -221,7 +221,10 @@ def test_rows_that_cannot_be_used_are_told_with_their_number_and_column(
 def test_dialects_of_csv(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "list.csv").write_bytes(content)
     found = find_videos(str(tmp_path / "list.csv"), PHENOMENA)
-    assert (summary(found.videos), found.refused) == ([("a.mp4", "x", None), ("b.mp4", None, None)], [])
+    assert (summary(found.videos.to_pylist()), found.refused) == (
+        [("a.mp4", "x", None), ("b.mp4", None, None)],
+        [],
+    )
 
 
 def test_cells_of_csv_are_what_was_written(tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_cells_of_csv_are_what_was_written(tmp_path: Path) -> None:
         file.write('b.mp4,a 5" nail, as it is,melting\nc.mp4,a 5" nail,"melting;collision;"\n')
         csv.writer(file).writerow(["d.mp4", "a", "Rigid_Body motion., collision"])
     found = find_videos(str(tmp_path / "list.csv"), PHENOMENA)
-    assert summary(found.videos) == [
+    assert summary(found.videos.to_pylist()) == [
         ("a.mp4", caption, ["melting"]),
         ("c.mp4", 'a 5" nail', ["collision", "melting"]),
         ("d.mp4", "a", ["collision", "rigid body motion"]),
@@ -259,7 +262,9 @@ def test_what_programs_write_into_csv_for_nothing_and_for_lists(
 ) -> None:
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["path", "caption", "phenomena"], ["a.mp4", caption, phenomena]])
-    assert summary(find_videos(str(tmp_path / "list.csv"), PHENOMENA).videos) == [("a.mp4", None, labels)]
+    assert summary(find_videos(str(tmp_path / "list.csv"), PHENOMENA).videos.to_pylist()) == [
+        ("a.mp4", None, labels)
+    ]
 
 
 def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
@@ -272,7 +277,7 @@ def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays(as_text, ["path", "caption"]), tmp_path / "text.parquet")
     for name in ("list.csv", "list.parquet", "text.parquet"):
         found = find_videos(str(tmp_path / name), PHENOMENA)
-        assert summary(found.videos) == [("a.mp4", "x", None)]
+        assert summary(found.videos.to_pylist()) == [("a.mp4", "x", None)]
         reasons = [sentence.partition(f"of {tmp_path / name}: ")[2] for sentence in found.refused]
         assert reasons == [
             "'path' holds what is not Unicode, or not UTF-8 ('caf\\udce9.mp4')",
@@ -294,7 +299,7 @@ def test_json_may_be_lines_or_an_array_and_hold_every_separator(tmp_path: Path) 
         ):
             (tmp_path / name).write_bytes(text.encode())
             found = find_videos(str(tmp_path / name), PHENOMENA)
-            assert (summary(found.videos), found.refused) == (
+            assert (summary(found.videos.to_pylist()), found.refused) == (
                 [("a.mp4", caption, None), ("b.mp4", "x", None)],
                 [],
             )
@@ -308,13 +313,17 @@ def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(columns), tmp_path / "list.parquet")
     found = find_videos(str(tmp_path / "list.parquet"), PHENOMENA)
-    assert summary(found.videos) == [("a.mp4", "x", ["melting"]), ("b.mp4", None, []), ("c.mp4", "y", None)]
+    assert summary(found.videos.to_pylist()) == [
+        ("a.mp4", "x", ["melting"]),
+        ("b.mp4", None, []),
+        ("c.mp4", "y", None),
+    ]
     assert "row 4 of" in found.refused[0] and "'path' is missing" in found.refused[0]
     # As pandas writes that there is no caption, and one.
     numbers = pa.table({"path": ["a.mp4", "b.mp4"], "caption": [float("nan"), 1.5]})
     pq.write_table(numbers, tmp_path / "list.parquet")
     found = find_videos(str(tmp_path / "list.parquet"), PHENOMENA)
-    assert summary(found.videos) == [("a.mp4", None, None)]
+    assert summary(found.videos.to_pylist()) == [("a.mp4", None, None)]
     assert found.refused[0].endswith("'caption' is no text (1.5)")
 
 
@@ -345,7 +354,9 @@ def test_paths_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "home" / "h.mp4").write_bytes(b"")
     paths = [*names, "~/h.mp4", "home/../home/h2.mp4", "n/o.mp4", "z" * 5000]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"path": path}) for path in paths))
-    found = [video["source"] for video in find_videos(str(tmp_path / "list.jsonl"), PHENOMENA).videos]
+    found = [
+        video["source"] for video in find_videos(str(tmp_path / "list.jsonl"), PHENOMENA).videos.to_pylist()
+    ]
     assert [source["size"] for source in found] == [*range(1, len(names) + 1), 0, 0, 0, 0]
     assert found[8]["uri"] == str(tmp_path / "home" / "h.mp4") and found[8]["modified"] > 0
     assert {source["modified"] for source in found[9:]} == {0.0}
@@ -420,7 +431,7 @@ def test_a_folder_of_many_listed_files_is_asked_once(bucket: str, monkeypatch: p
 
         # Each thread has a store of its own.
         monkeypatch.setattr(MemoryFileSystem, request, counted)
-    found = sources_of([*places, f"{bucket}/many/gone.mp4", f"{bucket}/videos/a.webm"])
+    found = sources_of([*places, f"{bucket}/many/gone.mp4", f"{bucket}/videos/a.webm"]).to_pylist()
     assert [source["size"] for source in found] == [*range(999, -1, -1), 0, 3]
     assert found[1000] == {"uri": f"{bucket}/many/gone.mp4", "size": 0, "modified": 0.0}
     assert sorted(requests) == ["info", "info", "ls"]
@@ -428,24 +439,27 @@ def test_a_folder_of_many_listed_files_is_asked_once(bucket: str, monkeypatch: p
 
 def test_object_store_prefixes(bucket: str) -> None:
     found = find_files(f"{bucket}/videos")
-    a, b = found.sources
+    a, b = found.sources.to_pylist()
     assert found.left_out == {".txt": 1}
     assert a["uri"].startswith("memory://") and a["uri"].endswith("/bucket/videos/a.webm")
     assert (a["size"], b["size"]) == (3, 5)
     assert a["modified"] > 1e9
-    assert sources_of([b["uri"], a["uri"], b["uri"]]) == [b, a, b]
-    assert [video["source"] for video in find_videos(f"{bucket}/videos", PHENOMENA).videos] == [a, b]
+    assert sources_of([b["uri"], a["uri"], b["uri"]]).to_pylist() == [b, a, b]
+    assert [video["source"] for video in find_videos(f"{bucket}/videos", PHENOMENA).videos.to_pylist()] == [
+        a,
+        b,
+    ]
     manifest = (
         json.dumps({"path": "videos/a.webm", "caption": "seen"}) + "\n" + json.dumps({"path": "gone.mp4"})
     )
     fsspec.filesystem("memory").pipe("/bucket/list.jsonl", manifest.encode())
-    listed, gone = find_videos(f"{bucket}/list.jsonl", PHENOMENA).videos
+    listed, gone = find_videos(f"{bucket}/list.jsonl", PHENOMENA).videos.to_pylist()
     assert (listed["source"]["size"], listed["caption"]) == (3, "seen")
     assert gone["source"]["modified"] == 0
 
 
 def test_files_of_object_stores_come_here_one_at_a_time(bucket: str) -> None:
-    a, b = (file["uri"] for file in find_files(f"{bucket}/videos").sources)
+    a, b = (file["uri"] for file in find_files(f"{bucket}/videos").sources.to_pylist())
     files = LocalFiles(max_bytes=4)
     with files.open(a) as path:
         assert Path(path).read_bytes() == b"123"
@@ -461,7 +475,7 @@ def test_files_of_object_stores_come_here_one_at_a_time(bucket: str) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.mp4")
-    [video] = find_videos(str(tmp_path), PHENOMENA).videos
+    [video] = find_videos(str(tmp_path), PHENOMENA).videos.to_pylist()
     with (
         pytest.raises(OSError, match="no regular file"),
         LocalFiles(max_bytes=4).open(video["source"]["uri"]),
@@ -477,5 +491,5 @@ def test_unknown_stores(tmp_path: Path) -> None:
 def test_a_path_below_a_file_is_one_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"123")
     (tmp_path / "list.jsonl").write_text(json.dumps({"path": "a.mp4/b.mp4"}))
-    [video] = find_videos(str(tmp_path / "list.jsonl"), PHENOMENA).videos
+    [video] = find_videos(str(tmp_path / "list.jsonl"), PHENOMENA).videos.to_pylist()
     assert video["source"] == {"uri": str(tmp_path / "a.mp4/b.mp4"), "size": 0, "modified": 0.0}

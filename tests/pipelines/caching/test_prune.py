@@ -23,6 +23,7 @@ from prophy.schema import (
     INPUT,
     PRIORS,
     QUARANTINE,
+    SOURCE,
     CacheInput,
     latents_columns,
     text_column,
@@ -77,7 +78,7 @@ def write(table: Table, *rows: dict) -> None:
 
 
 def set_input(encodings: Path, *sources: dict) -> None:
-    rows = CacheInput("/videos", list(sources)).to_table()
+    rows = CacheInput("/videos", pa.array(sources, SOURCE)).to_table()
     write_file(encodings, rows, rows.schema.metadata, name=INPUT)
 
 
@@ -109,14 +110,14 @@ def stored(place: Path) -> set[str]:
 
 def test_the_samples_are_those_of_the_current_input(folder: Path) -> None:
     cache = opened(folder)
-    assert (cache.shapes.keys(), cache.num_videos, cache.num_left_out) == ({*"abcd"}, 4, 0)
+    assert (cache.sample_ids.to_pylist(), cache.num_videos, cache.num_left_out) == ([*"abcd"], 4, 0)
     assert cache.location == "/videos"
     set_input(
         folder / "encodings" / "one", source("e"), source("c"), source("b", modified=2.0), source("new")
     )
     cache = opened(folder)
-    assert (cache.shapes.keys(), cache.num_videos, cache.num_left_out) == ({*"ce"}, 2, 2)
-    assert opened(folder, "two").shapes.keys() == {*"abcd"}  # another backbone has its own input
+    assert (cache.sample_ids.to_pylist(), cache.num_videos, cache.num_left_out) == ([*"ce"], 2, 2)
+    assert opened(folder, "two").sample_ids.to_pylist() == [*"abcd"]  # another backbone has its own input
     set_input(folder / "encodings" / "one", source("new"))
     with pytest.raises(ProPhyError, match="no video of /videos is in both .*; run `prophy cache`"):
         opened(folder)
@@ -184,8 +185,8 @@ def test_killed_at_any_moment_it_leaves_a_sound_cache(folder: Path, monkeypatch:
             prune.prune(copy)
             break
         cache = opened(copy)
-        assert cache.shapes.keys() == {*"ad"}
-        for sample_id in cache.shapes:
+        assert cache.sample_ids.to_pylist() == [*"ad"]
+        for sample_id in "ad":
             cache.read(sample_id)
         with exclusive(copy):
             prune.prune(copy)

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.caching.manifests import VIDEOS
 from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
 from pipelines.caching.stages import clip_ids
 from prophy.errors import ProPhyError
-from prophy.schema import PRIORS, QUARANTINE
+from prophy.schema import ENCODINGS, PRIORS, QUARANTINE
 from tests.wisa import PHENOMENA
 
 CLIP_DURATIONS_S = [2.0]
@@ -38,12 +39,16 @@ def priors_of(source: dict, num_frames: int = 16 * 3, **columns: object) -> list
     ]
 
 
+def listed(*videos: dict) -> pa.Table:
+    return pa.Table.from_pylist(list(videos), VIDEOS)
+
+
 def table(rows: list[dict], schema: pa.Schema = PRIORS) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema([field.with_nullable(True) for field in schema]))
 
 
 def left(videos: list[dict], priors: list[dict], quarantine: list[dict]) -> dict[str, list[str]]:
-    found = videos_left(videos, table(priors), table(quarantine, QUARANTINE), CLIP_DURATIONS_S)
+    found = videos_left(listed(*videos), table(priors), table(quarantine, QUARANTINE), CLIP_DURATIONS_S)
     return {row["source"]["uri"]: row["done"] for row in found.to_pylist()}
 
 
@@ -65,9 +70,9 @@ def test_a_folder_is_searched_for_videos(tmp_path: Path, caplog: pytest.LogCaptu
     ):
         (tmp_path / name).write_bytes(b"123")
     found = find_videos(str(tmp_path), PHENOMENA)
-    assert (names(found.videos), found.refused) == (["b.mp4", "a.MOV", "c.webm"], [])
-    assert {video["source"]["size"] for video in found.videos} == {3}
-    assert {video["caption"] for video in found.videos} == {None}
+    assert (names(found.videos.to_pylist()), found.refused) == (["b.mp4", "a.MOV", "c.webm"], [])
+    assert {video["source"]["size"] for video in found.videos.to_pylist()} == {3}
+    assert {video["caption"] for video in found.videos.to_pylist()} == {None}
     assert "no videos by their ending: 2 .jpg, 1 .txt, 1 without an ending" in caplog.text
     assert "left out 1 file(s) named ._*" in caplog.text
 
@@ -92,8 +97,8 @@ def test_links_are_followed_and_lead_to_each_file_once(tmp_path: Path) -> None:
     (top / "gone.mp4").symlink_to("nowhere.mp4")
     (top / "hard.mp4").hardlink_to(top / "real" / "r.mp4")
     found = find_videos(str(top), PHENOMENA)
-    assert names(found.videos) == ["hard.mp4", "1.mp4", "d.mp4", "e.mp4", "gone.mp4"]
-    assert [video["source"]["modified"] > 0 for video in found.videos] == [True] * 4 + [False]
+    assert names(found.videos.to_pylist()) == ["hard.mp4", "1.mp4", "d.mp4", "e.mp4", "gone.mp4"]
+    assert [video["source"]["modified"] > 0 for video in found.videos.to_pylist()] == [True] * 4 + [False]
 
 
 def test_names_that_are_not_utf_8_are_refused_by_name(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_names_that_are_not_utf_8_are_refused_by_name(tmp_path: Path) -> None:
     for name in (b"caf\xe9.mp4", b"caf\xe9.txt"):
         Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"123")
     found = find_videos(str(tmp_path), PHENOMENA)
-    assert names(found.videos) == ["a.mp4"]
+    assert names(found.videos.to_pylist()) == ["a.mp4"]
     assert found.refused == [
         f"{bytes(tmp_path) + b'/caf' + bytes([233]) + b'.mp4'!r} has a name that is not UTF-8; rename it"
     ]
@@ -116,7 +121,7 @@ def test_a_manifest_gives_captions_and_labels(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet")
     (tmp_path / "not_listed.mp4").write_bytes(b"")
     for location in (tmp_path, tmp_path / "manifest.parquet"):
-        a, b, c = find_videos(str(location), PHENOMENA).videos
+        a, b, c = find_videos(str(location), PHENOMENA).videos.to_pylist()
         assert a["source"]["uri"] == str(tmp_path / "clips/a.mp4")
         assert (a["caption"], a["labels"]) == ("a ball", ["collision", "liquid motion"])
         assert (b["source"]["uri"], b["caption"], b["labels"]) == ("/elsewhere/b.mp4", None, None)
@@ -141,32 +146,32 @@ def test_input_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 def test_a_rewritten_file_is_another_source(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"123")
-    [before] = find_videos(str(tmp_path), PHENOMENA).videos
+    [before] = find_videos(str(tmp_path), PHENOMENA).videos.to_pylist()
     os.utime(tmp_path / "a.mp4", (5, 5))
-    [after] = find_videos(str(tmp_path), PHENOMENA).videos
+    [after] = find_videos(str(tmp_path), PHENOMENA).videos.to_pylist()
     assert before["source"] != after["source"]
     rows = table(priors_of(before["source"]))
-    assert changed(rows, [before]) == []
-    assert changed(rows, [after]) == rows["sample_id"].to_pylist()
-    assert changed(rows, [video("another")]) == []
-    assert len(of_videos(rows, [before])) == 3
-    assert len(of_videos(rows, [after])) == 0
+    assert len(changed(rows, listed(before))) == 0
+    assert changed(rows, listed(after)) == rows["sample_id"]
+    assert len(changed(rows, listed(video("another")))) == 0
+    assert len(of_videos(rows, listed(before))) == 3
+    assert len(of_videos(rows, listed(after))) == 0
 
 
 def test_another_caption_or_other_labels_are_a_change() -> None:
     a = video("a")
     rows = table(priors_of(a["source"], caption="a ball", labels=["collision"]))
-    columns = ("source", "caption", "labels")
+    columns = ("caption", "labels")
     same = {**a, "caption": "a ball", "labels": ["collision"]}
-    assert changed(rows, [same], columns) == []
+    assert len(changed(rows, listed(same), columns)) == 0
     corrections: list[dict[str, Any]] = [{"caption": "a cube"}, {"caption": None}, {"labels": []}]
     for correction in (*corrections, {"labels": None}):
-        assert changed(rows, [{**same, **correction}], columns) == rows["sample_id"].to_pylist()
+        assert changed(rows, listed({**same, **correction}), columns) == rows["sample_id"]
     unlabelled = table(priors_of(a["source"]))
-    assert changed(unlabelled, [a], columns) == []
-    assert changed(unlabelled, [same], columns) == unlabelled["sample_id"].to_pylist()
+    assert len(changed(unlabelled, listed(a), columns)) == 0
+    assert changed(unlabelled, listed(same), columns) == unlabelled["sample_id"]
     missing = {**same, "source": {**a["source"], "size": 0, "modified": 0.0}}
-    assert changed(unlabelled, [missing], columns) == []
+    assert len(changed(unlabelled, listed(missing), columns)) == 0
 
 
 def test_videos_with_missing_clips_are_left() -> None:
@@ -177,6 +182,14 @@ def test_videos_with_missing_clips_are_left() -> None:
         "/videos/c.mp4": [],
     }
     assert left([video("a", modified=2.0)], rows_a, []) == {"/videos/a.mp4": []}
+
+
+def test_all_is_left_where_nothing_is_cached() -> None:
+    videos, nothing = listed(video("a"), video("b")), (PRIORS.empty_table(), QUARANTINE.empty_table())
+    assert videos_left(videos, *nothing, CLIP_DURATIONS_S).to_pylist() == [
+        {**row, "done": []} for row in videos.to_pylist()
+    ]
+    assert len(clips_left(videos, nothing[0], ENCODINGS.empty_table(), nothing[1])) == 0
 
 
 def test_what_is_in_quarantine_is_not_left() -> None:
@@ -202,7 +215,7 @@ def test_what_could_not_be_had_is_told_while_it_is_left() -> None:
         ],
         QUARANTINE,
     )
-    videos, priors = [a, b, c], table(priors_of(b["source"]))
+    videos, priors = listed(a, b, c), table(priors_of(b["source"]))
     work = videos_left(videos, priors, quarantine, CLIP_DURATIONS_S)
     assert work["source"].to_pylist() == [a["source"]]
     assert refusals(quarantine, videos, [work]) == ["cannot open a", "cannot open c"]
@@ -214,14 +227,16 @@ def test_clips_with_priors_but_no_encodings_are_left_with_a_caption() -> None:
     a, b = video("a"), video("b")
     priors = [*priors_of(a["source"], caption="given"), *priors_of(b["source"])]
     empty = table([], QUARANTINE)
-    found = clips_left([a, b], table(priors), table(priors[:2]), empty)
+    found = clips_left(listed(a, b), table(priors), table(priors[:2]), empty)
     assert found["sample_id"].to_pylist() == [row["sample_id"] for row in priors[2:]]
     assert found["caption"].to_pylist() == ["given", "seen", "seen", "seen"]
     refused = table([{"source": b["source"], "sample_id": priors[3]["sample_id"]}], QUARANTINE)
-    assert len(clips_left([a, b], table(priors), table([]), refused)) == 5
-    assert len(clips_left([a], table(priors), table([]), empty)) == 3
+    assert len(clips_left(listed(a, b), table(priors), table([]), refused)) == 5
+    assert len(clips_left(listed(a), table(priors), table([]), empty)) == 3
     corrected = table(priors_of(a["source"], caption="corrected"))
-    assert clips_left([a], corrected, table(priors[:3]), empty)["caption"].to_pylist() == 3 * ["corrected"]
+    assert clips_left(listed(a), corrected, table(priors[:3]), empty)["caption"].to_pylist() == 3 * [
+        "corrected"
+    ]
 
 
 def test_a_clip_that_several_paths_lead_to_is_encoded_once() -> None:
@@ -229,9 +244,9 @@ def test_a_clip_that_several_paths_lead_to_is_encoded_once() -> None:
     rows = [row for one in (a, b, c) for row in priors_of(one["source"], content_hash="the same")]
     empty = table([], QUARANTINE)
     for order, first in (([a, b, c], "a"), ([c, b, a], "c"), ([b], "b")):
-        found = clips_left(order, table(rows), table([]), empty)
+        found = clips_left(listed(*order), table(rows), table([]), empty)
         assert {source["uri"] for source in found["source"].to_pylist()} == {f"/videos/{first}.mp4"}
         assert len(found) == 3
     refused = table([{"source": a["source"], "sample_id": rows[0]["sample_id"]}], QUARANTINE)
-    found = clips_left([a, b], table(rows), table([]), refused)
+    found = clips_left(listed(a, b), table(rows), table([]), refused)
     assert [source["uri"][8] for source in found["source"].to_pylist()] == ["a", "a", "b"]

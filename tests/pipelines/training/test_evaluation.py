@@ -61,10 +61,11 @@ def evaluated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Co
 
 
 def test_batches_are_of_one_length(evaluated: Config) -> None:
-    shapes = read_cache(evaluated).shapes
-    assert Counter(latents[1] for latents in shapes.values()) == {5: 6, 3: 6}
-    for sample_id, latents in shapes.items():
-        assert sample_id.endswith("-0000000-0002000" if latents[1] == 5 else "-0002000-0003000")
+    cached = read_cache(evaluated)
+    samples = {shape[1]: ids.to_pylist() for shape, ids in cached.by_shape(cached.sample_ids).items()}
+    assert {num_frames: len(ids) for num_frames, ids in samples.items()} == {5: 6, 3: 6}
+    assert all(sample_id.endswith("-0000000-0002000") for sample_id in samples[5])
+    assert all(sample_id.endswith("-0002000-0003000") for sample_id in samples[3])
     rows = read_rows(evaluated.run_dir / "train" / METRICS_FILE)
     tokens = [round(row["tokens_per_s"] * row["step_time_s"]) for row in rows]
     assert Counter(tokens) == {4 * 3 * 64: 2, 4 * 5 * 64: 2}  # of the 8 samples that are not held out
@@ -129,10 +130,10 @@ def test_last_checkpoint_makes_a_video_and_its_maps(evaluated: Config) -> None:
 def test_held_out_clips_are_not_trained_on(tiny_cache: Config, tmp_path: Path) -> None:
     config = evaluated_config(tiny_cache, tmp_path / "run")
     samples = read_cache(config)
-    kept_out = held_out(samples.shapes, 2)
+    kept_out = held_out(samples.sample_ids, 2).to_pylist()
     dataset = build_dataset(config, samples, rank=0)
     trained = {sample_id for step in range(5) for batch in dataset[step][0] for sample_id in batch.sample_ids}
-    assert len(kept_out) == 2 and trained == samples.shapes.keys() - kept_out
+    assert len(kept_out) == 2 and trained == {*samples.sample_ids.to_pylist()} - {*kept_out}
 
 
 def test_everything_is_held_out(tiny_cache: Config, tmp_path: Path) -> None:

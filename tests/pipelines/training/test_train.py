@@ -128,10 +128,11 @@ def resumed(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPa
     by_time = ("train.save_every=1000", "train.save_every_s=1e-9")  # at every step
     config = train_config(tiny_cache, stopped(through, folder / "run"), *overrides, *by_time)
     table = Path(encodings_folder(config))
-    shapes = PriorCache(cache / "priors", table).shapes
-    plan = BatchPlan(shapes, 4, config.train.seed)
+    samples = PriorCache(cache / "priors", table)
+    plan = BatchPlan(samples.by_shape(samples.sample_ids), 4, config.train.seed)
     compared = range(saved_steps(through.run_dir)[1], through.train.num_steps)  # counted from 0
-    sample_id = max(shapes.keys() - {sample_id for step in compared for sample_id in plan(step)})
+    seen = {sample_id for step in compared for sample_id in plan(step)}
+    sample_id = max({*samples.sample_ids.to_pylist()} - seen)
     spoil_latents(table, sample_id)
     step = next(step for step in itertools.count(compared.stop) if sample_id in plan(step))
     with pytest.raises(ProPhyError) as error:
