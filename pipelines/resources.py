@@ -71,7 +71,8 @@ def needs_of(config: Config, work: Work) -> list[Need]:
         return needs
     if work == "serve":
         serve, at_least = config.serve, max(1, config.serve.min_replicas)
-        return [Need("serve.max_replicas", serve.max_replicas, serve.num_cpus, serve.num_gpus, at_least)]
+        cpus, gpus = (serve.sequence_parallel * number for number in (serve.num_cpus, serve.num_gpus))
+        return [Need("serve.max_replicas", serve.max_replicas, cpus, gpus, at_least)]
     if work == "generate":
         pool = config.generate.pool
         return [Need("generate.pool", pool.size, pool.num_cpus, pool.num_gpus)]

@@ -62,11 +62,20 @@ class ServeConfig(Section):
     max_replicas: PositiveInt = 1
     """Replicas at most, each with the whole model."""
 
+    sequence_parallel: PositiveInt = 1
+    """Processes of a replica that share each video, every one with a part of its tokens, on one node.
+
+    The time of a denoising step is divided by it, for an exchange of tokens in every block; each process
+    holds the whole model. It must divide attention heads and the tokens of a video, and with CogVideoX
+    backbone.max_sequence_length too; neither step caches nor backbone.compile go with it. 1 by default: as
+    many replicas of one GPU make more videos an hour. No GPU has run it yet.
+    """
+
     num_cpus: NonNegativeFloat = 1.0
-    """CPUs that Ray reserves for each replica."""
+    """CPUs that Ray reserves for each process of a replica."""
 
     num_gpus: NonNegativeFloat = 0.0
-    """GPUs that Ray reserves for each replica; 0 by default: it runs on the CPU."""
+    """GPUs that Ray reserves for each process of a replica; 0 by default: it runs on the CPU."""
 
     max_pixels: PositiveInt | None = None
     """Pixels of a frame (height times width) that a request may ask for. Null: the backbone's."""
@@ -98,6 +107,12 @@ class ServeConfig(Section):
         if self.min_replicas > self.max_replicas:
             raise ValueError(
                 f"min_replicas ({self.min_replicas}) must not exceed max_replicas ({self.max_replicas})"
+            )
+        if self.sequence_parallel > 1 and (self.num_gpus not in (0, 1) or not self.num_cpus + self.num_gpus):
+            raise ValueError(
+                f"each of the processes that share a video (sequence_parallel {self.sequence_parallel}) has "
+                f"a GPU of its own or none; set num_gpus ({self.num_gpus:g}) to 1, or to 0 and num_cpus "
+                f"({self.num_cpus:g}) to more"
             )
         if self.database is not None and re.match(r"[^/]*//([^/@:]*:[^@]+@|.*[?&]password=)", self.database):
             raise ValueError("database must not hold a password; put it into PGPASSWORD or ~/.pgpass")

@@ -15,6 +15,7 @@ class Footprint:
     """Bytes of a GPU that makes one video at a time, and of one that encodes one clip at a time.
 
     Attributes:
+        sequence_parallel: how many GPUs share a served video; each takes what is counted here.
         num_transformers: how many are held.
         transformers: weights of backbone and branch, as `backbone.offload` and `.storage_dtype` leave them.
         text_encoder: its weights, 0 where they wait in the host's memory; None where their size is not known
@@ -23,6 +24,7 @@ class Footprint:
         denoising: what a step takes beside the weights; an estimate.
     """
 
+    sequence_parallel: int
     num_transformers: int
     transformers: int
     text_encoder: int | None
@@ -45,6 +47,7 @@ def footprint(
     backbone: BackboneConfig,
     vae_config: ModelConfig,
     *,
+    sequence_parallel: int,
     num_transformers: int,
     num_blocks: int,
     backbone_parameters: int,
@@ -58,6 +61,7 @@ def footprint(
     Args:
         backbone: the configuration.
         vae_config: of the VAE.
+        sequence_parallel: how many GPUs share a served video.
         num_transformers: how many there are.
         num_blocks: blocks of one.
         backbone_parameters: parameters of one, without its branch.
@@ -77,11 +81,15 @@ def footprint(
     if backbone.offload == "all":  # a block computes while the next one comes
         held = 2 * weights // num_blocks + branch
     return Footprint(
+        sequence_parallel=sequence_parallel,
         num_transformers=num_transformers,
         transformers=held,
         text_encoder=0 if backbone.offload != "none" else _text_encoder_bytes(backbone, item),
         vae=vae_cost(family, vae_config, shape, 4 if family.float32_vae else item),
-        denoising=passes * (block_bytes + (num_physical_blocks + 1) * token_bytes) * item // 2,
+        denoising=passes
+        * (block_bytes + (num_physical_blocks + 1) * token_bytes)
+        * item
+        // (2 * sequence_parallel),
     )
 
 

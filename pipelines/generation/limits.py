@@ -2,7 +2,7 @@
 
 import math
 
-from pipelines.config import Config
+from pipelines.config import Config, StepCache
 from pipelines.generation.spec import ShapeLimits
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import (
@@ -73,11 +73,47 @@ def shape_limits(config: Config) -> ShapeLimits:
         frame_multiple=frames,
         height_multiple=math.lcm(height, PIPELINE_MULTIPLE),
         width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
+        token_height=height,
+        token_width=width,
+        sequence_parallel=config.serve.sequence_parallel,
         max_num_frames=config.serve.max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
         phenomena=_phenomena(config),
         images=takes_images(backbone.family, backbone.pretrained, backbone.revision),
     )
+
+
+def check_sharing(config: Config, limits: ShapeLimits) -> None:
+    """Checks that `serve.sequence_parallel` processes can share a video; loads no model.
+
+    Raises:
+        ProPhyError: a step cache, compiled blocks or a model without a branch, or attention heads, the tokens
+            of a video of the configuration's shape or those of a text cannot be shared out.
+    """
+    backbone, number = config.backbone, config.serve.sequence_parallel
+    if number == 1:
+        return
+    chosen = f"serve.sequence_parallel is {number}"
+    if config.sampling.step_cache != StepCache():
+        raise ProPhyError(
+            f"{chosen}, and processes that share a video would skip other steps each; leave "
+            f"sampling.step_cache out, or set the other to 1"
+        )
+    if backbone.compile != "none":
+        raise ProPhyError(
+            f"{chosen}, and compiled attention among processes is not known to work; set backbone.compile "
+            f"({backbone.compile!r}) to 'none', or the other to 1"
+        )
+    if not limits.phenomena:
+        raise ProPhyError(
+            f"{chosen}, and processes share videos of a model with a branch alone; name a checkpoint, or set "
+            f"it to 1"
+        )
+    family = FAMILIES[backbone.family]
+    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    num_tokens = limits.num_tokens(backbone.num_frames, backbone.height, backbone.width)
+    if reason := family.unshareable(number, num_tokens, backbone.max_sequence_length, transformer):
+        raise ProPhyError(f"{chosen}, and so many processes {reason}; set it to another number")
 
 
 def _phenomena(config: Config) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from PIL import Image
 
 from pipelines.config import Config, StepCache
@@ -37,6 +37,7 @@ from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.images import fit_image, read_image
 from prophy.models.acceleration import accelerate, check_attention
 from prophy.models.control import PhysicsControl, PhysicsTrace
+from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.video import write_video
 
 CACHED_PROMPTS = 32  # encoded texts kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
@@ -54,12 +55,13 @@ class VideoSampler:
 
     Args:
         config: names the backbone and, if there is one, the checkpoint of the Physical Branch.
+        num_processes: how many `share` each video.
 
     Raises:
         ProPhyError: the checkpoint was trained on another backbone.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, num_processes: int = 1) -> None:
         backbone = config.backbone
         if backbone.offload == "all" and _diffusers_cache(config.sampling.step_cache) is not None:
             raise ProPhyError(
@@ -77,7 +79,8 @@ class VideoSampler:
         self._device = default_device()
         computes_in = self._autocast if has_bfloat16(self._device) else None
         dtype = getattr(torch, computes_in or backbone.dtype)
-        check_attention(backbone.attention, self._device, dtype, trains=False)
+        check_attention(backbone.attention, self._device, dtype, trains=False, shares=num_processes > 1)
+        self._num_processes = num_processes
         self._pipeline: Any = load_pipeline(
             backbone.family,
             backbone.pretrained,
@@ -92,6 +95,22 @@ class VideoSampler:
         self._images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
         self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
 
+    def share(self) -> None:
+        """Has the processes of torch's default group make each video together, from now on.
+
+        Every one is called with the same arguments, in the same order, and gets the same frames.
+
+        Raises:
+            ProPhyError: a transformer has no branch, or cannot be shared by so many.
+        """
+        for transformer in self._pipeline.transformers:
+            if not isinstance(transformer, PhysicsTransformer):
+                raise ProPhyError(
+                    f"{self._num_processes} processes cannot share the work of a transformer without a "
+                    f"branch; set serve.sequence_parallel to 1"
+                )
+            transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self._num_processes))
+
     def warm_up(self, limits: ShapeLimits) -> None:
         """Makes a video in few steps, with guidance and VAE, so that a model that cannot run says so now.
 
@@ -102,7 +121,9 @@ class VideoSampler:
         num_frames, height, width = clip.num_frames, clip.height, clip.width
         allowed = num_frames <= limits.max_num_frames and height * width <= limits.max_pixels
         if self._device.type == "cpu" or not allowed:
-            num_frames, height, width = 1, limits.height_multiple, limits.width_multiple
+            # Wide enough for every process to have a token.
+            width = limits.width_multiple * self._num_processes
+            num_frames, height = 1, limits.height_multiple
         self.sample(
             VideoSpec(
                 prompt="",
@@ -250,7 +271,7 @@ class VideoSampler:
             ProPhyError: as `sample_batch`; or maps are asked for, and no step fell to a transformer that has
                 a branch.
         """
-        trace = PhysicsTrace() if spec.physics is not None and spec.physics.return_maps else None
+        trace = new_trace(spec)
         marks = {"start": time.perf_counter()}
         for text in (spec.prompt, spec.negative_prompt):
             self.embed(text)
@@ -296,6 +317,11 @@ class VideoSampler:
         """What the backbone's text encoders make of one text."""
         with torch.no_grad(), autocast(self._device, self._autocast):
             return self._pipeline.encode_text([text], self._max_sequence_length)
+
+
+def new_trace(spec: VideoSpec) -> PhysicsTrace | None:
+    """What collects the maps of a video, where they are asked for."""
+    return PhysicsTrace() if spec.physics is not None and spec.physics.return_maps else None
 
 
 def _concatenate(texts: Sequence[Mapping[str, torch.Tensor]], prefix: str = "") -> dict[str, torch.Tensor]:

@@ -98,8 +98,10 @@ class VideoResult(NamedTuple):
 class ShapeLimits(BaseModel):
     """The shapes that a model can make and an operator allows: `k * frame_multiple + 1` frames.
 
-    `phenomena` are the names of its branch, in their order; without a branch, and so without physics knobs,
-    there are none. `images` says whether it makes videos of images.
+    A token of the transformer is `token_height` x `token_width` pixels of `frame_multiple` frames (the first
+    frame has tokens of its own), and `sequence_parallel` processes share them out. `phenomena` are the names
+    of its branch, in their order; without a branch, and so without physics knobs, there are none. `images`
+    says whether it makes videos of images.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -107,6 +109,9 @@ class ShapeLimits(BaseModel):
     frame_multiple: int
     height_multiple: int
     width_multiple: int
+    token_height: int
+    token_width: int
+    sequence_parallel: int
     max_num_frames: int
     max_pixels: int
     phenomena: tuple[str, ...]
@@ -158,4 +163,23 @@ class ShapeLimits(BaseModel):
         if height * width > self.max_pixels:
             raise ProPhyError(
                 f"size {width}x{height} has {height * width} pixels; choose one of at most {self.max_pixels}"
+            )
+
+    def num_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """How many tokens a video of this length and size has."""
+        num_slices = (num_frames - 1) // self.frame_multiple + 1
+        return num_slices * (height // self.token_height) * (width // self.token_width)
+
+    def check_sharing(self, num_frames: int, height: int, width: int) -> None:
+        """Checks that all processes of a replica get as many tokens of a video.
+
+        Raises:
+            ProPhyError: they cannot.
+        """
+        num_tokens = self.num_tokens(num_frames, height, width)
+        if num_tokens % self.sequence_parallel:
+            raise ProPhyError(
+                f"{num_frames} frames of {width}x{height} have {num_tokens} tokens, which the "
+                f"{self.sequence_parallel} processes of a replica (serve.sequence_parallel) cannot share "
+                f"out; choose another size or length"
             )

@@ -109,6 +109,8 @@ class VideoRequest(BaseModel):
                     f"a video of {self.seconds} seconds has no frame; leave the field out, or give more"
                 )
             num_frames = limits.num_frames(float(self.seconds), fps) if self.seconds else backbone.num_frames
+            param = "size"
+            limits.check_sharing(num_frames, height, width)
         except ProPhyError as error:
             raise ApiError(422, str(error), "invalid_value", param) from None
         given = self.model_dump(include=VideoSpec.model_fields.keys() - {"physics"}, exclude_none=True)

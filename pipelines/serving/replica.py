@@ -1,4 +1,4 @@
-"""A replica of the model: one video at a time, in a thread. It knows neither Ray nor HTTP."""
+"""A replica of the model: one video at a time, in a thread. Alone it knows neither Ray nor HTTP."""
 
 import asyncio
 import logging
@@ -18,8 +18,14 @@ class AbortedError(Exception):
     """The caller no longer wants the video."""
 
 
+class GangError(Exception):
+    """The processes that share a replica's videos are no longer together."""
+
+
 class VideoGenerator:
     """Holds the model and makes one video at a time. It exists once a first forward pass has run.
+
+    Where `serve.sequence_parallel` processes share its videos, it is the first of them.
 
     Args:
         config: the run.
@@ -30,13 +36,24 @@ class VideoGenerator:
         # torch and diffusers: of no use to who deploys it
         from pipelines.generation.sampler import VideoSampler
 
-        self._sampler = VideoSampler(config)
+        sampler: type[VideoSampler] = VideoSampler
+        if config.serve.sequence_parallel > 1:
+            from pipelines.serving.gang import Gang  # Ray
+
+            sampler = Gang
+        self._sampler = sampler(config)
         self._sampler.warm_up(limits)
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     async def check_health(self) -> None:
-        """Raises what the device raises; Serve asks every 10 s, and replaces a replica after three errors."""
-        await asyncio.to_thread(self._sampler.check_device)
+        """Raises what the device raises; Serve asks every 10 s, and replaces a replica after three errors.
+
+        Without a process that shares its videos this one ends at once: it may wait for it on the device.
+        """
+        try:
+            await asyncio.to_thread(self._sampler.check_device)
+        except GangError as error:
+            _give_way(error)
 
     async def generate(self, spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
         """Makes a video, in a thread; a caller that goes away stops it after the current denoising step.
@@ -44,8 +61,9 @@ class VideoGenerator:
         It begins with `image`, a file's content, if there is one.
 
         The first step is reported once the video before, should it be on its way out, has left the thread.
-        After an error of the device the process ends: all that follows there would fail too, and at once, so
-        that such a replica would be the free one for every job of the queue.
+        After an error of the device, or of a process that shares the video, this one ends: all that follows
+        there would fail too, and at once, so that such a replica would be the free one for every job of the
+        queue.
         """
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[GenerationStep] = asyncio.Queue()
@@ -63,10 +81,8 @@ class VideoGenerator:
             except Exception as error:
                 from prophy.device import is_device_error  # torch
 
-                if is_device_error(error):
-                    logger.critical("the device fails; this replica gives way to a new one", exc_info=error)
-                    logging.shutdown()
-                    os._exit(1)
+                if isinstance(error, GangError) or is_device_error(error):
+                    _give_way(error)
                 raise
 
         def wake(making: asyncio.Future[VideoResult]) -> None:
@@ -82,3 +98,10 @@ class VideoGenerator:
             yield GenerationStep(1.0, await making)
         finally:
             stopped.set()
+
+
+def _give_way(error: Exception) -> None:
+    """Ends this process, whatever it waits for; Serve starts a new replica."""
+    logger.critical("this replica fails, and gives way to a new one", exc_info=error)
+    logging.shutdown()
+    os._exit(1)

@@ -28,7 +28,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus, DeploymentStatus, LoggingConfig, ReplicaState
 
 from pipelines.config import Config, ServeConfig, load_config
-from pipelines.generation.limits import check_model, shape_limits
+from pipelines.generation.limits import check_model, check_sharing, shape_limits
 from pipelines.generation.spec import ShapeLimits, VideoSpec
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import find_user_error, open_run, ray_session
@@ -176,7 +176,8 @@ def build_app(config: Config) -> serve.Application:
 
     Raises:
         ProPhyError: open to other machines without keys; no such model, or a step cache that is none for the
-            images that it always takes; or the job database is a file, and this cluster has several nodes.
+            images that it always takes; as `check_sharing`; or the job database is a file, and this cluster
+            has several nodes.
     """
     settings = config.serve
     _check_keys(settings)
@@ -188,10 +189,12 @@ def build_app(config: Config) -> serve.Application:
     limits = shape_limits(config)
     if limits.images == "always":
         limits.check_image(True, config.sampling.step_cache)
+    check_sharing(config, limits)
     settings.output.mkdir(parents=True, exist_ok=True)
     generator = serve.deployment(
         max_ongoing_requests=1,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        **_gang_options(settings),
         autoscaling_config={
             "min_replicas": settings.min_replicas,
             "initial_replicas": max(1, settings.min_replicas),  # a model that cannot run says so at once
@@ -213,6 +216,17 @@ def build_app(config: Config) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
     )(VideoAPI)
     return api.bind(config, limits, generator)
+
+
+def _gang_options(settings: ServeConfig) -> dict[str, Any]:
+    """Has Ray reserve what all processes of a replica need, on one node, and all at once."""
+    if settings.sequence_parallel == 1:
+        return {}
+    bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
+    return {
+        "placement_group_bundles": [bundle] * settings.sequence_parallel,
+        "placement_group_strategy": "STRICT_PACK",
+    }
 
 
 @contextmanager

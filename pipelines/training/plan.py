@@ -180,6 +180,9 @@ def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -
     vae, text = parts.vae, parts.text_encoder
     text_gb = "of unknown size" if text is None else _gb(text)
     hours = 1000 * vae.encode_flops / _ASSUMED_FLOPS / 3600
+    shared = (
+        f", on each of {parts.sequence_parallel} that share a video" if parts.sequence_parallel > 1 else ""
+    )
     held = "transformer" if parts.num_transformers == 1 else "two transformers, each with a branch,"
     encodes, serves = (
         f"{_gb(value)} GB of a GPU ({'fits' if value <= USABLE * gpu_memory else 'does not fit'})"
@@ -188,7 +191,7 @@ def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -
     Console().print(
         f"encoding takes {encodes}: text encoder {text_gb}, VAE {_gb(vae.weights)}, and {_gb(vae.encode)} "
         f"for a clip of {vae.encode_flops / 1e12:.0f} TFLOP; 1,000 clips take {_gpu_hours(hours, price)}\n"
-        f"serving takes {serves}: {held} {_gb(parts.transformers)}, text encoder {text_gb}, VAE "
+        f"serving takes {serves}{shared}: {held} {_gb(parts.transformers)}, text encoder {text_gb}, VAE "
         f"{_gb(vae.weights)}, and the larger of denoising {_gb(parts.denoising)}* and decoding "
         f"{_gb(vae.decode)}",
         highlight=False,
@@ -261,6 +264,7 @@ def make_plan(config: Config) -> Plan:
         footprint=footprint(
             backbone,
             vae,
+            sequence_parallel=config.serve.sequence_parallel,
             num_transformers=len(family.experts(pipeline_config)),
             num_blocks=transformer.config.num_layers,
             backbone_parameters=size.backbone,

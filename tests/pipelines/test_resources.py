@@ -56,6 +56,11 @@ def test_an_evaluation_on_a_gpu_has_one_of_its_own(tmp_path: Path) -> None:
     assert len(needs_of(tiny_config(tmp_path, "train.num_held_out=2"), "train")) == 1
 
 
+def test_processes_that_share_a_video_are_on_one_node(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "serve.sequence_parallel=4", "serve.num_gpus=1", "serve.num_cpus=0.5")
+    assert needs_of(config, "serve") == [Need("serve.max_replicas", 2, 2.0, 4.0)]
+
+
 @pytest.mark.heavy
 def test_what_reserves_no_gpu_sees_none() -> None:
     """With GPUs that are not there: Ray hides them by a variable that it reads as it starts."""

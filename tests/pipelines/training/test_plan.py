@@ -81,6 +81,14 @@ def test_plan_of_what_is_beside_training(wan_14b: Plan) -> None:
     assert 0.3 < wan_14b.recomputed_flops / wan_14b.flops < 0.4
 
 
+def test_gpus_that_share_a_video_share_what_a_step_takes() -> None:
+    alone, shared = (
+        make_plan(load_config("tiny", [f"serve.sequence_parallel={number}"])).footprint for number in (1, 2)
+    )
+    assert shared.denoising == alone.denoising // 2 > 0
+    assert shared.transformers == alone.transformers and shared.vae == alone.vae
+
+
 @pytest.mark.heavy
 def test_attention_that_is_kept_is_not_computed_again(wan_14b: Plan) -> None:
     """An output of 32,760 x 5,120 in each of 40 + 9 blocks."""
