@@ -14,7 +14,7 @@ import json
 import math
 import multiprocessing
 import pickle
-import resource
+import re
 import sys
 import tempfile
 import time
@@ -189,7 +189,9 @@ def measure(folder: Path, name: str, results: "multiprocessing.SimpleQueue[tuple
     begun = time.process_time()
     step()
     seconds = time.process_time() - begun
-    results.put((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    # Not `ru_maxrss`, which begins with what the process had that started this one.
+    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    results.put((seconds, 1024 * int(peak)))
 
 
 def main() -> None:
