@@ -10,8 +10,13 @@ from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 HEAD, *_OTHERS = [f"127.0.0.{number}" for number in range(2, 10)]
-# By default Ray looks for 15 s whether a node that does not answer is dead.
-_SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
+# By default Ray looks for 15 s whether a node that does not answer is dead. What is killed refuses at once;
+# what is only slow, on a busy machine, is given time.
+_SOON = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 10_000,
+}
 # Else a node that starts waits for files with these numbers, no longer than a busy machine may take.
 _PORTS = (
     "metrics_agent_port",

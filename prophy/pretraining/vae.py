@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -175,11 +176,27 @@ def _to_pixels(frames: np.ndarray) -> torch.Tensor:
     return torch.tensor(frames).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
 
 
+@cache
+def _precision() -> str | None:
+    """What gradients are computed in.
+
+    On a CPU with AMX, torch 2.13 gives NaN or crashes in the backward pass of small convolutions in bfloat16,
+    such as `Conv3d(24, 24, 3)` and `Conv3d(48, 24, 1)` on frames of 64x64.
+    """
+    if not torch.cpu.get_capabilities().get("amx_tile", False):
+        return "bfloat16"
+    logger.warning(
+        "this CPU has AMX, with which torch computes wrong gradients in bfloat16: the VAE is trained in "
+        "float32, which takes longer"
+    )
+    return None
+
+
 def _loss(
     vae: AutoencoderKLWan, pixels: torch.Tensor, recipe: VaeRecipe, kl_weight: float, rng: np.random.Generator
 ) -> tuple[torch.Tensor, dict[str, float]]:
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    with autocast(_CPU, "bfloat16"):
+    with autocast(_CPU, _precision()):
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample.float()
     mean, logvar = posterior.mean.float(), posterior.logvar.float()

@@ -208,7 +208,7 @@ def main() -> None:
             write(folder, size)
             for name in Steps(folder).steps():
                 if name == "index files" and size > MOST_FILES:
-                    found[name].append(None)
+                    found.setdefault(name, []).append(None)
                     continue
                 results = spawn.SimpleQueue()
                 process = spawn.Process(target=measure, args=(folder, name, results))

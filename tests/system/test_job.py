@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 TOKEN = "f" * 64
 KEY = "a client's"
-PATIENCE_S = 60
+PATIENCE_S = 240
 
 pytestmark = pytest.mark.heavy
 
@@ -97,7 +97,6 @@ def as_user(token: str, command: str, *arguments: str | Path) -> subprocess.Comp
         env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
         capture_output=True,
         text=True,
-        timeout=180,
         check=False,
     )
 
@@ -134,7 +133,7 @@ def test_the_service_is_deployed_from_its_manifest(cluster: str, tmp_path: Path)
     done = as_user(TOKEN, "serve", "deploy", "--address", cluster, file)
     assert done.returncode == 0, done.stdout + done.stderr
     url = f"http://127.0.0.1:{served['http_options']['port']}"
-    deadline = time.monotonic() + 3 * PATIENCE_S
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         with suppress(httpx.TransportError):
             if httpx.get(f"{url}/readyz").is_success:
