@@ -53,7 +53,7 @@ LAYERS = {
         ("sandbox",),
         ("runtime", "resources", "metrics"),
         ("config",),
-        ("layout", "pictures"),
+        ("layout", "pictures", "stores"),
     ),
 }
 """Beginnings of module names, topmost first; the longest that fits counts."""

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 
 from pipelines.caching.manifests import VIDEOS, Input, read_manifest
 from pipelines.caching.stages import CLIPS, SOURCES
-from pipelines.caching.video_files import UNREADABLE, asking, find_files, once_each, open_store
+from pipelines.caching.video_files import UNREADABLE, find_files, once_each
+from pipelines.stores import asking, open_store
 from prophy.errors import ProPhyError
 from prophy.schema import MANIFEST, PRIORS, CacheInput
 from prophy.video import SUFFIXES, clip_spans

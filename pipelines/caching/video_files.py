@@ -1,6 +1,6 @@
 """Video files on disks and in object stores, by fsspec: list them, tell versions apart, bring them here.
 
-A location is a path or a URL such as `s3://bucket/videos`. Knows neither tables nor Ray.
+Knows neither tables nor Ray.
 """
 
 import itertools
@@ -15,13 +15,12 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec import AbstractFileSystem
 
-from prophy.errors import ProPhyError
+from pipelines.stores import asking, open_store
 from prophy.schema import SOURCE
 from prophy.video import SUFFIXES, VideoError
 
@@ -46,35 +45,6 @@ class Found:
     sources: pa.ChunkedArray
     left_out: Counter[str]
     refused: list[str]
-
-
-def open_store(location: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a location, and the path in it.
-
-    Raises:
-        ProPhyError: an unknown scheme, or one whose package is not installed.
-    """
-    if "://" not in location:  # a path as it is: fsspec would read `::` as a chain of stores
-        return fsspec.filesystem("file"), location
-    try:
-        return fsspec.url_to_fs(location)
-    except (ImportError, ValueError) as error:
-        raise ProPhyError(f"cannot open {location}: {error}") from None
-
-
-@contextmanager
-def asking(location: str) -> Iterator[None]:
-    """Makes an `OSError` of whatever a store's driver raises: the drivers have no class of errors in common.
-
-    Raises:
-        OSError: the store does not answer, or does not let us in.
-    """
-    try:
-        yield
-    except (OSError, ProPhyError):
-        raise
-    except Exception as error:
-        raise OSError(f"{location} cannot be had: {type(error).__name__}: {error}") from error
 
 
 def find_files(location: str) -> Found:

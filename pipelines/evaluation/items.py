@@ -11,8 +11,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.caching.list_files import SUFFIXES, read_rows
-from pipelines.caching.video_files import open_store, sources_of
+from pipelines.caching.video_files import sources_of
 from pipelines.config import Config
+from pipelines.stores import open_store
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
 

@@ -7,13 +7,13 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import ray.data
 
-from pipelines.caching.video_files import open_store
 from pipelines.config import Config
 from pipelines.generation.limits import check_model, model_fingerprint, shape_limits
 from pipelines.generation.output import open_output
@@ -21,6 +21,7 @@ from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
 from pipelines.resources import guard, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
+from pipelines.stores import open_store
 from prophy.errors import ProPhyError
 from prophy.images import read_image
 from prophy.sheets import film_sheet
@@ -90,8 +91,9 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
             f"there are {len(prompts)} prompts and {len(images)} images; give as many, or one image for all"
         )
     number = config.generate.num_videos_per_prompt
-    prompts = _each(prompts, number)
-    images = _each([*images] * (len(prompts) // number if len(images) == 1 else 1), number)
+    if len(images) == 1:
+        images = [*images] * len(prompts)
+    prompts, images = _each(prompts, number), _each(images, number)
     specs = _specs(config, prompts, images)
     model = model_fingerprint(config)
     open_run(config, "generate")
@@ -128,11 +130,11 @@ def _specs(config: Config, prompts: list[str], images: Sequence[Path]) -> list[V
         read_image(content, str(image))
         digests[image] = hashlib.sha256(content).hexdigest()
     of_each: list[str | None] = [digests[image] for image in images]
-    asked = [*zip(prompts, of_each or [None] * len(prompts), strict=True)]
-    return [
-        video_spec(config, prompt, occurrence=asked[:index].count((prompt, image)), image=image)
-        for index, (prompt, image) in enumerate(asked)
-    ]
+    specs, occurrences = list[VideoSpec](), Counter[tuple[str, str | None]]()
+    for prompt, digest in zip(prompts, of_each or [None] * len(prompts), strict=True):
+        specs.append(video_spec(config, prompt, occurrence=occurrences[prompt, digest], image=digest))
+        occurrences[prompt, digest] += 1
+    return specs
 
 
 def _each(items: Sequence[Item], number: int) -> list[Item]:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.caching.video_files import asking, open_store
 from pipelines.config import is_url
+from pipelines.stores import asking, open_store
 from prophy.errors import ProPhyError
 
 _ONE_PUT_BYTES = 5 << 30  # S3's own limit; s3fs would cut into parts, which have no conditions

@@ -77,14 +77,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     config, cache = loop_config["config"], loop_config["cache"]
     train, root = config.train, RunFolder(config.run_dir).training
     rank, device = ray.train.get_context().get_world_rank(), get_device()
-
-    precision = torch.bfloat16 if train.precision == "bf16" and has_bfloat16(device) else torch.float32
-    try:
-        check_attention(
-            config.backbone.attention, device, precision, trains=True, shares=train.sequence_parallel > 1
-        )
-    except ProPhyError as error:  # alike on every rank
-        raise EveryRankError(str(error)) from None
+    precision = _precision(config, device)
 
     # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
     dataset = build_dataset(config, cache, rank)
@@ -157,6 +150,23 @@ def _train(loop_config: dict[str, Any]) -> None:
                     shown.show(log.write(step, metrics, seconds))
         if saves.look(step, ended=True):
             return
+
+
+def _precision(config: Config, device: torch.device) -> torch.dtype:
+    """What forward and backward passes compute in.
+
+    Raises:
+        EveryRankError: the attention that was asked for does not go with it, alike on every rank.
+    """
+    train = config.train
+    precision = torch.bfloat16 if train.precision == "bf16" and has_bfloat16(device) else torch.float32
+    try:
+        check_attention(
+            config.backbone.attention, device, precision, trains=True, shares=train.sequence_parallel > 1
+        )
+    except ProPhyError as error:
+        raise EveryRankError(str(error)) from None
+    return precision
 
 
 class _Saves:

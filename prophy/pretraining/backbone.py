@@ -112,25 +112,7 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
     Raises:
         ProPhyError: the VAE or the text encoder has not been trained in this folder.
     """
-    for part in ("vae", "text_encoder"):
-        if not (folder / part).is_dir():
-            raise ProPhyError(
-                f"no {part} in {folder / part}; run `prophy pretrain {part}` with the same run_dir first"
-            )
-    torch.manual_seed(recipe.seed)
-    transformer = WanTransformer3DModel(**TRANSFORMER)
-    if recipe.start_from is None:
-        _initialise(transformer)
-    else:
-        earlier = WanTransformer3DModel.from_pretrained(recipe.start_from, dtype=torch.float32)
-        transformer.load_state_dict(earlier.state_dict())
-    write_pipeline(
-        folder / "pipeline",
-        AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder / "text_encoder"),
-        UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        transformer,
-    )
+    transformer = _begin(folder, recipe)
     encoder = VideoEncoder(
         str(folder / "pipeline"), None, "float32", "bfloat16", MAX_SEQUENCE_LENGTH, family="wan"
     )
@@ -138,19 +120,12 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
     latents, validation = _encode(folder, clips, encoder, recipe)
     objective = FlowMatching(SCHEDULER["flow_shift"])
 
-    matrices = [p for name, p in transformer.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    in_muon = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in transformer.parameters() if id(parameter) not in in_muon]
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    optimisers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=rate, weight_decay=decay),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=decay),
-    ]
+    optimisers = _optimisers(transformer, recipe)
     average = EMAModel(transformer.parameters(), decay=recipe.ema_decay)
 
     def take_step(step: int) -> dict[str, float]:
         factor = trapezoid(step, recipe.num_steps, recipe.warmup_steps, recipe.decay_share)
-        set_learning_rate(optimisers, rate * factor)
+        set_learning_rate(optimisers, recipe.learning_rate * factor)
         batch = _draw(latents, clips.parts, encoder, objective, recipe, step)
         transformer.zero_grad()
         losses = []
@@ -190,6 +165,46 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
     transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
     logger.info("validation %.4f, %.1f s per video", measured["validation"], seconds_per_video)
     return progress
+
+
+def _begin(folder: Path, recipe: BackboneRecipe) -> WanTransformer3DModel:
+    """The transformer before its first step; writes `pipeline/` with it and with the parts that it needs.
+
+    Raises:
+        ProPhyError: see `pretrain_backbone`.
+    """
+    for part in ("vae", "text_encoder"):
+        if not (folder / part).is_dir():
+            raise ProPhyError(
+                f"no {part} in {folder / part}; run `prophy pretrain {part}` with the same run_dir first"
+            )
+    torch.manual_seed(recipe.seed)
+    transformer = WanTransformer3DModel(**TRANSFORMER)
+    if recipe.start_from is None:
+        _initialise(transformer)
+    else:
+        earlier = WanTransformer3DModel.from_pretrained(recipe.start_from, dtype=torch.float32)
+        transformer.load_state_dict(earlier.state_dict())
+    write_pipeline(
+        folder / "pipeline",
+        AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder / "text_encoder"),
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        transformer,
+    )
+    return transformer
+
+
+def _optimisers(transformer: WanTransformer3DModel, recipe: BackboneRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices = [p for name, p in transformer.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    in_muon = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in transformer.parameters() if id(parameter) not in in_muon]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    return [
+        Muon(matrices, lr=rate, weight_decay=decay),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=decay),
+    ]
 
 
 def _initialise(transformer: WanTransformer3DModel) -> None:
