@@ -16,7 +16,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST) --durations=40
 
-# What starts no Ray, ranks or browser and computes for some seconds at most: nine tenths of the tests.
+# What starts no Ray, ranks or browser and computes for some seconds at most: four fifths of the tests.
 test-unit: .venv/installed
 	$(PYTEST) -m 'not heavy and not gpu and not slow' --durations=10
 

@@ -291,6 +291,7 @@ def test_cover_art_is_not_the_video(files: dict[str, tuple[Path, np.ndarray]], t
     assert_frames(path, expected, np.arange(NUM_FRAMES) / FPS, np.array([0.0, 1.6]))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
 def test_high_dynamic_range_is_mapped_to_a_screen(tmp_path: Path, transfer: str) -> None:
     """A grey ramp stays grey and rising, dark stays dark, and full signal is nearly white."""

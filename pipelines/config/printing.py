@@ -1,5 +1,6 @@
 """A configuration as YAML whose comments explain every key, and the JSON schema that editors read."""
 
+import functools
 import json
 import math
 import textwrap
@@ -88,8 +89,8 @@ def _field(section: Section, name: str, depth: int) -> Iterator[str]:
         yield f"{indent}{name}:"
         yield from _lines(value, depth + 1)
         return
-    schema = type(section).model_json_schema()["properties"][name]
-    yield from _comment([*said, *_keys_of_each(about), *_facts(about, schema, value)], indent)
+    choices = _choices(type(section)).get(name, [])
+    yield from _comment([*said, *_keys_of_each(about), *_facts(about, choices, value)], indent)
     plain = section.model_dump(mode="json", include={name})[name]
     line = f"{indent}{name}: {_inline(plain)}"
     if isinstance(plain, list) and len(line) > _WIDTH:
@@ -120,9 +121,15 @@ def _keys_of_each(about: FieldInfo) -> list[str]:
     return [f"{name}: {' '.join((field.description or '').split())}" for name, field in keys]
 
 
-def _facts(about: FieldInfo, schema: dict[str, Any], value: object) -> list[str]:
+@functools.cache
+def _choices(section: type[Section]) -> dict[str, list[Any]]:
+    """The values of each key that has a fixed number of them."""
+    keys = section.model_json_schema()["properties"].items()
+    return {name: schema["enum"] for name, schema in keys if "enum" in schema}
+
+
+def _facts(about: FieldInfo, choices: list[Any], value: object) -> list[str]:
     """The choices, where there is a fixed number; and the default, where this run has another value."""
-    choices = schema.get("enum", [])
     facts = [f"One of: {', '.join(map(str, choices))}."] if choices else []
     default = about.get_default(call_default_factory=True, validated_data={})
     if not about.is_required() and default != value:

@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 
 from pipelines.runtime import WORKER_ENVIRONMENT
@@ -35,6 +36,7 @@ def test_image_sets_what_a_local_ray_starts_with() -> None:
         assert Path(value).name == Path(local[name]).name  # the command lies elsewhere there
 
 
+@pytest.mark.heavy
 def test_the_wheel_holds_what_the_product_reads(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -50,6 +50,7 @@ def test_true_clips_score_as_true() -> None:
     assert all(fall.obeys(GRAVITY_M_S2, 0.05) for fall in measure_falls(videos, falls, SAMPLING, 6.4))
 
 
+@pytest.mark.heavy
 def test_a_video_does_not_depend_on_those_made_beside_it() -> None:
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)
     requests = fall_requests(6)

@@ -15,6 +15,7 @@ def judge() -> ClipJudge:
     return ClipJudge(**SHAPE)
 
 
+@pytest.mark.heavy
 def test_sees_what_true_clips_of_untrained_combinations_show(judge: ClipJudge) -> None:
     right, count = 0, 0
     for seed in range(40):
@@ -29,6 +30,7 @@ def test_sees_what_true_clips_of_untrained_combinations_show(judge: ClipJudge) -
     assert right >= 0.97 * count
 
 
+@pytest.mark.heavy
 def test_names_what_is_wrong(judge: ClipJudge) -> None:
     left = Part(SCENE["candle"], "green", "left")
     frames = play_parts((left,), np.random.default_rng(0), **SHAPE).frames
@@ -42,6 +44,7 @@ def test_names_what_is_wrong(judge: ClipJudge) -> None:
     assert verdicts == [(True, True), (True, False), (False, True), (False, False)]
 
 
+@pytest.mark.heavy
 def test_noise_is_not_what_was_asked(judge: ClipJudge) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)
     asked = [Part(scene, "red", "left") for scene in SCENES]
@@ -55,6 +58,7 @@ def test_colours_are_their_own_nearest_and_backgrounds_are_not_vivid() -> None:
     assert nearest_colour(np.array([80, 12, 80], np.uint8))[1] == 0
 
 
+@pytest.mark.heavy
 def test_the_next_judge_takes_the_examples_of_the_first(judge: ClipJudge) -> None:
     again = ClipJudge(**SHAPE)
     frames = simulate_clip(1, **SHAPE).frames

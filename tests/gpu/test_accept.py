@@ -5,6 +5,7 @@ import pytest
 from tests.gpu.accept import main
 
 
+@pytest.mark.heavy
 def test_quick_checks_pass_in_the_form_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experts", "attention", "vlm", "checkpoints"]) == 0
     lines = capsys.readouterr().out

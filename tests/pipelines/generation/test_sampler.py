@@ -140,6 +140,7 @@ def test_a_step_cache_that_may_skip_nothing_changes_nothing(config: Config, samp
         assert np.array_equal(sampler.sample(cached(step_cache)), expected), step_cache
 
 
+@pytest.mark.heavy
 def test_a_video_that_was_aborted_leaves_nothing_in_the_cache(config: Config, sampler: VideoSampler) -> None:
     def abort(progress: float) -> None:
         if progress > 0.6:

@@ -21,6 +21,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "clips").iterdir()}
 
 
+@pytest.mark.heavy
 def test_what_a_folder_lacks_is_added(tmp_path: Path) -> None:
     output = f"simulate.output={tmp_path / 'clips'}"
     manifest = simulate.run(small(tmp_path / "a", 2, output))

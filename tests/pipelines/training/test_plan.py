@@ -58,6 +58,7 @@ def wan_14b() -> Plan:
     return make_plan(load_config("wan2.1-14b", [f"train.num_workers={GPUS}"]))
 
 
+@pytest.mark.heavy
 def test_plan_of_a_published_model(wan_14b: Plan) -> None:
     assert wan_14b.size.backbone == 14_288_491_584
     assert wan_14b.size.trained == wan_14b.size.branch
@@ -69,6 +70,7 @@ def test_plan_of_a_published_model(wan_14b: Plan) -> None:
     assert wan_14b.activations[True] < wan_14b.activations[False] / 5
 
 
+@pytest.mark.heavy
 def test_plan_of_what_is_beside_training(wan_14b: Plan) -> None:
     """Wan's VAE against a count of a whole clip: 6.0 GB to encode, 8.2 to decode, 162 TFLOP to encode."""
     parts = wan_14b.footprint
@@ -81,6 +83,7 @@ def test_plan_of_what_is_beside_training(wan_14b: Plan) -> None:
     assert 0.3 < wan_14b.recomputed_flops / wan_14b.flops < 0.4
 
 
+@pytest.mark.heavy
 def test_gpus_that_share_a_video_share_what_a_step_takes() -> None:
     alone, shared = (
         make_plan(load_config("tiny", [f"serve.sequence_parallel={number}"])).footprint for number in (1, 2)
@@ -117,6 +120,7 @@ def test_load_balancing_routes_all_but_the_first_micro_batch_ahead(wan_14b: Plan
     assert make_plan(load_config("tiny", overrides)).routing_flops == 0
 
 
+@pytest.mark.heavy
 def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
     assert wan_14b.advice(1e12) == Way(1, "none", gradient_checkpointing=False)
     assert wan_14b.advice(141e9) == Way(1, "none", gradient_checkpointing=True)
@@ -125,6 +129,7 @@ def test_advice_is_the_first_way_that_fits(wan_14b: Plan) -> None:
     assert wan_14b.advice(1e9) is None
 
 
+@pytest.mark.heavy
 def test_gpus_share_samples_where_nothing_fits_alone(wan_14b: Plan) -> None:
     """Before anything goes to the host. 40 heads and 32,760 tokens make 2, 4 and 8 of 8 GPUs."""
     assert wan_14b.sharing_sizes == [1, 2, 4, 8]
@@ -161,6 +166,7 @@ def test_command_prints_a_table() -> None:
     )
 
 
+@pytest.mark.heavy
 def test_vlm_of_two_gpus_takes_both_all_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["vlm.device_map=auto", "cache.extract.num_gpus=2"]
     plan.run(load_config("wan2.1-1.3b", overrides), 80)
