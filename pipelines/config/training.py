@@ -223,7 +223,11 @@ class TrainConfig(Section):
     """The project of Weights & Biases, or the experiment of MLflow, that this run is a part of."""
 
     save_every: Annotated[PositiveInt, How()] = 500
-    """Optimizer steps between two checkpoints: at most this much work is lost."""
+    """Optimizer steps between two checkpoints: at most these are lost, and those taken while one is written.
+
+    The steps wait only while each worker copies its share into the host's memory; it writes that beside
+    them. A checkpoint counts, and older ones go, once all is written.
+    """
 
     save_every_s: Annotated[PositiveFloat, How()] = 1800.0
     """Seconds after which a checkpoint is due in any case; a step of a large backbone takes minutes."""

@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipelines.config import TrainConfig
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.saving import Fragment, save
+from pipelines.training.saving import Fragment, Save
 from pipelines.training.schedule import learning_rate_factor
 from pipelines.training.states import reduce_bucket_size
 from prophy.device import default_device, has_bfloat16
@@ -227,18 +227,16 @@ class Ema:
         torch._foreach_lerp_(list(self.averages.values()), self._parameters, 1 - decay)
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine, ema: Ema | None, root: Path, run: Mapping[str, Any], num_to_keep: int
-) -> None:
-    """Saves trained parameters, optimiser, average and step in a folder of `root`; a collective.
+def begin_save(engine: DeepSpeedEngine, ema: Ema | None, root: Path, run: Mapping[str, Any]) -> Save:
+    """Begins to save trained parameters, optimiser, average and step in a folder of `root`; a collective.
 
     Raises:
-        EveryRankError: some rank cannot write.
+        EveryRankError: the folder cannot be made.
     """
     parts = fragments(engine, ema)
     if engine.zero_optimization_stage() == 0:  # every rank has all of it, and writes its share
         parts = [_share(part) for part in parts]
-    save(root, engine.global_steps, parts, shapes(engine), run, num_to_keep)
+    return Save(root, engine.global_steps, parts, shapes(engine), run)
 
 
 def load_optimizer(engine: DeepSpeedEngine, ema: Ema | None, checkpoint: Checkpoint) -> None:

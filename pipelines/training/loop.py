@@ -21,19 +21,19 @@ from pipelines.metrics import TrainingMetrics
 from pipelines.training.data import build_dataset, clip_shapes, read_ahead
 from pipelines.training.engine import (
     Ema,
+    begin_save,
     fragments,
     initialize,
     load_optimizer,
     optimizer_step,
     placement,
-    save_checkpoint,
     set_learning_rate,
     whole_shape,
 )
 from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.training.model import build_module, share_samples
 from pipelines.training.samples import describe_samples
-from pipelines.training.saving import EveryRankError, latest_on_every_rank, writing
+from pipelines.training.saving import EveryRankError, Save, latest_on_every_rank, writing
 from prophy.backbones.families import FAMILIES
 from prophy.device import has_bfloat16, peak_flops
 from prophy.errors import ProPhyError
@@ -110,13 +110,13 @@ def _train(loop_config: dict[str, Any]) -> None:
     loader = read_ahead(dataset, range(first_step, train.num_steps))
     clock = StepClock()
 
-    def write() -> None:
+    def begin() -> Save:
         transformer = engine.module.transformer
         run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
         run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
-        save_checkpoint(engine, ema, config.checkpoints, run, train.num_to_keep)
+        return begin_save(engine, ema, config.checkpoints, run)
 
-    saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, write)
+    saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, begin)
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
         outputs, learning_rate = [], set_learning_rate(engine, train)
         load, later = None, [batch.to(device) for batch in batches[1:]]
@@ -133,7 +133,8 @@ def _train(loop_config: dict[str, Any]) -> None:
                 gradient_norm = optimizer_step(engine)
             outputs.append(output)
         assert gradient_norm is not None  # the last micro-batch ends the step
-        _check_finite(gradient_norm, outputs, batches, step, saves.newest)
+        if not math.isfinite(gradient_norm):
+            raise _not_finite(outputs, batches, step, saves.commit())
         if ema is not None:
             with clock("optimizer"):
                 ema.update(step)
@@ -176,18 +177,21 @@ class _Saves:
         train: the configuration.
         first_step: the step that the run resumes from.
         stop_file: where rank 0 looks for it; None on the others.
-        write: saves what the last whole step made; a collective.
+        begin: begins to save what the last whole step made; a collective.
     """
 
     def __init__(
-        self, train: TrainConfig, first_step: int, stop_file: Path | None, write: Callable[[], None]
+        self, train: TrainConfig, first_step: int, stop_file: Path | None, begin: Callable[[], Save]
     ) -> None:
-        self.newest = first_step
-        self._train, self._stop_file, self._write = train, stop_file, write
+        self._train, self._stop_file, self._begin = train, stop_file, begin
+        self._committed = self._begun = first_step
+        self._save: Save | None = None
         self._saved_at, self._asked, self._told = time.monotonic(), 0.0, False
 
     def look(self, step: int, ended: bool = False) -> bool:
-        """Saves where that is due; a collective.
+        """Begins to save where that is due, and commits what every rank has written; a collective.
+
+        The last checkpoint, and one that cannot wait, is committed at once.
 
         Args:
             step: number of whole steps taken.
@@ -197,41 +201,59 @@ class _Saves:
         Returns:
             Whether to stop.
         """
-        train, now = self._train, time.monotonic()
+        train, now, stop_file = self._train, time.monotonic(), self._stop_file
         late = now - self._saved_at > train.save_every_s
-        stop, ask, due = _from_rank_0(
-            self._stop_file is not None and self._stop_file.exists(),
-            now - self._asked > _ASK_EVERY_S,
-            ended and (late or step % train.save_every == 0 or step == train.num_steps),
+        stop, ask, due, writes = _on_any_rank(
+            stop_file is not None and stop_file.exists(),
+            stop_file is not None and now - self._asked > _ASK_EVERY_S,
+            stop_file is not None
+            and ended
+            and (late or step % train.save_every == 0 or step == train.num_steps),
+            self._save is not None and not self._save.is_written,
         )
         # A node that goes away takes its worker along; Ray starts the others again, from what is saved now.
         leaving = ask and ray.train.get_preemption_info() is not None and not self._told
         if ask:
             self._asked = now
-        if (due or stop or leaving) and step > self.newest:
-            self._write()
-            self.newest, self._saved_at = step, time.monotonic()
+        at_once = stop or leaving or step == train.num_steps
+        if due and writes and stop_file is not None and not at_once:
+            logger.warning(
+                "step %d waits to be saved until step %d is, for %.0f s by now; raise train.save_every",
+                step,
+                self._begun,
+                now - self._saved_at,
+            )
+        if due or at_once or not writes:
+            self.commit()
+        if (due or stop or leaving) and step > self._begun:
+            self._save, self._begun, self._saved_at = self._begin(), step, time.monotonic()
+            if at_once:
+                self.commit()
         self._told = self._told or leaving
         return stop
 
+    def commit(self) -> int:
+        """Commits what was begun, once it is written, and returns the newest that counts; a collective."""
+        if self._save is not None:
+            self._save.commit(self._train.num_to_keep)
+            self._save, self._committed = None, self._begun
+        return self._committed
 
-def _from_rank_0(*flags: bool) -> list[bool]:
-    """Those of rank 0, on every rank."""
-    joint = torch.tensor(flags, device=get_device())
-    torch.distributed.broadcast(joint, src=0)
-    return joint.tolist()
+
+def _on_any_rank(*flags: bool) -> list[bool]:
+    """Which of them hold on some rank, on every rank."""
+    joint = torch.tensor(flags, dtype=torch.int32, device=get_device())
+    torch.distributed.all_reduce(joint, torch.distributed.ReduceOp.MAX)
+    return joint.bool().tolist()
 
 
-def _check_finite(
-    gradient_norm: float, outputs: list[LossOutput], batches: list[TrainBatch], step: int, saved: int
-) -> None:
-    """Ends training where a step spoilt the parameters; the norm is the same on every rank.
+def _not_finite(
+    outputs: list[LossOutput], batches: list[TrainBatch], step: int, saved: int
+) -> EveryRankError:
+    """What ends training where a step spoilt the parameters: names it, and the samples of such a loss.
 
-    Raises:
-        EveryRankError: the gradient is not finite; names the step and the samples whose loss is not.
+    A collective: the norm of the gradient is the same on every rank.
     """
-    if math.isfinite(gradient_norm):
-        return
     own = [
         sample_id
         for batch, output in zip(batches, outputs, strict=True)
@@ -251,7 +273,7 @@ def _check_finite(
             "; or take the videos of these samples, which priors/index.parquet names, out of cache.input, "
             "run `prophy cache`, and then this command again"
         )
-    raise EveryRankError(f"{what} is not finite at step {step}; {kept}: {advice}")
+    return EveryRankError(f"{what} is not finite at step {step}; {kept}: {advice}")
 
 
 def _flops_of_micro_batches(

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipelines.layout import checkpoint_name, step_of
+from pipelines.layout import CHECKPOINTS, checkpoint_name, step_of
 from pipelines.training.checkpoint import (
     MANIFEST,
     VERSION,
@@ -50,15 +51,10 @@ class Fragment:
     tensors: Mapping[str, torch.Tensor]
 
 
-def save(
-    root: Path,
-    step: int,
-    fragments: Iterable[Fragment],
-    shapes: Mapping[str, torch.Size],
-    run: Mapping[str, Any],
-    num_to_keep: int,
-) -> None:
-    """Writes a checkpoint into a folder of `root`, then removes those that are too many; a collective.
+class Save:
+    """A checkpoint on its way: copied when this is made, written beside the next steps, then committed.
+
+    Making one and `commit` are collectives. One at a time: what earlier ones left unfinished is removed.
 
     Args:
         root: folder of all checkpoints of the run.
@@ -66,37 +62,64 @@ def save(
         fragments: what this rank holds; those of all ranks together make up every parameter, without overlap.
         shapes: each trained parameter's, by name.
         run: what is to be known about the run, as JSON.
-        num_to_keep: committed checkpoints, the newest; those that are pinned stay too.
 
     Raises:
-        EveryRankError: some rank cannot write; the checkpoints before are untouched.
+        EveryRankError: the folder cannot be made; the checkpoints before are untouched.
     """
-    folder = root / checkpoint_name(step)
-    file = folder / f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
 
-    what, is_first = f"save the checkpoint of step {step}", dist.get_rank() == 0
-    with writing(what):
-        if is_first:
-            _make_empty(folder)
-    with writing(what):
+    def __init__(
+        self,
+        root: Path,
+        step: int,
+        fragments: Iterable[Fragment],
+        shapes: Mapping[str, torch.Size],
+        run: Mapping[str, Any],
+    ) -> None:
+        self._root, self._folder, self._what = (
+            root,
+            root / checkpoint_name(step),
+            f"save the checkpoint of step {step}",
+        )
+        self._manifest = {"version": VERSION, "step": step, "run": dict(run)}
+        self._manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
+        with writing(self._what):
+            if dist.get_rank() == 0:
+                _make_empty(self._folder)
+        file = self._folder / f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
         tensors = {
-            f"{kind}|{fragment.start}|{fragment.name}": value.detach().cpu().contiguous()
+            f"{kind}|{fragment.start}|{fragment.name}": value.detach().to("cpu", copy=True).contiguous()
             for fragment in fragments
             for kind, value in fragment.tensors.items()
         }
-        save_file(tensors, file)
-        own = file.name, size_and_sha256(file)
-    files: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(files, own)
-    with writing(what):
-        if is_first:
-            manifest = {"version": VERSION, "step": step, "files": dict(files), "run": dict(run)}
-            manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-            _commit(folder, manifest)
-            kept = set(pinned(root).values())
-            for old in [old for old in committed(root)[num_to_keep:] if step_of(old) not in kept]:
-                (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-                shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it
+        pool = ThreadPoolExecutor(1, "save")  # writing and hashing leave the interpreter free
+        self._file = pool.submit(_write, file, tensors)
+        pool.shutdown(wait=False)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part lies on the disk, or failed to."""
+        return self._file.done()
+
+    def commit(self, num_to_keep: int) -> None:
+        """Waits until every rank has written, makes it count, and removes checkpoints that are too many.
+
+        Args:
+            num_to_keep: committed checkpoints, the newest; those that are pinned stay too.
+
+        Raises:
+            EveryRankError: some rank cannot write; the checkpoints before are untouched.
+        """
+        with writing(self._what):
+            own = self._file.result()
+        files: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(files, own)
+        with writing(self._what):
+            if dist.get_rank() == 0:
+                _commit(self._folder, self._manifest | {"files": dict(files)})
+                kept = set(pinned(self._root).values())
+                for old in [old for old in committed(self._root)[num_to_keep:] if step_of(old) not in kept]:
+                    (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+                    shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it
 
 
 @contextmanager
@@ -143,8 +166,16 @@ def latest_on_every_rank(root: Path, sound: Path | None = None) -> Checkpoint | 
 
 
 def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # what a save that was killed left
+    for other in folder.parent.glob(CHECKPOINTS):
+        if other == folder or not (other / MANIFEST).exists():  # of a save, or a removal, that was killed
+            shutil.rmtree(other, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def _write(file: Path, tensors: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
+    """Name, size and hash of what a rank wrote."""
+    save_file(tensors, file)
+    return file.name, size_and_sha256(file)
 
 
 def _commit(folder: Path, manifest: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pipelines.config import Config
 from pipelines.training.data import build_dataset
 from pipelines.training.model import build_module
-from pipelines.training.saving import Fragment, save
+from pipelines.training.saving import Fragment, Save
 from pipelines.training.train import pin_backbone
 from prophy.models.checkpoint import lora_config
 from prophy.training.cache import PriorCache
@@ -53,7 +53,7 @@ def save_checkpoint(config: Config, module: ProPhyTrainModule) -> None:
     }
     shapes = {name: value.shape for name, value in trained.items()}
     with one_rank():
-        save(config.checkpoints, 3, parts, shapes, run, num_to_keep=1)
+        Save(config.checkpoints, 3, parts, shapes, run).commit(num_to_keep=1)
 
 
 def alike(one: np.ndarray, other: np.ndarray) -> bool:

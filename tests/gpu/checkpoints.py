@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.training.checkpoint import latest
-from pipelines.training.saving import Fragment, save
+from pipelines.training.saving import Fragment, Save
 from tests.gpu.models import DEVICE, GPU
 from tests.gpu.rows import Row, wait
 
@@ -33,7 +33,9 @@ def check() -> Iterator[Row]:
     try:
         with tempfile.TemporaryDirectory(prefix="prophy-") as name:
             root, start = Path(name), time.perf_counter()
-            save(root, 1, [Fragment(NAME, 0, held)], {NAME: torch.Size([size])}, {}, num_to_keep=1)
+            save = Save(root, 1, [Fragment(NAME, 0, held)], {NAME: torch.Size([size])}, {})
+            yield told("copied, for which a step waits", start)
+            save.commit(num_to_keep=1)
             yield told("saved", start)
             start = time.perf_counter()
             checkpoint = latest(root)

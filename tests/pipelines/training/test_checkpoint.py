@@ -16,7 +16,7 @@ from pipelines.layout import METRICS_FILE, step_of
 from pipelines.training.checkpoint import MANIFEST, Checkpoint, committed, latest, pin, pinned
 from pipelines.training.json_lines import read_rows
 from pipelines.training.metrics import MetricsLog
-from pipelines.training.saving import EveryRankError, Fragment, latest_on_every_rank, save, writing
+from pipelines.training.saving import EveryRankError, Fragment, Save, latest_on_every_rank, writing
 from prophy.errors import ProPhyError
 from tests.disks import small_disk
 
@@ -38,7 +38,7 @@ def write(root: Path, step: int, num_to_keep: int = 2) -> Path:
     a, b = (step * value.flatten() for value in VALUES.values())
     parts = [Fragment("a", 0, {"parameter": a[:2]}), Fragment("a", 2, {"parameter": a[2:]})]
     parts.append(Fragment("b", 0, {"parameter": b}))
-    save(root, step, parts, SHAPES, {"name": "test"}, num_to_keep)
+    Save(root, step, parts, SHAPES, {"name": "test"}).commit(num_to_keep)
     return root / f"step-{step:08d}"
 
 
@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(disk: Path) -> None:
 
     def write_large(step: int) -> None:
         part = Fragment("a", 0, {"parameter": torch.full((25_000,), float(step))})
-        save(disk / "checkpoints", step, [part], {"a": torch.Size([25_000])}, {}, num_to_keep=2)
+        Save(disk / "checkpoints", step, [part], {"a": torch.Size([25_000])}, {}).commit(num_to_keep=2)
 
     write_large(1)
     write_large(2)
@@ -204,3 +204,20 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     [(name, file)] = manifest["files"].items()
     assert file["bytes"] == (folder / name).stat().st_size and len(file["sha256"]) == 64
     assert Checkpoint(folder).step == manifest["step"] == 5
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    whole = write(tmp_path, 1)
+    left = tmp_path / "step-00000002"
+    left.mkdir()
+    (left / "rank-00000-of-00002.safetensors").write_bytes(b"half")
+    newest = write(tmp_path, 3)
+    assert sorted(tmp_path.iterdir()) == [whole, newest]
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_begun(tmp_path: Path) -> None:
+    values = torch.zeros(1_000_000)
+    save = Save(tmp_path, 1, [Fragment("a", 0, {"parameter": values})], {"a": values.shape}, {})
+    values.fill_(1)
+    save.commit(num_to_keep=1)
+    assert not latest(tmp_path).read("parameter", "a").any()

@@ -115,12 +115,12 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
     """From the latest checkpoint in `root` to step `last`, with a checkpoint after step 3 and at the end."""
     from pipelines.training.engine import (
         Ema,
+        begin_save,
         fragments,
         initialize,
         load_optimizer,
         optimizer_step,
         placement,
-        save_checkpoint,
         set_learning_rate,
     )
     from pipelines.training.saving import latest_on_every_rank
@@ -150,7 +150,7 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
         ema.update(step + 1)
         history.append((norm, learning_rate))
         if step + 1 in (3, last):
-            save_checkpoint(engine, ema, root, {"name": "test"}, num_to_keep=2)
+            begin_save(engine, ema, root, {"name": "test"}).commit(num_to_keep=2)
     return history
 
 

@@ -13,7 +13,7 @@ from pipelines.config import Config
 from pipelines.training import export, train
 from pipelines.training.checkpoint import pin
 from pipelines.training.plan import make_plan
-from pipelines.training.saving import Fragment, save
+from pipelines.training.saving import Fragment, Save
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint, resolve_pretrained
 from prophy.errors import ProPhyError
@@ -59,7 +59,7 @@ def trained(transformer: ProPhyWanTransformer3DModel, tmp_path_factory: pytest.T
             ]
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         with one_rank():
-            save(config.checkpoints, step, parts, shapes, run, num_to_keep=2)
+            Save(config.checkpoints, step, parts, shapes, run).commit(num_to_keep=2)
     return config
 
 
@@ -129,7 +129,7 @@ def test_a_complete_pipeline_holds_what_was_trained_of_a_bfloat16_backbone(how: 
     pin = {"name": str(backbone), "revision": None, "fingerprint": fingerprint(str(backbone), None)}
     run = {"backbone": pin, "physics": model.config["physics"], "lora": lora_config(model)}
     with one_rank():
-        save(config.checkpoints, 1, parts, shapes, run, num_to_keep=1)
+        Save(config.checkpoints, 1, parts, shapes, run).commit(num_to_keep=1)
 
     folder = export.run(config, tmp_path / "pipeline", None, complete=True)
     card = (folder / "README.md").read_text()

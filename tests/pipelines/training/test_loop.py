@@ -1,14 +1,21 @@
 """What must be saved soon does not wait for the end of a step."""
 
+import errno
+import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pipelines.training import loop
+from pipelines.layout import step_of
+from pipelines.training import loop, saving
+from pipelines.training.checkpoint import committed
+from pipelines.training.saving import EveryRankError, Fragment, Save
 from tests.conftest import tiny_config
 
 
@@ -39,57 +46,151 @@ def notice(monkeypatch: pytest.MonkeyPatch) -> Notice:
     return notice
 
 
-Saves = Callable[..., tuple[loop._Saves, list[str]]]
+Saves = Callable[..., loop._Saves]
 
 
 @pytest.fixture
 def saves(one_rank: None, tmp_path: Path) -> Saves:
-    """Looks of a run that resumes from step 4, and what it wrote."""
+    """Looks of a run that resumes from step 4; its first save is called step 1, and so on."""
 
-    def make(*overrides: str) -> tuple[loop._Saves, list[str]]:
-        written: list[str] = []
+    def make(*overrides: str) -> loop._Saves:
+        root = tmp_path / "checkpoints"
+        shutil.rmtree(root, ignore_errors=True)
+        numbers = itertools.count(1)
+        parts = [Fragment("a", 0, {"parameter": torch.ones(3)})]
         train = tiny_config(tmp_path / "run", "train.save_every=10", *overrides).train
-        return loop._Saves(train, 4, tmp_path / "stop", lambda: written.append("saved")), written
+        return loop._Saves(
+            train, 4, tmp_path / "stop", lambda: Save(root, next(numbers), parts, {"a": torch.Size([3])}, {})
+        )
 
     return make
 
 
-def test_a_stop_within_a_step_saves_the_last_whole_one(saves: Saves, notice: Notice, tmp_path: Path) -> None:
-    looks, written = saves()
-    assert not looks.look(5, ended=True) and not looks.look(5) and not written
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[], int]:
+    """Number of the newest checkpoint."""
+    return lambda: max((step_of(folder) for folder in committed(tmp_path / "checkpoints")), default=0)
+
+
+Saved = Callable[[], int]
+
+
+def test_a_stop_within_a_step_saves_the_last_whole_one(
+    saves: Saves, saved: Saved, notice: Notice, tmp_path: Path
+) -> None:
+    looks = saves()
+    assert not looks.look(5, ended=True) and not looks.look(5) and not saved()
     (tmp_path / "stop").touch()
     assert looks.look(5)
-    assert (looks.newest, len(written)) == (5, 1)
+    assert (saved(), looks.commit()) == (1, 5)
 
 
 def test_a_stop_before_the_first_whole_step_saves_nothing(
-    saves: Saves, notice: Notice, tmp_path: Path
+    saves: Saves, saved: Saved, notice: Notice, tmp_path: Path
 ) -> None:
-    looks, written = saves()
+    looks = saves()
     (tmp_path / "stop").touch()
-    assert looks.look(4) and not written and looks.newest == 4
+    assert looks.look(4) and not saved() and looks.commit() == 4
 
 
-def test_a_notice_within_a_step_saves_once_and_the_step_goes_on(saves: Saves, notice: Notice) -> None:
-    looks, written = saves()
+def test_a_notice_within_a_step_saves_once_and_the_step_goes_on(
+    saves: Saves, saved: Saved, notice: Notice
+) -> None:
+    looks = saves()
     notice.given = True
-    assert not looks.look(7) and not looks.look(7) and not looks.look(8, ended=True)
-    assert (looks.newest, len(written)) == (7, 1) and notice.asked > 1
+    assert not looks.look(7) and saved() == 1
+    assert not looks.look(7) and not looks.look(8, ended=True)
+    assert (saved(), looks.commit()) == (1, 7) and notice.asked > 1
 
 
-def test_what_is_due_by_number_or_time_is_saved_at_the_end_of_a_step(saves: Saves, notice: Notice) -> None:
-    looks, written = saves()
+def test_what_is_due_by_number_or_time_is_saved_at_the_end_of_a_step(
+    saves: Saves, saved: Saved, notice: Notice
+) -> None:
+    looks = saves()
     looks.look(10)
-    assert not written
+    assert looks.commit() == 4
     looks.look(10, ended=True)
-    assert looks.newest == 10
+    assert (looks.commit(), saved()) == (10, 1)
 
-    looks, written = saves("train.save_every_s=1e-9")
+    looks = saves("train.save_every_s=1e-9")
     looks.look(5)
-    assert not written
+    assert looks.commit() == 4
     looks.look(5, ended=True)
     looks.look(6, ended=True)
-    assert (looks.newest, len(written)) == (6, 2)
+    assert (looks.commit(), saved()) == (6, 2)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Event:
+    """Writes end once it is set."""
+    done, write = Event(), saving.save_file
+
+    def save_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        assert done.wait(60)
+        write(tensors, file)
+
+    monkeypatch.setattr(saving, "save_file", save_file)
+    return done
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(
+    saves: Saves, saved: Saved, notice: Notice, slow_disk: Event
+) -> None:
+    """It holds what there was when it was begun, and counts from the first look after it is written."""
+    looks = saves()
+    looks.look(10, ended=True)
+    looks.look(11, ended=True)
+    assert not saved() and looks._save is not None
+    slow_disk.set()
+    looks._save._file.result()
+    looks.look(11)
+    assert saved() == 1 and looks._save is None
+
+
+@pytest.mark.parametrize("what", ["the next", "the last", "a stop"])
+def test_what_cannot_wait_waits_for_a_checkpoint_that_is_being_written(
+    saves: Saves,
+    saved: Saved,
+    notice: Notice,
+    slow_disk: Event,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+) -> None:
+    looks = saves("train.num_steps=25")
+    looks.look(10, ended=True)
+    if what == "a stop":
+        (tmp_path / "stop").touch()
+    commit = looks.commit
+
+    def waiting() -> int:
+        slow_disk.set()
+        return commit()
+
+    monkeypatch.setattr(looks, "commit", waiting)
+    step = {"the next": 20, "the last": 25, "a stop": 11}[what]
+    assert looks.look(step, ended=True) == (what == "a stop")
+    told = "step 20 waits to be saved until step 10 is" in caplog.text
+    assert (told, saved()) == ((True, 1) if what == "the next" else (False, 2))
+    assert looks.commit() == step and saved() == 2
+
+
+def test_a_disk_that_fails_beside_the_steps_ends_them(
+    saves: Saves, saved: Saved, notice: Notice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    looks = saves()
+    looks.look(10, ended=True)
+    looks.commit()
+    monkeypatch.setattr(saving, "save_file", full)
+    looks.look(20, ended=True)
+    with pytest.raises(EveryRankError, match="cannot save the checkpoint of step 2: .*No space left"):
+        looks.look(21, ended=True)
+        looks.look(30, ended=True)
+    assert saved() == 1
 
 
 @pytest.mark.parametrize(("found", "usable"), [(5, 4), (3, 2)])
