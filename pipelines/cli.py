@@ -10,7 +10,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.markup import escape
 from pipelines.config import (
     Config,
     Part,
+    folder_or_s3,
     is_url,
     json_schema,
     load_config,
@@ -59,6 +60,14 @@ def path(text: object) -> Path:
     if is_url(str(text)):
         raise ProPhyError(f"{text} is a URL; give a path of this machine, or of a folder that it sees")
     return Path(str(text))
+
+
+def place(text: object) -> str:
+    """A folder of this machine or a place in S3, as the parser of an argument."""
+    try:
+        return folder_or_s3(str(text))
+    except ValueError as error:
+        raise ProPhyError(f"{text} is no place to write to: {error}") from None
 
 
 PRESET = "tiny"  # what a command runs without --config: the small models
@@ -267,7 +276,9 @@ def plan(
 
 @app.command(rich_help_panel=_TRAINING)
 def export(
-    output: Annotated[Path, typer.Argument(parser=path, help="New folder to write.")],
+    output: Annotated[
+        str, typer.Argument(parser=place, help="New folder to write, or a place in S3: s3://bucket/folder.")
+    ],
     complete: Annotated[
         bool, typer.Option(help="A whole diffusers pipeline with a model card, not the branch alone.")
     ] = False,
@@ -291,12 +302,16 @@ def export(
 ) -> None:
     """Turn a training checkpoint, of any ZeRO stage, into safetensors. Needs no GPU and little memory."""
     resolved = _configure("export", config, set_, print_config)
-    from pipelines.training import export
-
     if step is not None and step != "best" and not step.isdecimal():
         raise ProPhyError(f"--step is {step!r}; give the number of a checkpoint's steps, or best")
     number = int(step) if step is not None and step.isdecimal() else None
-    export.run(resolved, output.resolve(), "best" if step == "best" else number, complete, other)
+    which: int | Literal["best"] | None = "best" if step == "best" else number
+    from pipelines.training import export, upload
+
+    if is_url(output):
+        upload.run(resolved, output, which, complete, other)
+    else:
+        export.run(resolved, Path(output).resolve(), which, complete, other)
 
 
 @app.command(rich_help_panel=_VIDEOS)

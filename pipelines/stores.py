@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -36,3 +37,18 @@ def asking(location: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{location} cannot be had: {type(error).__name__}: {error}") from error
+
+
+def files_below(location: str) -> dict[str, dict[str, Any]]:
+    """What fsspec says of each file below a place, as it is now, by its path from there.
+
+    Raises:
+        OSError: the store does not answer, or does not let us in.
+        ProPhyError: see `open_store`.
+    """
+    store, root = open_store(location)
+    with asking("it"):
+        found = store.find(root, detail=True, refresh=True)
+    # Consoles make objects that stand for folders; and an object may be called as the place itself.
+    names = {path.removeprefix(f"{root}/"): about for path, about in found.items() if path != root}
+    return {name: about for name, about in names.items() if name and not name.endswith("/")}

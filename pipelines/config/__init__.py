@@ -5,7 +5,7 @@ that extends, applies the overrides, resolves `${...}` references and checks eve
 prints it with an explanation of every key: the docstring below the key's field.
 """
 
-from pipelines.config.base import PoolConfig, how_keys, is_url
+from pipelines.config.base import PoolConfig, folder_or_s3, how_keys, is_url
 from pipelines.config.caching import CacheConfig, VideoLimits
 from pipelines.config.evaluation import Contestant, EvaluateConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
@@ -37,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "VideoLimits",
     "VlmConfig",
+    "folder_or_s3",
     "how_keys",
     "is_url",
     "json_schema",

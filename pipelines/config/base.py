@@ -40,12 +40,17 @@ def _no_url(location: object) -> object:
     return location
 
 
-def _folder_or_s3(location: str) -> str:
+def folder_or_s3(location: str) -> str:
+    """A place where files may be written, in full.
+
+    Raises:
+        ValueError: it is a URL of something else than S3.
+    """
     if "://" not in location:
         return str(_absolute_path(Path(location)))
     if re.match(r"s3://[^/]", location) is None:
         raise ValueError(
-            "set this to a folder, or to a place in S3 such as s3://bucket/videos, but to no other URL"
+            "set this to a folder, or to a place in S3 such as s3://bucket/folder, but to no other URL"
         )
     return location.rstrip("/")
 
@@ -70,7 +75,7 @@ def _taxonomy(name: str) -> str:
 # Workers run in folders of their own: what is relative on the command line must not stay so.
 LocalPath = Annotated[Path, BeforeValidator(_no_url), AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
-FolderOrS3 = Annotated[str, AfterValidator(_folder_or_s3)]
+FolderOrS3 = Annotated[str, AfterValidator(folder_or_s3)]
 Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
 BranchFolder = Annotated[
     Path, BeforeValidator(_no_url), BeforeValidator(_branch_folder), AfterValidator(_absolute_path)

@@ -9,6 +9,7 @@ memory as a whole, and no GPU is needed.
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,23 +23,18 @@ from safetensors.torch import save_file
 
 from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint, find, latest, pinned
+from pipelines.training.model_card import TRANSFORMER, backbone_says, model_card, pipeline_class
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import (
     check_unchanged,
     download,
-    is_hub_id,
     load_configs,
     load_experts,
-    takes_images,
 )
 from prophy.errors import ProPhyError
-from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.models.checkpoint import load_branch, write_branch, write_files
 from prophy.models.description import ExpertName, branches_in, describe
-from prophy.models.physics_transformer import BRANCH
 from prophy.models.weights import INDEX, WeightFiles
-
-_TRANSFORMER = "transformer."  # begins the names of its parameters in training
 
 _FORMAT = {"format": "pt"}  # which diffusers looks for
 
@@ -62,6 +58,49 @@ class _Trained:
     read: Callable[[str], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Export:
+    """What `prophy export` writes.
+
+    Attributes:
+        config: the run.
+        checkpoint: what it trained.
+        beside: where the branch of the backbone's other transformer lies, by its name, if that goes along.
+        complete: a whole pipeline instead of branch and adapter alone.
+    """
+
+    config: Config
+    checkpoint: Checkpoint
+    beside: Mapping[ExpertName, Path]
+    complete: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """How much of a disk it takes, but for some kilobytes; less where the backbone was trained too."""
+        folders = [*self.beside.values()]
+        if self.complete:
+            folders.append(download(self.config.backbone.pretrained, _backbone(self.checkpoint)["revision"]))
+        files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+        trained = sum(math.prod(shape) for shape in self.checkpoint.shapes.values())
+        return sum(file.stat().st_size for file in files) + 4 * trained
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a new folder."""
+        if self.complete:
+            _export_pipeline(self.config, self.checkpoint, self.beside, folder)
+        elif self.beside:
+            export_branch(self.checkpoint, folder / str(_expert(self.checkpoint)))
+            for name, branch in self.beside.items():
+                shutil.copytree(branch, folder / name)
+        else:
+            export_branch(self.checkpoint, folder)
+
+    def tell(self, place: Path | str) -> None:
+        """Says that it is at `place` now."""
+        said = backbone_says(self.checkpoint)
+        logger.info("exported step %d; the backbone's weights %s: %s", self.checkpoint.step, said, place)
+
+
 def run(
     config: Config,
     output: Path,
@@ -74,36 +113,42 @@ def run(
     Args:
         config: the run.
         output: a folder that does not exist yet.
+        step: see `find_export`.
+        complete: see `find_export`.
+        other: see `find_export`.
+
+    Raises:
+        ProPhyError: as `find_export`; or the folder exists, or cannot be written.
+    """
+    if output.exists():
+        raise ProPhyError(f"{output} exists; choose another folder for the export")
+    export = find_export(config, step, complete, other)
+    with writing_model(output) as folder:
+        export.write(folder)
+    export.tell(output)
+    return output
+
+
+def find_export(
+    config: Config, step: int | Literal["best"] | None, complete: bool, other: Path | None
+) -> Export:
+    """What a run has to export.
+
+    Args:
+        config: the run.
         step: which checkpoint; "best" is that of the lowest held-out loss; the latest if None.
         complete: a whole pipeline instead of branch and adapter alone.
         other: the branch of the backbone's other transformer, to go with this one.
 
     Raises:
-        ProPhyError: no such checkpoint, or a damaged one; the folder exists, or cannot be written; the
-            backbone is not the one that was trained; or `other` does not fit.
+        ProPhyError: no such checkpoint, or a damaged one; the backbone is not the one that was trained; or
+            `other` does not fit.
     """
-    if output.exists():
-        raise ProPhyError(f"{output} exists; choose another folder for the export")
     checkpoint = _open(config.checkpoints, step)
     beside = {} if other is None else _other_branch(checkpoint, other)
     if complete:
         check_unchanged(checkpoint.folder, _backbone(checkpoint), config.backbone.pretrained)
-    with writing_model(output) as folder:
-        if complete:
-            _export_pipeline(config, checkpoint, beside, folder)
-        elif beside:
-            export_branch(checkpoint, folder / str(_expert(checkpoint)))
-            for name, branch in beside.items():
-                shutil.copytree(branch, folder / name)
-        else:
-            export_branch(checkpoint, folder)
-    logger.info(
-        "exported step %d; the backbone's weights %s: %s",
-        checkpoint.step,
-        _backbone_says(checkpoint),
-        output,
-    )
-    return output
+    return Export(config, checkpoint, beside, complete)
 
 
 def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
@@ -208,7 +253,7 @@ def _export_pipeline(
 
     # 1. What is not a trained transformer's is taken as it is
     shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "README.md"))
-    pipeline, ours = _pipeline_class(config), classes.prophy_transformer
+    pipeline, ours = pipeline_class(config), classes.prophy_transformer
     model_index = json.loads((source / "model_index.json").read_text())
     model_index |= {
         "_class_name": pipeline.__name__,
@@ -230,7 +275,7 @@ def _export_pipeline(
         _write_json(output / component / "config.json", {**transformer, **said})
         model_index[component] = [ours.__module__, ours.__name__]
     _write_json(output / "model_index.json", model_index)
-    (output / "README.md").write_text(_model_card(config, checkpoint, len(trained)))
+    (output / "README.md").write_text(model_card(config, checkpoint, len(trained)))
 
 
 def _write_weights(trained: _Trained, source: Path, folder: Path) -> None:
@@ -255,20 +300,14 @@ def _write_weights(trained: _Trained, source: Path, folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def _pipeline_class(config: Config) -> type[PhysicsPipeline]:
-    backbone = config.backbone
-    images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
-    return FAMILIES[backbone.family].classes().pipeline_for(images)
-
-
 def _trained(checkpoint: Checkpoint) -> _Trained:
     """What a run trained, or its moving average."""
     kind = "ema" if "ema" in checkpoint.kinds else "parameter"
     return _Trained(
         checkpoint.run["physics"],
         checkpoint.run["lora"],
-        {name.removeprefix(_TRANSFORMER): shape for name, shape in checkpoint.shapes.items()},
-        lambda name: checkpoint.tensor(kind, _TRANSFORMER + name),
+        {name.removeprefix(TRANSFORMER): shape for name, shape in checkpoint.shapes.items()},
+        lambda name: checkpoint.tensor(kind, TRANSFORMER + name),
     )
 
 
@@ -288,46 +327,3 @@ def _name_beside_an_adapter(trained: _Trained, name: str) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _backbone_says(checkpoint: Checkpoint) -> str:
-    """What became of the backbone's weights."""
-    if lora := checkpoint.run["lora"]:
-        rank, alpha = lora["rank"], lora["alpha"]
-        return f"are unchanged, beside an adapter (LoRA) of rank {rank} and alpha {alpha}, which is not fused"
-    if all(name.startswith(_TRANSFORMER + BRANCH) for name in checkpoint.shapes):
-        return "are unchanged"
-    return "were trained too, and are float32"
-
-
-def _model_card(config: Config, checkpoint: Checkpoint, num_branches: int) -> str:
-    name, physics, expert = _backbone(checkpoint)["name"], checkpoint.run["physics"], _expert(checkpoint)
-    whose = "" if expert is None else f" of the transformer for {expert.replace('_', ' ')}"
-    another = "\nThe other transformer has a branch of its own, of another run." if num_branches > 1 else ""
-    pipeline = _pipeline_class(config)
-    kind = "text" if pipeline is FAMILIES[config.backbone.family].classes().pipeline else "image"
-    base_model = f"base_model: {name}\n" if is_hub_id(str(name)) else ""
-    revision = _backbone(checkpoint)["revision"]
-    blocks = (
-        f"Physical Blocks beside the layers {physics['physics_layers']},"
-        if physics["physical_blocks"]
-        else "No Physical Blocks,"
-    )
-    return f"""---
-library_name: diffusers
-pipeline_tag: {kind}-to-video
-{base_model}---
-# {Path(str(name)).name} with a Physical Branch (ProPhy)
-
-Trained for {checkpoint.step} steps with `prophy train` on {name}{f" at {revision}" if revision else ""}; the
-backbone's weights{whose} {_backbone_says(checkpoint)}. {blocks}
-{physics["num_semantic_experts"]} semantic and {physics["num_refinement_experts"]} refinement experts
-({physics["top_k"]} per token). The method is that of https://arxiv.org/abs/2512.05564. The backbone's licence
-holds for its weights.{another}
-
-```python
-from {pipeline.__module__} import {pipeline.__name__}
-
-pipeline = {pipeline.__name__}.from_pretrained("this/folder")
-```
-"""

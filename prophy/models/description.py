@@ -49,9 +49,10 @@ def branches_in(folder: Path) -> dict[ExpertName | None, Path]:
     the name of each.
 
     Raises:
-        ProPhyError: the folder holds no such checkpoint, or two branches for one transformer.
+        ProPhyError: the folder holds no such checkpoint, or one of its folders does not, or two branches are
+            for one transformer.
     """
-    names = [name for name in get_args(ExpertName) if (folder / name / DESCRIPTION).is_file()]
+    names = [name for name in get_args(ExpertName) if (folder / name).is_dir()]
     folders = [folder / name for name in names] or [folder]
     found = {trained_on(each).get("expert"): each for each in folders}
     if len(found) < len(folders):

@@ -196,7 +196,6 @@ def test_port_that_is_taken(prophy: CommandLine, ray_cluster: None, tmp_path: Pa
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("export",),
         ("simulate", "--contact-sheet"),
         ("generate", "-p", "a ball", "--contact-sheet"),
         ("cache", "inspect", "--output"),
@@ -207,3 +206,8 @@ def test_port_that_is_taken(prophy: CommandLine, ray_cluster: None, tmp_path: Pa
 def test_a_url_is_no_local_path(prophy: CommandLine, arguments: tuple[str, ...]) -> None:
     said = prophy.mistake(*arguments, "s3://bucket/x.png")
     assert "s3://bucket/x.png is a URL; give a path of this machine" in said
+
+
+def test_an_export_goes_to_a_folder_or_to_s3(prophy: CommandLine) -> None:
+    said = prophy.mistake("export", "gs://bucket/x")
+    assert "gs://bucket/x is no place to write to: set this to a folder, or to a place in S3 such as" in said

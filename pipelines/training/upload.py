@@ -1,0 +1,106 @@
+"""`prophy export` to S3: a folder on a disk of this machine first, then its files, one after the other.
+
+Readers know a model by one file, `model_index.json` or `physics_branch.json`. That is sent last: what a
+killed export leaves is no model, and the same command goes on, by sending all files anew.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pipelines.config import Config
+from pipelines.stores import asking, files_below, open_store
+from pipelines.training.export import Export, find_export, writing_model
+from prophy.errors import ProPhyError
+from prophy.hashing import home
+from prophy.models.description import DESCRIPTION
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: Config,
+    url: str,
+    step: int | Literal["best"] | None,
+    complete: bool,
+    other: Path | None = None,
+) -> None:
+    """Writes what was trained, its moving average if there is one, to a place in S3.
+
+    Args:
+        config: the run.
+        url: such as `s3://bucket/folder`; nothing may lie there but what a killed export left.
+        step: see `find_export`.
+        complete: see `find_export`.
+        other: see `find_export`.
+
+    Raises:
+        ProPhyError: as `find_export`; or an export or other files lie there, S3 refuses or does not answer,
+            or this machine has no room for it.
+    """
+    with _using(url):
+        for name in filter(_is_last, files_below(url)):
+            raise ProPhyError(f"{url}/{name} exists; choose another folder for the export")
+    export = find_export(config, step, complete, other)
+    with _staged(export, url) as folder, _using(url):
+        _send(folder, url)
+    export.tell(url)
+
+
+def _send(folder: Path, url: str) -> None:
+    """Sends all files; each appears whole or not at all."""
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    for name in files_below(url):
+        if name not in files:
+            raise ProPhyError(f"{url}/{name} is no part of this export; choose an empty folder for it")
+    num_bytes = sum(file.stat().st_size for file in files.values())
+    logger.info("%d files, %.2f GB, are sent to %s", len(files), num_bytes / 1e9, url)
+    store, root = open_store(url)
+    for name in sorted(files, key=lambda name: (_is_last(name), name)):
+        # What another command has ended meanwhile is not written over.
+        mode = "create" if _is_last(name) else "overwrite"
+        with asking("it"):
+            store.put_file(str(files[name]), f"{root}/{name}", mode=mode)
+
+
+def _is_last(name: str) -> bool:
+    """Whether readers know a model by this file."""
+    return name == "model_index.json" or name.rpartition("/")[2] == DESCRIPTION
+
+
+@contextmanager
+def _staged(export: Export, url: str) -> Iterator[Path]:
+    """The export in a folder of this machine, which goes when the block ends.
+
+    It is the same for the same URL, so that what a killed export left there goes too.
+    """
+    folder = home() / "exports" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        with _using(str(folder.parent)):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = export.num_bytes, shutil.disk_usage(folder.parent).free
+        if needed > free:
+            raise ProPhyError(
+                f"the export takes {needed / 1e9:.2f} GB in {folder.parent} before it is sent, and "
+                f"{free / 1e9:.2f} GB are free; make room, or set PROPHY_HOME to a folder of another disk"
+            )
+        with writing_model(folder) as partial:
+            export.write(partial)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _using(place: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ProPhyError(
+            f"cannot export to {place}: {error.strerror or error}; mend that, and run the same command again"
+        ) from None
