@@ -5,6 +5,7 @@ Each check is one line. The same checks of room are made by every command before
 
 import secrets
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -14,19 +15,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.config import Config
+from pipelines.config import Config, is_url
 from pipelines.resources import Work, needs_of, place
 from pipelines.runtime import ray_session, versions
 from pipelines.serving.jobs import JobStore
+from pipelines.stores import asking, open_store
 from prophy.errors import ProPhyError
 
 _ANSWERS_WITHIN_S = 120  # a node starts a process first
 
 
 @ray.remote(num_cpus=0)
-def _look(token: Path) -> tuple[str | None, dict[str, str]]:
-    """What a node reads in a file of the shared folder, and the versions that it has."""
-    return token.read_text() if token.exists() else None, versions()
+def _look(token: Path, urls: dict[str, str]) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """What a node reads in a file of the shared folder, its versions, and what is wrong with each URL."""
+    problems = {key: _said(partial(_try_store, url, key != "cache.input")) for key, url in urls.items()}
+    return token.read_text() if token.exists() else None, versions(), problems
 
 
 def run(config: Config) -> None:
@@ -57,7 +60,7 @@ def _checks(config: Config) -> Iterator[tuple[str, str]]:
         yield f"room for {work}", place(needs)[1]
     folder = config.run_dir
     yield f"rename, lock and append in {folder}", _said(lambda: _try_files(folder))
-    yield from _nodes(folder)
+    yield from _nodes(folder, _urls(config))
     yield f"job database {config.serve.database_url}", _said(lambda: _try_database(config))
 
 
@@ -90,8 +93,31 @@ def _try_database(config: Config) -> None:
     JobStore(config.serve.database_url).close()
 
 
-def _nodes(folder: Path) -> Iterator[tuple[str, str]]:
-    """Whether each node sees the run folder and has the versions of this process."""
+def _urls(config: Config) -> dict[str, str]:
+    """Places of this configuration that are in object stores, by key."""
+    places = {"generate.output": config.generate.output, "serve.videos": config.serve.videos}
+    if not config.lacking("cache"):
+        places["cache.input"] = config.cache.input
+    return {key: str(place) for key, place in places.items() if is_url(str(place))}
+
+
+def _try_store(url: str, is_written: bool) -> None:
+    """Looks whether there is something, or writes, reads and removes an object."""
+    store, root = open_store(url)
+    with asking(url):
+        if not is_written:
+            store.info(root)
+            return
+        path = f"{root}/.doctor-{secrets.token_hex(8)}"
+        store.pipe_file(path, b"ab")
+        content = store.cat_file(path)
+        store.rm_file(path)
+    if content != b"ab":
+        raise OSError("what was written is not there")
+
+
+def _nodes(folder: Path, urls: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Whether each node sees the run folder, has the versions of this process, and can use the URLs."""
     token, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_hex(8)
     token.write_text(content)
     own = versions()
@@ -99,14 +125,16 @@ def _nodes(folder: Path) -> Iterator[tuple[str, str]]:
         for node in (node for node in ray.nodes() if node["Alive"]):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             place = f"node {node['NodeManagerAddress']}"
-            looking = _look.options(scheduling_strategy=there).remote(token)
+            looking = _look.options(scheduling_strategy=there).remote(token, urls)
             try:
-                seen, theirs = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
+                seen, theirs, problems = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
             except Exception as error:
                 yield f"{place} runs a task", " ".join(str(error).split())
                 continue
             yield f"{place} sees {folder}", "" if seen == content else "it does not; mount it there"
             other = [f"{name} {theirs[name]}, here {own[name]}" for name in own if theirs[name] != own[name]]
             yield f"{place} has the versions of this one", "; ".join(other)
+            for key, url in urls.items():
+                yield f"{place} can use {key} {url}", problems[key]
     finally:
         token.unlink(missing_ok=True)

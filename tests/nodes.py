@@ -23,6 +23,7 @@ _PORTS = (
     "dashboard_agent_listen_port",
     "runtime_env_agent_port",
     "metrics_export_port",
+    "dashboard_port",
 )
 
 
@@ -37,10 +38,8 @@ class Nodes:
     """
 
     def __init__(self, head_cpus: int = 0) -> None:
-        dashboard = {"include_dashboard": True, "dashboard_port": _free_port(HEAD)}
-        head = _arguments(HEAD) | dashboard | {"num_cpus": head_cpus, "_system_config": _SOON}
         self._cluster = Cluster()
-        _patiently(self._cluster, **head)
+        _patiently(self._cluster, HEAD, include_dashboard=True, num_cpus=head_cpus, _system_config=_SOON)
         self._free, self._killed = list(_OTHERS), list[Node]()
         self.address = self._cluster.address
 
@@ -50,7 +49,7 @@ class Nodes:
         Args:
             resources: as of `ray start`: `num_cpus` and others.
         """
-        return _patiently(self._cluster, **_arguments(self._free.pop(0)), **resources)
+        return _patiently(self._cluster, self._free.pop(0), **resources)
 
     def kill(self, node: Node) -> None:
         """SIGKILL to all of a node's processes: raylet, agents and workers, as by the loss of its power."""
@@ -87,15 +86,23 @@ def _family(node: Node) -> list[psutil.Process]:
     return [raylet, *raylet.children(recursive=True)]
 
 
-def _patiently(cluster: Cluster, **arguments: Any) -> Node:
+def _patiently(cluster: Cluster, address: str, **arguments: Any) -> Node:
     """Starts a node; on a busy machine Ray's 30 s may be over before it is there."""
     for _ in range(3):
+        others = psutil.Process().children(recursive=True)
         with suppress(Exception):
-            return cluster.add_node(**arguments)
-    return cluster.add_node(**arguments)
+            return cluster.add_node(**_addressed(address), **arguments)
+        # What has been started lives on, and holds its ports.
+        started = [child for child in psutil.Process().children(recursive=True) if child not in others]
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started)
+    return cluster.add_node(**_addressed(address), **arguments)
 
 
-def _arguments(address: str) -> dict[str, object]:
+def _addressed(address: str) -> dict[str, object]:
+    """Arguments of a node at an address, with ports of its own."""
     ports = {name: _free_port(address) for name in _PORTS}
     return {"node_ip_address": address, "object_store_memory": 200_000_000, **ports}
 

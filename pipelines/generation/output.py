@@ -31,6 +31,11 @@ class FolderOutput:
         with _using(str(self._folder)):
             return {file.name for file in self._folder.iterdir()}
 
+    def has(self, name: str) -> bool:
+        """Whether this file is there."""
+        with _using(str(self._folder)):
+            return (self._folder / name).exists()
+
     def write(self, name: str, content: bytes) -> None:
         """Writes a file, also in the place of another."""
         path = self._folder / name
@@ -72,6 +77,15 @@ class S3Output:
             except FileNotFoundError:  # nothing yet
                 return set()
         return {path.rpartition("/")[2] for path in found}
+
+    def has(self, name: str) -> bool:
+        """Whether this object is there."""
+        with _using(self._location):
+            try:
+                self._store.info(f"{self._root}/{name}", refresh=True)
+            except FileNotFoundError:
+                return False
+        return True
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object, also in the place of another."""

@@ -7,6 +7,7 @@ import pytest
 from pipelines import doctor
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
+from tests.object_store import object_store
 
 
 def test_all_is_well_with_the_default(
@@ -30,3 +31,20 @@ def test_what_is_missing_is_named(
     room, stored = [line for line in lines if line.startswith("no  ")]
     assert room.startswith("no  room for train: train.num_workers needs 2 x 1 CPU + 1 GPU; the cluster has")
     assert stored.startswith(f"no  job database {database}: ")
+
+
+def test_a_store_that_nodes_cannot_use_is_named(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with object_store() as store:
+        store.mkdir("bucket")
+        store.pipe_file("bucket/clips/a.mp4", b"")
+        keys = {"cache.input": "s3://bucket/clips", "generate.output": "s3://bucket/videos"}
+        keys["serve.videos"] = "s3://nobodys/videos"
+        with pytest.raises(ProPhyError, match="^1 of 13 checks do not hold$"):
+            doctor.run(tiny_config(tmp_path / "run", *(f"{key}={url}" for key, url in keys.items())))
+        assert store.find("bucket") == ["bucket/clips/a.mp4"]
+    lines = capsys.readouterr().out.splitlines()
+    [wrong] = [line for line in lines if line.startswith("no  ")]
+    assert "can use serve.videos s3://nobodys/videos: " in wrong and "bucket does not exist" in wrong
+    assert sum(" can use " in line for line in lines) == 3

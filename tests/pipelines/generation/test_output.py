@@ -35,11 +35,11 @@ def test_files_are_changed_written_and_listed(
     output: FolderOutput | S3Output, store: S3FileSystem, tmp_path: Path
 ) -> None:
     output.change("list", lambda before: before + b"a")
-    assert output.names() == {"list"}
+    assert output.names() == {"list"} and not output.has("video")
     output.write("video", b"first")
     output.write("video", b"second")
     output.change("list", lambda before: before + b"b")
-    assert output.names() == {"list", "video"}
+    assert output.names() == {"list", "video"} and output.has("video")
     output.change("video", lambda before: before + b", read")
     output.change("list", lambda before: before + b"c")
     if isinstance(output, S3Output):
@@ -55,8 +55,9 @@ def test_a_listing_is_of_now_and_of_this_place_alone(store: S3FileSystem) -> Non
     for name in ("deep/videos/a", "deep/videos/below/b", "deep/videos-of-others/c", "d"):
         store.pipe_file(f"bucket/{name}", b"")
     assert output.names() & {"a", "b", "c", "d"} == {"a"}
+    assert output.has("a") and not output.has("c")
     store.rm_file("bucket/deep/videos/a")
-    assert "a" not in output.names()
+    assert "a" not in output.names() and not output.has("a")
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["another-change", "first-of-two"])
