@@ -101,7 +101,7 @@ def _patiently(cluster: Cluster, address: str, **arguments: Any) -> Node:
     return cluster.add_node(**_addressed(address), **arguments)
 
 
-def _addressed(address: str) -> dict[str, object]:
+def _addressed(address: str) -> dict[str, Any]:
     """Arguments of a node at an address, with ports of its own."""
     ports = {name: _free_port(address) for name in _PORTS}
     return {"node_ip_address": address, "object_store_memory": 200_000_000, **ports}
