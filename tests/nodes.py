@@ -32,14 +32,19 @@ class Nodes:
 
     Args:
         head_cpus: of the head; by default it only coordinates.
+        redis: where the head keeps what it knows, such as `127.0.0.1:6379`; by default it forgets.
 
     Attributes:
         address: for RAY_ADDRESS.
     """
 
-    def __init__(self, head_cpus: int = 0) -> None:
+    def __init__(self, head_cpus: int = 0, redis: str | None = None) -> None:
         self._cluster = Cluster()
-        _patiently(self._cluster, HEAD, include_dashboard=True, num_cpus=head_cpus, _system_config=_SOON)
+        self._head: dict[str, Any] = {"include_dashboard": True, "num_cpus": head_cpus}
+        self._head |= {"_system_config": _SOON, "gcs_server_port": _free_port(HEAD)}
+        if redis is not None:
+            self._head["external_addresses"] = [redis, redis]
+        _patiently(self._cluster, HEAD, **self._head)
         self._free, self._killed = list(_OTHERS), list[Node]()
         self.address = self._cluster.address
 
@@ -61,6 +66,15 @@ class Nodes:
         psutil.wait_procs(family)
         self._killed.append(node)
 
+    def kill_head(self) -> None:
+        """As `kill`, of the head: what it knows is in Redis."""
+        self.kill(self._cluster.head_node)
+
+    def restart_head(self) -> None:
+        """Starts a head where the one was that was killed."""
+        self._cluster.head_node = None
+        _patiently(self._cluster, HEAD, **self._head)
+
     def processes(self) -> list[psutil.Process]:
         """Raylets, agents and workers of all nodes that live."""
         nodes = self._cluster.list_all_nodes()
@@ -72,9 +86,9 @@ class Nodes:
 
 
 @contextmanager
-def cluster(head_cpus: int = 0) -> Iterator[Nodes]:
+def cluster(head_cpus: int = 0, redis: str | None = None) -> Iterator[Nodes]:
     """A cluster that lasts as long as the block; see `Nodes`."""
-    nodes = Nodes(head_cpus)
+    nodes = Nodes(head_cpus, redis)
     try:
         yield nodes
     finally:
@@ -82,8 +96,8 @@ def cluster(head_cpus: int = 0) -> Iterator[Nodes]:
 
 
 def _family(node: Node) -> list[psutil.Process]:
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return [raylet, *raylet.children(recursive=True)]
+    own = [psutil.Process(info.process.pid) for infos in node.all_processes.values() for info in infos]
+    return own + [child for process in own for child in process.children(recursive=True)]
 
 
 def _patiently(cluster: Cluster, address: str, **arguments: Any) -> Node:

@@ -12,7 +12,7 @@ import ray
 import yaml
 from jsonschema import Draft202012Validator
 
-from tests.cluster.manifests import OVERLAYS, RAY_JOB, built, ray_clusters, templates
+from tests.cluster.manifests import OVERLAYS, RAY_JOB, ROOT, built, ray_clusters, templates
 
 PLACES = [pytest.param(path, id="/".join(path.parts[-2:])) for path in (*OVERLAYS, RAY_JOB)]
 
@@ -99,3 +99,32 @@ def test_all_pods_of_one_kind_are_the_same_pod() -> None:
     clusters = [cluster for objects in places for found in objects for cluster in ray_clusters(found)]
     assert len(clusters) == 5
     assert all(templates(cluster) == templates(clusters[0]) for cluster in clusters)
+
+
+@pytest.fixture
+def with_redis(tmp_path: Path) -> dict[str, Any]:
+    """The service of a preset whose head keeps in Redis what it knows, as the README says."""
+    lines = "\n".join(
+        f"{kind}: [{os.path.relpath(place, tmp_path)}]"
+        for kind, place in (
+            ("resources", ROOT / "cluster/overlays/wan2.1-1.3b/service"),
+            ("components", ROOT / "cluster/components/redis"),
+        )
+    )
+    (tmp_path / "kustomization.yaml").write_text(lines)
+    [service] = built(tmp_path)
+    return service
+
+
+def test_the_head_of_a_service_may_keep_in_redis_what_it_knows(with_redis: dict[str, Any]) -> None:
+    [service] = built(ROOT / "cluster/overlays/wan2.1-1.3b/service")
+    options = with_redis["spec"]["rayClusterConfig"].pop("gcsFaultToleranceOptions")
+    assert options["redisAddress"] == "redis:6379"
+    assert options["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "prophy-secrets"
+    assert with_redis == service
+
+
+def test_a_service_with_redis_is_valid_by_kuberay_s_schemas(
+    schemas: dict[str, dict[str, Any]], with_redis: dict[str, Any]
+) -> None:
+    assert not list(Draft202012Validator(schemas["RayService"]).iter_errors(with_redis))
