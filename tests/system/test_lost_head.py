@@ -45,7 +45,7 @@ def nodes(redis: str) -> Iterator[Nodes]:
 
 
 def test_the_head_is_lost_and_comes_back(nodes: Nodes, tmp_path: Path) -> None:
-    """Replicas go on with their videos. The endpoint, whose proxy was on the head, answers again by itself."""
+    """Replicas go on with their videos; the endpoint, whose proxy was there, answers again by itself."""
     for _ in range(2):
         nodes.add(num_cpus=1)
     with postgres_server() as folder:
