@@ -234,10 +234,22 @@ def open_file(path: Path) -> Iterator[pq.ParquetFile]:
         DamagedFileError: it is damaged.
         ProPhyError: another version of this program wrote it, or the system does not let it be read.
     """
+    with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _check_version(path, file.metadata.metadata or {})
+        yield file
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what may happen to a block that reads a file of the cache into one sentence.
+
+    Raises:
+        MissingFileError: it is gone.
+        DamagedFileError: it is damaged.
+        ProPhyError: the system does not let it be read.
+    """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_version(path, file.metadata.metadata or {})
-            yield file
+        yield
     except FileNotFoundError:
         raise MissingFileError(
             f"{path} is gone; run `prophy cache verify`, then `prophy cache` again"

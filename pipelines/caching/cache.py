@@ -42,10 +42,11 @@ from pipelines.caching.tables import (
     update_index,
     write_file,
 )
+from pipelines.caching.tasks import FileTasks
 from pipelines.config import BackboneConfig, Config, PoolConfig, how_keys
 from pipelines.layout import CacheFolder
 from pipelines.resources import SMALL_CPUS, needs_of, room_for
-from pipelines.runtime import open_run, ray_session
+from pipelines.runtime import open_run
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import (
     encoders_fingerprint,
@@ -77,8 +78,8 @@ def run(config: Config) -> CacheSummary:
     taxonomy = load_taxonomy(config.taxonomy)
     found = find_videos(config.cache.input, taxonomy.names)
     open_run(config, "cache")
-    with exclusive(config.cache.output):
-        summary = _fill(_pinned(config), taxonomy, found)
+    with exclusive(config.cache.output), FileTasks(config) as tasks:
+        summary = _fill(_pinned(config), taxonomy, found, tasks)
     if not summary.num_priors:
         raise ProPhyError(
             f"none of the {len(found.videos)} videos in {config.cache.input} can be used; the first: "
@@ -258,26 +259,30 @@ def _check_clips(config: Config) -> None:
     check_shapes(config)
 
 
-def _fill(config: Config, taxonomy: Taxonomy, found: Input) -> CacheSummary:
+def _fill(config: Config, taxonomy: Taxonomy, found: Input, tasks: FileTasks) -> CacheSummary:
     """Runs both graphs on what is left to do; where that is nothing, Ray is not even started."""
+
+    def index_of(table: Table, columns: list[str]) -> pa.Table:
+        return update_index(table, columns, read_parts=tasks)
+
     videos = found.videos
     current = CacheInput(config.cache.input, videos["source"])
     priors, encodings = priors_table(config, taxonomy), encodings_table(config)
-    drop_samples(priors, changed(update_index(priors, PLANNED), videos, ("caption", "labels")))
-    drop_samples(encodings, changed(update_index(encodings, ["sample_id", "source"]), videos))
+    drop_samples(priors, changed(index_of(priors, PLANNED), videos, ("caption", "labels")))
+    drop_samples(encodings, changed(index_of(encodings, ["sample_id", "source"]), videos))
     # Before any work: training knows these videos by it, also where this run is killed.
     input_rows = current.to_table()
     write_file(encodings.folder, input_rows, {**encodings.footer, **input_rows.schema.metadata}, name=INPUT)
     if not (encodings.folder / EMPTY_PROMPT).exists():  # lost: encoding any clip brings it back
-        samples = current.samples(update_index(priors, PLANNED))
-        is_encoded = pc.is_in(samples, update_index(encodings, ["sample_id"])["sample_id"])
+        samples = current.samples(index_of(priors, PLANNED))
+        is_encoded = pc.is_in(samples, index_of(encodings, ["sample_id"])["sample_id"])
         drop_samples(encodings, samples.filter(is_encoded)[:1])
 
     def refused(table: Table) -> pa.Table:
         return read_quarantine(_folder(config).quarantine, quarantine_table(config, table).settings)
 
     def left() -> tuple[pa.Table, pa.Table]:
-        index, encoded = update_index(priors, PLANNED), update_index(encodings, ["sample_id", "caption"])
+        index, encoded = index_of(priors, PLANNED), index_of(encodings, ["sample_id", "caption"])
         return (
             videos_left(videos, index, refused(priors), _clip_durations(config)),
             clips_left(videos, index, encoded, refused(encodings)),
@@ -294,13 +299,13 @@ def _fill(config: Config, taxonomy: Taxonomy, found: Input) -> CacheSummary:
 
     added_priors = added_encodings = GraphReport()
     if any(map(len, left())):
-        with ray_session(config):
-            added_priors = complete(lambda: left()[0], extract)
-            added_encodings = complete(lambda: left()[1], encode)
-    index = update_index(priors, [*PLANNED, "unparsed", "phenomena"])
+        tasks.start_ray()
+        added_priors = complete(lambda: left()[0], extract)
+        added_encodings = complete(lambda: left()[1], encode)
+    index = index_of(priors, [*PLANNED, "unparsed", "phenomena"])
     clips = index.filter(pc.is_in(index["sample_id"], current.samples(index)))
     cut, stretched = misfits(clips, config)
-    encoded, cached, counted = update_index(encodings, ["sample_id"]), _uris(index), _uris(clips)
+    encoded, cached, counted = index_of(encodings, ["sample_id"]), _uris(index), _uris(clips)
     return CacheSummary(
         num_videos=len(videos),
         num_priors=len(clips),

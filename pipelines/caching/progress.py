@@ -1,9 +1,13 @@
-"""Runs a Ray Data graph that ends in `WriteRows`: progress with an end in sight, then a table per stage."""
+"""Progress with an end in sight: of whatever comes one by one, and of a graph that ends in `WriteRows`.
+
+Of such a graph, a table per stage follows.
+"""
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +23,8 @@ from prophy.errors import ProPhyError
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 30.0  # where there is no terminal to draw a bar on
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,38 @@ class GraphReport:
     def utilisation(self, stage: StageReport) -> float:
         """Seconds that each of the stage's workers was busy, as a share of `span_s`."""
         return stage.busy_s / (stage.workers * self.span_s)
+
+
+def show_progress(items: Iterable[T], name: str, total: int, unit: str, step: int = 1) -> Iterator[T]:
+    """Passes items on, and shows how far they are: as a bar, or as a line of the log where nobody looks.
+
+    Args:
+        items: they come as they are done.
+        name: what is done.
+        total: how many units there are.
+        unit: their name.
+        step: units in an item; the last may have fewer.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    start = logged = time.monotonic()
+    with Progress(*columns, speed_estimate_period=600) as progress:
+        task = progress.add_task(name, total=total)
+        for number, item in enumerate(items, 1):
+            done = min(step * number, total)
+            progress.update(task, completed=done)
+            now = time.monotonic()
+            if not progress.console.is_terminal and now - logged > _LOG_EVERY_S:
+                logged = now
+                left_s = (now - start) * (total - done) / done
+                logger.info("%s: %d/%d %s, about %.0f s left", name, done, total, unit, left_s)
+            yield item
 
 
 def complete(left: Callable[[], pa.Table], run: Callable[[pa.Table], GraphReport]) -> GraphReport:

@@ -4,6 +4,7 @@ The input is what `prophy cache` was last run on, with each backbone that the fo
 video that is listed there stays, even if it could not be had.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,11 +19,11 @@ from pipelines.caching.tables import (
     stored_table,
     update_index,
 )
-from pipelines.caching.verify import check_versions, tables_of
+from pipelines.caching.verify import tables_of
 from pipelines.config import Config
 from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
-from prophy.schema import CacheInput
+from prophy.schema import CacheInput, DamagedFileError, open_file
 
 
 def run(config: Config) -> dict[str, int]:
@@ -39,7 +40,7 @@ def run(config: Config) -> dict[str, int]:
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)
     with exclusive(folder):
-        check_versions(folder)
+        _check_versions(folder)
         before = _size(folder)
         removed = prune(folder)
         freed = before - _size(folder)
@@ -67,6 +68,14 @@ def prune(folder: Path) -> dict[str, int]:
         removed[str(place.relative_to(folder))] = len(dropped)
     removed["quarantine"] = drop_refusals(CacheFolder(folder).quarantine, listed)
     return removed
+
+
+def _check_versions(folder: Path) -> None:
+    """Refuses a cache of which another version of this program wrote a file."""
+    for place, _ in tables_of(folder):
+        for name in file_names(place):
+            with suppress(DamagedFileError), open_file(place / name):
+                pass
 
 
 def _size(folder: Path) -> int:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from pipelines.caching.parts import ReadParts, read_here
+from pipelines.caching.seal import PLACE, sealed
 from prophy.errors import ProPhyError
 from prophy.schema import (
     INDEX,
@@ -137,21 +140,23 @@ def write_file(
         folder: created if missing.
         rows: its content.
         footer: key-value metadata.
-        name: the file's; if empty, the sha256 of its bytes.
+        name: the file's; if empty, the sha256 of its bytes. A file with a name holds that inside itself,
+            but for the index, which is made anew at will.
         row_group_size: rows per row group.
 
     Raises:
         ProPhyError: the disk is full, or the folder cannot be written to.
     """
+    is_sealed = name not in ("", INDEX)
     buffer = pa.BufferOutputStream()
     pq.write_table(
-        rows.replace_schema_metadata(footer),
+        rows.replace_schema_metadata(footer | PLACE if is_sealed else footer),
         buffer,
         row_group_size=row_group_size,
         use_dictionary=False,
         write_page_checksum=True,
     )
-    content = buffer.getvalue()
+    content = sealed(buffer.getvalue().to_pybytes()) if is_sealed else buffer.getvalue()
     path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     with writing(folder):
@@ -223,7 +228,13 @@ def drop_refusals(folder: Path, uris: pa.ChunkedArray) -> int:
     return dropped
 
 
-def update_index(table: Table, columns: list[str] | None = None, *, anew: bool = False) -> pa.Table:
+def update_index(
+    table: Table,
+    columns: list[str] | None = None,
+    *,
+    anew: bool = False,
+    read_parts: ReadParts = read_here,
+) -> pa.Table:
     """Brings a table's `index.parquet` up to date; reads only the files that it does not know yet.
 
     A sample that was written twice, by workers of a killed run that outlived it, is left in one file.
@@ -232,6 +243,7 @@ def update_index(table: Table, columns: list[str] | None = None, *, anew: bool =
         table: its files.
         columns: those to return; None is all. Of millions of rows, each takes memory.
         anew: reads all of the files, whatever the index says.
+        read_parts: who reads them.
 
     Returns:
         One row per sample, ordered by `sample_id`: of the table's small columns, `file` and `row_group`.
@@ -250,7 +262,9 @@ def update_index(table: Table, columns: list[str] | None = None, *, anew: bool =
             stored = file.read()
     if known.difference(names):
         stored = stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string())))
-    rows = pa.concat_tables([stored, *(_index_file(table, name) for name in names if name not in known)])
+    unread = [name for name in names if name not in known]
+    parts = read_parts(f"index {table.folder.name}", partial(_index_files, table), unread)
+    rows = pa.concat_tables([stored, *parts])
     order = pc.sort_indices(rows["sample_id"])
     sample_ids = rows["sample_id"].take(order)
     is_first = np.ones(len(rows), bool)
@@ -312,9 +326,8 @@ def _keep(table: Table, rows: pa.Table, kept: pa.Table) -> pa.Table:
         if row_groups := sorted(left[name]):
             with _open(table, name) as file:
                 part = file.read_row_groups(row_groups)
-            parts.append(
-                _index_file(table, write_file(table.folder, part, table.footer, row_group_size=1).name)
-            )
+            written = write_file(table.folder, part, table.footer, row_group_size=1)
+            parts.append(_index_files(table, [written.name]))
     index = pa.concat_tables(parts).sort_by("sample_id")
     write_file(table.folder, index, table.footer, name=INDEX)
     for name in set(changed).difference(index["file"].unique().to_pylist()):
@@ -331,13 +344,15 @@ def _index_schema(table: Table) -> pa.Schema:
     return pa.schema([*small, pa.field("file", pa.string()), pa.field("row_group", pa.int32())])
 
 
-def _index_file(table: Table, name: str) -> pa.Table:
-    with _open(table, name) as file:
-        rows = file.read(columns=_index_schema(table).names[:-2])
-    place = pa.array([name] * len(rows)), pa.array(np.arange(len(rows)))
-    return (
-        rows.append_column("file", place[0]).append_column("row_group", place[1]).cast(_index_schema(table))
-    )
+def _index_files(table: Table, names: list[str]) -> pa.Table:
+    """What the index says of the files with these names, in one piece: many small ones take memory."""
+    schema, parts = _index_schema(table), list[pa.Table]()
+    for name in names:
+        with _open(table, name) as file:
+            rows = file.read(columns=schema.names[:-2])
+        rows = rows.append_column("file", pa.array([name] * len(rows), pa.string()))
+        parts.append(rows.append_column("row_group", pa.array(np.arange(len(rows)))).cast(schema))
+    return pa.concat_tables(parts).combine_chunks()
 
 
 @contextmanager

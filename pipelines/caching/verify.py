@@ -1,16 +1,23 @@
-"""`prophy cache verify`: is every file of a cache what it says it is? Loads no model and starts no Ray."""
+"""`prophy cache verify`: is every file of a cache what it says it is? Loads no model.
+
+The files are read as Ray tasks, so that the nodes of a cluster share them; a small cache is read without Ray.
+"""
 
 import hashlib
+import sys
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 
+from pipelines.caching.parts import ReadParts, read_here
+from pipelines.caching.seal import sealed
 from pipelines.caching.tables import exclusive, file_names, stored_table, update_index
+from pipelines.caching.tasks import FileTasks
 from pipelines.config import Config
 from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
@@ -20,10 +27,13 @@ from prophy.schema import (
     INDEX,
     INPUT,
     PRIORS,
-    QUARANTINE,
     DamagedFileError,
     open_file,
+    reading,
 )
+
+# What is found out of each file: what made it, empty where that does not matter, and what is wrong with it.
+_FOUND = pa.schema([pa.field("fingerprint", pa.string(), nullable=False), pa.field("reason", pa.string())])
 
 
 def run(config: Config) -> dict[str, int]:
@@ -31,17 +41,17 @@ def run(config: Config) -> dict[str, int]:
 
     Raises:
         ProPhyError: there is no cache, a run writes to it, another version of this program wrote it,
-            something in it is damaged, or no room is left.
+            something in it is damaged or cannot be read, or no room is left.
     """
     folder = config.cache.output
     if not folder.is_dir():
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)
-    with exclusive(folder):
-        damaged = verify(folder)
+    with exclusive(folder), FileTasks(config) as read_parts:
+        damaged = verify(folder, read_parts)
         for sentence in damaged:
             console.print(f"[red]damaged:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
-        samples = rebuild_indices(folder)
+        samples = rebuild_indices(folder, read_parts)
     for name, count in samples.items():
         console.print(f"{name}: {count} samples, index rebuilt", highlight=False)
     if damaged:
@@ -52,35 +62,65 @@ def run(config: Config) -> dict[str, int]:
     return samples
 
 
-def verify(folder: Path) -> list[str]:
+def verify(folder: Path, read_parts: ReadParts = read_here) -> list[str]:
     """Checks name, footer and columns of every file; a sentence for each that is damaged.
 
     A damaged file gets the ending `.damaged`; then it is no part of the cache any more, and the next
     `prophy cache` makes its rows anew.
 
+    Args:
+        folder: the cache's.
+        read_parts: who reads the files.
+
     Raises:
-        ProPhyError: another version of this program wrote one of them; nothing was set aside.
+        ProPhyError: another version of this program wrote one of them, or the system does not let it be
+            read; nothing was set aside.
     """
-    check_versions(folder)
-    damaged = []
+    reasons: dict[Path, str] = {}
     for place, schema in tables_of(folder):
-        damaged += _set_damaged_aside(place, schema)
+        reasons |= find_damage(place, schema, read_parts)
         for path in (place / EMPTY_PROMPT, place / INPUT):
-            if path.exists() and not _is_readable(path):
-                damaged.append(_set_aside(path, "holds other bytes than were written"))
-    return damaged + _set_damaged_aside(CacheFolder(folder).quarantine, QUARANTINE)
+            if path.exists() and not _is_intact(path):
+                reasons[path] = "holds other bytes than were written"
+    reasons |= find_damage(CacheFolder(folder).quarantine, None, read_parts)
+    for path in reasons:
+        path.rename(path.with_name(f"{path.name}.damaged"))
+    return [f"{path} {reason}" for path, reason in reasons.items()]
 
 
-def check_versions(folder: Path) -> None:
-    """Refuses a cache of which another version of this program wrote a file."""
-    for place, _ in tables_of(folder):
-        for name in file_names(place):
-            with suppress(DamagedFileError), open_file(place / name):
-                pass
+def find_damage(folder: Path, schema: pa.Schema | None, read_parts: ReadParts = read_here) -> dict[Path, str]:
+    """Why files of a table are not what their name or their footer says, or not of the same making.
+
+    Args:
+        folder: the table's.
+        schema: a row's; None has only the names checked.
+        read_parts: who reads the files.
+
+    Raises:
+        ProPhyError: see `verify`.
+    """
+    names = file_names(folder)
+    fingerprints, reasons = list[str](), dict[Path, str]()
+    for part in read_parts(f"verify {folder.name}", partial(_check_files, folder, schema), names):
+        for fingerprint, reason in zip(*part.to_pydict().values(), strict=True):
+            if reason is not None:
+                reasons[folder / names[len(fingerprints)]] = reason
+            fingerprints.append(sys.intern(fingerprint))  # of millions of files, few differ
+    made_by = Counter(filter(None, fingerprints))
+    if len(made_by) > 1:
+        [(common, _)] = made_by.most_common(1)
+        for name, fingerprint in zip(names, fingerprints, strict=True):
+            if fingerprint not in ("", common):
+                reasons[folder / name] = "was made with other settings than the rest"
+    return reasons
 
 
-def rebuild_indices(folder: Path) -> dict[str, int]:
+def rebuild_indices(folder: Path, read_parts: ReadParts = read_here) -> dict[str, int]:
     """Makes the index of each table anew from its files; returns its rows, by the table's folder.
+
+    Args:
+        folder: the cache's.
+        read_parts: who reads the files.
 
     Raises:
         ProPhyError: no room is left for an index; the one that was there stays.
@@ -89,7 +129,8 @@ def rebuild_indices(folder: Path) -> dict[str, int]:
     for place, schema in tables_of(folder):
         if names := file_names(place):
             table = stored_table(place, names[0], schema)
-            samples[str(place.relative_to(folder))] = len(update_index(table, anew=True))
+            index = update_index(table, ["sample_id"], anew=True, read_parts=read_parts)
+            samples[str(place.relative_to(folder))] = len(index)
         else:
             (place / INDEX).unlink(missing_ok=True)
     return samples
@@ -102,37 +143,40 @@ def tables_of(folder: Path) -> list[tuple[Path, pa.Schema]]:
     return [(cache.priors, PRIORS), *((place, ENCODINGS) for place in encodings)]
 
 
-def _set_damaged_aside(folder: Path, schema: pa.Schema) -> list[str]:
-    """A sentence for each file that is not what its name or its footer says, or not of the same making."""
-    reasons: dict[str, str] = {}
-    fingerprints: dict[str, bytes] = {}
-    for name in file_names(folder):
-        with (folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not name.startswith(digest):
-            reasons[name] = "holds other bytes than its name says"
-        elif schema is not QUARANTINE:
-            try:
-                fingerprints[name] = stored_table(folder, name, schema).footer[b"prophy.fingerprint"]
-            except DamagedFileError as error:
-                reasons[name] = error.reason
-    if fingerprints:
-        [(common, _)] = Counter(fingerprints.values()).most_common(1)
-        for name, fingerprint in fingerprints.items():
-            if fingerprint != common:
-                reasons[name] = "was made with other settings than the rest"
-    return [_set_aside(folder / name, reason) for name, reason in reasons.items()]
+def _check_files(folder: Path, schema: pa.Schema | None, names: list[str]) -> pa.Table:
+    """`_FOUND` of each of the files."""
+    found = [_check_file(folder / name, schema) for name in names]
+    return pa.Table.from_pylist([dict(zip(_FOUND.names, each, strict=True)) for each in found], _FOUND)
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether a file that is not named by its content agrees with its checksums."""
+def _check_file(path: Path, schema: pa.Schema | None) -> tuple[str, str | None]:
+    if schema is not None:
+        with (
+            suppress(DamagedFileError),
+            open_file(path),
+        ):  # refuses what another version wrote, damaged or not
+            pass
+    with reading(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.name.startswith(digest):
+        return "", "holds other bytes than its name says"
+    if schema is None:
+        return "", None
     try:
-        pq.read_table(path, page_checksum_verification=True)
-    except OSError:
+        return stored_table(path.parent, path.name, schema).footer[b"prophy.fingerprint"].decode(), None
+    except DamagedFileError as error:
+        return "", error.reason
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file that is not named by its content agrees with its digest and its checksums."""
+    with reading(path):
+        content = path.read_bytes()
+    if sealed(content) != content:
+        return False
+    try:
+        with open_file(path) as file:
+            file.read()
+    except DamagedFileError:
         return False
     return True
-
-
-def _set_aside(path: Path, reason: str) -> str:
-    path.rename(path.with_name(f"{path.name}.damaged"))
-    return f"{path} {reason}"

@@ -3,26 +3,22 @@
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.caching.progress import show_progress
 from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Item, find_items
 from pipelines.resources import guard, needs_of, room_for
 
-logger = logging.getLogger(__name__)
-
 _VERSION = 1  # raise it when the same clips, videos and models would give other scores
 _ITEMS_PER_FILE = 8
-_LOG_EVERY_S = 30.0  # where there is no terminal to draw a bar on
 
 T = TypeVar("T")
 
@@ -185,24 +181,8 @@ def _execute(
         num_gpus=pool.num_gpus,
     )
     guard(done)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    start = logged = time.monotonic()
-    with Progress(*columns, speed_estimate_period=600) as progress:
-        task = progress.add_task(name, total=len(rows))
-        for count, _ in enumerate(done.iter_rows(), 1):
-            progress.update(task, completed=count)
-            now = time.monotonic()
-            if not progress.console.is_terminal and now - logged > _LOG_EVERY_S:
-                logged = now
-                left_s = (now - start) * (len(rows) - count) / count
-                logger.info("%s: %d/%d batches, about %.0f s left", name, count, len(rows), left_s)
+    for _ in show_progress(done.iter_rows(), name, len(rows), "batches"):
+        pass
 
 
 def _batches(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

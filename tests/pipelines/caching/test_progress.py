@@ -1,6 +1,7 @@
 """A graph that finds no room starts again on what is left; and what the table of stages says."""
 
 import io
+import logging
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,15 @@ from ray.data import ActorPoolStrategy
 from rich.console import Console
 
 from pipelines import resources
-from pipelines.caching.progress import GraphReport, StageReport, complete, execute, print_stages
+from pipelines.caching import progress
+from pipelines.caching.progress import (
+    GraphReport,
+    StageReport,
+    complete,
+    execute,
+    print_stages,
+    show_progress,
+)
 from prophy.errors import ProPhyError
 
 REPORT = GraphReport(
@@ -40,6 +49,17 @@ def test_the_table_names_every_stage() -> None:
     [extract] = [line for line in lines if "ExtractPriors" in line]
     assert "90%" in extract and "36.0" in extract
     assert sum("ReadClip" in line or "WriteRows" in line for line in lines) == 2
+
+
+def test_what_comes_one_by_one_is_passed_on_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_EVERY_S", -1.0)
+    with caplog.at_level(logging.INFO):
+        assert list(show_progress(iter("abc"), "read", 5, "files", step=2)) == [*"abc"]
+    counted = [message.partition(",")[0] for message in caplog.messages]
+    assert counted == ["read: 2/5 files", "read: 4/5 files", "read: 5/5 files"]
+    assert "5/5" in capsys.readouterr().out
 
 
 class Count:
