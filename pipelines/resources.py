@@ -71,7 +71,7 @@ def needs_of(config: Config, work: Work) -> list[Need]:
         return needs
     if work == "serve":
         serve, at_least = config.serve, max(1, config.serve.min_replicas)
-        cpus, gpus = (serve.sequence_parallel * number for number in (serve.num_cpus, serve.num_gpus))
+        cpus, gpus = (serve.processes_per_replica * number for number in (serve.num_cpus, serve.num_gpus))
         return [Need("serve.max_replicas", serve.max_replicas, cpus, gpus, at_least)]
     if work == "generate":
         pool = config.generate.pool

@@ -71,6 +71,15 @@ class ServeConfig(Section):
     many replicas of one GPU make more videos an hour. No GPU has run it yet.
     """
 
+    cfg_parallel: bool = False
+    """Whether a replica is twice as many processes, of which each half computes one pass of guidance.
+
+    A denoising step takes half the time, but for one exchange of predictions, which is less than
+    sequence_parallel sends. A video without guidance (a guidance_scale of at most 1) has one pass, which both
+    halves compute, and is no faster. Step caches go with it but for CogVideoX's first_block, and so does
+    backbone.compile. False by default, as sequence_parallel is 1. No GPU has run it yet.
+    """
+
     num_cpus: NonNegativeFloat = 1.0
     """CPUs that Ray reserves for each process of a replica."""
 
@@ -93,6 +102,11 @@ class ServeConfig(Section):
     """Seconds without work before a replica goes. Loading it again takes minutes, so it stays for ten."""
 
     @property
+    def processes_per_replica(self) -> int:
+        """How many make each video."""
+        return self.sequence_parallel * (2 if self.cfg_parallel else 1)
+
+    @property
     def database_url(self) -> str:
         """The job database's URL, as SQLAlchemy writes it."""
         return self.database or f"sqlite:///{self.output / 'jobs.sqlite'}"
@@ -108,11 +122,12 @@ class ServeConfig(Section):
             raise ValueError(
                 f"min_replicas ({self.min_replicas}) must not exceed max_replicas ({self.max_replicas})"
             )
-        if self.sequence_parallel > 1 and (self.num_gpus not in (0, 1) or not self.num_cpus + self.num_gpus):
+        size = self.processes_per_replica
+        if size > 1 and (self.num_gpus not in (0, 1) or not self.num_cpus + self.num_gpus):
             raise ValueError(
-                f"each of the processes that share a video (sequence_parallel {self.sequence_parallel}) has "
-                f"a GPU of its own or none; set num_gpus ({self.num_gpus:g}) to 1, or to 0 and num_cpus "
-                f"({self.num_cpus:g}) to more"
+                f"each of the {size} processes that share a video (sequence_parallel "
+                f"{self.sequence_parallel}, cfg_parallel {self.cfg_parallel}) has a GPU of its own or none; "
+                f"set num_gpus ({self.num_gpus:g}) to 1, or to 0 and num_cpus ({self.num_cpus:g}) to more"
             )
         if self.database is not None and re.match(r"[^/]*//([^/@:]*:[^@]+@|.*[?&]password=)", self.database):
             raise ValueError("database must not hold a password; put it into PGPASSWORD or ~/.pgpass")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.config import BackboneConfig
+from pipelines.config import BackboneConfig, ServeConfig
 from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.backbones.memory import VaeCost, vae_cost
 from prophy.backbones.pretrained import download, is_hub_id
@@ -15,7 +15,7 @@ class Footprint:
     """Bytes of a GPU that makes one video at a time, and of one that encodes one clip at a time.
 
     Attributes:
-        sequence_parallel: how many GPUs share a served video; each takes what is counted here.
+        processes_per_replica: how many GPUs share a served video; each takes what is counted here.
         num_transformers: how many are held.
         transformers: weights of backbone and branch, as `backbone.offload` and `.storage_dtype` leave them.
         text_encoder: its weights, 0 where they wait in the host's memory; None where their size is not known
@@ -24,7 +24,7 @@ class Footprint:
         denoising: what a step takes beside the weights; an estimate.
     """
 
-    sequence_parallel: int
+    processes_per_replica: int
     num_transformers: int
     transformers: int
     text_encoder: int | None
@@ -47,7 +47,7 @@ def footprint(
     backbone: BackboneConfig,
     vae_config: ModelConfig,
     *,
-    sequence_parallel: int,
+    serve: ServeConfig,
     num_transformers: int,
     num_blocks: int,
     backbone_parameters: int,
@@ -61,7 +61,7 @@ def footprint(
     Args:
         backbone: the configuration.
         vae_config: of the VAE.
-        sequence_parallel: how many GPUs share a served video.
+        serve: how many GPUs share a served video, and how.
         num_transformers: how many there are.
         num_blocks: blocks of one.
         backbone_parameters: parameters of one, without its branch.
@@ -73,7 +73,7 @@ def footprint(
     """
     family = FAMILIES[backbone.family]
     item = getattr(torch, backbone.dtype).itemsize
-    passes = 2 if family.guides_in_one_pass else 1
+    passes = 2 if family.guides_in_one_pass and not serve.cfg_parallel else 1
     shape = (backbone.num_frames, backbone.height, backbone.width)
     weights = backbone_parameters * (1 if backbone.storage_dtype is not None else item)
     branch = branch_parameters * item
@@ -81,7 +81,7 @@ def footprint(
     if backbone.offload == "all":  # a block computes while the next one comes
         held = 2 * weights // num_blocks + branch
     return Footprint(
-        sequence_parallel=sequence_parallel,
+        processes_per_replica=serve.processes_per_replica,
         num_transformers=num_transformers,
         transformers=held,
         text_encoder=0 if backbone.offload != "none" else _text_encoder_bytes(backbone, item),
@@ -89,7 +89,7 @@ def footprint(
         denoising=passes
         * (block_bytes + (num_physical_blocks + 1) * token_bytes)
         * item
-        // (2 * sequence_parallel),
+        // (2 * serve.sequence_parallel),
     )
 
 

@@ -84,17 +84,26 @@ def shape_limits(config: Config) -> ShapeLimits:
 
 
 def check_sharing(config: Config, limits: ShapeLimits) -> None:
-    """Checks that `serve.sequence_parallel` processes can share a video; loads no model.
+    """Checks that the processes of a replica can share a video; loads no model.
 
     Raises:
-        ProPhyError: a step cache, compiled blocks or a model without a branch, or attention heads, the tokens
-            of a video of the configuration's shape or those of a text cannot be shared out.
+        ProPhyError: with `serve.cfg_parallel`, a step cache that looks at both passes of guidance at once; or
+            with `serve.sequence_parallel`, a step cache, compiled blocks or a model without a branch, or
+            attention heads, the tokens of a video of the configuration's shape or those of a text cannot be
+            shared out.
     """
     backbone, number = config.backbone, config.serve.sequence_parallel
+    family, step_cache = FAMILIES[backbone.family], config.sampling.step_cache
+    if config.serve.cfg_parallel and family.guides_in_one_pass and step_cache.first_block is not None:
+        raise ProPhyError(
+            f"sampling.step_cache.first_block looks at both passes of {backbone.family}'s guidance at once, "
+            f"and with serve.cfg_parallel each process sees one; leave the step cache out, or set the other "
+            f"to false"
+        )
     if number == 1:
         return
     chosen = f"serve.sequence_parallel is {number}"
-    if config.sampling.step_cache != StepCache():
+    if step_cache != StepCache():
         raise ProPhyError(
             f"{chosen}, and processes that share a video would skip other steps each; leave "
             f"sampling.step_cache out, or set the other to 1"
@@ -109,7 +118,6 @@ def check_sharing(config: Config, limits: ShapeLimits) -> None:
             f"{chosen}, and processes share videos of a model with a branch alone; name a checkpoint, or set "
             f"it to 1"
         )
-    family = FAMILIES[backbone.family]
     _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
     num_tokens = limits.num_tokens(backbone.num_frames, backbone.height, backbone.width)
     if reason := family.unshareable(number, num_tokens, backbone.max_sequence_length, transformer):

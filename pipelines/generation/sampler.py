@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from PIL import Image
+from torch.distributed.device_mesh import DeviceMesh
 
 from pipelines.config import Config, StepCache
 from pipelines.generation.spec import (
@@ -28,11 +29,13 @@ from pipelines.generation.spec import (
     VideoResult,
     VideoSpec,
 )
+from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.placement import Placement
 from prophy.backbones.pretrained import takes_images
 from prophy.device import autocast, check_device, default_device, has_bfloat16, is_out_of_memory
 from prophy.errors import ProPhyError
+from prophy.generation.cfg_parallel import one_pass_each
 from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.images import fit_image, read_image
 from prophy.models.acceleration import accelerate, check_attention
@@ -55,13 +58,13 @@ class VideoSampler:
 
     Args:
         config: names the backbone and, if there is one, the checkpoint of the Physical Branch.
-        num_processes: how many `share` each video.
+        sequence_parallel: how many processes will `share` the tokens of each video.
 
     Raises:
         ProPhyError: the checkpoint was trained on another backbone.
     """
 
-    def __init__(self, config: Config, num_processes: int = 1) -> None:
+    def __init__(self, config: Config, sequence_parallel: int = 1) -> None:
         backbone = config.backbone
         if backbone.offload == "all" and _diffusers_cache(config.sampling.step_cache) is not None:
             raise ProPhyError(
@@ -79,8 +82,9 @@ class VideoSampler:
         self._device = default_device()
         computes_in = self._autocast if has_bfloat16(self._device) else None
         dtype = getattr(torch, computes_in or backbone.dtype)
-        check_attention(backbone.attention, self._device, dtype, trains=False, shares=num_processes > 1)
-        self._num_processes = num_processes
+        check_attention(backbone.attention, self._device, dtype, trains=False, shares=sequence_parallel > 1)
+        self._sequence_parallel = sequence_parallel
+        self._guidance: DeviceMesh | None = None
         self._pipeline: Any = load_pipeline(
             backbone.family,
             backbone.pretrained,
@@ -95,21 +99,31 @@ class VideoSampler:
         self._images = takes_images(backbone.family, backbone.pretrained, backbone.revision)
         self.embed = lru_cache(CACHED_PROMPTS)(self._embed)
 
-    def share(self) -> None:
-        """Has the processes of torch's default group make each video together, from now on.
+    def share(self, mesh: DeviceMesh) -> None:
+        """Has several processes make each video together, from now on.
 
-        Every one is called with the same arguments, in the same order, and gets the same frames.
+        Every one is called with the same arguments, in the same order, and gets the same frames. The maps are
+        those of the processes whose place in "guidance" is 0.
+
+        Args:
+            mesh: of the dimensions "guidance", 2 where each half computes one pass of guidance and else 1;
+                "ring", 1; and "ulysses", the processes that share tokens.
 
         Raises:
-            ProPhyError: a transformer has no branch, or cannot be shared by so many.
+            ProPhyError: a transformer has no branch, or so many cannot share its tokens.
         """
+        if mesh["guidance"].size() > 1:
+            self._guidance = mesh["guidance"]
+        if self._sequence_parallel == 1:
+            return
         for transformer in self._pipeline.transformers:
             if not isinstance(transformer, PhysicsTransformer):
                 raise ProPhyError(
-                    f"{self._num_processes} processes cannot share the work of a transformer without a "
+                    f"{self._sequence_parallel} processes cannot share the tokens of a transformer without a "
                     f"branch; set serve.sequence_parallel to 1"
                 )
-            transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self._num_processes))
+            parallel = ContextParallelConfig(ulysses_degree=self._sequence_parallel, mesh=mesh)
+            transformer.enable_parallelism(config=parallel)
 
     def warm_up(self, limits: ShapeLimits) -> None:
         """Makes a video in few steps, with guidance and VAE, so that a model that cannot run says so now.
@@ -122,7 +136,7 @@ class VideoSampler:
         allowed = num_frames <= limits.max_num_frames and height * width <= limits.max_pixels
         if self._device.type == "cpu" or not allowed:
             # Wide enough for every process to have a token.
-            width = limits.width_multiple * self._num_processes
+            width = limits.width_multiple * self._sequence_parallel
             num_frames, height = 1, limits.height_multiple
         self.sample(
             VideoSpec(
@@ -216,11 +230,21 @@ class VideoSampler:
         if self._images == "always" and not images:
             raise ProPhyError("this model makes videos of images alone; give one to begin with")
         pipeline, given = self._with(images, spec) if images else (self._pipeline, {})
-        with autocast(self._device, self._autocast), self._caching_steps(spec.step_cache):
+        prompts, negatives = [spec.prompt for spec in specs], [spec.negative_prompt for spec in specs]
+        # Without guidance there is one pass, which all processes compute.
+        guidance = self._guidance if spec.guidance_scale > 1 else None
+        if guidance is not None and guidance.get_local_rank() == 1:
+            prompts, negatives = negatives, prompts
+        in_one_pass = FAMILIES[self._backbone.family].guides_in_one_pass
+        with (
+            autocast(self._device, self._autocast),
+            self._caching_steps(spec.step_cache),
+            one_pass_each(pipeline.transformers, guidance, in_one_pass),
+        ):
             output = pipeline(
                 **given,
-                **_concatenate([self.embed(spec.prompt) for spec in specs]),
-                **_concatenate([self.embed(spec.negative_prompt) for spec in specs], "negative_"),
+                **_concatenate([self.embed(prompt) for prompt in prompts]),
+                **_concatenate([self.embed(negative) for negative in negatives], "negative_"),
                 height=spec.height,
                 width=spec.width,
                 num_frames=spec.num_frames,

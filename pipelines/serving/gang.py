@@ -1,7 +1,7 @@
 """Several processes that share each video of a replica: the replica is the first, Ray actors are the others.
 
 The actors are placed in the replica's own placement group, and end with it. Every process holds the model
-and makes every video, but computes a share of its tokens (`VideoSampler.share`). None waits for another
+and makes every video, but computes a share of its work (`VideoSampler.share`). None waits for another
 outside of a call, and inside of one at most `PATIENCE`: then it fails, and with it the whole replica.
 """
 
@@ -15,11 +15,14 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.exceptions import ActorDiedError, RayError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-from pipelines.config import Config
+from pipelines.config import Config, ServeConfig
 from pipelines.generation.sampler import VideoSampler, new_trace
 from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
 from pipelines.serving.replica import GangError
+from prophy.device import default_device
 from prophy.errors import ProPhyError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ class _StoppedError(Exception):
 
 
 class Gang(VideoSampler):
-    """Makes videos that `serve.sequence_parallel` processes share, this one the first.
+    """Makes videos that `serve.processes_per_replica` processes share, this one the first.
 
     Args:
         config: the run.
@@ -46,16 +49,16 @@ class Gang(VideoSampler):
     """
 
     def __init__(self, config: Config) -> None:
-        settings, number = config.serve, config.serve.sequence_parallel
+        settings = config.serve
         actor = ray.remote(Follower).options(
             num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, max_concurrency=2
         )
-        self._followers: list[Any] = [actor.remote(config) for _ in range(number - 1)]
-        super().__init__(config, number)
+        self._followers: list[Any] = [actor.remote(config) for _ in range(settings.processes_per_replica - 1)]
+        super().__init__(config, settings.sequence_parallel)
         ray.get([follower.__ray_ready__.remote() for follower in self._followers])  # they have the model too
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         joining = [follower.join.remote(store.port, rank) for rank, follower in enumerate(self._followers, 1)]
-        _join(self, store, 0, number)
+        _join(self, settings, store, 0)
         ray.get(joining)
 
     def warm_up(self, limits: ShapeLimits) -> None:
@@ -127,12 +130,12 @@ class Follower:
     """
 
     def __init__(self, config: Config) -> None:
-        self._number = config.serve.sequence_parallel
-        self._sampler = VideoSampler(config, self._number)
+        self._settings = config.serve
+        self._sampler = VideoSampler(config, self._settings.sequence_parallel)
 
     def join(self, port: int, rank: int) -> None:
         """Meets the others at a port of this node."""
-        _join(self._sampler, dist.TCPStore("127.0.0.1", port), rank, self._number)
+        _join(self._sampler, self._settings, dist.TCPStore("127.0.0.1", port), rank)
 
     def warm_up(self, limits: ShapeLimits) -> None:
         """As `VideoSampler.warm_up`."""
@@ -166,9 +169,13 @@ def _obey(progress: float) -> None:
         raise _StoppedError
 
 
-def _join(sampler: VideoSampler, store: dist.Store, rank: int, number: int) -> None:
-    """Puts this process into a group of `number`, in which `sampler` then shares its videos."""
+def _join(sampler: VideoSampler, settings: ServeConfig, store: dist.Store, rank: int) -> None:
+    """Puts this process into the group of a replica, in which `sampler` then shares its videos."""
     # On GPUs too, what one says to all goes by gloo: it waits for no kernel.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=number, timeout=PATIENCE)
-    sampler.share()
+    size = settings.processes_per_replica
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    shape, names = (1 + settings.cfg_parallel, 1, settings.sequence_parallel), ("guidance", "ring", "ulysses")
+    sampler.share(init_device_mesh(default_device().type, shape, mesh_dim_names=names))
+    for group in _world.pg_map:  # by default those of a mesh wait for half an hour
+        _set_pg_timeout(PATIENCE, group)

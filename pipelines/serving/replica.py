@@ -25,7 +25,7 @@ class GangError(Exception):
 class VideoGenerator:
     """Holds the model and makes one video at a time. It exists once a first forward pass has run.
 
-    Where `serve.sequence_parallel` processes share its videos, it is the first of them.
+    Where `serve.processes_per_replica` processes share its videos, it is the first of them.
 
     Args:
         config: the run.
@@ -37,7 +37,7 @@ class VideoGenerator:
         from pipelines.generation.sampler import VideoSampler
 
         sampler: type[VideoSampler] = VideoSampler
-        if config.serve.sequence_parallel > 1:
+        if config.serve.processes_per_replica > 1:
             from pipelines.serving.gang import Gang  # Ray
 
             sampler = Gang

@@ -220,11 +220,11 @@ def build_app(config: Config) -> serve.Application:
 
 def _gang_options(settings: ServeConfig) -> dict[str, Any]:
     """Has Ray reserve what all processes of a replica need, on one node, and all at once."""
-    if settings.sequence_parallel == 1:
+    if settings.processes_per_replica == 1:
         return {}
     bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
     return {
-        "placement_group_bundles": [bundle] * settings.sequence_parallel,
+        "placement_group_bundles": [bundle] * settings.processes_per_replica,
         "placement_group_strategy": "STRICT_PACK",
     }
 

@@ -180,9 +180,8 @@ def _print_footprint(parts: Footprint, gpu_memory: float, price: float | None) -
     vae, text = parts.vae, parts.text_encoder
     text_gb = "of unknown size" if text is None else _gb(text)
     hours = 1000 * vae.encode_flops / _ASSUMED_FLOPS / 3600
-    shared = (
-        f", on each of {parts.sequence_parallel} that share a video" if parts.sequence_parallel > 1 else ""
-    )
+    size = parts.processes_per_replica
+    shared = f", on each of {size} that share a video" if size > 1 else ""
     held = "transformer" if parts.num_transformers == 1 else "two transformers, each with a branch,"
     encodes, serves = (
         f"{_gb(value)} GB of a GPU ({'fits' if value <= USABLE * gpu_memory else 'does not fit'})"
@@ -264,7 +263,7 @@ def make_plan(config: Config) -> Plan:
         footprint=footprint(
             backbone,
             vae,
-            sequence_parallel=config.serve.sequence_parallel,
+            serve=config.serve,
             num_transformers=len(family.experts(pipeline_config)),
             num_blocks=transformer.config.num_layers,
             backbone_parameters=size.backbone,

@@ -57,8 +57,11 @@ def test_an_evaluation_on_a_gpu_has_one_of_its_own(tmp_path: Path) -> None:
 
 
 def test_processes_that_share_a_video_are_on_one_node(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "serve.sequence_parallel=4", "serve.num_gpus=1", "serve.num_cpus=0.5")
+    each = ("serve.num_gpus=1", "serve.num_cpus=0.5")
+    config = tiny_config(tmp_path, "serve.sequence_parallel=4", *each)
     assert needs_of(config, "serve") == [Need("serve.max_replicas", 2, 2.0, 4.0)]
+    config = tiny_config(tmp_path, "serve.sequence_parallel=4", "serve.cfg_parallel=true", *each)
+    assert needs_of(config, "serve") == [Need("serve.max_replicas", 2, 4.0, 8.0)]
 
 
 @pytest.mark.heavy

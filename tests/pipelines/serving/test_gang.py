@@ -4,7 +4,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipelines.serving.errors import ApiError
 from pipelines.serving.protocol import VideoRequest
 from pipelines.serving.replica import VideoGenerator
 from prophy.errors import ProPhyError
+from tests.cogvideox import write_pipeline
 from tests.conftest import tiny_config
 from tests.servers import (
     LIMITS,
@@ -40,9 +41,9 @@ VIDEO = {"prompt": PROMPT, "seed": 3, "seconds": "1", "num_inference_steps": 3}
 KNOBS = {"physics": {"scale": 1.5, "strength": {"collision": 3.0}, "return_maps": True}}
 
 
-def shared_by(number: int, folder: Path, checkpoint: Path) -> Config:
+def shared_by(how: str, folder: Path, checkpoint: Path) -> Config:
     """In float32: in bfloat16 the order of a sum is seen in the video."""
-    return serve_config(folder, checkpoint, "backbone.autocast=null", f"serve.sequence_parallel={number}")
+    return serve_config(folder, checkpoint, "backbone.autocast=null", how)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Of a server whose replica is one process."""
-    config = shared_by(1, tmp_path_factory.mktemp("alone"), checkpoint)
+    config = shared_by("serve.sequence_parallel=1", tmp_path_factory.mktemp("alone"), checkpoint)
     generate = VideoGenerator(config, shape_limits(config)).generate
     with http_server(config, generate) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
@@ -61,10 +62,14 @@ def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def shared(
-    ray_cluster: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    ray_cluster: None,
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[httpx.Client]:
-    """Of a server whose replica is two processes."""
-    config = shared_by(2, tmp_path_factory.mktemp("shared"), checkpoint)
+    """Of a server whose replica is two processes, which share tokens if a test asks for nothing else."""
+    how = getattr(request, "param", "serve.sequence_parallel=2")
+    config = shared_by(how, tmp_path_factory.mktemp("shared"), checkpoint)
     with serve.serving(config) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
     until(lambda: not processes(FOLLOWER), "no process is left")
@@ -94,8 +99,8 @@ def check_same(frames: np.ndarray, ours: np.ndarray) -> None:
     assert difference.max() <= 16 and difference.mean() < 0.1
 
 
-def test_two_processes_serve_the_video_of_one(alone: httpx.Client, shared: httpx.Client) -> None:
-    """But for what compression makes of rounding: tokens are summed in another order."""
+def check_same_video_and_maps(alone: httpx.Client, shared: httpx.Client) -> None:
+    """But for what compression makes of rounding."""
     ids = [submit(client, **VIDEO, **KNOBS) for client in (alone, shared)]
     frames, ours = (
         frames_of(client, video_id) for client, video_id in zip((alone, shared), ids, strict=True)
@@ -108,6 +113,11 @@ def test_two_processes_serve_the_video_of_one(alone: httpx.Client, shared: httpx
     )
     assert maps.keys() == our_maps.keys()
     assert all(np.abs(np.subtract(maps[name], our_maps[name])).max() < 1e-3 for name in maps)
+
+
+def test_two_processes_serve_the_video_of_one(alone: httpx.Client, shared: httpx.Client) -> None:
+    """Tokens are summed in another order."""
+    check_same_video_and_maps(alone, shared)
 
 
 def test_two_processes_begin_with_the_image_of_a_request(alone: httpx.Client, shared: httpx.Client) -> None:
@@ -166,6 +176,19 @@ def test_a_killed_process_of_an_idle_replica_is_replaced(shared: httpx.Client) -
     assert len(processes(FIRST)) == len(processes(FOLLOWER)) == 1
 
 
+@pytest.mark.parametrize("shared", ["serve.cfg_parallel=true"], indirect=True)
+def test_two_processes_compute_one_pass_of_guidance_each(alone: httpx.Client, shared: httpx.Client) -> None:
+    """Also after a video that was deleted, and of a video without guidance, which has one pass."""
+    check_same_video_and_maps(alone, shared)
+    doomed = submit(shared, **LONG)
+    wait(shared, doomed, progress=1)
+    shared.delete(f"/v1/videos/{doomed}").raise_for_status()
+    for scale in (1.0, 4.0):
+        video = VIDEO | {"guidance_scale": scale}
+        check_same(*(frames_of(client, submit(client, **video)) for client in (alone, shared)))
+    assert len(processes(FIRST)) == len(processes(FOLLOWER)) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -183,6 +206,21 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(
         check_sharing(config, shape_limits(config))
 
 
+def test_a_step_cache_that_looks_at_both_passes_of_guidance_is_refused(tmp_path: Path) -> None:
+    family, backbone = "backbone.family=cogvideox", write_pipeline(tmp_path / "cogvideox")
+    for step_cache, refused in (("first_block=0.1", True), ("taylorseer=2", False)):
+        config = tiny_config(
+            tmp_path,
+            family,
+            f"backbone.pretrained={backbone}",
+            "checkpoint=null",
+            "serve.cfg_parallel=true",
+            f"sampling.step_cache.{step_cache}",
+        )
+        with pytest.raises(ProPhyError, match="first_block looks at both") if refused else nullcontext():
+            check_sharing(config, shape_limits(config))
+
+
 def test_a_video_whose_tokens_cannot_be_shared_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "serve.sequence_parallel=8")
     limits = LIMITS.model_copy(update={"sequence_parallel": 8})
@@ -193,6 +231,7 @@ def test_a_video_whose_tokens_cannot_be_shared_is_refused_when_it_is_asked_for(t
 
 
 def test_processes_that_share_a_video_have_one_gpu_each(tmp_path: Path) -> None:
-    for overrides in (["serve.num_gpus=0.5"], ["serve.num_gpus=2"], ["serve.num_cpus=0"]):
-        with pytest.raises(ProPhyError, match="a GPU of its own or none"):
-            tiny_config(tmp_path, "serve.sequence_parallel=2", *overrides)
+    for how in ("serve.sequence_parallel=2", "serve.cfg_parallel=true"):
+        for override in ("serve.num_gpus=0.5", "serve.num_gpus=2", "serve.num_cpus=0"):
+            with pytest.raises(ProPhyError, match="each of the 2 processes .* a GPU of its own or none"):
+                tiny_config(tmp_path, how, override)

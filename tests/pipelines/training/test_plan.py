@@ -90,6 +90,11 @@ def test_gpus_that_share_a_video_share_what_a_step_takes() -> None:
     )
     assert shared.denoising == alone.denoising // 2 > 0
     assert shared.transformers == alone.transformers and shared.vae == alone.vae
+    guided, apart = (
+        make_plan(load_config("cogvideox-2b", [f"serve.cfg_parallel={value}"])).footprint
+        for value in ("false", "true")
+    )
+    assert apart.denoising == guided.denoising // 2 and apart.processes_per_replica == 2
 
 
 @pytest.mark.heavy
