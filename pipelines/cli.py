@@ -501,7 +501,8 @@ def main() -> None:
     )
     for name in ("pipelines", "prophy"):
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "aiobotocore", "botocore"):  # each request, and where S3's credentials were found
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Whatever loads diffusers loads DeepSpeed, whose first word on a laptop is a warning that it has no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     # Workers inherit it: no bar for each file that a library loads.

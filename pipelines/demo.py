@@ -71,7 +71,7 @@ def run(config: Config) -> Path:
             "leave it out, or set it to a folder"
         )
     watch = Stopwatch()
-    trained = config.model_copy(update={"checkpoint": RunFolder(config.run_dir).model})
+    trained = config.model_copy(update={"checkpoint": str(RunFolder(config.run_dir).model)})
     with ray_session(config):
         with watch.step("simulate: physics clips with exact masks"):
             manifest = simulate.run(config)

@@ -40,6 +40,7 @@ LAYERS = {
             "errors",
             "hashing",
             "sheets",
+            "stores",
         ),
     ),
     "pipelines": (
@@ -53,7 +54,7 @@ LAYERS = {
         ("sandbox",),
         ("runtime", "resources", "metrics"),
         ("config",),
-        ("layout", "pictures", "stores"),
+        ("layout", "pictures"),
     ),
 }
 """Beginnings of module names, topmost first; the longest that fits counts."""

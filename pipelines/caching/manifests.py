@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 
 from pipelines.caching.list_files import SUFFIXES, Row, Rows, read_rows
 from pipelines.caching.video_files import find_files, gathered, sources_of
-from pipelines.stores import open_store
 from prophy.errors import ProPhyError
 from prophy.schema import PRIORS, SOURCE
+from prophy.stores import open_store
 from prophy.taxonomy import parse_phenomena, parse_phenomenon
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from pipelines.caching.manifests import VIDEOS, Input, read_manifest
 from pipelines.caching.stages import CLIPS, SOURCES
 from pipelines.caching.video_files import UNREADABLE, find_files, once_each
-from pipelines.stores import asking, open_store
 from prophy.errors import ProPhyError
 from prophy.schema import MANIFEST, PRIORS, CacheInput
+from prophy.stores import asking, open_store
 from prophy.video import SUFFIXES, clip_spans
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec import AbstractFileSystem
 
-from pipelines.stores import asking, open_store
 from prophy.schema import SOURCE
+from prophy.stores import asking, open_store
 from prophy.video import SUFFIXES, VideoError
 
 _MODIFIED_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")  # one per kind of store

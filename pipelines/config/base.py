@@ -41,7 +41,7 @@ def _no_url(location: object) -> object:
 
 
 def folder_or_s3(location: str) -> str:
-    """A place where files may be written, in full.
+    """A folder or a place in S3, in full.
 
     Raises:
         ValueError: it is a URL of something else than S3.
@@ -55,12 +55,13 @@ def folder_or_s3(location: str) -> str:
     return location.rstrip("/")
 
 
-def _absolute_folder(name: str) -> str:
-    return _absolute(name) if name != EMBEDDED and Path(name).is_dir() else name
+def _pretrained(name: str) -> str:
+    is_place = "://" in name or (name != EMBEDDED and Path(name).is_dir())
+    return folder_or_s3(name) if is_place else name
 
 
-def _branch_folder(name: object) -> object:
-    return bundled("branch") if name == EMBEDDED else name
+def _branch(name: str) -> str:
+    return str(bundled("branch")) if name == EMBEDDED else folder_or_s3(name)
 
 
 def _taxonomy(name: str) -> str:
@@ -76,10 +77,8 @@ def _taxonomy(name: str) -> str:
 LocalPath = Annotated[Path, BeforeValidator(_no_url), AfterValidator(_absolute_path)]
 Location = Annotated[str, AfterValidator(_absolute)]
 FolderOrS3 = Annotated[str, AfterValidator(folder_or_s3)]
-Pretrained = Annotated[str, AfterValidator(_absolute_folder)]
-BranchFolder = Annotated[
-    Path, BeforeValidator(_no_url), BeforeValidator(_branch_folder), AfterValidator(_absolute_path)
-]
+Pretrained = Annotated[str, AfterValidator(_pretrained)]
+BranchFolder = Annotated[str, AfterValidator(_branch)]
 TaxonomyName = Annotated[str, AfterValidator(_taxonomy)]
 
 

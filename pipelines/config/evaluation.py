@@ -33,7 +33,7 @@ class Contestant(Section):
     """A model with its knobs."""
 
     checkpoint: BranchFolder | None = None
-    """A trained branch or adapter: a folder that `prophy train` or `export` wrote, or a run_dir.
+    """A trained branch or adapter: a folder, also in S3, that `prophy train` or `export` wrote, or a run_dir.
 
     Of a run_dir it is its `model`, or the newest checkpoint while it trains. 'tiny' is the embedded branch,
     null the backbone alone.

@@ -29,7 +29,7 @@ class BackboneConfig(Section):
     """Which classes the backbone is made of: an entry of prophy/backbones, or of another package."""
 
     pretrained: Pretrained
-    """Hub id or folder of a diffusers pipeline; 'tiny' is the embedded one."""
+    """Hub id or folder, also in S3, of a diffusers pipeline; 'tiny' is the embedded one."""
 
     revision: str | None = None
     """Commit, branch or tag on the hub. Null is the newest when a run begins; the run then keeps it."""
@@ -106,7 +106,7 @@ class VlmConfig(Section):
     """The vision-language model that teaches: what it sees, and which of its attention is kept."""
 
     pretrained: Pretrained
-    """Hub id or folder of the vision-language model; 'tiny' is the embedded one."""
+    """Hub id or folder, also in S3, of the vision-language model; 'tiny' is the embedded one."""
 
     revision: str | None = None
     """Commit, branch or tag on the hub. Null is the newest when a run begins."""

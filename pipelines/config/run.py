@@ -63,8 +63,9 @@ class Config(Section):
     checkpoint: BranchFolder | None = None
     """Folder of a trained branch, for serve and generate: what `prophy train` or `prophy export` wrote.
 
-    'tiny' is the embedded one, null the bare backbone. Of a backbone with two transformers, it is that of one
-    of them, or of both (`prophy export --with`).
+    'tiny' is the embedded one, null the bare backbone. Of a place in S3, such as s3://bucket/model, each node
+    that loads it makes a copy in PROPHY_HOME. Of a backbone with two transformers, it is the branch of one of
+    them, or of both (`prophy export --with`).
     """
 
     taxonomy: TaxonomyName = "wisa"

@@ -35,7 +35,10 @@ class TrainConfig(Section):
     """Training of the branch with Ray Train and DeepSpeed."""
 
     start_from: BranchFolder | None = None
-    """Folder of a trained branch to go on from; 'tiny' is the embedded one, null starts a new branch."""
+    """Folder of a trained branch, also in S3, to go on from; 'tiny' is the embedded one.
+
+    Null starts a new branch.
+    """
 
     expert: ExpertName | None = None
     """Which transformer of a backbone with two is trained (Wan2.2-A14B): that for high noise, or for low.

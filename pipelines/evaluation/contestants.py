@@ -11,6 +11,7 @@ from pipelines.layout import RunFolder
 from prophy.backbones.pretrained import encoders_fingerprint, load_experts, takes_images
 from prophy.errors import ProPhyError
 from prophy.models.description import phenomena_of
+from prophy.models.stored import is_in_s3, local_folder
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
         backbone = backbone.model_copy(update={"pretrained": contestant.pretrained, "revision": None})
     checkpoint = contestant.checkpoint
     try:
-        if checkpoint is not None:
-            checkpoint = _model_of(checkpoint, config.evaluate.output)
+        if checkpoint is not None and not is_in_s3(checkpoint):
+            checkpoint = str(_model_of(Path(checkpoint), config.evaluate.output))
         own = config.model_copy(update={"backbone": backbone, "checkpoint": checkpoint})
         if takes_images(backbone.family, backbone.pretrained, backbone.revision) == "always":
             raise ProPhyError(
@@ -82,7 +83,7 @@ def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
         if checkpoint is None and contestant.pretrained is None and spec != PhysicsSpec():
             raise ProPhyError("it has knobs of a branch and no branch; give it a checkpoint")
         if checkpoint is not None:
-            _check_strengths(spec, phenomena_of(checkpoint))
+            _check_strengths(spec, phenomena_of(local_folder(checkpoint)))
     except ProPhyError as error:
         raise ProPhyError(f"the contestant {name!r} of evaluate.contestants: {error}") from None
     return Entrant(

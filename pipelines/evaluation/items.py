@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from pipelines.caching.list_files import SUFFIXES, read_rows
 from pipelines.caching.video_files import sources_of
 from pipelines.config import Config
-from pipelines.stores import open_store
 from prophy.errors import ProPhyError
+from prophy.stores import open_store
 from prophy.training.cache import PriorCache
 
 logger = logging.getLogger(__name__)

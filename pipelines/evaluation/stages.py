@@ -18,6 +18,7 @@ from pipelines.config import Config, VideoLimits
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Clip, Item
 from pipelines.evaluation.tables import score, whole_file, write_scores
+from pipelines.generation.limits import check_same_model
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.placement import Placement
@@ -28,6 +29,7 @@ from prophy.evaluation.denoising import Answer, Denoiser, Question, bare_branch
 from prophy.evaluation.localization import discrimination_auroc, localization_auroc, mask_on_grid
 from prophy.models.control import PhysicsControl
 from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.models.stored import local_folder
 from prophy.priors.grounding import make_targets
 from prophy.sandbox import SCENES, Law, Part, SimulatedClip, play_parts
 from prophy.training.cache import PriorCache
@@ -240,14 +242,20 @@ class DenoiseItems:
 
 
 def load_denoiser(entrant: Entrant, batch_size: int) -> Denoiser:
-    """The transformer of a contestant, without its encoders."""
+    """The transformer of a contestant, without its encoders.
+
+    Raises:
+        ProPhyError: another model lies there by now.
+    """
+    check_same_model(entrant.config, entrant.model)
+    checkpoint = entrant.config.checkpoint
     backbone, family = entrant.config.backbone, FAMILIES[entrant.config.backbone.family]
     pipeline = load_pipeline(
         backbone.family,
         backbone.pretrained,
         backbone.revision,
         getattr(torch, backbone.dtype),
-        entrant.config.checkpoint,
+        None if checkpoint is None else local_folder(checkpoint),
         Placement(default_device()),
         **dict.fromkeys(family.encoders),
     )

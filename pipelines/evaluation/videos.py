@@ -10,6 +10,7 @@ from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.requests import requests_of, unit_of
 from pipelines.evaluation.tables import score, whole_file, write_scores
+from pipelines.generation.limits import check_same_model
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import VideoSpec
 from prophy.evaluation.generated import Request
@@ -39,6 +40,7 @@ class MakeVideos:
         entrant = self._entrants[row["entrant"]]
         if self._held is None or self._held[0] != entrant.model:
             self._held = None  # before the next is loaded
+            check_same_model(entrant.config, entrant.model)
             self._held = entrant.model, VideoSampler(entrant.config)
         specs = [VideoSpec.model_validate_json(spec) for spec in row["specs"]]
         films = self._held[1].sample_batch(specs)

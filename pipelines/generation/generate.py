@@ -15,16 +15,16 @@ from typing import TypeVar
 import ray.data
 
 from pipelines.config import Config
-from pipelines.generation.limits import check_model, model_fingerprint, shape_limits
+from pipelines.generation.limits import check_model, check_same_model, model_fingerprint, shape_limits
 from pipelines.generation.output import open_output
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
 from pipelines.resources import guard, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
-from pipelines.stores import open_store
 from prophy.errors import ProPhyError
 from prophy.images import read_image
 from prophy.sheets import film_sheet
+from prophy.stores import open_store
 from prophy.video import read_frames, write_video
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,14 @@ class GenerateVideos:
 
     Args:
         config: the run.
+        model: its fingerprint, after which the videos are named.
+
+    Raises:
+        ProPhyError: another model lies there by now.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, model: str) -> None:
+        check_same_model(config, model)
         from pipelines.generation.sampler import VideoSampler  # torch and diffusers: of no use to the driver
 
         self._sampler = VideoSampler(config)
@@ -113,7 +118,7 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
     logger.info("%d of %d videos are already there", len(names) - len(missing), len(names))
     if missing:
         with ray_session(config):
-            _generate(config, missing)
+            _generate(config, model, missing)
     made = dict(zip(names, specs, strict=True))
     output.change(MANIFEST, lambda lines: _with_lines_of(made, lines))
     return [f"{config.generate.output}/{name}" for name in names]
@@ -209,11 +214,12 @@ def _digest(video: VideoSpec, model: str) -> str:
     return hashlib.sha256(f"{model} {video.model_dump_json()}".encode()).hexdigest()[:16]
 
 
-def _generate(config: Config, videos: list[tuple[str, str, str]]) -> None:
+def _generate(config: Config, model: str, videos: list[tuple[str, str, str]]) -> None:
     """One block per batch: every actor of the pool has work, and each batch is reported when it is there.
 
     Args:
         config: the run.
+        model: its fingerprint.
         videos: specification, name, and path of the image of each, empty where none has one.
     """
     pool, size = config.generate.pool, config.generate.batch_size
@@ -222,7 +228,7 @@ def _generate(config: Config, videos: list[tuple[str, str, str]]) -> None:
     [room] = room_for(needs_of(config, "generate"))
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         GenerateVideos,  # type: ignore[arg-type]  # Ray's annotation knows functions only
-        fn_constructor_args=(config,),
+        fn_constructor_args=(config, model),
         compute=ray.data.ActorPoolStrategy(size=min(room, len(rows))),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,

@@ -15,6 +15,7 @@ from prophy.backbones.pretrained import (
 )
 from prophy.errors import ProPhyError
 from prophy.models.description import phenomena_of
+from prophy.models.stored import local_folder
 
 PIPELINE_MULTIPLE = 16  # diffusers' pipelines refuse other sizes, even where VAE and patches would do with 8
 
@@ -43,7 +44,7 @@ def check_model(config: Config) -> None:
             f"to null"
         )
     if config.checkpoint is not None:
-        check_checkpoint(config.checkpoint, backbone.pretrained, backbone.revision)
+        check_checkpoint(local_folder(config.checkpoint), backbone.pretrained, backbone.revision)
 
 
 def model_fingerprint(config: Config) -> str:
@@ -54,10 +55,27 @@ def model_fingerprint(config: Config) -> str:
     """
     parts = [fingerprint(config.backbone.pretrained, config.backbone.revision)]
     if config.checkpoint is not None:
-        parts.append(fingerprint(str(config.checkpoint), None))
+        parts.append(fingerprint(config.checkpoint, None))
     if config.backbone.storage_dtype is not None:
         parts.append(config.backbone.storage_dtype)
     return " ".join(parts)
+
+
+def check_same_model(config: Config, began_with: str) -> None:
+    """Checks that a worker finds the model with which its command began.
+
+    Args:
+        config: the run.
+        began_with: fingerprint of that model.
+
+    Raises:
+        ProPhyError: another one lies there by now.
+    """
+    if model_fingerprint(config) != began_with:
+        checkpoint = "" if config.checkpoint is None else f", or {config.checkpoint},"
+        raise ProPhyError(
+            f"{config.backbone.pretrained}{checkpoint} has changed since this command began; run it again"
+        )
 
 
 def shape_limits(config: Config) -> ShapeLimits:
@@ -127,7 +145,7 @@ def check_sharing(config: Config, limits: ShapeLimits) -> None:
 def _phenomena(config: Config) -> tuple[str, ...]:
     """Names, in their order, of the branch; a complete export brings its own along."""
     if config.checkpoint is not None:
-        return tuple(phenomena_of(config.checkpoint))
+        return tuple(phenomena_of(local_folder(config.checkpoint)))
     backbone = config.backbone
     own = branch_configs(backbone.family, backbone.pretrained, backbone.revision)
     return tuple(own[0]["phenomena"]) if own else ()

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.config import is_url
-from pipelines.stores import asking, open_store
 from prophy.errors import ProPhyError
+from prophy.stores import asking, open_store
 
 _ONE_PUT_BYTES = 5 << 30  # S3's own limit; s3fs would cut into parts, which have no conditions
 _CHANGES_AT_ONCE = 20

@@ -41,6 +41,7 @@ from prophy.images import fit_image, read_image
 from prophy.models.acceleration import accelerate, check_attention
 from prophy.models.control import PhysicsControl, PhysicsTrace
 from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.models.stored import local_folder
 from prophy.video import write_video
 
 CACHED_PROMPTS = 32  # encoded texts kept on the device, 4 MB each at Wan's 512 tokens of 4096 numbers
@@ -90,7 +91,7 @@ class VideoSampler:
             backbone.pretrained,
             backbone.revision,
             getattr(torch, backbone.dtype),
-            config.checkpoint,
+            None if config.checkpoint is None else local_folder(config.checkpoint),
             Placement(self._device, backbone.offload, backbone.storage_dtype and torch.float8_e4m3fn),
         )
         self._pipeline.set_progress_bar_config(disable=True)

@@ -126,7 +126,7 @@ def _batches(dataset: PriorDataset, num_samples: int, device: torch.device) -> I
 
 def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndarray]:
     """Writes a video per prompt and a picture of it with the maps of what that names; yields the pictures."""
-    sampler = VideoSampler(config.model_copy(update={"checkpoint": model}))
+    sampler = VideoSampler(config.model_copy(update={"checkpoint": str(model)}))
     physics, taxonomy = config.physics, load_taxonomy(config.taxonomy)
     folder.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(config.train.sample_prompts):

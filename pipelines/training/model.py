@@ -34,6 +34,7 @@ from prophy.models.checkpoint import BranchCheckpoint, load_branch
 from prophy.models.description import branches_in
 from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
+from prophy.models.stored import local_folder
 from prophy.models.weights import WeightFiles, empty_model, fill, keep
 from prophy.training.module import ProPhyTrainModule
 
@@ -65,7 +66,7 @@ def build_module(
     parts = ["model_index.json", "scheduler/*", f"{expert.component}/*"]
     folder = download(backbone.pretrained, backbone.revision, parts)
     transformer = _empty_transformer(config, phenomena, expert.component)
-    start = None if train.start_from is None else _start(config, phenomena, train.start_from)
+    start = None if train.start_from is None else _start(config, phenomena, local_folder(train.start_from))
     module = ProPhyTrainModule(
         transformer,
         FAMILIES[backbone.family]

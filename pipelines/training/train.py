@@ -34,6 +34,7 @@ from prophy.backbones.pretrained import (
 )
 from prophy.errors import ProPhyError
 from prophy.models.description import phenomena_of
+from prophy.models.stored import local_folder
 from prophy.taxonomy import difference, load_taxonomy
 from prophy.training.cache import PriorCache
 
@@ -236,7 +237,7 @@ def compare_phenomena(config: Config, cache: PriorCache) -> None:
         folder, saved = newest
         found.append((f"the checkpoint {folder}", saved["physics"]["phenomena"], "run_dir"))
     if start is not None:
-        found.append((f"the branch in {start}", tuple(phenomena_of(start)), "train.start_from"))
+        found.append((f"the branch in {start}", tuple(phenomena_of(local_folder(start))), "train.start_from"))
     for what, theirs, key in found:
         if other := difference(theirs, load_taxonomy(config.taxonomy).names):
             raise ProPhyError(

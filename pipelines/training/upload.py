@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.config import Config
-from pipelines.stores import asking, files_below, open_store
 from pipelines.training.export import Export, find_export, writing_model
 from prophy.errors import ProPhyError
 from prophy.hashing import home
-from prophy.models.description import DESCRIPTION
+from prophy.models.stored import makes_whole
+from prophy.stores import asking, files_below, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def run(
             or this machine has no room for it.
     """
     with _using(url):
-        for name in filter(_is_last, files_below(url)):
+        for name in filter(makes_whole, files_below(url)):
             raise ProPhyError(f"{url}/{name} exists; choose another folder for the export")
     export = find_export(config, step, complete, other)
     with _staged(export, url) as folder, _using(url):
@@ -60,16 +60,11 @@ def _send(folder: Path, url: str) -> None:
     num_bytes = sum(file.stat().st_size for file in files.values())
     logger.info("%d files, %.2f GB, are sent to %s", len(files), num_bytes / 1e9, url)
     store, root = open_store(url)
-    for name in sorted(files, key=lambda name: (_is_last(name), name)):
+    for name in sorted(files, key=lambda name: (makes_whole(name), name)):
         # What another command has ended meanwhile is not written over.
-        mode = "create" if _is_last(name) else "overwrite"
+        mode = "create" if makes_whole(name) else "overwrite"
         with asking("it"):
             store.put_file(str(files[name]), f"{root}/{name}", mode=mode)
-
-
-def _is_last(name: str) -> bool:
-    """Whether readers know a model by this file."""
-    return name == "model_index.json" or name.rpartition("/")[2] == DESCRIPTION
 
 
 @contextmanager

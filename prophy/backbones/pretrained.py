@@ -14,6 +14,7 @@ from prophy.backbones.families import FAMILIES, Expert, Images, ModelConfig
 from prophy.errors import ProPhyError
 from prophy.hashing import file_sha256
 from prophy.models.description import ExpertName, branches_in, phenomena_of, trained_on
+from prophy.models.stored import is_in_s3, local_folder
 from prophy.tiny import EMBEDDED, part_fingerprint
 from prophy.tiny import pipeline as tiny
 
@@ -97,20 +98,20 @@ class _OnHub:
 
 
 def _source(pretrained: str, revision: str | None) -> _Source:
-    """The one place that knows what names mean: the embedded pipeline, a local folder, or a hub id.
+    """The one place that knows what names mean: the embedded pipeline, a folder, also in S3, or a hub id.
 
     Raises:
         ProPhyError: the name is none of them.
     """
     if pretrained == EMBEDDED:
         return _Embedded()
-    if Path(pretrained).is_dir():
-        return _Folder(Path(pretrained))
+    if is_in_s3(pretrained) or Path(pretrained).is_dir():
+        return _Folder(local_folder(pretrained))
     if is_hub_id(pretrained):
         return _OnHub(pretrained, revision)
     raise ProPhyError(
-        f"no folder {pretrained}; give a folder, a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or "
-        f"{EMBEDDED}"
+        f"no folder {pretrained}; give a folder, a place in S3, a hub id such as "
+        f"Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or {EMBEDDED}"
     )
 
 
@@ -120,10 +121,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def resolve_pretrained(name: str) -> str:
-    """A local folder or a hub id, whichever `name` means; the embedded pipeline is built on first use.
+    """A local folder or a hub id, whichever `name` means.
+
+    The embedded pipeline is built on first use, and what lies in S3 is copied.
 
     Raises:
-        ProPhyError: neither a folder nor the form of a hub id.
+        ProPhyError: neither a folder, nor a place in S3, nor the form of a hub id; or as `local_folder`.
     """
     return _source(name, None).location()
 
@@ -296,7 +299,7 @@ def check_bare(family: str, pretrained: str, revision: str | None) -> None:
 
 
 def download(pretrained: str, revision: str | None, parts: list[str] | None = None) -> Path:
-    """The folder of a pretrained model, after what is missing was fetched from the hub.
+    """The folder of a pretrained model, after what is missing was fetched from the hub or from S3.
 
     Args:
         pretrained: see `resolve_pretrained`.

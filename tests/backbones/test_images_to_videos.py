@@ -137,7 +137,7 @@ def test_what_was_trained_makes_videos_that_depend_on_the_image(
     config = with_backbone(config, how)
     module = train(config, cache)
     save_branch(module.transformer, folder, pin_backbone(config))
-    trained = config.model_copy(update={"checkpoint": folder})
+    trained = config.model_copy(update={"checkpoint": str(folder)})
     losses = held_out_losses(config, cache, folder)
     assert np.isfinite(losses["loss"]) and losses["token_alignment"] > 0
 
@@ -174,7 +174,9 @@ def test_a_complete_export_makes_what_the_trained_branch_makes(
     if how == "full":  # it is all that holds the trained backbone
         assert not alike(VideoSampler(own).sample(spec, image=image(0)), frames)
     else:
-        trained = own.model_copy(update={"checkpoint": export.run(own, tmp_path / "branch", None, False)})
+        trained = own.model_copy(
+            update={"checkpoint": str(export.run(own, tmp_path / "branch", None, False))}
+        )
         assert alike(VideoSampler(trained).sample(spec, image=image(0)), frames)
 
 

@@ -152,7 +152,7 @@ def test_what_the_branch_learnt_is_measured_and_sampled(
     losses = held_out_losses(config, cache, model)
     assert np.isfinite(losses["loss"]) and losses["token_alignment"] > 0
 
-    sampler, trace = VideoSampler(config.model_copy(update={"checkpoint": model})), PhysicsTrace()
+    sampler, trace = VideoSampler(config.model_copy(update={"checkpoint": str(model)})), PhysicsTrace()
     spec = VideoSpec(
         prompt="a red ball falls",
         negative_prompt="blurred",

@@ -113,7 +113,9 @@ def trained(high: Config, low: Config, cache: PriorCache) -> dict[str, Path]:
 
 def sampler_of(config: Config, checkpoint: Path | None, **backbone: Any) -> VideoSampler:
     changed = config.backbone.model_copy(update=backbone)
-    return VideoSampler(config.model_copy(update={"checkpoint": checkpoint, "backbone": changed}))
+    return VideoSampler(
+        config.model_copy(update={"checkpoint": checkpoint and str(checkpoint), "backbone": changed})
+    )
 
 
 @pytest.mark.parametrize("upstream", [WanPipeline, WanImageToVideoPipeline])
@@ -195,7 +197,9 @@ def test_a_run_resumes_and_is_measured_at_its_own_levels(
                 assert torch.equal(value, checkpoint.tensor("parameter", name))
         losses = held_out_losses(config, cache, trained[str(config.train.expert)])
         assert np.isfinite(losses["loss"]) and losses["token_alignment"] > 0
-    again = high.model_copy(update={"train": high.train.model_copy(update={"start_from": trained["both"]})})
+    again = high.model_copy(
+        update={"train": high.train.model_copy(update={"start_from": str(trained["both"])})}
+    )
     started = build_module(again, cache.null_text(), cache.phenomena)
     checkpoint = latest(high.checkpoints)
     assert checkpoint is not None
@@ -209,7 +213,7 @@ def test_a_run_resumes_and_is_measured_at_its_own_levels(
 def test_either_branch_or_both_make_videos(high: Config, trained: dict[str, Path]) -> None:
     videos = {"bare": sampler_of(high, None).sample(SPEC)}
     for name in ("high_noise", "low_noise", "both"):
-        own = high.model_copy(update={"checkpoint": trained[name]})
+        own = high.model_copy(update={"checkpoint": str(trained[name])})
         check_model(own)
         assert shape_limits(own).phenomena == PHENOMENA
         videos[name] = sampler_of(high, trained[name]).sample(SPEC)
@@ -323,14 +327,14 @@ def test_mistakes(
         with pytest.raises(ProPhyError, match="low_noise, but tiny has one transformer; set it to null"):
             use(tiny)
     with pytest.raises(ProPhyError, match="trained on high_noise, and train.expert is low_noise; make them"):
-        build_module(training(low, start_from=trained["high_noise"]), cache.null_text(), cache.phenomena)
+        build_module(training(low, start_from=str(trained["high_noise"])), cache.null_text(), cache.phenomena)
     with pytest.raises(ProPhyError, match="holds no branch for high_noise, and this run trained the one"):
         export.run(low, tmp_path / "export", None, complete=False, other=trained["low_noise"])
     twice = tmp_path / "twice"
     for name in ("high_noise", "low_noise"):
         shutil.copytree(trained["high_noise"], twice / name)
     with pytest.raises(ProPhyError, match="both branches in .*twice were trained on high_noise"):
-        check_model(high.model_copy(update={"checkpoint": twice}))
+        check_model(high.model_copy(update={"checkpoint": str(twice)}))
     with pytest.raises(
         ProPhyError, match=r"two transformers, and clips .* set evaluate.measures to \[videos"
     ):

@@ -126,7 +126,7 @@ def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
         "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight"
     ].any()
 
-    trained = config.model_copy(update={"checkpoint": model})
+    trained = config.model_copy(update={"checkpoint": str(model)})
     [video] = generate.run(trained, ["a red ball falls"])
     assert Path(video).stat().st_size > 0
 

@@ -73,7 +73,7 @@ def test_from_clips_to_a_video_of_an_image(kind: str, tiny_cache: Config, tmp_pa
 
     image = tmp_path / "photo.jpg"
     Image.fromarray(np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)).save(image)
-    trained = config.model_copy(update={"checkpoint": model})
+    trained = config.model_copy(update={"checkpoint": str(model)})
     prompts = ["a red ball falls", "a candle burns"]
     made = [shown(video) for video in generate.run(trained, prompts, [image])]
     assert not np.array_equal(made[0], made[1])

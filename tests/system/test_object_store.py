@@ -1,4 +1,4 @@
-"""`prophy cache` reads from an object store, and `prophy generate` writes there: S3, from a local server."""
+"""Videos are read from an object store and written there, and models are read: S3, from a local server."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from s3fs import S3FileSystem
+from safetensors.torch import load_file, save
 
 from pipelines.caching import cache
 from pipelines.caching.sources import changed, find_videos
@@ -16,6 +17,7 @@ from pipelines.caching.tables import update_index
 from pipelines.caching.verify import verify
 from pipelines.generation import generate
 from prophy.errors import ProPhyError
+from prophy.models import stored
 from prophy.video import write_video
 from tests.conftest import tiny_config
 from tests.hostile import FPS, moving_square
@@ -109,3 +111,27 @@ def test_videos_lie_in_a_bucket_as_in_a_folder(
 
     generate.write_contact_sheet(config, prompts, paths, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").height > 2 * 32
+
+
+def test_a_model_in_a_bucket_makes_the_videos_that_it_makes_in_a_folder(
+    store: S3FileSystem, ray_cluster: None, branch_checkpoint: Path, tmp_path: Path
+) -> None:
+    small = ("backbone.num_frames=5", "backbone.height=32", "backbone.width=32")
+    settings, prompts = (*small, "sampling.num_inference_steps=2"), ["a red ball falls"]
+
+    def make(run: str, checkpoint: Path | str) -> Path:
+        stored._copy_of.cache_clear()  # as a new command has it
+        [video] = generate.run(tiny_config(tmp_path / run, *settings, f"checkpoint={checkpoint}"), prompts)
+        return Path(video)
+
+    here = make("here", branch_checkpoint)
+    store.mkdir("models")
+    store.put(f"{branch_checkpoint}/", "models/mine/", recursive=True)
+    there = make("there", "s3://models/mine")
+    assert (there.name, there.read_bytes()) == (here.name, here.read_bytes())
+
+    [file] = branch_checkpoint.glob("*.safetensors")
+    changed = {name: value + 0.1 for name, value in load_file(file).items()}
+    store.pipe_file(f"models/mine/{file.name}", save(changed))
+    again = make("there", "s3://models/mine")
+    assert again.name != here.name and again.read_bytes() != here.read_bytes()

@@ -73,7 +73,7 @@ def trained(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Conf
     config = own_config(folder)
     cache.run(config)
     train.run(config)
-    return config.model_copy(update={"checkpoint": config.run_dir / "model"})
+    return config.model_copy(update={"checkpoint": str(config.run_dir / "model")})
 
 
 def test_the_cache_has_the_names_and_their_order(trained: Config) -> None:
@@ -90,7 +90,7 @@ def test_the_cache_has_the_names_and_their_order(trained: Config) -> None:
 
 
 def test_the_branch_has_the_names_and_speaks_by_them(trained: Config) -> None:
-    assert describe(trained.checkpoint)["physics"]["phenomena"] == list(NAMES)
+    assert describe(Path(trained.checkpoint))["physics"]["phenomena"] == list(NAMES)
     # What serves knows nothing of the taxonomy's file: the branch says its names.
     serving = trained.model_copy(update={"taxonomy": "wisa"})
     limits = shape_limits(serving)

@@ -22,8 +22,6 @@ def test_presets_are_valid_and_round_trip(name: str, tmp_path: Path) -> None:
         "cache.output",
         "serve.output",
         "simulate.output",
-        "checkpoint",
-        "train.start_from",
     ],
 )
 @pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket", "file:///tmp/x"])
@@ -32,7 +30,7 @@ def test_what_must_be_a_folder_is_not_taken_from_a_url(key: str, url: str) -> No
         load_config("tiny", [f"{key}={url}"])
 
 
-def test_videos_go_to_a_folder_or_to_s3(tmp_path: Path) -> None:
+def test_videos_and_models_are_in_a_folder_or_in_s3(tmp_path: Path) -> None:
     places = {
         "s3://bucket/videos/": "s3://bucket/videos",
         "s3://bucket": "s3://bucket",
@@ -41,9 +39,11 @@ def test_videos_go_to_a_folder_or_to_s3(tmp_path: Path) -> None:
     }
     for place, meant in places.items():
         assert load_config("tiny", [f"generate.output={place}"]).generate.output == meant
+        assert load_config("tiny", [f"checkpoint={place}"]).checkpoint == meant
     for url in ("gs://bucket/x", "file:///tmp/x", "s3://", "s3:///x", "simplecache::s3://bucket/x"):
-        with pytest.raises(ProPhyError, match=rf"'generate.output' .*a folder, or to a place in S3.*{url}"):
-            load_config("tiny", [f"generate.output={url}"])
+        for key in ("generate.output", "checkpoint", "train.start_from", "backbone.pretrained"):
+            with pytest.raises(ProPhyError, match=rf"'{key}' .*a folder, or to a place in S3.*{url}"):
+                load_config("tiny", [f"{key}={url}"])
 
 
 def test_override_wins_and_is_typed() -> None:
@@ -112,7 +112,7 @@ def test_local_paths_become_absolute_and_the_rest_stays(
     )
     assert config.cache.input == "s3://bucket/clips"
     assert config.backbone.pretrained == str(tmp_path / "model")
-    assert config.checkpoint == tmp_path / "c"
+    assert config.checkpoint == str(tmp_path / "c")
     assert config.vlm.pretrained == "a/b"
 
 

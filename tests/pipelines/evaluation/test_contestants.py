@@ -11,6 +11,7 @@ from pipelines.evaluation.contestants import Entrant, enter
 from pipelines.layout import RunFolder
 from prophy.errors import ProPhyError
 from prophy.tiny import bundled
+from tests.object_store import object_store
 from tests.wan import write_i2v
 
 
@@ -43,7 +44,19 @@ def test_a_run_is_its_model(tmp_path: Path) -> None:
     run = tmp_path / "trained"
     shutil.copytree(bundled("branch"), RunFolder(run).model)
     [entrant] = entered(tmp_path, {"mine": {"checkpoint": str(run)}})
-    assert entrant.config.checkpoint == run / "model"
+    assert entrant.config.checkpoint == str(run / "model")
+
+
+def test_a_model_in_s3_is_the_one_that_it_is_in_a_folder(tmp_path: Path) -> None:
+    with object_store() as store:
+        store.mkdir("contestants")
+        store.put(f"{bundled('branch')}/", "contestants/mine/", recursive=True)
+        url = "s3://contestants/mine"
+        here, there = entered(tmp_path, {"here": {"checkpoint": "tiny"}, "there": {"checkpoint": url}})
+        assert there.identity == here.identity
+        assert there.config.checkpoint == url, "each node makes a copy of its own"
+        with pytest.raises(ProPhyError, match="the contestant 'no' of evaluate.contestants: no whole model"):
+            entered(tmp_path, {"no": {"checkpoint": "s3://contestants/nothing"}})
 
 
 def test_knobs_reach_the_branch(tmp_path: Path) -> None:

@@ -119,3 +119,9 @@ def test_a_video_is_named_after_its_image_too(tmp_path: Path) -> None:
     assert [spec.seed for spec in of_each] == [0, 0] and [spec.seed for spec in of_one] == [0, 1, 2]
     assert of_each[0] == of_one[0] and of_each[0].image != of_each[1].image
     assert generate._specs(config, prompts[:1], [])[0].image is None
+
+
+def test_a_model_that_changes_before_a_worker_loads_it(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "checkpoint=tiny")
+    with pytest.raises(ProPhyError, match=f"tiny, or {config.checkpoint}, has changed since this command"):
+        generate.GenerateVideos(config, "what it was")

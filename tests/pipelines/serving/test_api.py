@@ -362,7 +362,7 @@ def test_models_health_metrics_and_description(client: httpx.Client) -> None:
 
 
 def test_not_ready(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:
-    loading = serve_config(tmp_path, config.checkpoint)
+    loading = serve_config(tmp_path, Path(config.checkpoint))
     with (
         http_server(loading, generator.generate, is_ready=False) as url,
         httpx.Client(base_url=url) as client,
@@ -374,7 +374,7 @@ def test_not_ready(config: Config, generator: VideoGenerator, tmp_path: Path) ->
 
 
 def test_expired_video(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:
-    short_lived = serve_config(tmp_path, config.checkpoint, "serve.expire_after_s=0.001")
+    short_lived = serve_config(tmp_path, Path(config.checkpoint), "serve.expire_after_s=0.001")
     with http_server(short_lived, generator.generate) as url, httpx.Client(base_url=url) as client:
         video_id = submit(client, **SHORT)
         wait(client, video_id)

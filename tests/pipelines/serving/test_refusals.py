@@ -307,7 +307,7 @@ def test_huge_bodies_are_not_read(client: httpx.Client) -> None:
 def test_api_keys(config: Config, generator: VideoGenerator, tmp_path: Path) -> None:
     key = new_key()
     keyed = serve_config(
-        tmp_path, config.checkpoint, f"serve.api_keys=[{hash_key('another')},{hash_key(key)}]"
+        tmp_path, Path(config.checkpoint), f"serve.api_keys=[{hash_key('another')},{hash_key(key)}]"
     )
     with http_server(keyed, generator.generate) as url, httpx.Client(base_url=url) as client:
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {key}"}):

@@ -437,12 +437,12 @@ def test_a_serve_that_does_not_start_is_one_sentence(
 
 
 def test_checkpoint_of_another_backbone(config: Config, tmp_path: Path) -> None:
-    for file in config.checkpoint.iterdir():
+    for file in Path(config.checkpoint).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     description = next(tmp_path.glob("*.json"))
     changed = json.loads(description.read_text())
     changed["backbone"] |= {"name": "Wan-AI/Wan2.1-T2V-14B-Diffusers", "fingerprint": "c0ffee"}
     description.write_text(json.dumps(changed))
-    other = config.model_copy(update={"checkpoint": tmp_path})
+    other = config.model_copy(update={"checkpoint": str(tmp_path)})
     with pytest.raises(ProPhyError, match="was trained on another backbone"), serve.serving(other):
         pass

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.train.torch import TorchTrainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.caching.cache import encodings_folder
@@ -35,9 +35,11 @@ from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import resolve_pretrained
 from prophy.errors import ProPhyError
 from prophy.schema import INDEX
+from prophy.tiny import bundled
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, TrainBatch
 from tests.conftest import tiny_config
+from tests.object_store import object_store
 from tests.wisa import PHENOMENA
 
 NULL_TEXT = {"prompt_embeds": torch.zeros(32, 192)}
@@ -384,3 +386,16 @@ def test_utilisation_is_of_all_workers(config: Config, tmp_path: Path) -> None:
     assert row["mfu"] * row["step_time_s"] == pytest.approx(1.0)
     assert row["tokens_per_s"] * row["step_time_s"] == pytest.approx(2 * 2 * 48)
     assert row["data_time_s"] == 1.0
+
+
+def test_a_run_goes_on_from_a_branch_in_s3(tiny_cache: Config, tmp_path: Path) -> None:
+    start = {name: value + 0.1 for name, value in weights(bundled("branch")).items()}
+    with object_store() as store:
+        store.mkdir("branches")
+        store.put(f"{bundled('branch')}/", "branches/mine/", recursive=True)
+        [name] = (file.name for file in bundled("branch").glob("*.safetensors"))
+        store.pipe_file(f"branches/mine/{name}", save(start))
+        settings = ("train.start_from=s3://branches/mine", "train.num_steps=1", "train.learning_rate=1e-9")
+        trained = weights(run(train_config(tiny_cache, tmp_path / "run", *settings)))
+    assert trained.keys() == start.keys()
+    assert all(torch.allclose(trained[name], value.float(), atol=1e-6) for name, value in start.items())
