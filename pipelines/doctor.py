@@ -19,8 +19,8 @@ from pipelines.config import Config, is_url
 from pipelines.resources import Work, needs_of, place
 from pipelines.runtime import ray_session, versions
 from pipelines.serving.jobs import JobStore
-from pipelines.stores import asking, open_store
 from prophy.errors import ProPhyError
+from prophy.stores import asking, open_store
 
 _ANSWERS_WITHIN_S = 120  # a node starts a process first
 
