@@ -113,10 +113,16 @@ class Gang(VideoSampler):
             if error is not failure and not isinstance(error, ProPhyError):
                 raise GangError(_APART) from error
             failure = error
+        refused = isinstance(failure, ProPhyError)
         try:
-            ray.get(calls, timeout=PATIENCE.total_seconds())
+            ray.get(calls, timeout=_ANSWERS_WITHIN_S if refused else PATIENCE.total_seconds())
         except RayError as error:
-            raise GangError(_APART) from error
+            if not refused:
+                raise GangError(_APART) from error
+            # This process alone lacked memory, and the others wait for it. Without them it is soon replaced
+            # (`check_device`), but the client hears why first.
+            for follower in self._followers:
+                ray.kill(follower)
         if failure is not None:
             raise failure
         return result

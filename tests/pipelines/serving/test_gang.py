@@ -13,14 +13,16 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import ray
 from PIL import Image
 
 from pipelines.config import Config
+from pipelines.generation.generate import video_spec
 from pipelines.generation.limits import check_sharing, shape_limits
 from pipelines.serving import serve
 from pipelines.serving.errors import ApiError
 from pipelines.serving.protocol import VideoRequest
-from pipelines.serving.replica import VideoGenerator
+from pipelines.serving.replica import GangError, VideoGenerator
 from prophy.errors import ProPhyError
 from tests.cogvideox import write_pipeline
 from tests.conftest import tiny_config
@@ -174,6 +176,36 @@ def test_a_killed_process_of_an_idle_replica_is_replaced(shared: httpx.Client) -
     psutil.wait_procs(both)
     frames_of(shared, submit(shared, **VIDEO))
     assert len(processes(FIRST)) == len(processes(FOLLOWER)) == 1
+
+
+def test_memory_that_lacks_in_one_process_is_told_and_ends_the_others(
+    ray_cluster: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    """They wait for it in the middle of a step; the next check of the device finds that they are gone."""
+    config = shared_by("serve.cfg_parallel=true", tmp_path, checkpoint)
+
+    @ray.remote(num_cpus=0, max_calls=1)
+    def errors() -> list[str]:
+        import torch
+
+        from pipelines.serving.gang import Gang
+
+        gang = Gang(config)
+
+        def fail(*_: object) -> None:
+            raise torch.OutOfMemoryError
+
+        gang._pipeline.transformer.register_forward_pre_hook(fail)
+        said = []
+        for attempt in (lambda: gang.render(video_spec(config, PROMPT)), gang.check_device):
+            with pytest.raises((ProPhyError, GangError)) as raised:
+                attempt()
+            said.append(f"{raised.typename}: {raised.value}")
+        return said
+
+    told, found = ray.get(errors.remote())
+    assert re.match(r"ProPhyError: a video of .* took more memory than there is", told)
+    assert found.startswith("GangError: ")
 
 
 @pytest.mark.parametrize("shared", ["serve.cfg_parallel=true"], indirect=True)
