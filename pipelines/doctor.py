@@ -23,12 +23,13 @@ from prophy.errors import ProPhyError
 from prophy.stores import asking, open_store
 
 _ANSWERS_WITHIN_S = 120  # a node starts a process first
+_WRITTEN = ("generate.output", "serve.videos")  # of what may be in an object store
 
 
 @ray.remote(num_cpus=0)
 def _look(token: Path, urls: dict[str, str]) -> tuple[str | None, dict[str, str], dict[str, str]]:
     """What a node reads in a file of the shared folder, its versions, and what is wrong with each URL."""
-    problems = {key: _said(partial(_try_store, url, key != "cache.input")) for key, url in urls.items()}
+    problems = {key: _said(partial(_try_store, url, key in _WRITTEN)) for key, url in urls.items()}
     return token.read_text() if token.exists() else None, versions(), problems
 
 
@@ -96,8 +97,13 @@ def _try_database(config: Config) -> None:
 def _urls(config: Config) -> dict[str, str]:
     """Places of this configuration that are in object stores, by key."""
     places = {"generate.output": config.generate.output, "serve.videos": config.serve.videos}
+    places["checkpoint"] = config.checkpoint
+    if not config.lacking("generate"):
+        places["backbone.pretrained"] = config.backbone.pretrained
     if not config.lacking("cache"):
-        places["cache.input"] = config.cache.input
+        places |= {"cache.input": config.cache.input, "vlm.pretrained": config.vlm.pretrained}
+    if not config.lacking("train"):
+        places["train.start_from"] = config.train.start_from
     return {key: str(place) for key, place in places.items() if is_url(str(place))}
 
 

@@ -40,11 +40,11 @@ def test_a_store_that_nodes_cannot_use_is_named(
         store.mkdir("bucket")
         store.pipe_file("bucket/clips/a.mp4", b"")
         keys = {"cache.input": "s3://bucket/clips", "generate.output": "s3://bucket/videos"}
-        keys["serve.videos"] = "s3://nobodys/videos"
-        with pytest.raises(ProPhyError, match="^1 of 13 checks do not hold$"):
+        keys |= {"serve.videos": "s3://nobodys/videos", "checkpoint": "s3://bucket/clips"}
+        with pytest.raises(ProPhyError, match="^1 of 14 checks do not hold$"):
             doctor.run(tiny_config(tmp_path / "run", *(f"{key}={url}" for key, url in keys.items())))
         assert store.find("bucket") == ["bucket/clips/a.mp4"]
     lines = capsys.readouterr().out.splitlines()
     [wrong] = [line for line in lines if line.startswith("no  ")]
     assert "can use serve.videos s3://nobodys/videos: " in wrong and "bucket does not exist" in wrong
-    assert sum(" can use " in line for line in lines) == 3
+    assert sum(" can use " in line for line in lines) == 4
