@@ -88,7 +88,7 @@ def verify(folder: Path, read_parts: ReadParts = read_here) -> list[str]:
     return [f"{path} {reason}" for path, reason in reasons.items()]
 
 
-def find_damage(folder: Path, schema: pa.Schema | None, read_parts: ReadParts = read_here) -> dict[Path, str]:
+def find_damage(folder: Path, schema: pa.Schema | None, read_parts: ReadParts) -> dict[Path, str]:
     """Why files of a table are not what their name or their footer says, or not of the same making.
 
     Args:
