@@ -180,7 +180,8 @@ for (const event of ["dragover", "drop", "paste"]) {
     if (!types.includes("Files")) return;
     happened.preventDefault();
     if (event === "dragover") return;
-    if (!image.isTaken()) complain(new Error("Videos are made from text alone here; an image is not taken."));
+    if (settings === null) complain(new Error("The server has not said yet whether it takes an image; give it again then."));
+    else if (!image.isTaken()) complain(new Error("Videos are made from text alone here; an image is not taken."));
     else if (files.length !== 1) form.showError(image.wrong(`These are ${files.length} files; give one image.`));
     else atField(() => image.choose(files[0])).catch(complain);
   });

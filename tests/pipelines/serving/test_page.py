@@ -444,12 +444,18 @@ def image_field(page: Page) -> Locator:
     return page.get_by_label("Image to begin with")
 
 
+def choose_image(page: Page, file: Path) -> None:
+    """As a user does, once the server has said that it takes one."""
+    expect(image_field(page)).to_be_visible()
+    image_field(page).set_input_files(file)
+
+
 def test_a_video_from_an_image_and_all_that_makes_it_again(
     open_page: Callable[..., Page], url: str, client: httpx.Client, photo: Path
 ) -> None:
     page, prompt = open_page(), "a ball that was painted"
     page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
-    image_field(page).set_input_files(photo)
+    choose_image(page, photo)
     preview = page.get_by_role("img", name="The image that was chosen")
     expect(preview).to_be_visible()
     assert pixels(page, "image-preview")[:4] == [255, 0, 0, 255]
@@ -503,16 +509,16 @@ def test_a_wrong_file_is_said_at_the_field(
         ("text.png", "text.png is no image that this browser can read"),
         ("large.png", "choose one of at most 16777216"),
     ):
-        image_field(page).set_input_files(tmp_path / name)
+        choose_image(page, tmp_path / name)
         expect(page.locator(said)).to_contain_text(reason)
         expect(image_field(page)).to_have_attribute("aria-invalid", "true")
         expect(image_field(page)).to_be_focused()
-    image_field(page).set_input_files(tmp_path / "text.png")
+    choose_image(page, tmp_path / "text.png")
     page.get_by_role("button", name="Make the video").click()
     expect(page.locator(said)).to_contain_text(
         "the image is no image that can be read; give a PNG, JPEG, WEBP file"
     )
-    image_field(page).set_input_files(tmp_path / "moving.png")
+    choose_image(page, tmp_path / "moving.png")
     expect(page.locator(said)).to_have_count(0)
     page.get_by_role("button", name="Make the video").click()
     expect(page.locator(said)).to_contain_text("the image is animated; give a single picture")
@@ -553,6 +559,9 @@ def test_a_model_that_takes_no_image_or_always_one(
 
     page = open_page(key=None)
     page.route("**/v1/settings", say)
+    page.evaluate("(photo) => { window.photo = photo }", base64.b64encode(photo.read_bytes()).decode())
+    assert page.evaluate(DROP_OR_PASTE, ["drop", ["a.png"]]) is False
+    expect(page.locator("#alert")).to_contain_text("has not said yet whether it takes an image")
     use_key(page)
     expect(page.locator("#status")).to_contain_text("Replicas")
     if images == "required":
@@ -560,7 +569,6 @@ def test_a_model_that_takes_no_image_or_always_one(
         expect(page.locator("#input_reference-hint")).to_contain_text("This model needs one.")
         return
     expect(image_field(page)).to_be_hidden()
-    page.evaluate("(photo) => { window.photo = photo }", base64.b64encode(photo.read_bytes()).decode())
     for event in ("drop", "paste"):
         assert page.evaluate(DROP_OR_PASTE, [event, ["a.png"]]) is False
         expect(page.locator("#alert")).to_contain_text("made from text alone here; an image is not taken")
