@@ -166,6 +166,10 @@ class Config(Section):
                 "train.keep_attention does not see the attention inside of a compiled block; set "
                 "backbone.compile to 'none', or keep_attention to false"
             )
+        if self.train.storage_dtype is not None and self.backbone.compile != "none":
+            raise ValueError(
+                "train.storage_dtype is not known to work with backbone.compile; leave one of them out"
+            )
         mixed = self.train.precision == "fp32" and self.backbone.dtype != "float32"
         if mixed and self.train.backbone != "full":  # which trains in float32
             raise ValueError(

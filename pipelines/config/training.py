@@ -109,6 +109,14 @@ class TrainConfig(Section):
     Slower than any ZeRO stage, so it is off by default.
     """
 
+    storage_dtype: Literal["float8_e4m3fn"] | None = None
+    """Precision that the weights of frozen linear layers are kept in; null, the default, is backbone.dtype.
+
+    8 bits take half the memory of bfloat16, where every worker holds the whole backbone (zero_stage 0 to 2).
+    Each use makes a copy in the precision that is computed in. What is trained stays in float32, but learns
+    beside a slightly changed backbone, as backbone.storage_dtype makes videos with. No GPU has run it yet.
+    """
+
     gradient_checkpointing: Annotated[bool, How()] = False
     """Recompute activations in the backward pass: much less memory for about a third more time."""
 
@@ -290,6 +298,13 @@ class TrainConfig(Section):
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} at least")
+        if self.storage_dtype is not None and self.backbone == "full":
+            raise ValueError("storage_dtype is for what is frozen, and backbone is 'full'; leave it out")
+        if self.storage_dtype is not None and self.zero_stage == 3:
+            raise ValueError(
+                "storage_dtype is for a backbone that each worker holds as a whole, and zero_stage is 3; set "
+                "that to 2, or leave storage_dtype out"
+            )
         if self.keep_attention and not self.gradient_checkpointing:
             raise ValueError(
                 "keep_attention is set without gradient_checkpointing, where all is kept; set that true too"

@@ -39,6 +39,7 @@ from prophy.device import has_bfloat16, peak_flops
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import check_attention
 from prophy.models.checkpoint import lora_config
+from prophy.models.eight_bits import keep_in
 from prophy.training.cache import PriorCache
 from prophy.training.cost import count_flops
 from prophy.training.data import TrainBatch
@@ -90,6 +91,8 @@ def _train(loop_config: dict[str, Any]) -> None:
         share_samples(module.transformer, train.sequence_parallel)
     compiled = () if config.backbone.compile == "none" else module.transformer._repeated_blocks
     engine = initialize(module, train, compiled)
+    if train.storage_dtype is not None:  # only now: DeepSpeed sends all weights once, which takes no 8 bits
+        keep_in(getattr(torch, train.storage_dtype), module.transformer)
     ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
     if checkpoint is not None:
         load_optimizer(engine, ema, checkpoint)

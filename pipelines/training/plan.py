@@ -18,6 +18,7 @@ from pipelines.training.states import Memory, ModelSize, model_states
 from pipelines.training.ways import SHOWN, WAYS, Way
 from prophy.backbones.families import FAMILIES, ModelConfig
 from prophy.backbones.pretrained import check_bare, load_all_configs, load_trained_expert
+from prophy.models.eight_bits import stored_layers
 from prophy.models.physics_transformer import PhysicsTransformer
 from prophy.priors.cost import NUM_PHENOMENA, published_or_loaded, vlm_cost
 from prophy.taxonomy import load_taxonomy
@@ -95,11 +96,21 @@ class Plan:
         flops = self.flops + (self.recomputed_flops if gradient_checkpointing else 0)
         return flops / self.train.num_workers / _ASSUMED_FLOPS
 
+    @property
+    def zero_stages(self) -> range:
+        """Those that this configuration can be trained with."""
+        return range(4) if self.train.storage_dtype is None else range(3)
+
     def advice(self, gpu_memory: float) -> Way | None:
         """The fastest way that fits into `gpu_memory` bytes; None if none does."""
         sizes = [size for size in self.sharing_sizes if self.train.sequence_parallel <= size]
         near = [size for size in sizes if size <= max(_GPUS_OF_A_NODE, self.train.sequence_parallel)]
-        ways = [replace(way, sequence_parallel=size) for size in near for way in WAYS]
+        ways = [
+            replace(way, sequence_parallel=size)
+            for size in near
+            for way in WAYS
+            if way.zero_stage in self.zero_stages
+        ]
         ways.sort(key=lambda way: way.offload != "none")
         return next((way for way in ways if self.total(way) <= USABLE * gpu_memory), None)
 
@@ -233,7 +244,7 @@ def make_plan(config: Config) -> Plan:
     if transformer.physics_branch.refinement is not None and train.gradient_accumulation_steps > 1:
         ahead = (train.gradient_accumulation_steps - 1) * train.data_parallel_size
         routing_flops = count_forward_flops(*work, method="route") * ahead
-    size = _size(transformer, getattr(torch, backbone.dtype))
+    size = _size(transformer, getattr(torch, backbone.dtype), train.storage_dtype is not None)
     kept = count_saved_bytes(*work)
     saved = kept * (2 if train.precision == "fp32" else 1)
     # Autocast keeps a copy of each trained weight until the forward pass ends, or is saved for the backward.
@@ -289,8 +300,9 @@ def _configs(config: Config) -> tuple[ModelConfig, ModelConfig, ModelConfig]:
     return published.pipeline, published.vae, dict(upstream.config)
 
 
-def _size(transformer: PhysicsTransformer, dtype: torch.dtype) -> ModelSize:
-    """As training has it: what is frozen in the backbone's precision, what is trained in float32."""
+def _size(transformer: PhysicsTransformer, dtype: torch.dtype, in_8_bits: bool) -> ModelSize:
+    """As training has it: the backbone's precision or 8 bits where it is frozen, float32 what is trained."""
+    stored = sum(layer.weight.numel() for layer in stored_layers(transformer)) if in_8_bits else 0
     branch = sum(parameter.numel() for parameter in transformer.physics_branch.parameters())
     total = sum(parameter.numel() for parameter in transformer.parameters())
     trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
@@ -299,7 +311,7 @@ def _size(transformer: PhysicsTransformer, dtype: torch.dtype) -> ModelSize:
         branch=branch,
         trained=trained,
         trained_bytes=torch.float32.itemsize,
-        frozen_bytes=(total - trained) * dtype.itemsize,
+        frozen_bytes=(total - trained - stored) * dtype.itemsize + stored,
     )
 
 
@@ -332,6 +344,8 @@ def _table(plan: Plan, gpu_memory: float) -> Table:
         padding=0,
     )
     for zero_stage, offload in SHOWN:
+        if zero_stage not in plan.zero_stages:
+            continue
         states = plan.states(zero_stage, offload)
         parts = [states.weights, states.gradients, states.optimizer, states.buffers, activations]
         total = states.total + activations

@@ -136,6 +136,11 @@ def test_local_paths_become_absolute_and_the_rest_stays(
         ),
         ("train.min_workers=4", r"min_workers \(4\) is more than num_workers \(2\); lower it"),
         ("train.offload=all", "offload 'all' needs zero_stage 3 at least"),
+        ("train={storage_dtype: float8_e4m3fn, zero_stage: 3}", "zero_stage is 3; set that to 2, or leave"),
+        (
+            "train={storage_dtype: float8_e4m3fn, backbone: full}",
+            "for what is frozen, and backbone is 'full'",
+        ),
         ("cache.input=${nowhere}", "nowhere"),
         ("sampling.step_cache.first_blok=0.1", "did you mean 'sampling.step_cache.first_block'"),
         (

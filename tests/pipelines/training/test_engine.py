@@ -17,6 +17,7 @@ from pipelines.config import LossWeights, TrainConfig
 from pipelines.training.checkpoint import Checkpoint, latest
 from prophy.device import has_bfloat16
 from prophy.models.acceleration import compile_blocks
+from prophy.models.eight_bits import keep_in, stored_layers
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.models.weights import fill
 from prophy.training.data import SemanticBatch, TrainBatch
@@ -91,12 +92,14 @@ def everything_on_two_ranks(rank: int, folder: Path) -> Result:
     curves = {stage: loss_curve(stage, "bfloat16", num_steps=6)["losses"] for stage in stages}
     short = {(stage, "lora"): loss_curve(stage, "lora", SHORT) for stage in STAGES}
     compiled = loss_curve(3, "compiled", num_steps=3)["losses"]
+    eight_bits = loss_curve(2, "8 bits", num_steps=3)["losses"]
     return {
         "trained": trained,
         "gradients": gradients,
         "bfloat16": curves,
         "loss_curves": short,
         "compiled": compiled,
+        "8 bits": eight_bits,
     }
 
 
@@ -212,6 +215,9 @@ def train_module(
     elif backbone_mode == "bfloat16":
         transformer.bfloat16().physics_branch.float()
     transformer.train_backbone(backbone_mode if backbone_mode in ("lora", "full") else "frozen")
+    if backbone_mode == "8 bits":
+        for layer in stored_layers(transformer):
+            layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn).float()
     weights = LossWeights(semantic_alignment=1.0, token_alignment=0.5, load_balancing=1.0)
     return ProPhyTrainModule(
         transformer,
@@ -277,6 +283,8 @@ def loss_curve(zero_stage: int, backbone_mode: str, num_steps: int) -> Result:
         compile_blocks(module.transformer, "aot_eager")
     fill(module, lambda name: None, placement(config))
     engine = initialize(module, config, module.transformer._repeated_blocks if is_compiled else ())
+    if backbone_mode == "8 bits":
+        keep_in(torch.float8_e4m3fn, module.transformer)
     ema = Ema(EMA_DECAY, fragments(engine))
     losses, rates = [], []
     for step in range(num_steps):
@@ -363,6 +371,14 @@ def test_compiled_blocks_train_alike_with_zero_3_and_gradient_checkpointing(two_
     expected = loss_curve_of_bare_torch("frozen", 3)["losses"]
     print(f"compiled: losses differ by {(two_ranks['compiled'] - expected).abs().max():.1e} at most")
     torch.testing.assert_close(two_ranks["compiled"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_backbone_in_8_bits_is_that_of_the_rounded_weights(two_ranks: Result) -> None:
+    expected = loss_curve_of_bare_torch("8 bits", 3)["losses"]
+    torch.testing.assert_close(two_ranks["8 bits"], expected, rtol=1e-4, atol=1e-5)
+    other = loss_curve_of_bare_torch("frozen", 3)["losses"]
+    print(f"8 bits: losses differ by {((other - expected).abs() / other).max():.1e} at most")
+    assert not torch.equal(other, expected)
 
 
 def test_loss_curves_are_those_of_one_process(two_ranks: Result) -> None:

@@ -149,6 +149,17 @@ def test_gpus_share_samples_where_nothing_fits_alone(wan_14b: Plan) -> None:
         make_plan(load_config("wan2.1-14b", ["train.num_workers=3", "train.sequence_parallel=3"]))
 
 
+def test_eight_bits_take_less_and_leave_out_zero_3() -> None:
+    without, stored = (
+        make_plan(load_config("tiny", ["train.num_workers=2", *extra]))
+        for extra in ([], ["train.storage_dtype=float8_e4m3fn"])
+    )
+    saved = without.states(1, "none").weights - stored.states(1, "none").weights
+    assert 0.4 < saved / without.size.frozen_bytes < 0.8, "of float32, or of bfloat16"
+    assert stored.size.trained == without.size.trained
+    assert [*stored.zero_stages] == [0, 1, 2] and 3 in without.zero_stages
+
+
 def test_text_that_goes_through_the_blocks_is_shared_out_too() -> None:
     family = FAMILIES["cogvideox"]
     config = {"num_attention_heads": 48}
