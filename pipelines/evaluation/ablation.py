@@ -56,7 +56,7 @@ def run(config: Config) -> Path:
         own = config_of(row, config)
         logger.info("%s: training in %s", row.name, own.run_dir)
         train.run(own)
-        contestants[row.name] = Contestant(checkpoint=own.run_dir)
+        contestants[row.name] = Contestant(checkpoint=str(own.run_dir))
     compared = config.evaluate.model_copy(update={"contestants": contestants})
     return evaluate.run(config.model_copy(update={"evaluate": compared}))
 
