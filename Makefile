@@ -37,6 +37,8 @@ gpu: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	# On all cores, where pip takes one. Some packages hold templates that are no Python.
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@

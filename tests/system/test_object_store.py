@@ -113,6 +113,7 @@ def test_videos_lie_in_a_bucket_as_in_a_folder(
     assert Image.open(tmp_path / "sheet.png").height > 2 * 32
 
 
+@pytest.mark.slow
 def test_a_model_in_a_bucket_makes_the_videos_that_it_makes_in_a_folder(
     store: S3FileSystem, ray_cluster: None, branch_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -148,7 +148,7 @@ def test_a_video_that_is_deleted_stops_both_processes(shared: httpx.Client) -> N
     assert processes(FOLLOWER) == [follower], "it was started anew"
 
 
-@pytest.mark.parametrize("actor", [FIRST, FOLLOWER])
+@pytest.mark.parametrize("actor", [pytest.param(FIRST, marks=pytest.mark.slow), FOLLOWER])
 def test_a_killed_process_costs_no_video(shared: httpx.Client, actor: str) -> None:
     """The other one goes with it, and two new ones make the video, once."""
     before, requeued = frames_of(shared, submit(shared, **VIDEO)), num_requeued(shared)
@@ -169,6 +169,7 @@ def num_requeued(client: httpx.Client) -> int:
     return int(float(re.findall(r"^prophy_videos_requeued_total (\S+)", text, re.MULTILINE)[0]))
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_an_idle_replica_is_replaced(shared: httpx.Client) -> None:
     """Without a request that would find out: Serve asks how it is."""
     both = processes(FIRST) + processes(FOLLOWER)
@@ -178,6 +179,7 @@ def test_a_killed_process_of_an_idle_replica_is_replaced(shared: httpx.Client) -
     assert len(processes(FIRST)) == len(processes(FOLLOWER)) == 1
 
 
+@pytest.mark.slow
 def test_memory_that_lacks_in_one_process_is_told_and_ends_the_others(
     ray_cluster: None, checkpoint: Path, tmp_path: Path
 ) -> None:
