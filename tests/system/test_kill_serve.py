@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_endpoint_alone_is_open_to_other_machines(server: Server) -> None:
-    listening = {}
+    listening: dict[int, str] = {}
     # One that Serve has replaced stays for as long as it has a connection, and listens no more.
     for haproxy in server.processes("bin/haproxy"):
         with suppress(psutil.NoSuchProcess):
