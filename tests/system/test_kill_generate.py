@@ -11,7 +11,7 @@ from prophy.video import probe
 from tests.killing import starter
 from tests.object_store import make_bucket, num_versions, object_store
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 SETTINGS = (
     "generate.output=s3://bucket/videos",

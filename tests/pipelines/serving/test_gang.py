@@ -148,7 +148,8 @@ def test_a_video_that_is_deleted_stops_both_processes(shared: httpx.Client) -> N
     assert processes(FOLLOWER) == [follower], "it was started anew"
 
 
-@pytest.mark.parametrize("actor", [pytest.param(FIRST, marks=pytest.mark.slow), FOLLOWER])
+@pytest.mark.slow
+@pytest.mark.parametrize("actor", [FIRST, FOLLOWER])
 def test_a_killed_process_costs_no_video(shared: httpx.Client, actor: str) -> None:
     """The other one goes with it, and two new ones make the video, once."""
     before, requeued = frames_of(shared, submit(shared, **VIDEO)), num_requeued(shared)
@@ -210,6 +211,7 @@ def test_memory_that_lacks_in_one_process_is_told_and_ends_the_others(
     assert found.startswith("GangError: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["serve.cfg_parallel=true"], indirect=True)
 def test_two_processes_compute_one_pass_of_guidance_each(alone: httpx.Client, shared: httpx.Client) -> None:
     """Also after a video that was deleted, and of a video without guidance, which has one pass."""

@@ -388,6 +388,7 @@ def test_utilisation_is_of_all_workers(config: Config, tmp_path: Path) -> None:
     assert row["data_time_s"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_branch_in_s3(tiny_cache: Config, tmp_path: Path) -> None:
     start = {name: value + 0.1 for name, value in weights(bundled("branch")).items()}
     with object_store() as store:
