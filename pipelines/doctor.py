@@ -96,8 +96,11 @@ def _try_database(config: Config) -> None:
 
 def _urls(config: Config) -> dict[str, str]:
     """Places of this configuration that are in object stores, by key."""
-    places = {"generate.output": config.generate.output, "serve.videos": config.serve.videos}
-    places["checkpoint"] = config.checkpoint
+    places = {
+        "generate.output": config.generate.output,
+        "serve.videos": config.serve.videos,
+        "checkpoint": config.checkpoint,
+    }
     if not config.lacking("generate"):
         places["backbone.pretrained"] = config.backbone.pretrained
     if not config.lacking("cache"):

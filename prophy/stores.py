@@ -39,6 +39,24 @@ def asking(location: str) -> Iterator[None]:
         raise OSError(f"{location} cannot be had: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def mendable(failure: str) -> Iterator[None]:
+    """Makes a mistake of the user of an `OSError`.
+
+    Args:
+        failure: what cannot be done, such as "cannot use s3://bucket/videos".
+
+    Raises:
+        ProPhyError: says so, with the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ProPhyError(
+            f"{failure}: {error.strerror or error}; mend that, and run the same command again"
+        ) from None
+
+
 def files_below(location: str) -> dict[str, dict[str, Any]]:
     """What fsspec says of each file below a place, as it is now, by its path from there.
 

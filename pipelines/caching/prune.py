@@ -4,7 +4,6 @@ The input is what `prophy cache` was last run on, with each backbone that the fo
 video that is listed there stays, even if it could not be had.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,11 +18,11 @@ from pipelines.caching.tables import (
     stored_table,
     update_index,
 )
-from pipelines.caching.verify import tables_of
+from pipelines.caching.verify import check_version, tables_of
 from pipelines.config import Config
 from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
-from prophy.schema import CacheInput, DamagedFileError, open_file
+from prophy.schema import CacheInput
 
 
 def run(config: Config) -> dict[str, int]:
@@ -40,7 +39,9 @@ def run(config: Config) -> dict[str, int]:
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)
     with exclusive(folder):
-        _check_versions(folder)
+        for place, _ in tables_of(folder):
+            for name in file_names(place):
+                check_version(place / name)
         before = _size(folder)
         removed = prune(folder)
         freed = before - _size(folder)
@@ -68,14 +69,6 @@ def prune(folder: Path) -> dict[str, int]:
         removed[str(place.relative_to(folder))] = len(dropped)
     removed["quarantine"] = drop_refusals(CacheFolder(folder).quarantine, listed)
     return removed
-
-
-def _check_versions(folder: Path) -> None:
-    """Refuses a cache of which another version of this program wrote a file."""
-    for place, _ in tables_of(folder):
-        for name in file_names(place):
-            with suppress(DamagedFileError), open_file(place / name):
-                pass
 
 
 def _size(folder: Path) -> int:

@@ -143,6 +143,16 @@ def tables_of(folder: Path) -> list[tuple[Path, pa.Schema]]:
     return [(cache.priors, PRIORS), *((place, ENCODINGS) for place in encodings)]
 
 
+def check_version(path: Path) -> None:
+    """Refuses a file that another version of this program wrote, damaged or not.
+
+    Raises:
+        ProPhyError: it is one.
+    """
+    with suppress(DamagedFileError), open_file(path):
+        pass
+
+
 def _check_files(folder: Path, schema: pa.Schema | None, names: list[str]) -> pa.Table:
     """`_FOUND` of each of the files."""
     found = [_check_file(folder / name, schema) for name in names]
@@ -151,11 +161,7 @@ def _check_files(folder: Path, schema: pa.Schema | None, names: list[str]) -> pa
 
 def _check_file(path: Path, schema: pa.Schema | None) -> tuple[str, str | None]:
     if schema is not None:
-        with (
-            suppress(DamagedFileError),
-            open_file(path),
-        ):  # refuses what another version wrote, damaged or not
-            pass
+        check_version(path)
     with reading(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not path.name.startswith(digest):

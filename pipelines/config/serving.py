@@ -74,10 +74,10 @@ class ServeConfig(Section):
     cfg_parallel: bool = False
     """Whether a replica is twice as many processes, of which each half computes one pass of guidance.
 
-    A denoising step takes half the time, but for one exchange of predictions, which is less than
+    In a denoising step each process computes half, and predictions are exchanged once, which is less than
     sequence_parallel sends. A video without guidance (a guidance_scale of at most 1) has one pass, which both
-    halves compute, and is no faster. Step caches go with it but for CogVideoX's first_block, and so does
-    backbone.compile. False by default, as sequence_parallel is 1. No GPU has run it yet.
+    halves compute, and is no faster. Step caches go with it but for CogVideoX's first_block; backbone.compile
+    beside it was not tried. False by default, as sequence_parallel is 1. No GPU has run it yet.
     """
 
     num_cpus: NonNegativeFloat = 1.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.config import is_url
 from prophy.errors import ProPhyError
-from prophy.stores import asking, open_store
+from prophy.stores import asking, mendable, open_store
 
 _ONE_PUT_BYTES = 5 << 30  # S3's own limit; s3fs would cut into parts, which have no conditions
 _CHANGES_AT_ONCE = 20
@@ -133,11 +133,5 @@ def _code(error: OSError) -> str | None:
 
 @contextmanager
 def _using(location: str) -> Iterator[None]:
-    try:
-        with asking("it"):
-            yield
-    except OSError as error:
-        raise ProPhyError(
-            f"generate.output: cannot use {location}: {error.strerror or error}; mend that, and run the same "
-            "command again to go on"
-        ) from None
+    with mendable(f"generate.output: cannot use {location}"), asking("it"):
+        yield

@@ -75,11 +75,8 @@ class Save:
         shapes: Mapping[str, torch.Size],
         run: Mapping[str, Any],
     ) -> None:
-        self._root, self._folder, self._what = (
-            root,
-            root / checkpoint_name(step),
-            f"save the checkpoint of step {step}",
-        )
+        self._root, self._folder = root, root / checkpoint_name(step)
+        self._what = f"save the checkpoint of step {step}"
         self._manifest = {"version": VERSION, "step": step, "run": dict(run)}
         self._manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
         with writing(self._what):

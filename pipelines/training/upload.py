@@ -17,7 +17,7 @@ from pipelines.training.export import Export, find_export, writing_model
 from prophy.errors import ProPhyError
 from prophy.hashing import home
 from prophy.models.stored import makes_whole
-from prophy.stores import asking, files_below, open_store
+from prophy.stores import asking, files_below, mendable, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,11 @@ def run(
         ProPhyError: as `find_export`; or an export or other files lie there, S3 refuses or does not answer,
             or this machine has no room for it.
     """
-    with _using(url):
+    with mendable(f"cannot export to {url}"):
         for name in filter(makes_whole, files_below(url)):
             raise ProPhyError(f"{url}/{name} exists; choose another folder for the export")
     export = find_export(config, step, complete, other)
-    with _staged(export, url) as folder, _using(url):
+    with _staged(export, url) as folder, mendable(f"cannot export to {url}"):
         _send(folder, url)
     export.tell(url)
 
@@ -76,7 +76,7 @@ def _staged(export: Export, url: str) -> Iterator[Path]:
     folder = home() / "exports" / hashlib.sha256(url.encode()).hexdigest()[:16]
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        with _using(str(folder.parent)):
+        with mendable(f"cannot export to {folder.parent}"):
             folder.parent.mkdir(parents=True, exist_ok=True)
         needed, free = export.num_bytes, shutil.disk_usage(folder.parent).free
         if needed > free:
@@ -89,13 +89,3 @@ def _staged(export: Export, url: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _using(place: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ProPhyError(
-            f"cannot export to {place}: {error.strerror or error}; mend that, and run the same command again"
-        ) from None

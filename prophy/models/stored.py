@@ -9,8 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from filelock import FileLock
 from prophy.errors import ProPhyError
 from prophy.hashing import home
 from prophy.models.description import DESCRIPTION
-from prophy.stores import asking, files_below, open_store
+from prophy.stores import asking, files_below, mendable, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def local_folder(location: str) -> Path:
 
 @functools.cache
 def _copy_of(url: str) -> Path:
-    with _using(url):
+    with mendable(f"cannot use {url}"):
         files = files_below(url)
     if not any(map(makes_whole, files)):
         raise ProPhyError(
@@ -62,7 +61,7 @@ def _copy_of(url: str) -> Path:
             "place that `prophy export` wrote to its end"
         )
     folder = home() / "s3" / f"{url.rpartition('/')[2]}-{_version(url, files)}"
-    with _using(str(folder.parent)):
+    with mendable(f"cannot use {folder.parent}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
@@ -92,7 +91,7 @@ def _download(url: str, files: Mapping[str, Mapping[str, Any]], folder: Path) ->
         if ".." in copy.parts or not copy.is_relative_to(partial):
             raise ProPhyError(f"{url} has a file called {name!r}, which is no name in a folder; remove it")
     try:
-        with _using(url), asking("it"):
+        with mendable(f"cannot use {url}"), asking("it"):
             store.get(
                 [f"{root}/{name}" for name in files],
                 [str(copy) for copy in copies.values()],
@@ -106,13 +105,3 @@ def _download(url: str, files: Mapping[str, Mapping[str, Any]], folder: Path) ->
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _using(place: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ProPhyError(
-            f"cannot use {place}: {error.strerror or error}; mend that, and run the same command again"
-        ) from None
