@@ -60,8 +60,10 @@ def _checks(config: Config) -> Iterator[tuple[str, str]]:
             continue
         yield f"room for {work}", place(needs)[1]
     folder = config.run_dir
-    yield f"rename, lock and append in {folder}", _said(lambda: _try_files(folder))
-    yield from _nodes(folder, _urls(config))
+    unusable = _said(lambda: _try_files(folder))
+    yield f"rename, lock and append in {folder}", unusable
+    if not unusable:
+        yield from _nodes(folder, _urls(config))
     yield f"job database {config.serve.database_url}", _said(lambda: _try_database(config))
 
 

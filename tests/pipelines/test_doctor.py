@@ -48,3 +48,17 @@ def test_a_store_that_nodes_cannot_use_is_named(
     [wrong] = [line for line in lines if line.startswith("no  ")]
     assert "can use serve.videos s3://nobodys/videos: " in wrong and "bucket does not exist" in wrong
     assert sum(" can use " in line for line in lines) == 4
+
+
+def test_a_folder_that_cannot_be_used_is_named(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    config = tiny_config(tmp_path / "file" / "run")
+    with pytest.raises(ProPhyError, match="^2 of 8 checks do not hold$"):
+        doctor.run(config)
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no  ")]
+    assert [line.partition(": ")[2] for line in wrong] == [
+        f"[Errno 20] Not a directory: '{config.run_dir}'",
+        f"[Errno 20] Not a directory: '{config.serve.output}'",
+    ]
