@@ -25,7 +25,10 @@ def decoder() -> Decoder:
     return Decoder(limits.max_memory_bytes, limits.max_seconds)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.heavy] * (kind == "a million frames")) for kind in REFUSED],
+)
 def test_hostile_videos_are_refused_in_one_sentence(decoder: Decoder, tmp_path: Path, kind: str) -> None:
     write, message = REFUSED[kind]
     path = tmp_path / "upload.mp4"

@@ -113,6 +113,12 @@ def test_layers_import_downwards() -> None:
             assert folders not in APART, f"{file} imports {module}"
 
 
+def test_benchmarks_run_as_scripts() -> None:
+    """`python tests/benchmarks/NAME.py` finds what is installed, and no `tests`."""
+    for file in sorted((ROOT / "tests" / "benchmarks").glob("*.py")):
+        assert "tests" not in {module.split(".")[0] for module in imported(file)}, file
+
+
 NETWORKS = {"torch", "diffusers", "transformers", "peft", "deepspeed"}
 
 

@@ -180,6 +180,7 @@ def test_a_complete_export_makes_what_the_trained_branch_makes(
         assert alike(VideoSampler(trained).sample(spec, image=image(0)), frames)
 
 
+@pytest.mark.heavy
 def test_its_training_can_be_planned(config: Config) -> None:
     plan = make_plan(config)
     assert plan.flops > 0 and plan.activations[True] > 0

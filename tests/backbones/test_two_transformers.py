@@ -254,6 +254,7 @@ def test_knobs_and_maps_are_those_of_the_transformers_that_have_a_branch(
         sampler_of(high, trained["low_noise"]).render(spec)
 
 
+@pytest.mark.heavy
 def test_what_saves_time_or_memory_is_for_both_transformers(high: Config, trained: dict[str, Path]) -> None:
     sampler, runs = sampler_of(high, trained["both"]), Counter[int]()
     for index, transformer in enumerate(sampler._pipeline.transformers):

@@ -29,9 +29,10 @@ from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec, StepCache, VideoSpec
 from pipelines.training.model import branch_config
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
+from prophy.taxonomy import load_taxonomy
 from prophy.training.cost import _call, _grouped_mm_flop
-from tests.wisa import PHENOMENA
 
+PHENOMENA = load_taxonomy("wisa").names
 WHOLE = "all steps, branch on (scale 1)"
 CACHES: dict[str, Sequence[float]] = {
     "first_block": (0.05, 0.1, 0.2, 0.4),

@@ -23,9 +23,10 @@ from torch import multiprocessing, nn
 
 from pipelines.config import Config, load_config
 from prophy.backbones.pretrained import resolve_pretrained
+from prophy.taxonomy import load_taxonomy
 from prophy.tiny.pipeline import TRANSFORMER
-from tests.wisa import PHENOMENA
 
+PHENOMENA = load_taxonomy("wisa").names
 WORLD_SIZE = 2
 WIDE = {"num_attention_heads": 16, "attention_head_dim": 64, "ffn_dim": 4096}
 MODES = ("whole", "zero2", "zero3")

@@ -36,8 +36,9 @@ from prophy.priors.questionnaire import questionnaire
 from prophy.priors.qwen_vl import Qwen25VL
 from prophy.priors.vlm import load_vlm
 from prophy.sandbox import simulate_clip
-from tests.wisa import WISA
+from prophy.taxonomy import load_taxonomy
 
+WISA = load_taxonomy("wisa")
 QUESTIONS = [question.text for question in questionnaire(WISA)[:6]]
 FPS = 4.0
 BATCH_SIZES = (1, 4, 8)

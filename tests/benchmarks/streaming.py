@@ -45,10 +45,12 @@ from pipelines.config import Config, load_config
 from pipelines.runtime import ray_session
 from prophy.sandbox import simulate_clip
 from prophy.schema import PRIORS, QUARANTINE
+from prophy.taxonomy import load_taxonomy
 from prophy.tiny.vlm import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, build_config, build_tokenizer
 from prophy.video import write_video
-from tests.wisa import PHENOMENA, WISA
 
+WISA = load_taxonomy("wisa")
+PHENOMENA = WISA.names
 DIFFERENT_CLIPS = 8
 SAMPLE_CLIPS = 32  # for the rate of a stage alone
 SAMPLE_EVERY_S = 0.5

@@ -35,10 +35,11 @@ from pipelines.training.model import build_module
 from prophy.backbones.encoding import VideoEncoder
 from prophy.device import autocast
 from prophy.priors.extractor import Clip, PriorExtractor
+from prophy.taxonomy import load_taxonomy
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames
-from tests.wisa import WISA
 
+WISA = load_taxonomy("wisa")
 BLOCK = 5  # steps
 BATCH_SIZE = 4
 NO_BRANCH = [

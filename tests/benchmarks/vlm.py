@@ -23,8 +23,10 @@ from prophy.pretraining.vlm import VLM_FPS, extraction_quality, vlm_frames
 from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.priors.grounding import RECIPES
 from prophy.sandbox import SimulatedClip
-from tests.wisa import PHENOMENA, WISA
+from prophy.taxonomy import load_taxonomy
 
+WISA = load_taxonomy("wisa")
+PHENOMENA = WISA.names
 GRID = (5, 8, 8)
 
 Scores = dict[str, dict[str, list[list[float]]]]  # recipe -> where or which -> scores of the even, odd clips

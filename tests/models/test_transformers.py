@@ -309,6 +309,7 @@ def test_too_many_layers_are_refused(family: str, backbone: ModelMixin) -> None:
         BACKBONES[family][1].from_transformer(backbone, PHYSICS | {"physics_layers": (0, 3)})
 
 
+@pytest.mark.heavy
 def test_blocks_compile_without_a_break(awakened: PhysicsTransformer, inputs: Inputs) -> None:
     """Regional compilation reaches the branch's blocks; "eager" traces as any other backend does."""
     torch.compiler.reset()  # what other tests compiled of the same code counts against torch's limit

@@ -93,6 +93,7 @@ def test_a_command_names_the_section_that_its_file_lacks(prophy: CommandLine, tm
     assert "`prophy pretrain branch` needs the sections backbone, vlm, physics, simulate, cache" in sentence
 
 
+@pytest.mark.heavy
 def test_commands_do_with_the_sections_that_they_say_they_need(prophy: CommandLine, tmp_path: Path) -> None:
     whole = tiny_config(tmp_path, "simulate.num_clips=1").model_dump(mode="json")
     outcomes = {

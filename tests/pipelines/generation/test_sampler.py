@@ -168,6 +168,7 @@ def test_a_trace_of_a_video_with_skipped_steps_has_them_all(config: Config, samp
         assert trace.phenomenon_maps.shape == whole.phenomenon_maps.shape
 
 
+@pytest.mark.heavy
 def test_a_video_of_a_batch_is_as_alone_but_for_rounding(config: Config) -> None:
     """In float32: how far bfloat16 rounds otherwise in a batch depends on the processor."""
     precise = config.backbone.model_copy(update={"autocast": None})

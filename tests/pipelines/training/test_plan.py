@@ -149,6 +149,7 @@ def test_gpus_share_samples_where_nothing_fits_alone(wan_14b: Plan) -> None:
         make_plan(load_config("wan2.1-14b", ["train.num_workers=3", "train.sequence_parallel=3"]))
 
 
+@pytest.mark.heavy
 def test_eight_bits_take_less_and_leave_out_zero_3() -> None:
     without, stored = (
         make_plan(load_config("tiny", ["train.num_workers=2", *extra]))
