@@ -247,11 +247,11 @@ def plan(
     set_: SetOption = None,
     print_config: PrintOption = False,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="How many, all of one kind; by default train.num_workers.")
+        int | None, typer.Option(min=1, help="Number of GPUs, all of one kind; by default train.num_workers.")
     ] = None,
     gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU, in GB.")] = 80.0,
     price: Annotated[
-        float | None, typer.Option(min=0, help="Of an hour of one GPU, in any currency.")
+        float | None, typer.Option(min=0, help="Price of one GPU for an hour, in any currency.")
     ] = None,
 ) -> None:
     """Predict how much memory `prophy train` takes on each GPU, what fits, and the fastest settings.
@@ -435,7 +435,7 @@ def request(
         ),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="A picture to start from, for a model that takes one.")
+        Path | None, typer.Option(parser=path, help="A picture to start from, for a model that takes one.")
     ] = None,
 ) -> None:
     """Ask a server for a video, watch its progress, and save it. Ctrl-C cancels it on the server too."""

@@ -31,7 +31,7 @@ class Server:
     """`prophy serve` in a process of its own, and the jobs that it has accepted.
 
     Args:
-        folder: of the run.
+        folder: the run's.
         nodes: the cluster that it uses; by default it starts a Ray.
         settings: in addition to `SETTINGS`.
     """

@@ -19,9 +19,9 @@ class Run:
     """`prophy COMMAND`, started at once; what it prints is added to a log beside its run folder.
 
     Args:
-        command: of the command line, with options that are no keys.
-        folder: of the run.
-        overrides: of its configuration.
+        command: a line of the command line, with options that are no keys.
+        folder: the run's.
+        overrides: what its configuration changes.
         workers: how the titles of those processes begin that hold rows or ranks.
     """
 

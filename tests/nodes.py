@@ -31,7 +31,7 @@ class Nodes:
     """A head, and nodes that come and go.
 
     Args:
-        head_cpus: of the head; by default it only coordinates.
+        head_cpus: CPUs that the head offers; by default it only coordinates.
         redis: where the head keeps what it knows, such as `127.0.0.1:6379`; by default it forgets.
 
     Attributes:

@@ -40,7 +40,7 @@ LIMITS = ShapeLimits(
     max_pixels=4096,
     phenomena=PHENOMENA,
 )
-"""Of the tiny model."""
+"""What the tiny model can make."""
 
 Generate = Callable[[VideoSpec, bytes | None], AsyncGenerator[GenerationStep, None]]
 

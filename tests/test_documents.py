@@ -112,3 +112,15 @@ def test_make_targets_exist_and_lines_are_short(document: Path) -> None:
     if document.parent.name != "cluster":
         for number, line in enumerate(text_of(document).splitlines(), start=1):
             assert len(line) <= 110 or line.startswith("|"), f"line {number} has {len(line)} characters"
+
+
+def test_descriptions_begin_with_what_they_describe() -> None:
+    """`revision: of a hub id` makes a reader go back; `revision: a hub id's` does not."""
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in TOP_LEVEL
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if re.match(r'\s+\w+: of [^"]*$|\s*"""Of |.*\bhelp="[Oo]f ', line)
+    ]
+    assert not found

@@ -107,7 +107,7 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        suffix: of the file.
+        suffix: the file's.
         options: with which ffmpeg encodes the numbered frames.
         change: what is done to the file afterwards.
         shape: height and width as shown.

@@ -26,7 +26,7 @@ class Row:
     Attributes:
         number: counted from 1, without a header.
         line: where it begins in a text file, counted from 1.
-        values: of the known columns, by the name stripped and in lower case.
+        values: what known columns hold, by the name stripped and in lower case.
         error: why it cannot be read, in words that go for every such row.
         detail: what is wrong in this one.
     """

@@ -67,10 +67,11 @@ class EvaluateConfig(Section):
     measures: list[Measure] = Field(["loss", "captions", "laws", "routing", "videos"])
     """What is measured. All but videos takes seconds a clip at most: nothing is generated.
 
-    loss: of clips never trained on, by level of noise, inside and outside the maps. captions: whether the
-    right caption denoises a clip better than one with something wrong. laws: whether a clip denoises better
-    than its twin that breaks a law. routing: whether the branch's maps are where a phenomenon is. videos:
-    generated ones against the simulator; they alone are made with backbone.storage_dtype.
+    loss: how well clips are denoised that were never trained on, by level of noise, inside and outside the
+    maps. captions: whether the right caption denoises a clip better than one with something wrong. laws:
+    whether a clip denoises better than its twin that breaks a law. routing: whether the branch's maps are
+    where a phenomenon is. videos: generated ones against the simulator; they alone are made with
+    backbone.storage_dtype.
     """
 
     clips: Literal["sandbox", "cache"] = "sandbox"

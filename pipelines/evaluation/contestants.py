@@ -21,7 +21,7 @@ class Entrant:
     Attributes:
         name: the configuration's.
         config: the run's, with this model as its checkpoint and backbone.
-        knobs: of the branch; None where there is none.
+        knobs: the branch's; None where there is no branch.
         model: fingerprint of the model.
         encoders: fingerprint of VAE and text encoder.
     """

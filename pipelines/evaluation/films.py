@@ -28,8 +28,8 @@ def films_section(
     Args:
         config: the run.
         contestants: the first, and another.
-        scores: of all.
-        videos: of each contestant the file of each unit.
+        scores: all rows.
+        videos: the file of each unit, for each contestant.
     """
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row in scores:

@@ -31,7 +31,7 @@ class Clip(BaseModel):
 
     Attributes:
         parts: (scene, colour, side) of a simulation.
-        seed: of what it leaves open.
+        seed: draws what `parts` leave open.
         broken: a law that it breaks.
         path: a video file, of which the beginning is taken.
         sample: a sample of the cache, with its caption and its maps.

@@ -27,7 +27,7 @@ def write(
         config: the run.
         contestants: their names; the others are compared with the first.
         scores: all of them.
-        videos: of each contestant that made any, the file of each unit.
+        videos: the file of each unit, for each contestant that made any.
     """
     path = config.evaluate.output / REPORT
     sections = [_summary(contestants)]

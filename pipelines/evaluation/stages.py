@@ -61,7 +61,7 @@ class EncodeItems:
 
     Args:
         config: the run, with the backbone whose encoders are held.
-        shape: of its clips.
+        shape: the shape of its clips.
     """
 
     def __init__(self, config: Config, shape: ClipShape) -> None:
@@ -136,9 +136,9 @@ class DenoiseItems:
     Args:
         config: the run.
         entrants: what is compared.
-        shape: of the clips that are not the cache's.
+        shape: the shape of clips that are not the cache's.
         cache: folders of priors and encodings, where clips are the cache's.
-        clip_shapes: of the cache's clips.
+        clip_shapes: the shapes of the cache's clips.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ class Filming:
 
     Attributes:
         files: (entrant, path) of each file of scores.
-        videos: of each entrant the video of each unit.
+        videos: the video of each unit, for each entrant.
 
     Args:
         config: the run.

@@ -60,7 +60,7 @@ def footprint(
 
     Args:
         backbone: the configuration.
-        vae_config: of the VAE.
+        vae_config: the VAE's configuration.
         serve: how many GPUs share a served video, and how.
         num_transformers: how many there are.
         num_blocks: blocks of one.

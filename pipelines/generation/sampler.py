@@ -107,7 +107,7 @@ class VideoSampler:
         those of the processes whose place in "guidance" is 0.
 
         Args:
-            mesh: of the dimensions "guidance", 2 where each half computes one pass of guidance and else 1;
+            mesh: has the dimensions "guidance", 2 where each half computes one pass of guidance and else 1;
                 "ring", 1; and "ulysses", the processes that share tokens.
 
         Raises:

@@ -312,7 +312,7 @@ def _unknown_type(kind: str) -> ApiError:
 
 
 def _json_fields(body: bytes) -> Any:
-    """Of text, such as an image, that grows by nothing, a body may have more than of anything else.
+    """Reads a JSON body: one long text, such as an image, takes no more memory once read; many values do.
 
     Raises:
         ApiError: it has too many values.

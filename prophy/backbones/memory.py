@@ -37,7 +37,7 @@ def vae_cost(family: Family, config: ModelConfig, shape: Shape, bytes_per_number
 
     Args:
         family: the backbone's.
-        config: of the VAE; what it leaves out is the default of its class.
+        config: the VAE's; what it leaves out is the default of its class.
         shape: frames, height and width of a clip.
         bytes_per_number: 4 for float32, 2 for bfloat16.
     """

@@ -14,7 +14,7 @@ def wrong_captions(parts: Sequence[Part], rng: np.random.Generator) -> tuple[str
     whole frame has no side.
 
     Args:
-        parts: of the clip.
+        parts: the clip's.
         rng: draws the wording, and what takes the place of what is right.
 
     Returns:

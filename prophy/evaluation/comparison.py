@@ -60,7 +60,7 @@ def figures(measure: Measure, scores: Sequence[Row], contestants: Sequence[str])
 
     Args:
         measure: what scores say.
-        scores: of all measures.
+        scores: the rows of all measures.
         contestants: names, the one first that the others are compared with.
     """
     cells: dict[tuple[str, float | None], dict[str, dict[str, list[Row]]]] = {}

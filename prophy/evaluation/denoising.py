@@ -26,7 +26,7 @@ class Question:
     Attributes:
         latents: `[C, T, H, W]`.
         text: the caption, encoded: the family's tensors, by name.
-        level: of noise, above 0; 1 is noise alone.
+        level: share of noise, above 0; 1 is noise alone.
         noise_of: names the noise; the same name is the same noise.
     """
 
@@ -53,7 +53,7 @@ class Denoiser:
     """A transformer that answers questions in batches.
 
     Args:
-        transformer: of any family, in evaluation mode.
+        transformer: one of any family, in evaluation mode.
         objective: what it was trained on.
         physics: knobs of its branch.
         autocast_to: precision of forward passes, if not that of the weights.

@@ -22,7 +22,7 @@ class Estimate:
     """A mean over units.
 
     Attributes:
-        mean: of the units.
+        mean: the units' mean.
         low: lower end of its 95 % interval.
         high: upper end.
         num_units: units.

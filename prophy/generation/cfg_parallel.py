@@ -28,7 +28,7 @@ def one_pass_each(
     of a step cache are those of the own pass.
 
     Args:
-        transformers: of the pipeline.
+        transformers: the pipeline's.
         guidance: the two processes; None where this one computes both passes.
         in_one_pass: as `Family.guides_in_one_pass`.
     """

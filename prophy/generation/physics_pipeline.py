@@ -47,7 +47,7 @@ class PhysicsPipeline(DiffusionPipeline):
 
         Args:
             image: `[B, 3, H, W]` in [0, 1].
-            num_frames: of each video.
+            num_frames: how many each video has.
 
         Returns:
             Tensors `[B, ...]`, by the names of `Family.image`.

@@ -60,7 +60,7 @@ class ProPhyCogVideoXTransformer3DModel(PhysicsTransformer, CogVideoXTransformer
     equals the backbone's bit for bit. The arguments are upstream's, then:
 
     Args:
-        lora_rank: of an adapter on the backbone's attention; None for none.
+        lora_rank: rank of an adapter on the backbone's attention; None for none.
         lora_alpha: its output is scaled by alpha / rank.
         physics: the branch, a `BranchConfig` as JSON.
     """

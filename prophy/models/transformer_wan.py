@@ -53,7 +53,7 @@ class ProPhyWanTransformer3DModel(PhysicsTransformer, WanTransformer3DModel):
     Before any training its output equals the backbone's bit for bit. The arguments are upstream's, then:
 
     Args:
-        lora_rank: of an adapter on the backbone's attention; None for none.
+        lora_rank: rank of an adapter on the backbone's attention; None for none.
         lora_alpha: its output is scaled by alpha / rank.
         physics: the branch, a `BranchConfig` as JSON.
     """

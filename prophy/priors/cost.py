@@ -54,7 +54,7 @@ class VlmCost:
     """What the priors of a clip without labels take.
 
     Attributes:
-        num_parameters: of the model.
+        num_parameters: how many the model has.
         weights: bytes of them.
         num_tokens: tokens that the language layers get of a clip.
         flops: operations of a clip, but for saying answers: watching, reading the questions, and the pass
@@ -83,7 +83,7 @@ def published_or_loaded(pretrained: str, revision: str | None) -> Mapping[str, A
 
     Args:
         pretrained: see `load_vlm`.
-        revision: of a hub id.
+        revision: a hub id's.
 
     Raises:
         ProPhyError: there is no such model.

@@ -68,7 +68,7 @@ class PriorExtractor:
     Args:
         pretrained: hub id or folder; "tiny" is the embedded one.
         taxonomy: the phenomena that are asked for.
-        revision: of a hub id.
+        revision: a hub id's.
         dtype: "float32" or "bfloat16".
         device_map: as in transformers; None is this process's device.
         layers: language layers whose attention is kept; None is all.

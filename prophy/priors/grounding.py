@@ -163,7 +163,7 @@ def make_targets(
     Args:
         maps: raw maps `[K + 1, T, H, W]` on the VLM's grid, the background's last.
         map_phenomena: taxonomy indices of the first K maps.
-        latents: of the clip, `[C, T, H, W]`.
+        latents: the clip's, `[C, T, H, W]`.
         grid: tokens of the video model, `(T', H', W')`.
         num_frames: frames that the video model sees, `1 + c (T' - 1)`.
         slices: `[T, 2]`, float64: when the first and the last frame of each slice of the maps are, as parts

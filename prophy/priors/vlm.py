@@ -107,7 +107,7 @@ def load_vlm(pretrained: str, revision: str | None, dtype: str, device_map: str 
 
     Args:
         pretrained: hub id or folder; "tiny" is the embedded one.
-        revision: of a hub id; None is its main branch.
+        revision: a hub id's; None is its main branch.
         dtype: "float32" or "bfloat16".
         device_map: as in transformers ("auto" spreads over the visible GPUs); None is this process's device.
 

@@ -246,7 +246,7 @@ def _cells(value: tuple[float, int] | None) -> list[str]:
 
 
 def _exponent(known: list[tuple[int, float]]) -> str:
-    """Of the growth between the two largest sizes."""
+    """The exponent of the growth between the two largest sizes."""
     if len(known) < 2:
         return ""
     (size, seconds), (larger, more) = known[-2:]

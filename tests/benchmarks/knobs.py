@@ -70,7 +70,7 @@ class Predictions:
 
     @torch.no_grad()
     def __call__(self, index: int, **knobs: Any) -> torch.Tensor:
-        """Of one clip, `[C, T, H, W]`."""
+        """The prediction of one clip, `[C, T, H, W]`."""
         text = {"prompt_embeds": self._text[index : index + 1]}
         arguments = (self._noisy[index], self._timestep, text, PhysicsControl(**knobs))
         with autocast(self._transformer.device, "bfloat16"):

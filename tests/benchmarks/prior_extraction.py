@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", type=int, default=64, help="height and width of a frame, in pixels")
-    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each answer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", type=Path, help="a JSON file for the results")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)

@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--videos", type=int, default=4, help="per round of the throughput")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of a video")
-    parser.add_argument("--seconds", type=float, default=10, help="of requests at 50/s")
+    parser.add_argument("--seconds", type=float, default=10, help="how long to send 50 requests/s")
     parser.add_argument("--save", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     results: dict[str, Any] = {}

@@ -160,7 +160,7 @@ class MemoryLog(threading.Thread):
             time.sleep(SAMPLE_EVERY_S)
 
     def slopes_mb_per_100_clips(self, graph: str, num_clips: int) -> tuple[dict[str, float], float, float]:
-        """Of each part, the steepest first; and their sum with its standard error.
+        """The slope of each part, the steepest first; and their sum with its standard error.
 
         By part, since a process ends when its stage does, and then frees all it had. What lives for less
         than `WINDOWS` samples has no slope; where nothing has one, the sum is NaN.
@@ -182,7 +182,7 @@ class MemoryLog(threading.Thread):
 
 
 def standard_error(residuals: dict[tuple[int, int], float]) -> float:
-    """Of the slope of a line, by what it leaves over at (sample, clips).
+    """The standard error of a line's slope, by what it leaves over at (sample, clips).
 
     Neighbouring samples depend on each other: windows of them are taken, and what these still do is allowed
     for, as in a process of first order.

@@ -152,7 +152,7 @@ def make_cache(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="of each measurement, a multiple of five")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each measurement, a multiple of five")
     parser.add_argument("--rounds", type=int, default=4, help="product and bare torch in turn, so often")
     parser.add_argument("--part", choices=("bare", "online"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

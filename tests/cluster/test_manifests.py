@@ -39,7 +39,7 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def schemas() -> dict[str, dict[str, Any]]:
-    """Of each kind of object."""
+    """The schema of each kind of object."""
     folder = os.environ.get("KUBERAY_CRDS")
     if folder is None:
         pytest.skip("KUBERAY_CRDS names no folder of KubeRay's CustomResourceDefinitions")

@@ -40,7 +40,7 @@ def graphs() -> int:
 
 
 def differences(compiled: ModelMixin, eager: ModelMixin, latents: torch.Tensor) -> list[float]:
-    """Of four steps of a video with a step cache, and of one without."""
+    """By how much three steps of a video differ, without a step cache and with one."""
     inputs = make_inputs(eager, latents)
     found = []
     for caches in (False, True):

@@ -205,7 +205,7 @@ def test_what_is_in_quarantine_is_not_left() -> None:
 
 
 def test_what_could_not_be_had_is_told_while_it_is_left() -> None:
-    """Of both, a run could not open the file; by now it has the clips of `b`. `c` never was there."""
+    """A run could open neither `a` nor `b`; by now it has the clips of `b`. `c` never was there."""
     a, b, c = video("a"), video("b"), video("c", modified=0.0)
     c["source"]["size"] = 0
     quarantine = table(

@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Of a server whose replica is one process."""
+    """A client of a server whose replica is one process."""
     config = shared_by("serve.sequence_parallel=1", tmp_path_factory.mktemp("alone"), checkpoint)
     generate = VideoGenerator(config, shape_limits(config)).generate
     with http_server(config, generate) as url, httpx.Client(base_url=url, timeout=60) as client:
@@ -69,7 +69,7 @@ def shared(
     checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[httpx.Client]:
-    """Of a server whose replica is two processes, which share tokens if a test asks for nothing else."""
+    """A client of a server whose replica is two processes; unless a test asks for else, they share tokens."""
     how = getattr(request, "param", "serve.sequence_parallel=2")
     config = shared_by(how, tmp_path_factory.mktemp("shared"), checkpoint)
     with serve.serving(config) as url, httpx.Client(base_url=url, timeout=60) as client:

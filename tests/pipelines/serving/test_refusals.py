@@ -126,7 +126,7 @@ def test_bad_requests(client: httpx.Client) -> None:
 def of_text(
     config: Config, generator: VideoGenerator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    """Of a server whose model makes videos of text alone."""
+    """A client of a server whose model makes videos of text alone."""
     own = config.serve.model_copy(update={"output": tmp_path_factory.mktemp("text")})
     limits = LIMITS.model_copy(update={"images": "never"})
     serving = http_server(config.model_copy(update={"serve": own}), generator.generate, limits=limits)

@@ -91,7 +91,7 @@ def interrupted(ray_cluster: None, config: Config) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def client(interrupted: dict[str, Any], config: Config) -> Iterator[httpx.Client]:
-    """Of the second server in the same folder."""
+    """A client of the second server in the same folder."""
     with serve.serving(config) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
