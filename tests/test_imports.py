@@ -52,7 +52,7 @@ LAYERS = {
         ("generation",),
         ("caching",),
         ("sandbox",),
-        ("runtime", "resources", "metrics"),
+        ("actors", "runtime", "resources", "metrics"),
         ("config",),
         ("layout", "pictures"),
     ),

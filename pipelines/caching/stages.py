@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.actors import told_by_the_first_call
 from pipelines.caching.manifests import VIDEOS
 from pipelines.caching.tables import Table, write_file, writing
 from pipelines.caching.video_files import UNREADABLE, LocalFiles
@@ -244,6 +245,7 @@ def prior_extractor(vlm: VlmConfig, taxonomy: Taxonomy) -> "PriorExtractor":
     )
 
 
+@told_by_the_first_call
 class ExtractPriors:
     """`CLIPS_WITH_FRAMES` -> `PRIORS_OR_ERROR`: holds the VLM and asks it about the clips of a batch."""
 
@@ -284,6 +286,7 @@ class ExtractPriors:
             }
 
 
+@told_by_the_first_call
 class EncodeClip:
     """`CLIPS_WITH_FRAMES` -> `ENCODINGS_OR_ERROR`: holds the VAE and the text encoder of the backbone.
 

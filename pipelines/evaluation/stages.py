@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from pipelines.actors import told_by_the_first_call
 from pipelines.caching.stages import decoder, video_encoder
 from pipelines.caching.video_files import LocalFiles
 from pipelines.config import Config, VideoLimits
@@ -56,6 +57,7 @@ class Inputs:
     masks: dict[str, np.ndarray]
 
 
+@told_by_the_first_call
 class EncodeItems:
     """Row callable `{"items", "paths"}` -> `{"paths"}`: holds VAE and text encoder, writes items' tensors.
 
@@ -130,6 +132,7 @@ class EncodeItems:
         )
 
 
+@told_by_the_first_call
 class DenoiseItems:
     """Row callable `{"entrant", "items", "encodings", "path"}` -> `{"path"}`: holds a model, writes scores.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.actors import told_by_the_first_call
 from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.requests import requests_of, unit_of
@@ -24,6 +25,7 @@ from prophy.video import read_frames, write_video
 FALL = "bouncing_ball"
 
 
+@told_by_the_first_call
 class MakeVideos:
     """Row callable `{"entrant", "specs", "videos"}` -> `{"videos"}`: holds a model, writes mp4 files.
 
@@ -50,6 +52,7 @@ class MakeVideos:
         return {"videos": row["videos"]}
 
 
+@told_by_the_first_call
 class JudgeVideos:
     """Row callable `{"requests", "videos", "path"}` -> `{"path"}`: writes the scores of a batch of videos.
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import ray.data
 
+from pipelines.actors import told_by_the_first_call
 from pipelines.config import Config
 from pipelines.generation.limits import check_model, check_same_model, model_fingerprint, shape_limits
 from pipelines.generation.output import open_output
@@ -34,6 +35,7 @@ Item = TypeVar("Item")
 MANIFEST = "manifest.jsonl"
 
 
+@told_by_the_first_call
 class GenerateVideos:
     """Row callable `{"specs", "names", "images"}` -> `{"names"}` that writes a batch; holds the model.
 

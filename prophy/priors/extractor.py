@@ -66,7 +66,7 @@ class PriorExtractor:
     """Asks a VLM the questionnaire about clips, from one prefill of each video.
 
     Args:
-        pretrained: hub id or folder; "tiny" is the embedded one.
+        pretrained: hub id or folder, also in S3; "tiny" is the embedded one.
         taxonomy: the phenomena that are asked for.
         revision: a hub id's.
         dtype: "float32" or "bfloat16".

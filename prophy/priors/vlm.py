@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prophy.errors import ProPhyError
+from prophy.models.stored import is_in_s3, local_folder
 from prophy.registry import Registry
 from prophy.tiny import EMBEDDED, bundled
 
@@ -106,7 +107,7 @@ def load_vlm(pretrained: str, revision: str | None, dtype: str, device_map: str 
     """Loads a model by the class that fits it.
 
     Args:
-        pretrained: hub id or folder; "tiny" is the embedded one.
+        pretrained: hub id or folder, also in S3; "tiny" is the embedded one.
         revision: a hub id's; None is its main branch.
         dtype: "float32" or "bfloat16".
         device_map: as in transformers ("auto" spreads over the visible GPUs); None is this process's device.
@@ -136,7 +137,10 @@ def load_config(pretrained: str, revision: str | None) -> dict[str, Any]:
 
 
 def _source(pretrained: str) -> str:
-    return str(bundled("vlm")) if pretrained == EMBEDDED else pretrained
+    """Where transformers finds it: a folder of this machine, or a hub id."""
+    if pretrained == EMBEDDED:
+        return str(bundled("vlm"))
+    return str(local_folder(pretrained)) if is_in_s3(pretrained) else pretrained
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """The run folder, and user errors that come out of Ray as themselves."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import ray.data
 import yaml
 
+from pipelines.actors import told_by_the_first_call
 from pipelines.config import Config, PretrainConfig, TrainConfig, how_keys
 from pipelines.runtime import find_user_error, open_run, ray_session
 from prophy.errors import ProPhyError
@@ -62,6 +64,21 @@ def test_user_error_comes_out_of_a_row_without_the_advice_of_ray_data(
     with pytest.raises(ProPhyError) as caught, ray_session(config):
         list(ray.data.range(1).map(fail).iter_rows())
     assert str(caught.value) == "the disk is full; free it"
+
+
+def test_user_error_comes_out_of_the_constructor_of_a_stage(ray_cluster: None, config: Config) -> None:
+    @told_by_the_first_call
+    class Fail:
+        def __init__(self) -> None:
+            raise ProPhyError("vlm.layers has 99, of 8; name layers that there are")
+
+        def __call__(self, row: dict[str, int]) -> dict[str, int]:
+            return row
+
+    stage: Any = Fail
+    with pytest.raises(ProPhyError) as caught, ray_session(config):
+        list(ray.data.range(2).map(stage, concurrency=1).iter_rows())
+    assert str(caught.value) == "vlm.layers has 99, of 8; name layers that there are"
 
 
 @pytest.mark.parametrize(

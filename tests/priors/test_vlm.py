@@ -16,6 +16,8 @@ from prophy.errors import ProPhyError
 from prophy.priors.questionnaire import questionnaire
 from prophy.priors.qwen_vl import Qwen25VL
 from prophy.priors.vlm import load_vlm
+from prophy.tiny import bundled
+from tests.object_store import object_store
 from tests.wisa import WISA
 
 FPS = 4.0
@@ -192,3 +194,15 @@ def test_a_tokenizer_without_chat_template(peaked_vlm: Path, tmp_path: Path) -> 
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(ProPhyError, match="chat template"):
         load_vlm(str(tmp_path), None, "float32", None)
+
+
+def test_a_model_in_s3_is_the_one_that_it_is_in_a_folder() -> None:
+    with object_store() as store:
+        store.mkdir("vlms")
+        store.put(f"{bundled('vlm')}/", "vlms/tiny/", recursive=True)
+        there, here = (load_vlm(place, None, "float32", None) for place in ("s3://vlms/tiny", "tiny"))
+        assert isinstance(there, Qwen25VL) and isinstance(here, Qwen25VL)
+        for one, other in zip(there.model.parameters(), here.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+        with pytest.raises(ProPhyError, match="no whole model lies at s3://vlms/no"):
+            load_vlm("s3://vlms/no", None, "float32", None)
