@@ -87,6 +87,12 @@ def answers(head: psutil.Popen, address: str) -> bool:
     return False
 
 
+def last_words(log: Path) -> str:
+    """How the head's own log ends, and those of its job server."""
+    logs = [log, *Path(os.environ["RAY_TMPDIR"]).glob("ray/session_latest/logs/dashboard*.log")]
+    return "".join(f"\n== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in logs)
+
+
 def submit(address: str, token: str, *command: str) -> subprocess.CompletedProcess[str]:
     return as_user(token, "ray", "job", "submit", "--address", address, "--working-dir", ROOT, "--", *command)
 
@@ -114,7 +120,7 @@ def test_submitted_cache_job_runs_and_wants_the_token(cluster: str, tmp_path: Pa
     done = submit(cluster, TOKEN, *cache)
     while "No available agent" in done.stderr and time.monotonic() < deadline:  # it is still starting
         done = submit(cluster, TOKEN, *cache)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr + last_words(tmp_path / "head.log")
     assert pq.read_table(Path(config.cache.output) / "priors" / "index.parquet").num_rows == 3
 
 
