@@ -114,9 +114,10 @@ def test_layers_import_downwards() -> None:
 
 
 def test_benchmarks_run_as_scripts() -> None:
-    """`python tests/benchmarks/NAME.py` finds what is installed, and no `tests`."""
+    """`python tests/benchmarks/NAME.py` finds what is installed, and no `tests`; `--help` explains it."""
     for file in sorted((ROOT / "tests" / "benchmarks").glob("*.py")):
         assert "tests" not in {module.split(".")[0] for module in imported(file)}, file
+        assert "argparse.ArgumentParser(" in file.read_text(), file
 
 
 NETWORKS = {"torch", "diffusers", "transformers", "peft", "deepspeed"}

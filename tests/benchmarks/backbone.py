@@ -8,7 +8,7 @@ acceleration is fitted. Beside them the same rulers on true clips and on the VAE
 the ceiling.
 """
 
-import sys
+import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -106,6 +106,11 @@ def falls_row(videos: Sequence[np.ndarray], requests: Sequence[Request], samplin
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("num_falls", nargs="?", type=int, default=NUM_FALLS)
+    num_falls = parser.parse_args().num_falls
     console = Console(width=110)
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)
     requests = held_out_requests(NUM_WORDINGS)
@@ -140,7 +145,7 @@ def main() -> None:
         if not (part.phenomenon and part.colour):
             console.print(f"  not right: {request.prompt!r}")
 
-    falls = fall_requests(int(sys.argv[1]) if len(sys.argv) > 1 else NUM_FALLS)
+    falls = fall_requests(num_falls)
     truth = true_videos(falls, SAMPLING)
     table = Table(*FALLS_HEADER, title="gravity")
     table.add_row("true clips", *falls_row(truth, falls, SAMPLING))

@@ -9,7 +9,7 @@ those of the caption alone, the first frame repeated, and the true clip through 
 that can be reached.
 """
 
-import sys
+import argparse
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -128,8 +128,12 @@ def distances(videos: Sequence[np.ndarray], clips: Clips) -> np.ndarray:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/first_frame")
-    number = int(sys.argv[2]) if len(sys.argv) > 2 else NUM_CLIPS
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/first_frame"))
+    parser.add_argument("num_clips", nargs="?", type=int, default=NUM_CLIPS)
+    given = parser.parse_args()
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)
 
     def of_text(clips: Clips, seed: int) -> list[np.ndarray]:
@@ -146,16 +150,20 @@ def main() -> None:
             reconstruct(pipeline.vae, (clip.frames for clip in clips))
         ),
     }
-    sets = {"all": held_out_clips(number), "bodies": bodies(number)}
+    sets = {"all": held_out_clips(given.num_clips), "bodies": bodies(given.num_clips)}
     videos = {
-        (name, way): kept(folder / way.replace(" ", "_"), name, clips, make)
+        (name, way): kept(given.folder / way.replace(" ", "_"), name, clips, make)
         for way, make in ways.items()
         for name, clips in sets.items()
     }
     console = Console(width=120)
     seconds = [f"to {(end - 1) / SAMPLING.fps:g} s" for end in QUARTERS[1:]]
-    shapes = Table("", *seconds, "all", "minus repeated", title=f"overlap of what is drawn, {number} clips")
-    places = Table("", *seconds, "all", "minus repeated", "seen", title=f"body is off by, m, {number} clips")
+    shapes = Table(
+        "", *seconds, "all", "minus repeated", title=f"overlap of what is drawn, {given.num_clips} clips"
+    )
+    places = Table(
+        "", *seconds, "all", "minus repeated", "seen", title=f"body is off by, m, {given.num_clips} clips"
+    )
     for table, measure, name in ((shapes, overlaps, "all"), (places, _off, "bodies")):
         first = None
         for way in ways:

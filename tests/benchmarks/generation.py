@@ -8,7 +8,7 @@ video with all steps, made alone. To take fewer steps is the plain way to save t
 The last table counts operations of a forward pass of Wan2.1-1.3B, 81 frames of 480x832, on the meta device.
 """
 
-import sys
+import argparse
 import tempfile
 import time
 from collections import defaultdict
@@ -145,13 +145,16 @@ def count_operations() -> Table:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("num_prompts", nargs="?", type=int, default=8)
+    num_prompts = parser.parse_args().num_prompts
     console = Console(width=110)
     prompts = resources.files("prophy.tiny").joinpath("prompts.txt").read_text().splitlines()
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("tiny", [f"run_dir={folder}"])
-    videos = [
-        video_spec(config, prompt) for prompt in prompts[: int(sys.argv[1]) if len(sys.argv) > 1 else 8]
-    ]
+    videos = [video_spec(config, prompt) for prompt in prompts[:num_prompts]]
     denoise = Denoiser(VideoSampler(config))
     denoise(videos[:1])  # warm-up
     num_steps, num_threads = config.sampling.num_inference_steps, torch.get_num_threads()

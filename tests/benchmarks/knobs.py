@@ -9,7 +9,7 @@ each beside the same seed without the knob: by how much the half changes where t
 other half. Intervals are of 95 %, by bootstrap over clips.
 """
 
-import sys
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -203,19 +203,24 @@ def of_videos(checkpoint: Path, number: int) -> Table:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=bundled("branch"))
+    parser.add_argument("num_clips", nargs="?", type=int, default=NUM_CLIPS)
+    parser.add_argument("num_videos", nargs="?", type=int, default=NUM_VIDEOS)
+    given = parser.parse_args()
     console = Console(width=120)
-    checkpoint = Path(sys.argv[1]) if len(sys.argv) > 1 else bundled("branch")
-    num_clips, num_videos = map(int, sys.argv[2:4]) if len(sys.argv) > 3 else (NUM_CLIPS, NUM_VIDEOS)
-    transformer = load_pipeline("wan", "tiny", None, torch.float32, checkpoint).transformer
+    transformer = load_pipeline("wan", "tiny", None, torch.float32, given.checkpoint).transformer
     shape: dict[str, Any] = {"num_frames": SAMPLING.num_frames, "fps": SAMPLING.fps, "size": SAMPLING.size}
     clips = [
         play_parts(parts, np.random.default_rng((index, 5)), **shape)
-        for index, parts in enumerate(pairs(num_clips))
+        for index, parts in enumerate(pairs(given.num_clips))
     ]
     console.print(of_true_clips(transformer, clips))
     for name, values in sizes(transformer, clips).items():
         console.print(f"{name}: {share(values)} of the stream's norm at sigma {LEVELS[-1]:g}")
-    console.print(of_videos(checkpoint, num_videos))
+    console.print(of_videos(given.checkpoint, given.num_videos))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python tests/benchmarks/vae.py [NUM_CLIPS]
 """
 
-import sys
+import argparse
 
 from diffusers import AutoencoderKLWan
 from rich import print_json
@@ -14,7 +14,11 @@ from prophy.tiny.pipeline import pipeline_folder
 
 
 def main() -> None:
-    clips = held_out_clips(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("num_clips", nargs="?", type=int, default=60)
+    clips = held_out_clips(parser.parse_args().num_clips)
     vae = AutoencoderKLWan.from_pretrained(pipeline_folder() / "vae").eval()
     reconstructions = list(reconstruct(vae, (clip.frames for clip in clips)))
     print_json(data=reconstruction_quality(clips, reconstructions))

@@ -8,7 +8,7 @@ at telling its own mask from the other phenomenon's ("which"). The winner is cho
 figures are of the odd ones.
 """
 
-import sys
+import argparse
 from collections import defaultdict
 
 import numpy as np
@@ -57,8 +57,12 @@ def score(clips: list[SimulatedClip]) -> tuple[Scores, dict[str, list[float]]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("num_clips", nargs="?", type=int, default=200)
+    clips = held_out_clips(parser.parse_args().num_clips)
     console = Console(width=110)
-    clips = held_out_clips(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
     for name, share in extraction_quality("tiny", WISA, clips).items():
         console.print(f"{name}: {share:.4f} of {len(clips)} clips")
     scores, by_phenomenon = score(clips)
