@@ -3,6 +3,7 @@
 Each check is one line. The same checks of room are made by every command before it starts.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,10 +28,14 @@ _WRITTEN = ("generate.output", "serve.videos")  # of what may be in an object st
 
 
 @ray.remote(num_cpus=0)
-def _look(token: Path, urls: dict[str, str]) -> tuple[str | None, dict[str, str], dict[str, str]]:
-    """What a node reads in a file of the shared folder, its versions, and what is wrong with each URL."""
+def _look(token: Path, urls: dict[str, str]) -> tuple[str | None, dict[str, str], dict[str, str], bool]:
+    """What a node reads in a file of the shared folder, its versions, and what is wrong with each URL.
+
+    And whether its GPUs are hidden from this task, which reserves none.
+    """
     problems = {key: _said(partial(_try_store, url, key in _WRITTEN)) for key, url in urls.items()}
-    return token.read_text() if token.exists() else None, versions(), problems
+    seen = token.read_text() if token.exists() else None
+    return seen, versions(), problems, os.environ.get("CUDA_VISIBLE_DEVICES") == ""
 
 
 def run(config: Config) -> None:
@@ -128,7 +133,7 @@ def _try_store(url: str, is_written: bool) -> None:
 
 
 def _nodes(folder: Path, urls: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Whether each node sees the run folder, has the versions of this process, and can use the URLs."""
+    """Whether each node sees the run folder, has these versions, hides its GPUs, and can use the URLs."""
     token, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_hex(8)
     token.write_text(content)
     own = versions()
@@ -138,13 +143,18 @@ def _nodes(folder: Path, urls: dict[str, str]) -> Iterator[tuple[str, str]]:
             place = f"node {node['NodeManagerAddress']}"
             looking = _look.options(scheduling_strategy=there).remote(token, urls)
             try:
-                seen, theirs, problems = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
+                seen, theirs, problems, hidden = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
             except Exception as error:
                 yield f"{place} runs a task", " ".join(str(error).split())
                 continue
             yield f"{place} sees {folder}", "" if seen == content else "it does not; mount it there"
             other = [f"{name} {theirs[name]}, here {own[name]}" for name in own if theirs[name] != own[name]]
             yield f"{place} has the versions of this one", "; ".join(other)
+            if "GPU" in node["Resources"]:
+                shown = (
+                    "" if hidden else "it does not; start Ray there with RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1"
+                )
+                yield f"{place} hides its GPUs from what reserves none", shown
             for key, url in urls.items():
                 yield f"{place} can use {key} {url}", problems[key]
     finally:

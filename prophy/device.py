@@ -1,10 +1,13 @@
 """Where tensors live, in which precision a forward pass computes, and how fast it could be."""
 
+import os
 import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+from prophy.errors import ProPhyError
 
 # Dense bfloat16 operations per second in NVIDIA's data sheets, by a part of the device's name: the first.
 _PEAK_BFLOAT16 = {
@@ -25,8 +28,22 @@ _PEAK_BFLOAT16 = {
 
 
 def default_device() -> torch.device:
-    """The accelerator of this process, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator of this process, else the CPU.
+
+    Raises:
+        ProPhyError: it was given a GPU, which torch cannot use: the CPU would take its place without a word.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if given not in ("", "-1"):
+        built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+        raise ProPhyError(
+            f"CUDA_VISIBLE_DEVICES is {given!r}, and torch {torch.__version__}, which was built {built}, can "
+            f"use no GPU; install the driver that it needs (CUDA 13: 580 or later) or a torch for the driver "
+            f"there is, or set CUDA_VISIBLE_DEVICES to '' to compute on the CPU"
+        )
+    return torch.device("cpu")
 
 
 def has_bfloat16(device: torch.device) -> bool:

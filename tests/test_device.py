@@ -1,9 +1,10 @@
-"""Which errors are the device's own."""
+"""Which device a process has, and which errors are the device's own."""
 
 import pytest
 import torch
 
-from prophy.device import check_device, is_device_error
+from prophy.device import check_device, default_device, is_device_error
+from prophy.errors import ProPhyError
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,16 @@ def test_errors_of_the_device(error: Exception, is_its_own: bool) -> None:
 
 def test_the_cpu_is_well() -> None:
     check_device(torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a GPU can be used")
+def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a driver that is too old."""
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert default_device().type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(
+        ProPhyError, match="CUDA_VISIBLE_DEVICES is '0', and torch .* can use no GPU; install"
+    ):
+        default_device()

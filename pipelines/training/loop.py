@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import ray.train
 import torch
-from ray.train.torch import get_device
 
 from pipelines.config import Config, TrainConfig
 from pipelines.layout import STOP_FILE, RunFolder
@@ -35,7 +34,7 @@ from pipelines.training.model import build_module, share_samples
 from pipelines.training.samples import describe_samples
 from pipelines.training.saving import EveryRankError, Save, latest_on_every_rank, writing
 from prophy.backbones.families import FAMILIES
-from prophy.device import has_bfloat16, peak_flops
+from prophy.device import default_device, has_bfloat16, peak_flops
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import check_attention
 from prophy.models.checkpoint import lora_config
@@ -77,7 +76,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> str | int | None:
 def _train(loop_config: dict[str, Any]) -> None:
     config, cache = loop_config["config"], loop_config["cache"]
     train, root = config.train, RunFolder(config.run_dir).training
-    rank, device = ray.train.get_context().get_world_rank(), get_device()
+    rank, device = ray.train.get_context().get_world_rank(), default_device()
     precision = _precision(config, device)
 
     # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
@@ -245,7 +244,7 @@ class _Saves:
 
 def _on_any_rank(*flags: bool) -> list[bool]:
     """Which of them hold on some rank, on every rank."""
-    joint = torch.tensor(flags, dtype=torch.int32, device=get_device())
+    joint = torch.tensor(flags, dtype=torch.int32, device=default_device())
     torch.distributed.all_reduce(joint, torch.distributed.ReduceOp.MAX)
     return joint.bool().tolist()
 
@@ -303,7 +302,9 @@ def _over_workers(
     values: Mapping[str, float | torch.Tensor], reduction: Literal["mean", "max"]
 ) -> dict[str, float]:
     """Mean or maximum of each value over all workers; NaN is nothing to align, as in `mean_losses`."""
-    joint = torch.stack([torch.as_tensor(value, device=get_device()).float() for value in values.values()])
+    joint = torch.stack(
+        [torch.as_tensor(value, device=default_device()).float() for value in values.values()]
+    )
     if reduction == "max":
         torch.distributed.all_reduce(joint, torch.distributed.ReduceOp.MAX)
         return dict(zip(values, joint.tolist(), strict=True))

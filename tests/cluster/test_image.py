@@ -36,6 +36,12 @@ def test_image_sets_what_a_local_ray_starts_with() -> None:
         assert Path(value).name == Path(local[name]).name  # the command lies elsewhere there
 
 
+def test_image_has_what_is_loaded_by_name_alone() -> None:
+    """NCCL takes TCP where it finds no RDMA libraries; DeepSpeed and Triton call a compiler."""
+    installed = {word for words in arguments("RUN") if "apt-get" in words for word in words}
+    assert installed >= {"libibverbs1", "ibverbs-providers", "librdmacm1", "g++"}
+
+
 @pytest.mark.heavy
 def test_the_wheel_holds_what_the_product_reads(tmp_path: Path) -> None:
     source = tmp_path / "source"

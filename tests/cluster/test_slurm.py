@@ -4,13 +4,14 @@ import os
 import subprocess
 from pathlib import Path
 
+from pipelines.runtime import WORKER_ENVIRONMENT
 from tests.cluster.manifests import ROOT
 
 STANDINS = {
     "scontrol": "printf 'node7\\nnode8\\n'",
     "srun": 'shift; exec "$@"',
     "ray": 'echo "ray $1 $2 $3 $4 $5 $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}" >> "$PLACE/ran"; shift 6; exec "$@"',
-    "prophy": 'echo "prophy $* at $RAY_ADDRESS" >> "$PLACE/ran"',
+    "prophy": 'echo "prophy $* at $RAY_ADDRESS" >> "$PLACE/ran"; env > "$PLACE/environment"',
 }
 
 
@@ -28,3 +29,5 @@ def test_a_batch_job_starts_ray_then_caches_and_trains(tmp_path: Path) -> None:
         f"prophy cache {shown}",
         f"prophy train {shown}",
     ]
+    started_with = (tmp_path / "environment").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in WORKER_ENVIRONMENT.items()} <= {*started_with}

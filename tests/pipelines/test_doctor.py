@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipelines import doctor
 from prophy.errors import ProPhyError
@@ -31,6 +32,20 @@ def test_what_is_missing_is_named(
     room, stored = [line for line in lines if line.startswith("no  ")]
     assert room.startswith("no  room for train: train.num_workers needs 2 x 1 CPU + 1 GPU; the cluster has")
     assert stored.startswith(f"no  job database {database}: ")
+
+
+def test_gpus_that_all_tasks_see_are_named(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU that is not there, on a Ray that was started without the variable."""
+    nodes = [node | {"Resources": node["Resources"] | {"GPU": 1.0}} for node in ray.nodes()]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    with pytest.raises(ProPhyError, match="^1 of 11 checks do not hold$"):
+        doctor.run(tiny_config(tmp_path / "run"))
+    [wrong] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no  ")]
+    assert wrong.endswith(
+        "reserves none: it does not; start Ray there with RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1"
+    )
 
 
 def test_a_store_that_nodes_cannot_use_is_named(

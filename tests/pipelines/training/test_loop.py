@@ -41,7 +41,6 @@ class Notice:
 def notice(monkeypatch: pytest.MonkeyPatch) -> Notice:
     notice = Notice()
     monkeypatch.setattr(loop.ray.train, "get_preemption_info", notice)
-    monkeypatch.setattr(loop, "get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(loop, "_ASK_EVERY_S", 0.0)
     return notice
 
