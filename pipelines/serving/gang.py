@@ -2,25 +2,29 @@
 
 The actors are placed in the replica's own placement group, and end with it. Every process holds the model
 and makes every video, but computes a share of its work (`VideoSampler.share`). None waits for another
-outside of a call, and inside of one at most `PATIENCE`: then it fails, and with it the whole replica.
+outside of a call, and inside of one at most `PATIENCE`: then it fails, and with it the whole replica. Where
+one alone lacks memory, the others need not wait so long: what it says ends the call, and then the replica.
 """
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+from torch.distributed.distributed_c10d import _world
 
 from pipelines.config import Config, ServeConfig
 from pipelines.generation.sampler import VideoSampler, new_trace
 from pipelines.generation.spec import ShapeLimits, VideoResult, VideoSpec
+from pipelines.runtime import find_user_error
 from pipelines.serving.replica import GangError
 from prophy.device import default_device
 from prophy.errors import ProPhyError
@@ -31,10 +35,11 @@ logger = logging.getLogger(__name__)
 PATIENCE = timedelta(minutes=5)
 _ANSWERS_WITHIN_S = 20  # less than the 30 s that Serve gives a replica to say how it is
 _APART = "a process that shares this replica's videos has failed, or keeps the others waiting"
+_Result = TypeVar("_Result")
 
 
 class _StoppedError(Exception):
-    """The first process no longer wants the video."""
+    """No more of the video is wanted here."""
 
 
 class Gang(VideoSampler):
@@ -60,12 +65,13 @@ class Gang(VideoSampler):
         joining = [follower.join.remote(store.port, rank) for rank, follower in enumerate(self._followers, 1)]
         _join(self, settings, store, 0)
         ray.get(joining)
+        # What waits on the device for another process cannot be stopped: it is left behind in there.
+        self._thread = ThreadPoolExecutor(max_workers=1)
 
     def warm_up(self, limits: ShapeLimits) -> None:
         """As `VideoSampler.warm_up`."""
         calls = [follower.warm_up.remote(limits) for follower in self._followers]
-        super().warm_up(limits)
-        ray.get(calls)
+        self._together(partial(super().warm_up, limits), calls)
 
     def check_device(self) -> None:
         """As `VideoSampler.check_device`, for each process.
@@ -105,27 +111,48 @@ class Gang(VideoSampler):
                 failure = error
             dist.broadcast(torch.tensor([failure is not None], dtype=torch.uint8), src=0)
             if failure is not None:
-                raise failure
+                raise _StoppedError
 
         try:
-            result = super().render(spec, report, image)
+            return self._together(partial(super().render, spec, report, image), calls)
+        except ProPhyError:
+            raise
+        except _StoppedError:
+            assert failure is not None
+            raise failure from None
         except Exception as error:
-            if error is not failure and not isinstance(error, ProPhyError):
-                raise GangError(_APART) from error
-            failure = error
-        refused = isinstance(failure, ProPhyError)
-        try:
-            ray.get(calls, timeout=_ANSWERS_WITHIN_S if refused else PATIENCE.total_seconds())
-        except RayError as error:
-            if not refused:
-                raise GangError(_APART) from error
-            # This process alone lacked memory, and the others wait for it. Without them it is soon replaced
-            # (`check_device`), but the client hears why first.
-            for follower in self._followers:
-                ray.kill(follower)
-        if failure is not None:
-            raise failure
-        return result
+            raise GangError(_APART) from error
+
+    def _together(self, own: Callable[[], _Result], calls: Sequence[Any]) -> _Result:
+        """Does `own` while each follower does the same in its call; what `own` returns, once all are done.
+
+        Raises:
+            ProPhyError: this process says what is wrong; or another one alone does, and this one waits for it
+                in vain. Who waits so is ended, and `check_device` finds that.
+            RayError: another process has ended.
+            TimeoutError: another process takes longer than this one by `PATIENCE`.
+            Exception: as `own`.
+        """
+        mine = self._thread.submit(own)
+        pending: set[Future[Any]] = {mine, *(call.future() for call in calls)}
+        refusal: ProPhyError | None = None
+        while pending:
+            patience = PATIENCE.total_seconds() if mine.done() else None
+            done, pending = wait(
+                pending, patience if refusal is None else _ANSWERS_WITHIN_S, return_when=FIRST_COMPLETED
+            )
+            for error in [one.exception() for one in done]:
+                if error is not None and not isinstance(error, _StoppedError):
+                    refusal = refusal or find_user_error(error)
+                    if refusal is None:
+                        raise error
+            if not done:
+                if refusal is None:
+                    raise TimeoutError
+                for follower in self._followers:
+                    ray.kill(follower)
+                raise refusal
+        return mine.result()
 
 
 class Follower:
@@ -152,15 +179,19 @@ class Follower:
         self._sampler.check_device()
 
     def follow(self, spec: VideoSpec, image: bytes | None) -> None:
-        """Takes part in a video, until it is sampled or the first process stops it.
+        """Takes part in a video, until it is denoised or the first process stops it.
 
-        What is wrong with the video the first process finds too, and says. After any other error this process
-        ends: so the first one notices, even where it waits for this one on the device.
+        After an error that is not the video's this process ends.
+
+        Raises:
+            ProPhyError: as `VideoSampler.sample`.
         """
         try:
             self._sampler.sample(spec, _obey, new_trace(spec), image)
-        except (_StoppedError, ProPhyError):
+        except _StoppedError:
             pass
+        except ProPhyError:
+            raise
         except Exception as error:
             logger.critical("a process that shares videos fails, and ends", exc_info=error)
             logging.shutdown()
@@ -168,10 +199,10 @@ class Follower:
 
 
 def _obey(progress: float) -> None:
-    """After a denoising step: goes on or stops, as the first process does."""
+    """After a denoising step: goes on or stops, as the first process does, which alone decodes the video."""
     stop = torch.empty(1, dtype=torch.uint8)
     dist.broadcast(stop, src=0)
-    if stop.item():
+    if stop.item() or progress == 1:
         raise _StoppedError
 
 
@@ -183,5 +214,6 @@ def _join(sampler: VideoSampler, settings: ServeConfig, store: dist.Store, rank:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     shape, names = (1 + settings.cfg_parallel, 1, settings.sequence_parallel), ("guidance", "ring", "ulysses")
     sampler.share(init_device_mesh(default_device().type, shape, mesh_dim_names=names))
-    for group in _world.pg_map:  # by default those of a mesh wait for half an hour
-        _set_pg_timeout(PATIENCE, group)
+    # By default those of a mesh wait for half an hour. One is made by diffusers, and no public list has it.
+    for group in _world.pg_map:
+        group.set_timeout(PATIENCE)

@@ -4,7 +4,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipelines.serving.errors import ApiError
 from pipelines.serving.protocol import VideoRequest
 from pipelines.serving.replica import GangError, VideoGenerator
 from prophy.errors import ProPhyError
-from tests.cogvideox import write_pipeline
+from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 from tests.servers import (
     LIMITS,
@@ -43,9 +43,9 @@ VIDEO = {"prompt": PROMPT, "seed": 3, "seconds": "1", "num_inference_steps": 3}
 KNOBS = {"physics": {"scale": 1.5, "strength": {"collision": 3.0}, "return_maps": True}}
 
 
-def shared_by(how: str, folder: Path, checkpoint: Path) -> Config:
+def shared_by(how: str, folder: Path, checkpoint: Path, *overrides: str) -> Config:
     """In float32: in bfloat16 the order of a sum is seen in the video."""
-    return serve_config(folder, checkpoint, "backbone.autocast=null", how)
+    return serve_config(folder, checkpoint, "backbone.autocast=null", how, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("gang") / "model")
 
 
+@contextmanager
+def one_process(config: Config) -> Iterator[httpx.Client]:
+    limits = shape_limits(config)
+    generate = VideoGenerator(config, limits).generate
+    with (
+        http_server(config, generate, limits=limits) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def processes_that_share(config: Config) -> Iterator[httpx.Client]:
+    with serve.serving(config) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+    until(lambda: not processes(FOLLOWER), "no process is left")
+
+
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a server whose replica is one process."""
     config = shared_by("serve.sequence_parallel=1", tmp_path_factory.mktemp("alone"), checkpoint)
-    generate = VideoGenerator(config, shape_limits(config)).generate
-    with http_server(config, generate) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with one_process(config) as client:
         yield client
 
 
@@ -71,10 +88,8 @@ def shared(
 ) -> Iterator[httpx.Client]:
     """A client of a server whose replica is two processes; unless a test asks for else, they share tokens."""
     how = getattr(request, "param", "serve.sequence_parallel=2")
-    config = shared_by(how, tmp_path_factory.mktemp("shared"), checkpoint)
-    with serve.serving(config) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with processes_that_share(shared_by(how, tmp_path_factory.mktemp("shared"), checkpoint)) as client:
         yield client
-    until(lambda: not processes(FOLLOWER), "no process is left")
 
 
 def processes(actor: str) -> list[psutil.Process]:
@@ -181,24 +196,31 @@ def test_a_killed_process_of_an_idle_replica_is_replaced(shared: httpx.Client) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("actor", [FIRST, FOLLOWER])
 def test_memory_that_lacks_in_one_process_is_told_and_ends_the_others(
-    ray_cluster: None, checkpoint: Path, tmp_path: Path
+    ray_cluster: None, checkpoint: Path, tmp_path: Path, actor: str
 ) -> None:
     """They wait for it in the middle of a step; the next check of the device finds that they are gone."""
     config = shared_by("serve.cfg_parallel=true", tmp_path, checkpoint)
 
-    @ray.remote(num_cpus=0, max_calls=1)
-    def errors() -> list[str]:
+    def lack_memory(sampler: Any) -> None:
         import torch
-
-        from pipelines.serving.gang import Gang
-
-        gang = Gang(config)
 
         def fail(*_: object) -> None:
             raise torch.OutOfMemoryError
 
-        gang._pipeline.transformer.register_forward_pre_hook(fail)
+        sampler._pipeline.transformer.register_forward_pre_hook(fail)
+
+    @ray.remote(num_cpus=0, max_calls=1)
+    def errors() -> list[str]:
+        from pipelines.serving.gang import Gang
+
+        gang = Gang(config)
+        if actor == FIRST:
+            lack_memory(gang)
+        else:
+            [follower] = gang._followers
+            ray.get(follower.__ray_call__.remote(lambda follower: lack_memory(follower._sampler)))
         said = []
         for attempt in (lambda: gang.render(video_spec(config, PROMPT)), gang.check_device):
             with pytest.raises((ProPhyError, GangError)) as raised:
@@ -207,7 +229,7 @@ def test_memory_that_lacks_in_one_process_is_told_and_ends_the_others(
         return said
 
     told, found = ray.get(errors.remote())
-    assert re.match(r"ProPhyError: a video of .* took more memory than there is", told)
+    assert re.fullmatch(r"ProPhyError: a video of .* took more memory than there is; .*", told)
     assert found.startswith("GangError: ")
 
 
@@ -223,6 +245,24 @@ def test_two_processes_compute_one_pass_of_guidance_each(alone: httpx.Client, sh
         video = VIDEO | {"guidance_scale": scale}
         check_same(*(frames_of(client, submit(client, **video)) for client in (alone, shared)))
     assert len(processes(FIRST)) == len(processes(FOLLOWER)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["serve.sequence_parallel=2", "serve.cfg_parallel=true"])
+def test_two_processes_serve_the_video_of_one_by_cogvideox(
+    ray_cluster: None, tmp_path: Path, how: str
+) -> None:
+    """Its passes of guidance are one batch, and its text goes through the blocks too."""
+    backbone = str(write_pipeline(tmp_path / "backbone"))
+    branch = save_checkpoint(tmp_path / "branch", "cogvideox", backbone)
+    overrides = ("backbone.family=cogvideox", f"backbone.pretrained={backbone}")
+    length = f"backbone.max_sequence_length={MAX_SEQUENCE_LENGTH}"
+    one, several = (
+        shared_by(number, tmp_path / number, branch, *overrides, length)
+        for number in ("serve.sequence_parallel=1", how)
+    )
+    with one_process(one) as alone, processes_that_share(several) as shared:
+        check_same_video_and_maps(alone, shared)
 
 
 @pytest.mark.parametrize(
