@@ -132,6 +132,25 @@ def check_same_video_and_maps(alone: httpx.Client, shared: httpx.Client) -> None
     assert all(np.abs(np.subtract(maps[name], our_maps[name])).max() < 1e-3 for name in maps)
 
 
+# First: a cluster runs one `prophy serve`, and that of `shared` stays until the last test.
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["serve.sequence_parallel=2", "serve.cfg_parallel=true"])
+def test_two_processes_serve_the_video_of_one_by_cogvideox(
+    ray_cluster: None, tmp_path: Path, how: str
+) -> None:
+    """Its passes of guidance are one batch, and its text goes through the blocks too."""
+    backbone = str(write_pipeline(tmp_path / "backbone"))
+    branch = save_checkpoint(tmp_path / "branch", "cogvideox", backbone)
+    overrides = ("backbone.family=cogvideox", f"backbone.pretrained={backbone}")
+    length = f"backbone.max_sequence_length={MAX_SEQUENCE_LENGTH}"
+    one, several = (
+        shared_by(number, tmp_path / number, branch, *overrides, length)
+        for number in ("serve.sequence_parallel=1", how)
+    )
+    with one_process(one) as alone, processes_that_share(several) as shared:
+        check_same_video_and_maps(alone, shared)
+
+
 def test_two_processes_serve_the_video_of_one(alone: httpx.Client, shared: httpx.Client) -> None:
     """Tokens are summed in another order."""
     check_same_video_and_maps(alone, shared)
@@ -245,24 +264,6 @@ def test_two_processes_compute_one_pass_of_guidance_each(alone: httpx.Client, sh
         video = VIDEO | {"guidance_scale": scale}
         check_same(*(frames_of(client, submit(client, **video)) for client in (alone, shared)))
     assert len(processes(FIRST)) == len(processes(FOLLOWER)) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["serve.sequence_parallel=2", "serve.cfg_parallel=true"])
-def test_two_processes_serve_the_video_of_one_by_cogvideox(
-    ray_cluster: None, tmp_path: Path, how: str
-) -> None:
-    """Its passes of guidance are one batch, and its text goes through the blocks too."""
-    backbone = str(write_pipeline(tmp_path / "backbone"))
-    branch = save_checkpoint(tmp_path / "branch", "cogvideox", backbone)
-    overrides = ("backbone.family=cogvideox", f"backbone.pretrained={backbone}")
-    length = f"backbone.max_sequence_length={MAX_SEQUENCE_LENGTH}"
-    one, several = (
-        shared_by(number, tmp_path / number, branch, *overrides, length)
-        for number in ("serve.sequence_parallel=1", how)
-    )
-    with one_process(one) as alone, processes_that_share(several) as shared:
-        check_same_video_and_maps(alone, shared)
 
 
 @pytest.mark.parametrize(
