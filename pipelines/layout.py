@@ -19,9 +19,9 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(name: str) -> int:
     """The step that the name of a checkpoint's folder says."""
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,9 @@ class Config(Section):
             )
 
     @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints of training."""
-        return RunFolder(self.run_dir).checkpoints
+    def checkpoints(self) -> str:
+        """Where the checkpoints of training lie."""
+        return str(RunFolder(self.run_dir).checkpoints)
 
     @property
     def clip_lengths(self) -> list[tuple[float, int]]:

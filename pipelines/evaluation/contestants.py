@@ -7,7 +7,7 @@ from pathlib import Path
 from pipelines.config import Config, Contestant
 from pipelines.generation.limits import check_model, model_fingerprint
 from pipelines.generation.spec import PhysicsSpec
-from pipelines.layout import RunFolder
+from pipelines.layout import RunFolder, checkpoint_name
 from prophy.backbones.pretrained import encoders_fingerprint, load_experts, takes_images
 from prophy.errors import ProPhyError
 from prophy.models.description import phenomena_of
@@ -114,16 +114,18 @@ def _model_of(folder: Path, output: Path) -> Path:
         return places.model
     if not places.checkpoints.is_dir():
         return folder
-    from pipelines.training.checkpoint import latest
+    from pipelines.training.checkpoint_store import FolderStore
     from pipelines.training.export import export_branch, writing_model
 
-    checkpoint = latest(places.checkpoints)
-    if checkpoint is None:
-        raise ProPhyError(f"{places.checkpoints} holds no whole checkpoint yet; wait for the first")
-    digest = hashlib.sha256(str(checkpoint.folder.resolve()).encode()).hexdigest()[:8]
-    model = output / "models" / f"{checkpoint.folder.name}-{digest}"
-    if not model.is_dir():
-        model.parent.mkdir(parents=True, exist_ok=True)
-        with writing_model(model) as partial:
-            export_branch(checkpoint, partial)
+    store = FolderStore(str(places.checkpoints))
+    with store.latest() as checkpoint:
+        if checkpoint is None:
+            raise ProPhyError(f"{store.location} holds no whole checkpoint yet; wait for the first")
+        name = checkpoint_name(checkpoint.step)
+        digest = hashlib.sha256(str((places.checkpoints / name).resolve()).encode()).hexdigest()[:8]
+        model = output / "models" / f"{name}-{digest}"
+        if not model.is_dir():
+            model.parent.mkdir(parents=True, exist_ok=True)
+            with writing_model(model) as partial:
+                export_branch(checkpoint, partial)
     return model

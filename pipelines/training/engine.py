@@ -7,7 +7,6 @@ pickles that only as many ranks with the same ZeRO stage can read.
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,6 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipelines.config import TrainConfig
 from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.checkpoint_store import CheckpointStore
 from pipelines.training.saving import Fragment, Save
 from pipelines.training.schedule import learning_rate_factor
 from pipelines.training.states import reduce_bucket_size
@@ -227,16 +227,18 @@ class Ema:
         torch._foreach_lerp_(list(self.averages.values()), self._parameters, 1 - decay)
 
 
-def begin_save(engine: DeepSpeedEngine, ema: Ema | None, root: Path, run: Mapping[str, Any]) -> Save:
-    """Begins to save trained parameters, optimiser, average and step in a folder of `root`; a collective.
+def begin_save(
+    engine: DeepSpeedEngine, ema: Ema | None, store: CheckpointStore, run: Mapping[str, Any]
+) -> Save:
+    """Begins to save trained parameters, optimiser, average and step; a collective.
 
     Raises:
-        EveryRankError: the folder cannot be made.
+        EveryRankError: the store cannot be used.
     """
     parts = fragments(engine, ema)
     if engine.zero_optimization_stage() == 0:  # every rank has all of it, and writes its share
         parts = [_share(part) for part in parts]
-    return Save(root, engine.global_steps, parts, shapes(engine), run)
+    return Save(store, engine.global_steps, parts, shapes(engine), run)
 
 
 def load_optimizer(engine: DeepSpeedEngine, ema: Ema | None, checkpoint: Checkpoint) -> None:

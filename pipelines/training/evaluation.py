@@ -17,8 +17,8 @@ from pipelines.config import Config
 from pipelines.generation.generate import video_spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
-from pipelines.layout import EVALUATION_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
-from pipelines.training.checkpoint import Checkpoint
+from pipelines.layout import EVALUATION_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER, checkpoint_name
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
 from pipelines.training.metrics import mean_losses, total_loss
@@ -42,21 +42,22 @@ QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # places in the timestep's distribution a
 _COLUMNS = 6  # frames of a video in its picture
 
 
-def evaluate(config: Config, cache: PriorCache, root: Path, folder: Path) -> None:
-    """Measures the checkpoint in `folder` and makes its samples; the rest is as in `watcher.evaluating`."""
-    checkpoint = Checkpoint(folder)
-    step, train = checkpoint.step, config.train
+def evaluate(config: Config, cache: PriorCache, root: Path, step: int) -> None:
+    """Measures the checkpoint of `step` and makes its samples; the rest is as in `watcher.evaluating`."""
+    train = config.train
     with (
         tempfile.TemporaryDirectory() as scratch,
         SummaryWriter(str(root / TENSORBOARD_FOLDER / "evaluation")) as board,
     ):
         model = Path(scratch) / "model"
-        export_branch(checkpoint, model)
+        with FolderStore(config.checkpoints).open(step) as checkpoint:
+            export_branch(checkpoint, model)
         losses = held_out_losses(config, cache, model) if train.num_held_out else {}
         for name, value in losses.items():
             board.add_scalar(name, value, step)
         if train.sample_prompts:
-            for index, sheet in enumerate(_make_samples(config, model, root / SAMPLES_FOLDER / folder.name)):
+            folder = root / SAMPLES_FOLDER / checkpoint_name(step)
+            for index, sheet in enumerate(_make_samples(config, model, folder)):
                 board.add_image(f"sample/{index}", sheet, step, dataformats="HWC")
     with (root / EVALUATION_FILE).open("a") as file:
         file.write(json.dumps({"step": step, **losses}) + "\n")

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipelines.config import Config
-from pipelines.training.checkpoint import Checkpoint, find, latest, pinned
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.model_card import TRANSFORMER, backbone_says, model_card, pipeline_class
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import (
@@ -122,17 +123,18 @@ def run(
     """
     if output.exists():
         raise ProPhyError(f"{output} exists; choose another folder for the export")
-    export = find_export(config, step, complete, other)
-    with writing_model(output) as folder:
-        export.write(folder)
-    export.tell(output)
+    with find_export(config, step, complete, other) as export:
+        with writing_model(output) as folder:
+            export.write(folder)
+        export.tell(output)
     return output
 
 
+@contextmanager
 def find_export(
     config: Config, step: int | Literal["best"] | None, complete: bool, other: Path | None
-) -> Export:
-    """What a run has to export.
+) -> Iterator[Export]:
+    """What a run has to export, to be written within the block.
 
     Args:
         config: the run.
@@ -144,11 +146,11 @@ def find_export(
         ProPhyError: no such checkpoint, or a damaged one; the backbone is not the one that was trained; or
             `other` does not fit.
     """
-    checkpoint = _open(config.checkpoints, step)
-    beside = {} if other is None else _other_branch(checkpoint, other)
-    if complete:
-        check_unchanged(checkpoint.folder, _backbone(checkpoint), config.backbone.pretrained)
-    return Export(config, checkpoint, beside, complete)
+    with _open(config.checkpoints, step) as checkpoint:
+        beside = {} if other is None else _other_branch(checkpoint, other)
+        if complete:
+            check_unchanged(checkpoint.place, _backbone(checkpoint), config.backbone.pretrained)
+        yield Export(config, checkpoint, beside, complete)
 
 
 def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
@@ -185,19 +187,21 @@ def writing_model(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _open(root: Path, step: int | Literal["best"] | None) -> Checkpoint:
+@contextmanager
+def _open(location: str, step: int | Literal["best"] | None) -> Iterator[Checkpoint]:
+    store = FolderStore(location)
     if step == "best":
-        if "best" not in pinned(root):
+        if "best" not in store.pinned():
             raise ProPhyError(
-                f"no checkpoint in {root} was measured on held-out clips, and kept; set train.num_held_out "
-                f"and train.keep_best, or give the number of a step"
+                f"no checkpoint in {location} was measured on held-out clips, and kept; set "
+                f"train.num_held_out and train.keep_best, or give the number of a step"
             )
-        step = pinned(root)["best"]
-    checkpoint = latest(root) if step is None else find(root, step)
-    if checkpoint is None:
-        which = "checkpoint" if step is None else f"undamaged checkpoint of step {step}"
-        raise ProPhyError(f"no {which} in {root}; run `prophy train` with this configuration first")
-    return checkpoint
+        step = store.pinned()["best"]
+    with store.latest() if step is None else store.find(step) as checkpoint:
+        if checkpoint is None:
+            which = "checkpoint" if step is None else f"undamaged checkpoint of step {step}"
+            raise ProPhyError(f"no {which} in {location}; run `prophy train` with this configuration first")
+        yield checkpoint
 
 
 def _backbone(checkpoint: Checkpoint) -> dict[str, str | None]:

@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 import ray.train
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipelines.config import Config, TrainConfig
 from pipelines.layout import STOP_FILE, RunFolder
 from pipelines.metrics import TrainingMetrics
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.data import build_dataset, clip_shapes, read_ahead
 from pipelines.training.engine import (
     Ema,
@@ -79,22 +82,11 @@ def _train(loop_config: dict[str, Any]) -> None:
     rank, device = ray.train.get_context().get_world_rank(), default_device()
     precision = _precision(config, device)
 
-    # 1. Data and model, as the last checkpoint left it; DeepSpeed shards what is trained
-    dataset = build_dataset(config, cache, rank)
+    # 1. Data and model, as the last checkpoint left it
+    dataset, store = build_dataset(config, cache, rank), FolderStore(config.checkpoints)
     samples = describe_samples(config, cache)
-    checkpoint = latest_on_every_rank(config.checkpoints, loop_config["sound"])
-    module = build_module(config, cache.null_text(), cache.phenomena, checkpoint, placement(train))
-    if rank == 0:
-        flops = _flops_of_micro_batches(module, cache, config)
-    if train.sequence_parallel > 1:  # after the count, which one rank makes alone
-        share_samples(module.transformer, train.sequence_parallel)
-    compiled = () if config.backbone.compile == "none" else module.transformer._repeated_blocks
-    engine = initialize(module, train, compiled)
-    if train.storage_dtype is not None:  # only now: DeepSpeed sends all weights once, which takes no 8 bits
-        keep_in(getattr(torch, train.storage_dtype), module.transformer)
-    ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
-    if checkpoint is not None:
-        load_optimizer(engine, ema, checkpoint)
+    with latest_on_every_rank(store, loop_config["sound"]) as checkpoint:
+        engine, ema, flops = _load(config, cache, rank, checkpoint)
     first_step = engine.global_steps
     log = None
     if rank == 0:
@@ -116,7 +108,7 @@ def _train(loop_config: dict[str, Any]) -> None:
         transformer = engine.module.transformer
         run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
         run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
-        return begin_save(engine, ema, config.checkpoints, run)
+        return begin_save(engine, ema, store, run)
 
     saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, begin)
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
@@ -153,6 +145,29 @@ def _train(loop_config: dict[str, Any]) -> None:
                     shown.show(log.write(step, metrics, seconds))
         if saves.look(step, ended=True):
             return
+
+
+def _load(
+    config: Config, cache: PriorCache, rank: int, checkpoint: Checkpoint | None
+) -> tuple[DeepSpeedEngine, Ema | None, dict[tuple[int, ...], int]]:
+    """Model and optimiser as a checkpoint left them, or new ones; DeepSpeed shards what is trained.
+
+    Returns:
+        The engine; the moving average, if there is one; and, for rank 0 alone, `_flops_of_micro_batches`.
+    """
+    train = config.train
+    module = build_module(config, cache.null_text(), cache.phenomena, checkpoint, placement(train))
+    flops = _flops_of_micro_batches(module, cache, config) if rank == 0 else {}
+    if train.sequence_parallel > 1:  # after the count, which one rank makes alone
+        share_samples(module.transformer, train.sequence_parallel)
+    compiled = () if config.backbone.compile == "none" else module.transformer._repeated_blocks
+    engine = initialize(module, train, compiled)
+    if train.storage_dtype is not None:  # only now: DeepSpeed sends all weights once, which takes no 8 bits
+        keep_in(getattr(torch, train.storage_dtype), module.transformer)
+    ema = None if train.ema_decay is None else Ema(train.ema_decay, fragments(engine))
+    if checkpoint is not None:
+        load_optimizer(engine, ema, checkpoint)
+    return engine, ema, flops
 
 
 def _precision(config: Config, device: torch.device) -> torch.dtype:

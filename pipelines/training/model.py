@@ -180,5 +180,5 @@ def _check_shapes(module: nn.Module, checkpoint: Checkpoint) -> None:
     trained = {name: value.shape for name, value in module.named_parameters() if value.requires_grad}
     if checkpoint.shapes != trained:
         raise EveryRankError(
-            f"{checkpoint.folder} has other parameters than this configuration trains; choose another run_dir"
+            f"{checkpoint.place} has other parameters than this configuration trains; choose another run_dir"
         )

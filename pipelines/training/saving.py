@@ -3,14 +3,10 @@
 It does not know DeepSpeed or Ray.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +14,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipelines.layout import CHECKPOINTS, checkpoint_name, step_of
-from pipelines.training.checkpoint import (
-    MANIFEST,
-    VERSION,
-    Checkpoint,
-    committed,
-    pinned,
-    set_damaged_aside,
-    size_and_sha256,
-)
+from pipelines.training.checkpoint import VERSION, Checkpoint
+from pipelines.training.checkpoint_store import CheckpointStore
 from prophy.errors import ProPhyError
 
 
@@ -57,44 +45,44 @@ class Save:
     Making one and `commit` are collectives. One at a time: what earlier ones left unfinished is removed.
 
     Args:
-        root: folder of all checkpoints of the run.
+        store: the checkpoints of the run.
         step: number of steps taken.
         fragments: what this rank holds; those of all ranks together make up every parameter, without overlap.
         shapes: each trained parameter's, by name.
         run: what is to be known about the run, as JSON.
 
     Raises:
-        EveryRankError: the folder cannot be made; the checkpoints before are untouched.
+        EveryRankError: the store cannot be used; the checkpoints before are untouched.
     """
 
     def __init__(
         self,
-        root: Path,
+        store: CheckpointStore,
         step: int,
         fragments: Iterable[Fragment],
         shapes: Mapping[str, torch.Size],
         run: Mapping[str, Any],
     ) -> None:
-        self._root, self._folder = root, root / checkpoint_name(step)
+        self._store, self._step = store, step
         self._what = f"save the checkpoint of step {step}"
         self._manifest = {"version": VERSION, "step": step, "run": dict(run)}
         self._manifest["shapes"] = {name: list(shape) for name, shape in shapes.items()}
         with writing(self._what):
             if dist.get_rank() == 0:
-                _make_empty(self._folder)
-        file = self._folder / f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+                store.begin(step)
+        self._name = f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
         tensors = {
             f"{kind}|{fragment.start}|{fragment.name}": value.detach().to("cpu", copy=True).contiguous()
             for fragment in fragments
             for kind, value in fragment.tensors.items()
         }
         pool = ThreadPoolExecutor(1, "save")  # writing and hashing leave the interpreter free
-        self._file = pool.submit(_write, file, tensors)
+        self._file = pool.submit(store.put, step, self._name, lambda file: save_file(tensors, file))
         pool.shutdown(wait=False)
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's part lies on the disk, or failed to."""
+        """Whether this rank's part lies in the store, or failed to."""
         return self._file.done()
 
     def commit(self, num_to_keep: int) -> None:
@@ -107,16 +95,13 @@ class Save:
             EveryRankError: some rank cannot write; the checkpoints before are untouched.
         """
         with writing(self._what):
-            own = self._file.result()
+            own = self._name, self._file.result()
         files: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(files, own)
         with writing(self._what):
             if dist.get_rank() == 0:
-                _commit(self._folder, self._manifest | {"files": dict(files)})
-                kept = set(pinned(self._root).values())
-                for old in [old for old in committed(self._root)[num_to_keep:] if step_of(old) not in kept]:
-                    (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-                    shutil.rmtree(old, ignore_errors=True)  # somebody may be reading it
+                self._store.commit(self._step, self._manifest | {"files": dict(files)})
+                self._store.keep(num_to_keep)
 
 
 @contextmanager
@@ -144,45 +129,24 @@ def writing(what: str) -> Iterator[None]:
         )
 
 
-def latest_on_every_rank(root: Path, sound: Path | None = None) -> Checkpoint | None:
-    """As `latest`; rank 0 checks the files for all, and sets damaged ones aside. A collective.
+@contextmanager
+def latest_on_every_rank(store: CheckpointStore, sound: int | None = None) -> Iterator[Checkpoint | None]:
+    """The newest sound checkpoint, if any, to be read within the block; begins with collectives.
+
+    Rank 0 sets damaged ones aside.
 
     Args:
-        root: folder of all checkpoints of the run.
-        sound: see `set_damaged_aside`.
+        store: the checkpoints of the run.
+        sound: see `CheckpointStore.set_damaged_aside`.
 
     Raises:
         EveryRankError: a damaged one cannot be set aside.
     """
-    found: list[Checkpoint | None] = [None]
+    found: list[int | None] = [None]
     with writing("set damaged checkpoints aside"):
         if dist.get_rank() == 0:
-            found = [set_damaged_aside(root, sound)]
+            found = [store.set_damaged_aside(sound)]
     dist.broadcast_object_list(found)
-    return found[0]
-
-
-def _make_empty(folder: Path) -> None:
-    for other in folder.parent.glob(CHECKPOINTS):
-        if other == folder or not (other / MANIFEST).exists():  # of a save, or a removal, that was killed
-            shutil.rmtree(other, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write(file: Path, tensors: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
-    """Name, size and hash of what a rank wrote."""
-    save_file(tensors, file)
-    return file.name, size_and_sha256(file)
-
-
-def _commit(folder: Path, manifest: dict[str, Any]) -> None:
-    partial = folder / f"{MANIFEST}.partial"
-    with partial.open("w") as content:
-        json.dump(manifest, content, indent=1)
-        content.flush()
-        os.fsync(content.fileno())
-    partial.rename(folder / MANIFEST)
-    for place in (folder, folder.parent):  # their entries too, before older checkpoints go
-        descriptor = os.open(place, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    [step] = found
+    with ExitStack() as held:
+        yield None if step is None else held.enter_context(store.open(step))

@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 
 from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
-from pipelines.layout import STOP_FILE, RunFolder, step_of
+from pipelines.layout import STOP_FILE, RunFolder
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import open_run, ray_session
-from pipelines.training.checkpoint import Checkpoint, find, newest_run, set_damaged_aside
+from pipelines.training.checkpoint import Checkpoint, DamagedError
+from pipelines.training.checkpoint_store import CheckpointStore, FolderStore
 from pipelines.training.samples import describe_samples
 from pipelines.training.schedule import learning_rate_factor
 from pipelines.training.tracking import check_trackers, tracking
@@ -61,7 +62,8 @@ def run(config: Config) -> Path:
             installed; or a loss is not finite.
     """
     check_trackers(config)
-    if newest_run(config.checkpoints) is None:  # a run that goes on was let in, and its hub may have moved on
+    store = FolderStore(config.checkpoints)
+    if store.newest_run() is None:  # a run that goes on was let in, and its hub may have moved on
         model = config.backbone
         check_bare(model.family, model.pretrained, model.revision)
         load_trained_expert(model.family, model.pretrained, model.revision, config.train.expert)
@@ -80,17 +82,18 @@ def run(config: Config) -> Path:
     places = RunFolder(open_run(config, "train"))
     root = places.training
     with alone(root):
-        last = set_damaged_aside(config.checkpoints)  # before one of them is evaluated
+        step = store.set_damaged_aside()  # before one of them is evaluated
         with ray_session(config), tracking(pinned, root), evaluating(pinned, cache, root):
-            if last is None or last.step < config.train.num_steps:
+            if step is None or step < config.train.num_steps:
                 room_for(needs_of(config, "train"))
-                sound = None if last is None else last.folder
-                _train(pinned, {"cache": cache, "backbone": backbone, "sound": sound}, root / STOP_FILE)
-                last = _last_checkpoint(config)
+                _train(pinned, {"cache": cache, "backbone": backbone, "sound": step}, root / STOP_FILE)
+                step = config.train.num_steps
+                _wait_for(step, store)
             else:
-                logger.info("step %d of %d was reached before", last.step, config.train.num_steps)
-            _export(last, places.model)
-            logger.info("trained branch after %d steps: %s", last.step, places.model)
+                logger.info("step %d of %d was reached before", step, config.train.num_steps)
+            with store.open(step) as last:
+                _export(last, places.model)
+            logger.info("trained branch after %d steps: %s", step, places.model)
     return places.model
 
 
@@ -160,21 +163,23 @@ def _fit(trainer: "TorchTrainer", stop: Path) -> int | None:
     return outcome
 
 
-def _last_checkpoint(config: Config) -> Checkpoint:
-    """That of the last step, which another node may have written.
+def _wait_for(step: int, store: CheckpointStore) -> None:
+    """Waits for the checkpoint of the last step, which another node may have written.
 
     Raises:
         ProPhyError: it cannot be seen here, or is damaged.
     """
-    root, step = config.checkpoints, config.train.num_steps
     deadline = time.monotonic() + _VISIBLE_WITHIN_S
-    while (checkpoint := find(root, step)) is None:
-        if time.monotonic() > deadline:
-            raise ProPhyError(
-                f"the checkpoint of step {step} in {root} is missing or damaged; run the same command again"
-            )
+    while True:
+        try:
+            return store.check(step)
+        except DamagedError:
+            if time.monotonic() > deadline:
+                raise ProPhyError(
+                    f"the checkpoint of step {step} in {store.location} is missing or damaged; run the same "
+                    "command again"
+                ) from None
         time.sleep(1)
-    return checkpoint
 
 
 def _export(checkpoint: Checkpoint, model: Path) -> None:
@@ -200,10 +205,11 @@ def pin_backbone(config: Config) -> dict[str, str | None]:
     Raises:
         ProPhyError: there is no such model, or the last checkpoint was trained on another one.
     """
-    pretrained, newest = config.backbone.pretrained, newest_run(config.checkpoints)
+    pretrained, store = config.backbone.pretrained, FolderStore(config.checkpoints)
+    newest = store.newest_run()
     if newest is not None:
-        folder, saved = newest
-        check_unchanged(folder, saved["backbone"], pretrained)
+        step, saved = newest
+        check_unchanged(store.place(step), saved["backbone"], pretrained)
         return saved["backbone"]
     revision = pinned_revision(pretrained, config.backbone.revision)
     pinned = {"name": pretrained, "revision": revision, "fingerprint": fingerprint(pretrained, revision)}
@@ -231,11 +237,12 @@ def compare_phenomena(config: Config, cache: PriorCache) -> None:
     Raises:
         ProPhyError: the cache, the last checkpoint or the branch to start from has others.
     """
-    start, newest = config.train.start_from, newest_run(config.checkpoints)
+    start, store = config.train.start_from, FolderStore(config.checkpoints)
+    newest = store.newest_run()
     found = [(f"the cache in {config.cache.output}", cache.phenomena, "cache.output")]
     if newest is not None:
-        folder, saved = newest
-        found.append((f"the checkpoint {folder}", saved["physics"]["phenomena"], "run_dir"))
+        step, saved = newest
+        found.append((f"the checkpoint {store.place(step)}", saved["physics"]["phenomena"], "run_dir"))
     if start is not None:
         found.append((f"the branch in {start}", tuple(phenomena_of(local_folder(start))), "train.start_from"))
     for what, theirs, key in found:
@@ -248,7 +255,7 @@ def compare_phenomena(config: Config, cache: PriorCache) -> None:
 
 def compare_samples(config: Config, cache: PriorCache) -> None:
     """Warns if the cache has changed since the last checkpoint: that may be, but batches change with it."""
-    newest, samples = newest_run(config.checkpoints), describe_samples(config, cache)
+    newest, samples = FolderStore(config.checkpoints).newest_run(), describe_samples(config, cache)
     # A checkpoint need not say it: the first ones did not.
     before = samples if newest is None else newest[1].get("samples", samples)
     if before != samples:
@@ -262,11 +269,10 @@ def compare_samples(config: Config, cache: PriorCache) -> None:
 
 def compare_schedule(config: Config) -> None:
     """Says where another `num_steps` than at the last checkpoint changes the learning rate: cosine does."""
-    newest, train = newest_run(config.checkpoints), config.train
+    newest, train = FolderStore(config.checkpoints).newest_run(), config.train
     if newest is None:
         return
-    folder, saved = newest
-    step = step_of(folder)
+    step, saved = newest
     # A checkpoint need not say it: the first ones did not.
     before = train.model_copy(update={"num_steps": saved.get("num_steps", train.num_steps)})
     was, now = (train.learning_rate * learning_rate_factor(of, step) for of in (before, train))

@@ -1,6 +1,5 @@
 """The trainer: Ray Train's workers, and what each reserves. It loads torch, but no networks."""
 
-from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -12,7 +11,7 @@ from prophy.training.cache import PriorCache
 
 
 def build_trainer(
-    config: Config, cache: PriorCache, backbone: dict[str, str | None], sound: Path | None
+    config: Config, cache: PriorCache, backbone: dict[str, str | None], sound: int | None
 ) -> TorchTrainer:
     """The trainer: workers, and what each reserves.
 
@@ -20,7 +19,7 @@ def build_trainer(
         config: with the revision of `backbone`.
         cache: the samples.
         backbone: see `pin_backbone`.
-        sound: folder of a checkpoint whose files were just looked at; workers do not hash them again.
+        sound: step of a checkpoint whose files were just looked at; workers do not hash them again.
     """
     train = config.train
     # mypy sees Ray Train V1, which has no range.

@@ -45,10 +45,10 @@ def run(
     with mendable(f"cannot export to {url}"):
         for name in filter(makes_whole, files_below(url)):
             raise ProPhyError(f"{url}/{name} exists; choose another folder for the export")
-    export = find_export(config, step, complete, other)
-    with _staged(export, url) as folder, mendable(f"cannot export to {url}"):
-        _send(folder, url)
-    export.tell(url)
+    with find_export(config, step, complete, other) as export:
+        with _staged(export, url) as folder, mendable(f"cannot export to {url}"):
+            _send(folder, url)
+        export.tell(url)
 
 
 def _send(folder: Path, url: str) -> None:

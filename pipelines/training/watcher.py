@@ -13,8 +13,8 @@ from pathlib import Path
 import ray
 
 from pipelines.config import Config
-from pipelines.layout import EVALUATION_FILE, step_of
-from pipelines.training.checkpoint import committed, pin
+from pipelines.layout import EVALUATION_FILE
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.json_lines import read_rows, write_rows
 from prophy.training.cache import PriorCache
 
@@ -57,7 +57,7 @@ def best_step(config: Config, root: Path) -> int | None:
     """Step of the checkpoint with the lowest held-out loss (Eq. 6) of those that are still there, if any."""
     if not config.train.keep_best:
         return None
-    steps = {step_of(folder) for folder in committed(config.checkpoints)}
+    steps = set(FolderStore(config.checkpoints).committed())
     rows = [row for row in read_rows(root / EVALUATION_FILE) if row["step"] in steps and "loss" in row]
     best = min((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
     return None if best is None else best["step"]
@@ -76,30 +76,29 @@ def _watch(
     task = ray.remote(_evaluate).options(
         num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
     )
-    over = False
+    over, store = False, FolderStore(config.checkpoints)
     best = best_step(config, root)
-    pin(config.checkpoints, best=best)  # what a run that was killed was evaluating may go
+    store.pin(best=best)  # what a run that was killed was evaluating may go
     while not (over or failed.is_set()):
         over = ended.wait(_LOOK_EVERY_S)  # then one last look
-        for folder in committed(config.checkpoints)[:1]:
-            step = step_of(folder)
+        for step in store.committed()[:1]:
             if step in seen:
                 continue
             seen.add(step)
-            pin(config.checkpoints, best=best, evaluating=step)
+            store.pin(best=best, evaluating=step)
             logger.info("evaluating step %d, as soon as there are the resources", step)
             try:
-                ray.get(task.remote(config, cache, root, folder))
+                ray.get(task.remote(config, cache, root, step))
                 best = best_step(config, root)
                 kept = "; its held-out loss is the lowest so far" if step == best else ""
                 logger.info("evaluated step %d: %s%s", step, root, kept)
             except Exception as error:
                 if not failed.is_set():
                     logger.warning("step %d was not evaluated: %s", step, error)
-            pin(config.checkpoints, best=best)
+            store.pin(best=best)
 
 
-def _evaluate(config: Config, cache: PriorCache, root: Path, folder: Path) -> None:
+def _evaluate(config: Config, cache: PriorCache, root: Path, step: int) -> None:
     from pipelines.training.evaluation import evaluate  # torch and diffusers: of no use to the driver
 
-    evaluate(config, cache, root, folder)
+    evaluate(config, cache, root, step)

@@ -191,11 +191,11 @@ def check_checkpoint(checkpoint: Path, pretrained: str, revision: str | None) ->
             )
 
 
-def check_unchanged(folder: Path, trained: Mapping[str, str | None], pretrained: str) -> None:
+def check_unchanged(place: str, trained: Mapping[str, str | None], pretrained: str) -> None:
     """Checks that `pretrained`, at the revision of then, is what a checkpoint of training was trained on.
 
     Args:
-        folder: the checkpoint's.
+        place: where the checkpoint lies.
         trained: `name`, `revision` and `fingerprint` in it.
         pretrained: see `resolve_pretrained`.
 
@@ -205,7 +205,7 @@ def check_unchanged(folder: Path, trained: Mapping[str, str | None], pretrained:
     theirs, ours = trained["fingerprint"], fingerprint(pretrained, trained["revision"])
     if theirs != ours:
         raise ProPhyError(
-            f"{folder} was trained on another backbone ({trained['name']}, fingerprint {theirs}) than "
+            f"{place} was trained on another backbone ({trained['name']}, fingerprint {theirs}) than "
             f"{pretrained} is now (fingerprint {ours}); set backbone.pretrained to that one, or choose "
             f"another run_dir"
         )

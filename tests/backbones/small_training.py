@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines.config import Config
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.data import build_dataset
 from pipelines.training.model import build_module
 from pipelines.training.saving import Fragment, Save
@@ -53,7 +55,13 @@ def save_checkpoint(config: Config, module: ProPhyTrainModule) -> None:
     }
     shapes = {name: value.shape for name, value in trained.items()}
     with one_rank():
-        Save(config.checkpoints, 3, parts, shapes, run).commit(num_to_keep=1)
+        Save(FolderStore(config.checkpoints), 3, parts, shapes, run).commit(num_to_keep=1)
+
+
+def last_checkpoint(config: Config) -> Checkpoint | None:
+    """What `save_checkpoint` saved."""
+    with FolderStore(config.checkpoints).latest() as checkpoint:
+        return checkpoint
 
 
 def alike(one: np.ndarray, other: np.ndarray) -> bool:

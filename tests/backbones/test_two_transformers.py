@@ -20,7 +20,6 @@ from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import MAPS_FILE, PhysicsSpec, VideoSpec
 from pipelines.training import export
 from pipelines.training import train as train_command
-from pipelines.training.checkpoint import latest
 from pipelines.training.data import build_dataset
 from pipelines.training.evaluation import held_out_losses
 from pipelines.training.model import build_module
@@ -33,7 +32,7 @@ from prophy.models.description import branches_in
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from prophy.training.cache import PriorCache
 from tests.backbones.small_cache import write_cache
-from tests.backbones.small_training import alike, save_checkpoint, train, with_backbone
+from tests.backbones.small_training import alike, last_checkpoint, save_checkpoint, train, with_backbone
 from tests.conftest import tiny_config
 from tests.wan import MAX_SEQUENCE_LENGTH, write_a14b
 from tests.wisa import PHENOMENA
@@ -189,7 +188,7 @@ def test_a_run_resumes_and_is_measured_at_its_own_levels(
     high: Config, low: Config, cache: PriorCache, trained: dict[str, Path]
 ) -> None:
     for config in (high, low):
-        checkpoint = latest(config.checkpoints)
+        checkpoint = last_checkpoint(config)
         assert checkpoint is not None and checkpoint.run["backbone"]["expert"] == config.train.expert
         resumed = build_module(config, cache.null_text(), cache.phenomena, checkpoint)
         for name, value in resumed.named_parameters():
@@ -201,7 +200,7 @@ def test_a_run_resumes_and_is_measured_at_its_own_levels(
         update={"train": high.train.model_copy(update={"start_from": str(trained["both"])})}
     )
     started = build_module(again, cache.null_text(), cache.phenomena)
-    checkpoint = latest(high.checkpoints)
+    checkpoint = last_checkpoint(high)
     assert checkpoint is not None
     assert all(
         torch.equal(value, checkpoint.tensor("parameter", name))

@@ -3,12 +3,11 @@
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from pipelines.training.checkpoint import latest
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.saving import Fragment, Save
 from tests.gpu.models import DEVICE, GPU
 from tests.gpu.rows import Row, wait
@@ -32,18 +31,18 @@ def check() -> Iterator[Row]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with tempfile.TemporaryDirectory(prefix="prophy-") as name:
-            root, start = Path(name), time.perf_counter()
-            save = Save(root, 1, [Fragment(NAME, 0, held)], {NAME: torch.Size([size])}, {})
+            store, start = FolderStore(name), time.perf_counter()
+            save = Save(store, 1, [Fragment(NAME, 0, held)], {NAME: torch.Size([size])}, {})
             yield told("copied, for which a step waits", start)
             save.commit(num_to_keep=1)
             yield told("saved", start)
             start = time.perf_counter()
-            checkpoint = latest(root)
-            yield told("checked", start)
-            assert checkpoint is not None
-            start = time.perf_counter()
-            read = {kind: checkpoint.read(kind, NAME).to(DEVICE) for kind in KINDS}
-            yield told("read", start)
+            with store.latest() as checkpoint:
+                yield told("checked", start)
+                assert checkpoint is not None
+                start = time.perf_counter()
+                read = {kind: checkpoint.read(kind, NAME).to(DEVICE) for kind in KINDS}
+                yield told("read", start)
     finally:
         dist.destroy_process_group()
     wrong = sum((read[kind] != held[kind]).sum().item() for kind in KINDS)

@@ -15,7 +15,7 @@ from pipelines.layout import RunFolder
 from pipelines.runtime import ray_session
 from pipelines.sandbox import simulate
 from pipelines.training import train
-from pipelines.training.checkpoint import committed
+from pipelines.training.checkpoint_store import FolderStore
 from tests.gpu.models import GPU
 from tests.gpu.rows import Row, within
 from tests.killing import Run
@@ -81,7 +81,8 @@ def check() -> Iterator[Row]:
         killed = folder / "killed"
         begun = Run("train", killed, overrides, "ray::RayTrainWorker")
         try:
-            begun.wait_until(lambda: bool(committed(killed / "train" / "checkpoints")))
+            checkpoints = FolderStore(str(killed / "train" / "checkpoints"))
+            begun.wait_until(lambda: bool(checkpoints.committed()))
             last = len(metrics(killed))
             num_killed = begun.kill("node")
             begun.process.wait()

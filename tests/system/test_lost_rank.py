@@ -9,7 +9,7 @@ import pytest
 from pipelines.config import Config
 from pipelines.layout import METRICS_FILE
 from pipelines.training import train
-from pipelines.training.checkpoint import committed
+from pipelines.training.checkpoint_store import FolderStore
 from tests.conftest import tiny_config
 from tests.killing import Run
 from tests.nodes import cluster
@@ -41,7 +41,8 @@ def test_a_node_is_lost_and_another_comes(
         run = Run("train", tmp_path / "run", (*overrides, "train.num_steps=100000"), "ray::RayTrainWorker")
         monkeypatch.delenv("RAY_ADDRESS")
         try:
-            run.wait_until(lambda: bool(committed(run.folder / "train" / "checkpoints")))
+            checkpoints = FolderStore(str(run.folder / "train" / "checkpoints"))
+            run.wait_until(lambda: bool(checkpoints.committed()))
             nodes.kill(doomed)
             run.wait_until(lambda: "1 of 2 workers have room" in run.log.read_text())
             before = run.log.read_text().count("resumed from step")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from pipelines.config import Config
 from pipelines.layout import METRICS_FILE
 from pipelines.training import train
-from pipelines.training.checkpoint import committed
+from pipelines.training.checkpoint_store import FolderStore
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -75,15 +75,15 @@ def test_a_notice_saves_and_another_node_goes_on(
         notice = [RAY, "drain-node", "--address", cluster.address, "--node-id", doomed.node_id]
         notice += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         subprocess.run([*notice, "--deadline-remaining-seconds", "600"], check=True)
-        checkpoints = run_dir / "train" / "checkpoints"
-        wait_until(lambda: bool(committed(checkpoints)), process, log)
+        checkpoints = FolderStore(str(run_dir / "train" / "checkpoints"))
+        wait_until(lambda: bool(checkpoints.committed()), process, log)
         cluster.add_node(num_cpus=4)
         cluster.remove_node(doomed, allow_graceful=False)
         assert process.wait() == 0, log.read_text()[-3000:]
     finally:
         process.kill()
 
-    saved = sorted(int(folder.name.removeprefix("step-")) for folder in committed(checkpoints))
+    saved = sorted(checkpoints.committed())
     assert len(saved) == 2 and saved[0] < saved[1] == NUM_STEPS
 
     undisturbed = tiny_config(tmp_path / "undisturbed", *overrides)

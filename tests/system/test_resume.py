@@ -23,7 +23,7 @@ MODEL, THEN, NOW = "nobody/video", "a" * 40, "b" * 40
 
 def write_checkpoint(config: Config, run: dict[str, Any], step: int = 2) -> Path:
     """One without a parameter."""
-    folder = config.checkpoints / f"step-{step:08d}"
+    folder = Path(config.checkpoints) / f"step-{step:08d}"
     folder.mkdir(parents=True)
     manifest = {"version": 1, "step": step, "files": {}, "run": run, "shapes": {}}
     (folder / MANIFEST).write_text(json.dumps(manifest))

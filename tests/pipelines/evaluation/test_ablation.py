@@ -62,7 +62,7 @@ def test_rows_are_trained_and_compared(
     rows = pq.read_table(config.evaluate.output / "scores.parquet").to_pylist()
     assert {row["contestant"] for row in rows} == {"backbone", ROWS[-1].name}
     assert "minus backbone" in report.read_text()
-    checkpoints = config_of(ROWS[-1], config).checkpoints
+    checkpoints = Path(config_of(ROWS[-1], config).checkpoints)
     trained = {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*.safetensors")}
     ablation.run(config)
     assert trained == {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*.safetensors")}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipelines.config import Config
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.saving import Fragment, Save
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint
@@ -47,5 +48,5 @@ def trained(transformer: ProPhyWanTransformer3DModel, tmp_path_factory: pytest.T
             ]
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         with one_rank():
-            Save(config.checkpoints, step, parts, shapes, run).commit(num_to_keep=2)
+            Save(FolderStore(config.checkpoints), step, parts, shapes, run).commit(num_to_keep=2)
     return config

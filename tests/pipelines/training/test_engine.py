@@ -14,7 +14,8 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from pipelines.config import LossWeights, TrainConfig
-from pipelines.training.checkpoint import Checkpoint, latest
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.checkpoint_store import FolderStore
 from prophy.device import has_bfloat16
 from prophy.models.acceleration import compile_blocks
 from prophy.models.eight_bits import keep_in, stored_layers
@@ -130,17 +131,18 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = train_config(zero_stage, offload=offload, num_workers=world_size)
-    module, checkpoint = network(), latest_on_every_rank(root)
-    saved = {} if checkpoint is None else checkpoint.shapes
-    fill(
-        module,
-        lambda name: checkpoint.tensor("parameter", name) if name in saved else None,
-        placement(config),
-    )
-    engine = initialize(module, config)
-    ema = Ema(EMA_DECAY, fragments(engine))
-    if checkpoint is not None:
-        load_optimizer(engine, ema, checkpoint)
+    module, store = network(), FolderStore(str(root))
+    with latest_on_every_rank(store) as checkpoint:
+        saved = {} if checkpoint is None else checkpoint.shapes
+        fill(
+            module,
+            lambda name: checkpoint.tensor("parameter", name) if name in saved else None,
+            placement(config),
+        )
+        engine = initialize(module, config)
+        ema = Ema(EMA_DECAY, fragments(engine))
+        if checkpoint is not None:
+            load_optimizer(engine, ema, checkpoint)
 
     history = []
     for step in range(engine.global_steps, last):
@@ -153,8 +155,13 @@ def train(root: Path, last: int, zero_stage: int, offload: str = "none") -> list
         ema.update(step + 1)
         history.append((norm, learning_rate))
         if step + 1 in (3, last):
-            begin_save(engine, ema, root, {"name": "test"}).commit(num_to_keep=2)
+            begin_save(engine, ema, store, {"name": "test"}).commit(num_to_keep=2)
     return history
+
+
+def latest(root: Path) -> Checkpoint:
+    with FolderStore(str(root)).latest() as checkpoint:
+        return checkpoint
 
 
 def train_in_bare_torch() -> Result:

@@ -15,7 +15,8 @@ from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.layout import EVALUATION_FILE, METRICS_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
 from pipelines.sandbox import simulate
-from pipelines.training.checkpoint import MANIFEST, pinned
+from pipelines.training.checkpoint import MANIFEST
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.data import build_dataset
 from pipelines.training.evaluation import QUANTILES, held_out_losses
 from pipelines.training.json_lines import read_rows, write_rows
@@ -83,7 +84,7 @@ def test_last_checkpoint_is_measured_on_held_out_clips(evaluated: Config) -> Non
     assert row["loss"] == pytest.approx(
         row["diffusion"] + sum(weight * row[name] for name, weight in weights if name in row)
     )
-    assert pinned(evaluated.checkpoints) == {"best": 4}
+    assert FolderStore(evaluated.checkpoints).pinned() == {"best": 4}
     by_quantile = [row[f"diffusion/quantile_{quantile}"] for quantile in QUANTILES]
     assert row["diffusion"] == pytest.approx(sum(by_quantile) / len(QUANTILES))
     assert len(set(by_quantile)) == len(QUANTILES)
@@ -107,9 +108,9 @@ def test_a_line_that_a_kill_cut_short(evaluated: Config, tmp_path: Path) -> None
 
 def test_best_is_the_lowest_loss_of_those_that_are_there(evaluated: Config, tmp_path: Path) -> None:
     config = evaluated.model_copy(update={"run_dir": tmp_path})
-    saved = evaluated.checkpoints / "step-00000004" / MANIFEST
+    saved = Path(evaluated.checkpoints) / "step-00000004" / MANIFEST
     for step in (2, 3, 4, 5):
-        folder = config.checkpoints / f"step-{step:08d}"
+        folder = Path(config.checkpoints) / f"step-{step:08d}"
         folder.mkdir(parents=True)
         shutil.copy(saved, folder)
     rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.3}]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.config import Config
 from pipelines.training import export, train
-from pipelines.training.checkpoint import pin
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.plan import make_plan
 from pipelines.training.saving import Fragment, Save
 from prophy.backbones.loading import load_pipeline
@@ -92,7 +92,7 @@ def test_a_complete_pipeline_holds_what_was_trained_of_a_bfloat16_backbone(how: 
     pin = {"name": str(backbone), "revision": None, "fingerprint": fingerprint(str(backbone), None)}
     run = {"backbone": pin, "physics": model.config["physics"], "lora": lora_config(model)}
     with one_rank():
-        Save(config.checkpoints, 1, parts, shapes, run).commit(num_to_keep=1)
+        Save(FolderStore(config.checkpoints), 1, parts, shapes, run).commit(num_to_keep=1)
 
     folder = export.run(config, tmp_path / "pipeline", None, complete=True)
     card = (folder / "README.md").read_text()
@@ -108,11 +108,11 @@ def test_a_complete_pipeline_holds_what_was_trained_of_a_bfloat16_backbone(how: 
 def test_the_best_checkpoint(trained: Config, tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match=r"measured on held-out clips, and kept; set train\.num_held_out"):
         export.run(trained, tmp_path / "best", "best", complete=False)
-    pin(trained.checkpoints, best=7)
+    FolderStore(trained.checkpoints).pin(best=7)
     try:
         best = load_branch(export.run(trained, tmp_path / "best", "best", complete=False))
     finally:
-        pin(trained.checkpoints)
+        FolderStore(trained.checkpoints).pin()
     expected = load_branch(export.run(trained, tmp_path / "7", 7, complete=False))
     assert all(torch.equal(value, expected.state_dict[name]) for name, value in best.state_dict.items())
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipelines.layout import step_of
 from pipelines.training import loop, saving
-from pipelines.training.checkpoint import committed
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.saving import EveryRankError, Fragment, Save
 from tests.conftest import tiny_config
 
@@ -59,7 +58,10 @@ def saves(one_rank: None, tmp_path: Path) -> Saves:
         parts = [Fragment("a", 0, {"parameter": torch.ones(3)})]
         train = tiny_config(tmp_path / "run", "train.save_every=10", *overrides).train
         return loop._Saves(
-            train, 4, tmp_path / "stop", lambda: Save(root, next(numbers), parts, {"a": torch.Size([3])}, {})
+            train,
+            4,
+            tmp_path / "stop",
+            lambda: Save(FolderStore(str(root)), next(numbers), parts, {"a": torch.Size([3])}, {}),
         )
 
     return make
@@ -68,7 +70,7 @@ def saves(one_rank: None, tmp_path: Path) -> Saves:
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[[], int]:
     """Number of the newest checkpoint."""
-    return lambda: max((step_of(folder) for folder in committed(tmp_path / "checkpoints")), default=0)
+    return lambda: max(FolderStore(str(tmp_path / "checkpoints")).committed(), default=0)
 
 
 Saved = Callable[[], int]

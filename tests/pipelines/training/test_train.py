@@ -26,7 +26,8 @@ from pipelines.config import Config
 from pipelines.layout import METRICS_FILE, TENSORBOARD_FOLDER
 from pipelines.metrics import TRAINING
 from pipelines.training import train
-from pipelines.training.checkpoint import Checkpoint, committed
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.checkpoint_store import FolderStore
 from pipelines.training.json_lines import read_rows
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.model import build_module
@@ -69,7 +70,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in committed(run_dir / "train" / "checkpoints")]
+    return FolderStore(str(run_dir / "train" / "checkpoints")).committed()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,8 @@ def last_step(config: Config) -> str:
 
 
 def last_checkpoint(config: Config) -> Checkpoint:
-    return Checkpoint(config.checkpoints / last_step(config))
+    with FolderStore(config.checkpoints).open(config.train.num_steps) as checkpoint:
+        return checkpoint
 
 
 class Ended(NamedTuple):
@@ -192,7 +194,8 @@ def test_old_checkpoints_go(through: Config, on_one_worker: Config) -> None:
 
 
 def test_resumed_run_equals_one_that_ran_through(through: Config, resumed: Ended) -> None:
-    expected, after = last_checkpoint(through), Checkpoint(resumed.config.checkpoints / last_step(through))
+    with FolderStore(resumed.config.checkpoints).open(through.train.num_steps) as after:
+        expected = last_checkpoint(through)
     assert expected.shapes == after.shapes and expected.kinds == after.kinds
     for name in expected.shapes:
         for kind in expected.kinds:
@@ -274,7 +277,7 @@ def test_last_checkpoint_is_seen_late_or_never(
     """As on a shared file system, where another node has written it."""
     overrides = f"train.num_steps={through.train.num_steps}"
     config = train_config(tiny_cache, tmp_path / "run", overrides)
-    written = through.checkpoints / last_step(through), config.checkpoints / last_step(through)
+    written = [Path(run.checkpoints) / last_step(through) for run in (through, config)]
 
     def fit(_: TorchTrainer) -> SimpleNamespace:
         threading.Timer(1.0, shutil.copytree, written).start()
@@ -326,7 +329,7 @@ def test_more_steps_than_before_change_a_cosine(
             tmp_path, f"train.num_steps={num_steps}", f"train.lr_schedule={schedule}", "train.warmup_steps=0"
         )
 
-    folder = config(100).checkpoints / "step-00000100"
+    folder = Path(config(100).checkpoints) / "step-00000100"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"run": {"num_steps": 100}}))
     train.compare_schedule(config(100))

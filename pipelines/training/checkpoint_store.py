@@ -1,0 +1,241 @@
+"""Where the checkpoints of a run lie, and which of them count, stay and go."""
+
+import json
+import logging
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.layout import CHECKPOINTS, checkpoint_name, step_of
+from pipelines.training.checkpoint import MANIFEST, Checkpoint, DamagedError, damage_of, size_and_sha256
+
+PINS = "pinned.json"
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore(ABC):
+    """The checkpoints of a run, each called by its step.
+
+    One counts from the moment its manifest is there, which is written last and removed first.
+
+    Args:
+        location: where they lie.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    @abstractmethod
+    def committed(self) -> list[int]:
+        """Steps of those with a manifest, the newest first; their files are not looked at."""
+
+    @abstractmethod
+    def check(self, step: int) -> None:
+        """Looks whether the files of a committed checkpoint are what its manifest says.
+
+        Raises:
+            DamagedError: they are not.
+        """
+
+    @abstractmethod
+    def open(self, step: int) -> AbstractContextManager[Checkpoint]:
+        """A committed checkpoint, to be read within the block."""
+
+    @abstractmethod
+    def begin(self, step: int) -> None:
+        """Makes room for a checkpoint: what has no manifest, or is of the same step, goes."""
+
+    @abstractmethod
+    def put(self, step: int, name: str, write: Callable[[Path], object]) -> dict[str, Any]:
+        """Adds a file to a checkpoint that has begun.
+
+        Args:
+            step: the checkpoint's.
+            name: the file's.
+            write: writes it to a place on a disk.
+
+        Returns:
+            What the manifest says of it: size and hash.
+        """
+
+    @abstractmethod
+    def commit(self, step: int, manifest: Mapping[str, Any]) -> None:
+        """Makes a checkpoint count whose files are all there."""
+
+    @abstractmethod
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint; what is half removed is none."""
+
+    @abstractmethod
+    def set_aside(self, step: int) -> None:
+        """Gives a checkpoint the ending `.damaged`, in the place of an earlier one: it no longer counts."""
+
+    @abstractmethod
+    def _read(self, name: str) -> bytes | None:
+        """A small file; None if there is none."""
+
+    @abstractmethod
+    def _write(self, name: str, content: bytes) -> None:
+        """Writes a small file, or replaces it; nobody sees a part of it."""
+
+    def place(self, step: int) -> str:
+        """Where a checkpoint lies."""
+        return f"{self.location}/{checkpoint_name(step)}"
+
+    def manifest(self, step: int, part: Literal["files", "run"]) -> dict[str, Any]:
+        """A part of the manifest of a checkpoint.
+
+        Raises:
+            DamagedError: the manifest is no longer there, or cannot be read.
+        """
+        try:
+            return json.loads(self._read(f"{checkpoint_name(step)}/{MANIFEST}") or b"")[part]
+        except (ValueError, KeyError):
+            raise DamagedError(self.place(step), f"{MANIFEST} cannot be read") from None
+
+    def pin(self, **steps: int | None) -> None:
+        """Has `keep` leave checkpoints, by the reason for it, and no others that were pinned before.
+
+        Only for one process at a time.
+        """
+        kept = {reason: step for reason, step in steps.items() if step is not None}
+        self._write(PINS, json.dumps(kept).encode())
+
+    def pinned(self) -> dict[str, int]:
+        """Steps of the checkpoints that stay, by the reason for it."""
+        return json.loads(self._read(PINS) or b"{}")
+
+    def keep(self, number: int) -> None:
+        """Removes what is committed but for so many, the newest, and for what is pinned."""
+        kept = set(self.pinned().values())
+        for old in [step for step in self.committed()[number:] if step not in kept]:
+            self.remove(old)
+
+    def newest_run(self) -> tuple[int, dict[str, Any]] | None:
+        """Step of the newest checkpoint, and what was to be known about the run; no other file is read."""
+        for step in self.committed():
+            with suppress(DamagedError):
+                return step, self.manifest(step, "run")
+        return None
+
+    @contextmanager
+    def latest(self) -> Iterator[Checkpoint | None]:
+        """The newest checkpoint whose files are what its manifest says; None if there is none."""
+        with ExitStack() as held:
+            found = (self._sound(step, held) for step in self.committed())
+            yield next(filter(None, found), None)
+
+    @contextmanager
+    def find(self, step: int) -> Iterator[Checkpoint | None]:
+        """The checkpoint of `step`; None if there is none whose files are what its manifest says."""
+        with ExitStack() as held:
+            yield self._sound(step, held) if step in self.committed() else None
+
+    def _sound(self, step: int, held: ExitStack) -> Checkpoint | None:
+        try:
+            self.check(step)
+            return held.enter_context(self.open(step))
+        except DamagedError as damage:
+            logger.warning("%s", damage)
+            return None
+
+    def set_damaged_aside(self, sound: int | None = None) -> int | None:
+        """Step of the newest checkpoint that `check` finds sound; newer ones are set aside.
+
+        Only for the process that writes the checkpoints: to another, one that is being removed looks damaged.
+
+        Args:
+            sound: one that was looked at a moment ago: tens of gigabytes are not hashed twice.
+        """
+        for step in self.committed():
+            try:
+                if step != sound:
+                    self.check(step)
+                return step
+            except DamagedError as damage:
+                self.set_aside(step)
+                logger.warning("%s; it is now %s.damaged", damage, checkpoint_name(step))
+        return None
+
+
+class FolderStore(CheckpointStore):
+    """Checkpoints in a folder that all nodes see. Its methods raise `OSError` where it cannot be used."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self._root = Path(location)
+
+    def committed(self) -> list[int]:
+        """See `CheckpointStore`."""
+        manifests = self._root.glob(f"{CHECKPOINTS}/{MANIFEST}")
+        return sorted((step_of(file.parent.name) for file in manifests), reverse=True)
+
+    def check(self, step: int) -> None:
+        """See `CheckpointStore`."""
+        damage = damage_of(self._folder(step), self.manifest(step, "files"))
+        if damage is not None:
+            raise DamagedError(self.place(step), damage)
+
+    @contextmanager
+    def open(self, step: int) -> Iterator[Checkpoint]:
+        """See `CheckpointStore`."""
+        yield Checkpoint(self._folder(step), self.place(step))
+
+    def begin(self, step: int) -> None:
+        """See `CheckpointStore`."""
+        folder = self._folder(step)
+        for other in self._root.glob(CHECKPOINTS):
+            if other == folder or not (other / MANIFEST).exists():  # of a save, or a removal, that was killed
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    def put(self, step: int, name: str, write: Callable[[Path], object]) -> dict[str, Any]:
+        """See `CheckpointStore`."""
+        file = self._folder(step) / name
+        write(file)
+        return size_and_sha256(file)
+
+    def commit(self, step: int, manifest: Mapping[str, Any]) -> None:
+        """See `CheckpointStore`."""
+        folder = self._folder(step)
+        partial = folder / f"{MANIFEST}.partial"
+        with partial.open("w") as content:
+            json.dump(manifest, content, indent=1)
+            content.flush()
+            os.fsync(content.fileno())
+        partial.rename(folder / MANIFEST)
+        for place in (folder, folder.parent):  # their entries too, before older checkpoints go
+            descriptor = os.open(place, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def remove(self, step: int) -> None:
+        """See `CheckpointStore`."""
+        (self._folder(step) / MANIFEST).unlink()
+        shutil.rmtree(self._folder(step), ignore_errors=True)  # somebody may be reading it
+
+    def set_aside(self, step: int) -> None:
+        """See `CheckpointStore`."""
+        aside = self._root / f"{checkpoint_name(step)}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)  # left by an earlier run
+        self._folder(step).rename(aside)
+
+    def _folder(self, step: int) -> Path:
+        return self._root / checkpoint_name(step)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return (self._root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        partial = self._root / f"{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(self._root / name)
