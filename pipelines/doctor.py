@@ -21,20 +21,23 @@ from pipelines.resources import Work, needs_of, place
 from pipelines.runtime import ray_session, versions
 from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
-from prophy.stores import asking, open_store
+from prophy.stores import asking, open_store, try_writing
 
 _ANSWERS_WITHIN_S = 120  # a node starts a process first
-_WRITTEN = ("generate.output", "serve.videos")  # of what may be in an object store
+_WRITTEN = ("generate.output", "serve.videos", "train.checkpoints")  # of what may be in an object store
 
 
 @ray.remote(num_cpus=0)
-def _look(token: Path, urls: dict[str, str]) -> tuple[str | None, dict[str, str], dict[str, str], bool]:
-    """What a node reads in a file of the shared folder, its versions, and what is wrong with each URL.
+def _look(
+    tokens: list[Path], urls: dict[str, str]
+) -> tuple[list[str | None], dict[str, str], dict[str, str], bool]:
+    """What a node reads in a file of each shared folder, its versions, and what is wrong with each URL.
 
     And whether its GPUs are hidden from this task, which reserves none.
     """
-    problems = {key: _said(partial(_try_store, url, key in _WRITTEN)) for key, url in urls.items()}
-    seen = token.read_text() if token.exists() else None
+    attempts = {key: try_writing if key in _WRITTEN else _try_reading for key in urls}
+    problems = {key: _said(partial(attempts[key], url)) for key, url in urls.items()}
+    seen = [token.read_text() if token.exists() else None for token in tokens]
     return seen, versions(), problems, os.environ.get("CUDA_VISIBLE_DEVICES") == ""
 
 
@@ -64,11 +67,11 @@ def _checks(config: Config) -> Iterator[tuple[str, str]]:
         except ProPhyError:  # it needs a section that this configuration leaves out
             continue
         yield f"room for {work}", place(needs)[1]
-    folder = config.run_dir
-    unusable = _said(lambda: _try_files(folder))
-    yield f"rename, lock and append in {folder}", unusable
-    if not unusable:
-        yield from _nodes(folder, _urls(config))
+    shared = {folder: _said(partial(_try_files, folder)) for folder in _shared_folders(config)}
+    for folder, unusable in shared.items():
+        yield f"rename, lock and append in {folder}", unusable
+    if not any(shared.values()):
+        yield from _nodes([*shared], _urls(config))
     yield f"job database {config.serve.database_url}", _said(lambda: _try_database(config))
 
 
@@ -101,6 +104,12 @@ def _try_database(config: Config) -> None:
     JobStore(config.serve.database_url).close()
 
 
+def _shared_folders(config: Config) -> list[Path]:
+    """The run folder, and that of the checkpoints where it is another."""
+    named = None if config.lacking("train") else config.train.checkpoints
+    return [config.run_dir, *([] if named is None or is_url(named) else [Path(named)])]
+
+
 def _urls(config: Config) -> dict[str, str]:
     """Places of this configuration that are in object stores, by key."""
     places = {
@@ -114,40 +123,35 @@ def _urls(config: Config) -> dict[str, str]:
         places |= {"cache.input": config.cache.input, "vlm.pretrained": config.vlm.pretrained}
     if not config.lacking("train"):
         places["train.start_from"] = config.train.start_from
+        places["train.checkpoints"] = config.train.checkpoints
     return {key: str(place) for key, place in places.items() if is_url(str(place))}
 
 
-def _try_store(url: str, is_written: bool) -> None:
-    """Looks whether there is something, or writes, reads and removes an object."""
+def _try_reading(url: str) -> None:
     store, root = open_store(url)
     with asking(url):
-        if not is_written:
-            store.info(root)
-            return
-        path = f"{root}/.doctor-{secrets.token_hex(8)}"
-        store.pipe_file(path, b"ab")
-        content = store.cat_file(path)
-        store.rm_file(path)
-    if content != b"ab":
-        raise OSError("what was written is not there")
+        store.info(root)
 
 
-def _nodes(folder: Path, urls: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Whether each node sees the run folder, has these versions, hides its GPUs, and can use the URLs."""
-    token, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_hex(8)
-    token.write_text(content)
+def _nodes(folders: list[Path], urls: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Whether each node sees these folders, has these versions, hides its GPUs, and can use the URLs."""
+    content = secrets.token_hex(8)
+    tokens = [folder / f".doctor-{content}" for folder in folders]
     own = versions()
     try:
+        for token in tokens:
+            token.write_text(content)
         for node in (node for node in ray.nodes() if node["Alive"]):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             place = f"node {node['NodeManagerAddress']}"
-            looking = _look.options(scheduling_strategy=there).remote(token, urls)
+            looking = _look.options(scheduling_strategy=there).remote(tokens, urls)
             try:
                 seen, theirs, problems, hidden = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
             except Exception as error:
                 yield f"{place} runs a task", " ".join(str(error).split())
                 continue
-            yield f"{place} sees {folder}", "" if seen == content else "it does not; mount it there"
+            for folder, read in zip(folders, seen, strict=True):
+                yield f"{place} sees {folder}", "" if read == content else "it does not; mount it there"
             other = [f"{name} {theirs[name]}, here {own[name]}" for name in own if theirs[name] != own[name]]
             yield f"{place} has the versions of this one", "; ".join(other)
             if "GPU" in node["Resources"]:
@@ -158,4 +162,5 @@ def _nodes(folder: Path, urls: dict[str, str]) -> Iterator[tuple[str, str]]:
             for key, url in urls.items():
                 yield f"{place} can use {key} {url}", problems[key]
     finally:
-        token.unlink(missing_ok=True)
+        for token in tokens:
+            token.unlink(missing_ok=True)

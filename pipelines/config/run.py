@@ -194,7 +194,7 @@ class Config(Section):
     @property
     def checkpoints(self) -> str:
         """Where the checkpoints of training lie."""
-        return str(RunFolder(self.run_dir).checkpoints)
+        return self.train.checkpoints or str(RunFolder(self.run_dir).checkpoints)
 
     @property
     def clip_lengths(self) -> list[tuple[float, int]]:

@@ -4,7 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.config.base import BranchFolder, Fraction, How, NonNegativeFloat, NonNegativeInt, Section
+from pipelines.config.base import (
+    BranchFolder,
+    FolderOrS3,
+    Fraction,
+    How,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Section,
+)
 from prophy.models.description import ExpertName
 from prophy.priors.recipes import RECIPE_NAMES, Negatives
 
@@ -232,6 +240,13 @@ class TrainConfig(Section):
 
     tracking_project: Annotated[str, How()] = "prophy"
     """The project of Weights & Biases, or the experiment of MLflow, that this run is a part of."""
+
+    checkpoints: FolderOrS3 | None = None
+    """Where checkpoints lie: a folder that all nodes see, or a place in S3, such as s3://bucket/run.
+
+    Null, the default, is a folder in run_dir, which needs nothing else. On the way to and from S3 they lie on
+    disks of nodes, in PROPHY_HOME: what a node's workers save at once, and to resume a whole checkpoint.
+    """
 
     save_every: Annotated[PositiveInt, How()] = 500
     """Optimizer steps between two checkpoints: at most these are lost, and those taken while one is written.

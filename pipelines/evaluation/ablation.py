@@ -71,6 +71,8 @@ def config_of(row: Row, config: Config) -> Config:
         weights = {"semantic_alignment": 0.0, "token_alignment": 0.0}
         changes["loss_weights"] = train.loss_weights.model_copy(update=weights)
     folder = row.name.lower().replace(",", "").replace(" ", "-")
+    if train.checkpoints is not None:
+        changes["checkpoints"] = f"{train.checkpoints}/ablation/{folder}"
     return config.model_copy(
         update={
             "run_dir": config.run_dir / "ablation" / folder,

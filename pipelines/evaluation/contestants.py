@@ -112,12 +112,12 @@ def _model_of(folder: Path, output: Path) -> Path:
     places = RunFolder(folder)
     if (places.model).is_dir():
         return places.model
-    if not places.checkpoints.is_dir():
+    if not places.training.is_dir():
         return folder
-    from pipelines.training.checkpoint_store import FolderStore
+    from pipelines.training.checkpoint_places import checkpoints_of
     from pipelines.training.export import export_branch, writing_model
 
-    store = FolderStore(str(places.checkpoints))
+    store = checkpoints_of(folder)
     with store.latest() as checkpoint:
         if checkpoint is None:
             raise ProPhyError(f"{store.location} holds no whole checkpoint yet; wait for the first")

@@ -1,18 +1,19 @@
-"""Where the checkpoints of a run lie, and which of them count, stay and go."""
+"""The checkpoints of a run: which of them count, stay and go, wherever they lie."""
 
 import json
 import logging
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.layout import CHECKPOINTS, checkpoint_name, step_of
-from pipelines.training.checkpoint import MANIFEST, Checkpoint, DamagedError, damage_of, size_and_sha256
+from pipelines.layout import checkpoint_name
+from pipelines.training.checkpoint import MANIFEST, Checkpoint, DamagedError
+from prophy.errors import ProPhyError
+from prophy.stores import mendable, try_writing
 
+OWNER = "run.json"
 PINS = "pinned.json"
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,13 @@ class CheckpointStore(ABC):
 
     Args:
         location: where they lie.
+
+    Attributes:
+        location: as it was given.
+        look_every_s: how long to wait before another look for new ones.
     """
+
+    look_every_s = 1.0
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -36,7 +43,7 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def check(self, step: int) -> None:
-        """Looks whether the files of a committed checkpoint are what its manifest says.
+        """Looks, without a copy, whether the files of a committed checkpoint are what its manifest says.
 
         Raises:
             DamagedError: they are not.
@@ -44,19 +51,24 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def open(self, step: int) -> AbstractContextManager[Checkpoint]:
-        """A committed checkpoint, to be read within the block."""
+        """A committed checkpoint, to be read within the block.
+
+        Raises:
+            DamagedError: what `check` cannot see shows while it is copied.
+        """
 
     @abstractmethod
     def begin(self, step: int) -> None:
         """Makes room for a checkpoint: what has no manifest, or is of the same step, goes."""
 
     @abstractmethod
-    def put(self, step: int, name: str, write: Callable[[Path], object]) -> dict[str, Any]:
+    def put(self, step: int, name: str, num_bytes: int, write: Callable[[Path], object]) -> dict[str, Any]:
         """Adds a file to a checkpoint that has begun.
 
         Args:
             step: the checkpoint's.
             name: the file's.
+            num_bytes: how much of a disk it takes, but for some kilobytes.
             write: writes it to a place on a disk.
 
         Returns:
@@ -82,6 +94,25 @@ class CheckpointStore(ABC):
     @abstractmethod
     def _write(self, name: str, content: bytes) -> None:
         """Writes a small file, or replaces it; nobody sees a part of it."""
+
+    def claim(self, run_dir: Path) -> None:
+        """Tries the place, and takes it for one run: two would remove each other's checkpoints.
+
+        Raises:
+            ProPhyError: it cannot be used, or is another run's.
+        """
+        with mendable(f"train.checkpoints: cannot use {self.location}"):
+            try_writing(self.location)
+            said = self._read(OWNER)
+            if said is None:
+                self._write(OWNER, json.dumps({"run_dir": str(run_dir)}).encode())
+                return
+        owner = json.loads(said)["run_dir"]
+        if owner != str(run_dir):
+            raise ProPhyError(
+                f"{self.location} holds the checkpoints of the run in {owner}; choose another "
+                f"train.checkpoints, or remove {self.location}/{OWNER} to go on from them in {run_dir}"
+            )
 
     def place(self, step: int) -> str:
         """Where a checkpoint lies."""
@@ -161,81 +192,3 @@ class CheckpointStore(ABC):
                 self.set_aside(step)
                 logger.warning("%s; it is now %s.damaged", damage, checkpoint_name(step))
         return None
-
-
-class FolderStore(CheckpointStore):
-    """Checkpoints in a folder that all nodes see. Its methods raise `OSError` where it cannot be used."""
-
-    def __init__(self, location: str) -> None:
-        super().__init__(location)
-        self._root = Path(location)
-
-    def committed(self) -> list[int]:
-        """See `CheckpointStore`."""
-        manifests = self._root.glob(f"{CHECKPOINTS}/{MANIFEST}")
-        return sorted((step_of(file.parent.name) for file in manifests), reverse=True)
-
-    def check(self, step: int) -> None:
-        """See `CheckpointStore`."""
-        damage = damage_of(self._folder(step), self.manifest(step, "files"))
-        if damage is not None:
-            raise DamagedError(self.place(step), damage)
-
-    @contextmanager
-    def open(self, step: int) -> Iterator[Checkpoint]:
-        """See `CheckpointStore`."""
-        yield Checkpoint(self._folder(step), self.place(step))
-
-    def begin(self, step: int) -> None:
-        """See `CheckpointStore`."""
-        folder = self._folder(step)
-        for other in self._root.glob(CHECKPOINTS):
-            if other == folder or not (other / MANIFEST).exists():  # of a save, or a removal, that was killed
-                shutil.rmtree(other, ignore_errors=True)
-        folder.mkdir(parents=True)
-
-    def put(self, step: int, name: str, write: Callable[[Path], object]) -> dict[str, Any]:
-        """See `CheckpointStore`."""
-        file = self._folder(step) / name
-        write(file)
-        return size_and_sha256(file)
-
-    def commit(self, step: int, manifest: Mapping[str, Any]) -> None:
-        """See `CheckpointStore`."""
-        folder = self._folder(step)
-        partial = folder / f"{MANIFEST}.partial"
-        with partial.open("w") as content:
-            json.dump(manifest, content, indent=1)
-            content.flush()
-            os.fsync(content.fileno())
-        partial.rename(folder / MANIFEST)
-        for place in (folder, folder.parent):  # their entries too, before older checkpoints go
-            descriptor = os.open(place, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-
-    def remove(self, step: int) -> None:
-        """See `CheckpointStore`."""
-        (self._folder(step) / MANIFEST).unlink()
-        shutil.rmtree(self._folder(step), ignore_errors=True)  # somebody may be reading it
-
-    def set_aside(self, step: int) -> None:
-        """See `CheckpointStore`."""
-        aside = self._root / f"{checkpoint_name(step)}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)  # left by an earlier run
-        self._folder(step).rename(aside)
-
-    def _folder(self, step: int) -> Path:
-        return self._root / checkpoint_name(step)
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            return (self._root / name).read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def _write(self, name: str, content: bytes) -> None:
-        self._root.mkdir(parents=True, exist_ok=True)
-        partial = self._root / f"{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(self._root / name)

@@ -18,7 +18,7 @@ from pipelines.generation.generate import video_spec
 from pipelines.generation.sampler import VideoSampler
 from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import EVALUATION_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER, checkpoint_name
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import open_checkpoints
 from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
 from pipelines.training.metrics import mean_losses, total_loss
@@ -50,7 +50,7 @@ def evaluate(config: Config, cache: PriorCache, root: Path, step: int) -> None:
         SummaryWriter(str(root / TENSORBOARD_FOLDER / "evaluation")) as board,
     ):
         model = Path(scratch) / "model"
-        with FolderStore(config.checkpoints).open(step) as checkpoint:
+        with open_checkpoints(config.checkpoints).open(step) as checkpoint:
             export_branch(checkpoint, model)
         losses = held_out_losses(config, cache, model) if train.num_held_out else {}
         for name, value in losses.items():

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import checkpoints_of, open_checkpoints
 from pipelines.training.model_card import TRANSFORMER, backbone_says, model_card, pipeline_class
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import (
@@ -146,7 +146,7 @@ def find_export(
         ProPhyError: no such checkpoint, or a damaged one; the backbone is not the one that was trained; or
             `other` does not fit.
     """
-    with _open(config.checkpoints, step) as checkpoint:
+    with _open(config, step) as checkpoint:
         beside = {} if other is None else _other_branch(checkpoint, other)
         if complete:
             check_unchanged(checkpoint.place, _backbone(checkpoint), config.backbone.pretrained)
@@ -188,19 +188,22 @@ def writing_model(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _open(location: str, step: int | Literal["best"] | None) -> Iterator[Checkpoint]:
-    store = FolderStore(location)
+def _open(config: Config, step: int | Literal["best"] | None) -> Iterator[Checkpoint]:
+    named = None if "train" in config.lacking("train") else config.train.checkpoints
+    store = checkpoints_of(config.run_dir) if named is None else open_checkpoints(named)
     if step == "best":
         if "best" not in store.pinned():
             raise ProPhyError(
-                f"no checkpoint in {location} was measured on held-out clips, and kept; set "
+                f"no checkpoint in {store.location} was measured on held-out clips, and kept; set "
                 f"train.num_held_out and train.keep_best, or give the number of a step"
             )
         step = store.pinned()["best"]
     with store.latest() if step is None else store.find(step) as checkpoint:
         if checkpoint is None:
             which = "checkpoint" if step is None else f"undamaged checkpoint of step {step}"
-            raise ProPhyError(f"no {which} in {location}; run `prophy train` with this configuration first")
+            raise ProPhyError(
+                f"no {which} in {store.location}; run `prophy train` with this configuration first"
+            )
         yield checkpoint
 
 

@@ -19,7 +19,7 @@ from pipelines.config import Config, TrainConfig
 from pipelines.layout import STOP_FILE, RunFolder
 from pipelines.metrics import TrainingMetrics
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import open_checkpoints
 from pipelines.training.data import build_dataset, clip_shapes, read_ahead
 from pipelines.training.engine import (
     Ema,
@@ -83,7 +83,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     precision = _precision(config, device)
 
     # 1. Data and model, as the last checkpoint left it
-    dataset, store = build_dataset(config, cache, rank), FolderStore(config.checkpoints)
+    dataset, store = build_dataset(config, cache, rank), open_checkpoints(config.checkpoints)
     samples = describe_samples(config, cache)
     with latest_on_every_rank(store, loop_config["sound"]) as checkpoint:
         engine, ema, flops = _load(config, cache, rank, checkpoint)

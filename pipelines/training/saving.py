@@ -3,10 +3,12 @@
 It does not know DeepSpeed or Ray.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipelines.training.checkpoint import VERSION, Checkpoint
+from pipelines.training.checkpoint import VERSION, Checkpoint, DamagedError
 from pipelines.training.checkpoint_store import CheckpointStore
 from prophy.errors import ProPhyError
+
+logger = logging.getLogger(__name__)
 
 
 class EveryRankError(ProPhyError):
@@ -76,8 +80,14 @@ class Save:
             for fragment in fragments
             for kind, value in fragment.tensors.items()
         }
+
+        def write(file: Path) -> None:
+            save_file(tensors, file)
+            tensors.clear()  # to send them needs no memory
+
+        num_bytes = sum(value.nbytes for value in tensors.values())
         pool = ThreadPoolExecutor(1, "save")  # writing and hashing leave the interpreter free
-        self._file = pool.submit(store.put, step, self._name, lambda file: save_file(tensors, file))
+        self._file = pool.submit(store.put, step, self._name, num_bytes, write)
         pool.shutdown(wait=False)
 
     @property
@@ -117,16 +127,15 @@ def writing(what: str) -> Iterator[None]:
     failure = None
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except ProPhyError as error:
         failure = str(error)
+    except (OSError, SafetensorError) as error:
+        failure = f"{error}; make room, and run the same command again to go on from the last checkpoint"
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     failure = next(filter(None, failures), None)
     if failure is not None:
-        raise EveryRankError(
-            f"cannot {what}: {failure}; make room, and run the same command again to go on from the last "
-            f"checkpoint"
-        )
+        raise EveryRankError(f"cannot {what}: {failure}")
 
 
 @contextmanager
@@ -140,13 +149,35 @@ def latest_on_every_rank(store: CheckpointStore, sound: int | None = None) -> It
         sound: see `CheckpointStore.set_damaged_aside`.
 
     Raises:
-        EveryRankError: a damaged one cannot be set aside.
+        EveryRankError: a damaged one cannot be set aside, or some node cannot copy a sound one.
     """
-    found: list[int | None] = [None]
-    with writing("set damaged checkpoints aside"):
-        if dist.get_rank() == 0:
-            found = [store.set_damaged_aside(sound)]
-    dist.broadcast_object_list(found)
-    [step] = found
     with ExitStack() as held:
-        yield None if step is None else held.enter_context(store.open(step))
+        yield _open_latest(store, sound, held)
+
+
+def _open_latest(store: CheckpointStore, sound: int | None, held: ExitStack) -> Checkpoint | None:
+    while True:
+        found: list[int | None] = [None]
+        with writing("set damaged checkpoints aside"):
+            if dist.get_rank() == 0:
+                found = [store.set_damaged_aside(sound)]
+        dist.broadcast_object_list(found)
+        [step] = found
+        if step is None:
+            return None
+        checkpoint, damage = None, None
+        with writing(f"open the checkpoint of step {step}"):
+            try:
+                checkpoint = held.enter_context(store.open(step))
+            except DamagedError as error:
+                damage = str(error)
+        damages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(damages, damage)
+        damage = next(filter(None, damages), None)
+        if damage is None:
+            return checkpoint
+        held.close()
+        with writing("set damaged checkpoints aside"):
+            if dist.get_rank() == 0:
+                store.set_aside(step)
+                logger.warning("%s, and is set aside", damage)

@@ -21,7 +21,8 @@ from pipelines.layout import STOP_FILE, RunFolder
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from pipelines.training.checkpoint import Checkpoint, DamagedError
-from pipelines.training.checkpoint_store import CheckpointStore, FolderStore
+from pipelines.training.checkpoint_places import open_checkpoints
+from pipelines.training.checkpoint_store import CheckpointStore
 from pipelines.training.samples import describe_samples
 from pipelines.training.schedule import learning_rate_factor
 from pipelines.training.tracking import check_trackers, tracking
@@ -57,12 +58,14 @@ def run(config: Config) -> Path:
 
     Raises:
         ProPhyError: no cache, or one that does not fit; workers cannot share its clips as
-            `train.sequence_parallel` says; what the run goes on from has another taxonomy; the run folder
-            belongs to another run, another process trains in it, or it cannot be written to; a tracker is not
-            installed; or a loss is not finite.
+            `train.sequence_parallel` says; what the run goes on from has another taxonomy; the run folder or
+            `train.checkpoints` belongs to another run, another process trains in it, or it cannot be used; a
+            tracker is not installed; or a loss is not finite.
     """
     check_trackers(config)
-    store = FolderStore(config.checkpoints)
+    store = open_checkpoints(config.checkpoints)
+    if config.train.checkpoints is not None:
+        store.claim(config.run_dir)
     if store.newest_run() is None:  # a run that goes on was let in, and its hub may have moved on
         model = config.backbone
         check_bare(model.family, model.pretrained, model.revision)
@@ -91,8 +94,12 @@ def run(config: Config) -> Path:
                 _wait_for(step, store)
             else:
                 logger.info("step %d of %d was reached before", step, config.train.num_steps)
-            with store.open(step) as last:
-                _export(last, places.model)
+            try:
+                with store.open(step) as last:
+                    _export(last, places.model)
+            except DamagedError as damage:
+                store.set_aside(step)
+                raise ProPhyError(f"{damage}, and is set aside; run the same command again") from None
             logger.info("trained branch after %d steps: %s", step, places.model)
     return places.model
 
@@ -205,7 +212,7 @@ def pin_backbone(config: Config) -> dict[str, str | None]:
     Raises:
         ProPhyError: there is no such model, or the last checkpoint was trained on another one.
     """
-    pretrained, store = config.backbone.pretrained, FolderStore(config.checkpoints)
+    pretrained, store = config.backbone.pretrained, open_checkpoints(config.checkpoints)
     newest = store.newest_run()
     if newest is not None:
         step, saved = newest
@@ -237,7 +244,7 @@ def compare_phenomena(config: Config, cache: PriorCache) -> None:
     Raises:
         ProPhyError: the cache, the last checkpoint or the branch to start from has others.
     """
-    start, store = config.train.start_from, FolderStore(config.checkpoints)
+    start, store = config.train.start_from, open_checkpoints(config.checkpoints)
     newest = store.newest_run()
     found = [(f"the cache in {config.cache.output}", cache.phenomena, "cache.output")]
     if newest is not None:
@@ -255,7 +262,7 @@ def compare_phenomena(config: Config, cache: PriorCache) -> None:
 
 def compare_samples(config: Config, cache: PriorCache) -> None:
     """Warns if the cache has changed since the last checkpoint: that may be, but batches change with it."""
-    newest, samples = FolderStore(config.checkpoints).newest_run(), describe_samples(config, cache)
+    newest, samples = open_checkpoints(config.checkpoints).newest_run(), describe_samples(config, cache)
     # A checkpoint need not say it: the first ones did not.
     before = samples if newest is None else newest[1].get("samples", samples)
     if before != samples:
@@ -269,7 +276,7 @@ def compare_samples(config: Config, cache: PriorCache) -> None:
 
 def compare_schedule(config: Config) -> None:
     """Says where another `num_steps` than at the last checkpoint changes the learning rate: cosine does."""
-    newest, train = FolderStore(config.checkpoints).newest_run(), config.train
+    newest, train = open_checkpoints(config.checkpoints).newest_run(), config.train
     if newest is None:
         return
     step, saved = newest

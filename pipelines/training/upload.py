@@ -17,7 +17,7 @@ from pipelines.training.export import Export, find_export, writing_model
 from prophy.errors import ProPhyError
 from prophy.hashing import home
 from prophy.models.stored import makes_whole
-from prophy.stores import asking, files_below, mendable, open_store
+from prophy.stores import asking, check_room, files_below, mendable, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,7 @@ def _staged(export: Export, url: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         with mendable(f"cannot export to {folder.parent}"):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = export.num_bytes, shutil.disk_usage(folder.parent).free
-        if needed > free:
-            raise ProPhyError(
-                f"the export takes {needed / 1e9:.2f} GB in {folder.parent} before it is sent, and "
-                f"{free / 1e9:.2f} GB are free; make room, or set PROPHY_HOME to a folder of another disk"
-            )
+        check_room("before it is sent, the export", export.num_bytes, folder.parent)
         with writing_model(folder) as partial:
             export.write(partial)
         yield folder

@@ -14,13 +14,12 @@ import ray
 
 from pipelines.config import Config
 from pipelines.layout import EVALUATION_FILE
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import open_checkpoints
 from pipelines.training.json_lines import read_rows, write_rows
+from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
 
 logger = logging.getLogger(__name__)
-
-_LOOK_EVERY_S = 1.0
 
 
 @contextmanager
@@ -41,8 +40,10 @@ def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
     ended, failed = threading.Event(), threading.Event()
     rows = read_rows(root / EVALUATION_FILE)
     write_rows(root / EVALUATION_FILE, rows)  # without a line that a kill cut short
-    steps = [row["step"] for row in rows]
-    watcher = threading.Thread(target=_watch, args=(config, cache, root, steps, ended, failed), daemon=True)
+    steps, best = {row["step"] for row in rows}, best_step(config, root)
+    open_checkpoints(config.checkpoints).pin(best=best)  # what a killed run was evaluating may go
+    arguments = (config, cache, root, steps, best, ended, failed)
+    watcher = threading.Thread(target=_watch, args=arguments, daemon=True)
     watcher.start()
     try:
         yield
@@ -57,7 +58,7 @@ def best_step(config: Config, root: Path) -> int | None:
     """Step of the checkpoint with the lowest held-out loss (Eq. 6) of those that are still there, if any."""
     if not config.train.keep_best:
         return None
-    steps = set(FolderStore(config.checkpoints).committed())
+    steps = set(open_checkpoints(config.checkpoints).committed())
     rows = [row for row in read_rows(root / EVALUATION_FILE) if row["step"] in steps and "loss" in row]
     best = min((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
     return None if best is None else best["step"]
@@ -67,35 +68,37 @@ def _watch(
     config: Config,
     cache: PriorCache,
     root: Path,
-    steps: list[int],
+    seen: set[int],
+    best: int | None,
     ended: threading.Event,
     failed: threading.Event,
 ) -> None:
-    """Evaluates until the run has ended or failed; what is in `steps` was evaluated before."""
-    train, seen = config.train, set(steps)
+    """Evaluates until the run has ended or failed; what is in `seen` was evaluated before."""
+    train = config.train
     task = ray.remote(_evaluate).options(
         num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
     )
-    over, store = False, FolderStore(config.checkpoints)
-    best = best_step(config, root)
-    store.pin(best=best)  # what a run that was killed was evaluating may go
+    over, store = False, open_checkpoints(config.checkpoints)
     while not (over or failed.is_set()):
-        over = ended.wait(_LOOK_EVERY_S)  # then one last look
-        for step in store.committed()[:1]:
-            if step in seen:
-                continue
-            seen.add(step)
-            store.pin(best=best, evaluating=step)
-            logger.info("evaluating step %d, as soon as there are the resources", step)
-            try:
-                ray.get(task.remote(config, cache, root, step))
-                best = best_step(config, root)
-                kept = "; its held-out loss is the lowest so far" if step == best else ""
-                logger.info("evaluated step %d: %s%s", step, root, kept)
-            except Exception as error:
-                if not failed.is_set():
-                    logger.warning("step %d was not evaluated: %s", step, error)
-            store.pin(best=best)
+        over = ended.wait(store.look_every_s)  # then one last look
+        try:
+            for step in store.committed()[:1]:
+                if step in seen:
+                    continue
+                store.pin(best=best, evaluating=step)
+                seen.add(step)
+                logger.info("evaluating step %d, as soon as there are the resources", step)
+                try:
+                    ray.get(task.remote(config, cache, root, step))
+                    best = best_step(config, root)
+                    kept = "; its held-out loss is the lowest so far" if step == best else ""
+                    logger.info("evaluated step %d: %s%s", step, root, kept)
+                except Exception as error:
+                    if not failed.is_set():
+                        logger.warning("step %d was not evaluated: %s", step, error)
+                store.pin(best=best)
+        except ProPhyError as error:  # S3, which may answer the next time
+            logger.warning("checkpoints cannot be looked at, to evaluate them: %s", error)
 
 
 def _evaluate(config: Config, cache: PriorCache, root: Path, step: int) -> None:

@@ -18,11 +18,9 @@ from filelock import FileLock
 from prophy.errors import ProPhyError
 from prophy.hashing import home
 from prophy.models.description import DESCRIPTION
-from prophy.stores import asking, files_below, mendable, open_store
+from prophy.stores import check_room, download, files_below, mendable
 
 logger = logging.getLogger(__name__)
-
-_FILES_AT_ONCE = 8  # one stream each, which goes on where it was cut
 
 
 def is_in_s3(location: str) -> bool:
@@ -78,28 +76,14 @@ def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
 def _download(url: str, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    needed, free = sum(about["size"] for about in files.values()), shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise ProPhyError(
-            f"{url} takes {needed / 1e9:.2f} GB in {folder.parent}, and {free / 1e9:.2f} GB are free; remove "
-            "copies that nobody uses, or set PROPHY_HOME to a folder of another disk"
-        )
+    needed = sum(about["size"] for about in files.values())
+    check_room(url, needed, folder.parent)
     logger.info("%d files, %.2f GB, are copied from %s to %s", len(files), needed / 1e9, url, folder)
-    store, root = open_store(url)
-    copies = {name: partial / name for name in files}
-    for name, copy in copies.items():
-        if ".." in copy.parts or not copy.is_relative_to(partial):
-            raise ProPhyError(f"{url} has a file called {name!r}, which is no name in a folder; remove it")
     try:
-        with mendable(f"cannot use {url}"), asking("it"):
-            store.get(
-                [f"{root}/{name}" for name in files],
-                [str(copy) for copy in copies.values()],
-                batch_size=_FILES_AT_ONCE,
-                max_concurrency=1,
-            )
+        with mendable(f"cannot use {url}"):
+            download(url, files, partial)
             after = files_below(url)
-        cut = any(copy.stat().st_size != files[name]["size"] for name, copy in copies.items())
+        cut = any((partial / name).stat().st_size != about["size"] for name, about in files.items())
         if cut or _version(url, after) != _version(url, files):
             raise ProPhyError(f"{url} has changed while it was copied; run the same command again")
         partial.rename(folder)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.data import build_dataset
 from pipelines.training.model import build_module
 from pipelines.training.saving import Fragment, Save

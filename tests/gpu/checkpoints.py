@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.saving import Fragment, Save
 from tests.gpu.models import DEVICE, GPU
 from tests.gpu.rows import Row, wait

@@ -15,7 +15,7 @@ from pipelines.layout import RunFolder
 from pipelines.runtime import ray_session
 from pipelines.sandbox import simulate
 from pipelines.training import train
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from tests.gpu.models import GPU
 from tests.gpu.rows import Row, within
 from tests.killing import Run

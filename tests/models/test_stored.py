@@ -154,7 +154,7 @@ def test_refusals(store: S3FileSystem, tmp_path: Path, monkeypatch: pytest.Monke
     put(store, {"model_index.json": b"{}", "large": bytes(1 << 18)})
     with small_disk(tmp_path / "disk", 1 << 17) as disk:
         monkeypatch.setenv("PROPHY_HOME", str(disk))
-        refused(f"{URL} takes 0.00 GB in {disk}/s3, and 0.00 GB are free; remove copies that nobody uses")
+        refused(f"{URL} takes 0.00 GB in {disk}/s3, and 0.00 GB are free; make room there")
     (tmp_path / "file").touch()
     monkeypatch.setenv("PROPHY_HOME", str(tmp_path / "file"))
     refused(f"cannot use {tmp_path}/file/s3: Not a directory; mend that")

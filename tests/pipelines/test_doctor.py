@@ -56,13 +56,25 @@ def test_a_store_that_nodes_cannot_use_is_named(
         store.pipe_file("bucket/clips/a.mp4", b"")
         keys = {"cache.input": "s3://bucket/clips", "generate.output": "s3://bucket/videos"}
         keys |= {"serve.videos": "s3://nobodys/videos", "checkpoint": "s3://bucket/clips"}
-        with pytest.raises(ProPhyError, match="^1 of 14 checks do not hold$"):
+        keys["train.checkpoints"] = "s3://bucket/run"
+        with pytest.raises(ProPhyError, match="^1 of 15 checks do not hold$"):
             doctor.run(tiny_config(tmp_path / "run", *(f"{key}={url}" for key, url in keys.items())))
         assert store.find("bucket") == ["bucket/clips/a.mp4"]
     lines = capsys.readouterr().out.splitlines()
     [wrong] = [line for line in lines if line.startswith("no  ")]
     assert "can use serve.videos s3://nobodys/videos: " in wrong and "bucket does not exist" in wrong
-    assert sum(" can use " in line for line in lines) == 4
+    assert sum(" can use " in line for line in lines) == 5
+
+
+def test_a_folder_of_checkpoints_is_tried_too(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    doctor.run(tiny_config(tmp_path / "run", f"train.checkpoints={folder}"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and f"ok  rename, lock and append in {folder}" in lines
+    assert sum(line.endswith(f" sees {folder}") for line in lines) == 1
+    assert not [*folder.iterdir()]
 
 
 def test_a_folder_that_cannot_be_used_is_named(

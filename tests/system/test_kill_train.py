@@ -20,11 +20,14 @@ from pipelines.config import Config
 from pipelines.layout import METRICS_FILE
 from pipelines.sandbox import simulate
 from pipelines.training.checkpoint import MANIFEST
+from pipelines.training.checkpoint_places import open_checkpoints
+from prophy.stores import files_below
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames, write_video
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 from tests.killing import Run, kill_at_a_moment, starter
+from tests.object_store import object_store
 
 pytestmark = pytest.mark.slow
 
@@ -126,6 +129,42 @@ def test_killed_during_a_save_and_a_worker_killed_later(
     assert second.kill("worker") == 1
     second.finish()
     assert_equal_runs(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("undisturbed", ["wan"], indirect=True)
+def test_checkpoints_in_s3(undisturbed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed during a save that is not the first; the undisturbed run has its checkpoints in a folder."""
+    monkeypatch.setenv("PROPHY_HOME", str(tmp_path / "home"))
+    name, folder, overrides, workers = command(tmp_path / "run", undisturbed)
+    overrides = (*overrides, "train.checkpoints=s3://bucket/deep/run")
+    with object_store() as store, starter(name, folder, overrides, workers) as start:
+        store.mkdir("bucket")
+        checkpoints = open_checkpoints("s3://bucket/deep/run")
+
+        def names() -> set[str]:
+            return set(files_below("s3://bucket/deep/run"))
+
+        def is_saving_again() -> bool:
+            saved = {name.partition("/")[0] for name in names() if "/rank-" in name}
+            return bool(0 < len(checkpoints.committed()) < len(saved))
+
+        first = start()
+        first.wait_until(is_saving_again)
+        first.kill("node")
+        first.process.wait()
+        [last, *_] = checkpoints.committed()
+        assert f"resumed from step {last}" in start().finish()
+        assert_equal_runs(tmp_path / "run", undisturbed)
+        for file in (undisturbed.run_dir / "model").iterdir():
+            assert (folder / "model" / file.name).read_bytes() == file.read_bytes()
+        assert checkpoints.committed() == [6, 4]
+        assert len(names()) == 1 + 2 * 3, (
+            "the name of the run, and of each checkpoint two parts and a manifest"
+        )
+        assert "step 6 of 6 was reached before" in start().finish()
+    left = (path for path in (tmp_path / "home" / "checkpoints").rglob("*") if path.is_file())
+    assert {path.name for path in left} == {".lock"}
+    assert not (folder / "train" / "checkpoints").exists()
 
 
 @pytest.fixture(scope="module")

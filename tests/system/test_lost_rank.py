@@ -9,7 +9,7 @@ import pytest
 from pipelines.config import Config
 from pipelines.layout import METRICS_FILE
 from pipelines.training import train
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from tests.conftest import tiny_config
 from tests.killing import Run
 from tests.nodes import cluster

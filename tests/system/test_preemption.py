@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from pipelines.config import Config
 from pipelines.layout import METRICS_FILE
 from pipelines.training import train
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.slow

@@ -41,7 +41,8 @@ def test_videos_and_models_are_in_a_folder_or_in_s3(tmp_path: Path) -> None:
         assert load_config("tiny", [f"generate.output={place}"]).generate.output == meant
         assert load_config("tiny", [f"checkpoint={place}"]).checkpoint == meant
     for url in ("gs://bucket/x", "file:///tmp/x", "s3://", "s3:///x", "simplecache::s3://bucket/x"):
-        for key in ("generate.output", "checkpoint", "train.start_from", "backbone.pretrained"):
+        keys = ("generate.output", "checkpoint", "train.start_from", "train.checkpoints")
+        for key in (*keys, "backbone.pretrained"):
             with pytest.raises(ProPhyError, match=rf"'{key}' .*a folder, or to a place in S3.*{url}"):
                 load_config("tiny", [f"{key}={url}"])
 

@@ -35,6 +35,10 @@ def test_the_rows_differ_in_nothing_but_what_they_are_called_after(tmp_path: Pat
         ("frozen", True, 8, 8, True),
         ("frozen", True, 8, 8, False),
     ]
+    assert {row.train.checkpoints for row in rows} == {None}
+    there = tiny_config(tmp_path, "train.checkpoints=s3://bucket/run")
+    places = [config_of(row, there).checkpoints for row in ROWS]
+    assert len(set(places)) == len(rows) and places[0] == "s3://bucket/run/ablation/lora"
     unaligned = rows[-1].train.loss_weights
     assert unaligned.semantic_alignment == 0 and unaligned.load_balancing == 0.01
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipelines.config import Config
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.saving import Fragment, Save
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import fingerprint

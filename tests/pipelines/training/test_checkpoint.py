@@ -1,26 +1,36 @@
 """Checkpoints: what is committed, what is damaged, what is kept, and what a full disk leaves."""
 
 import json
+import os
+import re
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from s3fs import S3FileSystem
 
 from pipelines.config import Config
 from pipelines.layout import METRICS_FILE
 from pipelines.training.checkpoint import MANIFEST
-from pipelines.training.checkpoint_store import CheckpointStore, FolderStore
+from pipelines.training.checkpoint_places import FolderStore, open_checkpoints
+from pipelines.training.checkpoint_store import OWNER, CheckpointStore
 from pipelines.training.json_lines import read_rows
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.saving import EveryRankError, Fragment, Save, latest_on_every_rank, writing
 from prophy.errors import ProPhyError
+from prophy.hashing import home
 from prophy.stores import files_below, open_store
 from tests.disks import small_disk
+from tests.object_store import object_store, refuse_puts
+from tests.ranks import Result, on_ranks
 
 SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
 VALUES = {
@@ -35,9 +45,32 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(params=["folder"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
-    return FolderStore(str(tmp_path / "checkpoints"))
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3FileSystem]:
+    with object_store() as found:
+        yield found
+
+
+@pytest.fixture
+def bucket(server: S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3FileSystem]:
+    monkeypatch.setenv("PROPHY_HOME", str(tmp_path / "home"))
+    server.mkdir("bucket")
+    yield server
+    server.rm("bucket", recursive=True)
+
+
+@pytest.fixture(params=["folder", "S3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CheckpointStore]:
+    if request.param == "folder":
+        yield open_checkpoints(str(tmp_path / "checkpoints"))
+        return
+    request.getfixturevalue("bucket")
+    yield open_checkpoints("s3://bucket/deep/run")
+    assert not left_on_the_disk(), "what was copied there is gone"
+
+
+def left_on_the_disk() -> list[Path]:
+    return [path for path in (home() / "checkpoints").rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 def write(store: CheckpointStore, step: int, num_to_keep: int = 2) -> None:
@@ -184,10 +217,148 @@ def test_the_manifest_is_plain_json(store: CheckpointStore) -> None:
 def test_what_a_killed_save_left_goes_with_the_next(store: CheckpointStore) -> None:
     write(store, 1)
     store.begin(2)
-    store.put(2, "rank-00000-of-00002.safetensors", lambda file: file.write_bytes(b"half"))
+    store.put(2, "rank-00000-of-00002.safetensors", 4, lambda file: file.write_bytes(b"half"))
     assert store.committed() == [1]
     write(store, 3)
     assert names(store) == files_of(1) + files_of(3)
+
+
+def test_a_place_is_for_one_run(store: CheckpointStore, tmp_path: Path) -> None:
+    store.claim(tmp_path / "run")
+    assert names(store) == [OWNER], "what tried the place is gone"
+    store.claim(tmp_path / "run")
+    said = (
+        f"^{store.location} holds the checkpoints of the run in {tmp_path}/run; choose another train.checkp"
+    )
+    with pytest.raises(ProPhyError, match=said):
+        store.claim(tmp_path / "other")
+    lose_a_file("", f"{store.location}/{OWNER}")
+    store.claim(tmp_path / "other")
+
+
+def test_what_s3_refuses_keeps_the_checkpoint_before(bucket: S3FileSystem) -> None:
+    store = open_checkpoints("s3://bucket/deep/run")
+    write(store, 1, num_to_keep=1)
+    for name in files_of(2):
+        refuse_puts(bucket, "bucket", f"deep/run/{name}")
+        said = f"cannot use {store.location}/{name}: Forbidden; mend that, and run the same command again"
+        with pytest.raises(EveryRankError, match=f"^cannot save the checkpoint of step 2: .*{said}"):
+            write(store, 2, num_to_keep=1)
+        assert latest_step(store) == 1
+        bucket.call_s3("delete_bucket_policy", Bucket="bucket")
+    write(store, 2, num_to_keep=1)
+    assert names(store) == files_of(2)
+    refuse_puts(bucket, "bucket", "deep/*")
+    with pytest.raises(
+        ProPhyError, match="^train.checkpoints: cannot use s3://bucket/deep/run: Forbidden; m"
+    ):
+        store.claim(Path("run"))
+    with pytest.raises(ProPhyError, match="cannot use s3://nobucket/run: .*bucket does not exist; mend that"):
+        open_checkpoints("s3://nobucket/run").claim(Path("run"))
+
+
+def on_two_ranks(rank: int, folder: Path) -> Result:
+    """What each gets to know, where S3 refuses a file of the second, and a copy arrives there damaged."""
+    store = open_checkpoints("s3://bucket/run")
+    parts = [Fragment("a", 3 * rank, {"parameter": VALUES["a"][rank]})]
+    said: list[Any] = []
+
+    def save(step: int) -> None:
+        Save(store, step, parts, {"a": SHAPES["a"]}, {}).commit(num_to_keep=2)
+
+    save(1)
+    save(2)
+    try:
+        save(3)
+    except EveryRankError as error:
+        said.append(str(error))
+    if rank == 1:
+
+        async def spoil(self: S3FileSystem, source: str, copy: str, **options: Any) -> None:
+            await S3FileSystem.get_file_before(self, source, copy, **options)
+            if source.endswith("step-00000002/rank-00000-of-00002.safetensors"):
+                Path(copy).write_bytes(Path(copy).read_bytes()[:-1] + b"1")
+
+        os.environ["PROPHY_HOME"] = str(folder / "another node")
+        S3FileSystem.get_file_before, S3FileSystem._get_file = S3FileSystem._get_file, spoil
+        store = open_checkpoints("s3://bucket/run")
+    with latest_on_every_rank(store) as checkpoint:
+        said += [checkpoint.step, checkpoint.tensor("parameter", "a").tolist()]
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, said)
+    return {"said": gathered}
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(bucket: S3FileSystem, tmp_path: Path) -> None:
+    refuse_puts(bucket, "bucket", "run/step-00000003/rank-00001*")
+    first, second = on_ranks(2, on_two_ranks, tmp_path)["said"]
+    assert first == second
+    said, step, values = first
+    assert re.search("cannot use s3://bucket/run/step-00000003/rank-00001.*: Forbidden; mend that, and", said)
+    assert step == 1 and values == VALUES["a"].tolist()
+    found = {name.partition("/")[0] for name in files_below("s3://bucket/run")}
+    assert found == {"step-00000001", "step-00000002.damaged", "step-00000003"}
+
+
+def write_zeros(store: CheckpointStore, step: int) -> None:
+    values = torch.zeros(1 << 16)
+    Save(store, step, [Fragment("a", 0, {"parameter": values})], {"a": values.shape}, {}).commit(1)
+
+
+def test_a_node_without_room(bucket: S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_checkpoints("s3://bucket/run")
+    write_zeros(store, 1)
+    with small_disk(tmp_path / "disk", 1 << 17) as disk:
+        monkeypatch.setenv("PROPHY_HOME", str(disk))
+        store = open_checkpoints("s3://bucket/run")
+        place, room = "s3://bucket/run/step-0000000", rf"takes 0.00 GB in {disk}/.*, and 0.00 GB are free; ma"
+        with pytest.raises(EveryRankError, match=f"^cannot open the checkpoint of step 1: {place}1 {room}"):
+            step_on_every_rank(store)
+        with pytest.raises(
+            EveryRankError, match=f"^cannot save the checkpoint of step 2: {place}2/r.*{room}"
+        ):
+            write_zeros(store, 2)
+        assert not left_on_the_disk()
+    assert store.committed() == [1]
+
+
+def test_processes_of_a_node_share_one_copy(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, copied = open_checkpoints("s3://bucket/run"), []
+    write(store, 1)
+    write(store, 2)
+    get = S3FileSystem._get_file
+
+    async def note(self: S3FileSystem, source: str, copy: str, **options: Any) -> None:
+        copied.append(source.rpartition("/")[2])
+        await get(self, source, copy, **options)
+
+    monkeypatch.setattr(S3FileSystem, "_get_file", note)
+    S3FileSystem.clear_instance_cache()
+    store = open_checkpoints("s3://bucket/run")
+    with store.open(2) as first:
+        with store.open(1), open_checkpoints("s3://bucket/run").open(2) as second:
+            assert torch.equal(second.tensor("parameter", "a"), 2 * VALUES["a"])
+        assert sorted(copied) == 2 * [MANIFEST] + 2 * ["rank-00000-of-00001.safetensors"]
+        store.remove(2)
+        assert torch.equal(first.tensor("parameter", "b"), 2 * VALUES["b"])
+    assert not left_on_the_disk()
+
+
+def test_what_a_killed_process_left_on_a_disk_goes(bucket: S3FileSystem) -> None:
+    store = open_checkpoints("s3://bucket/run")
+    write(store, 1)
+    code = (
+        "import os, signal\n"
+        "from pipelines.training.checkpoint_places import open_checkpoints\n"
+        "with open_checkpoints('s3://bucket/run').open(1):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == -9
+    assert len(left_on_the_disk()) == 3
+    assert latest_step(store) == 1
+    assert not left_on_the_disk()
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_begun(store: CheckpointStore) -> None:

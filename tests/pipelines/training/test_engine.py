@@ -15,7 +15,7 @@ from torch import nn
 
 from pipelines.config import LossWeights, TrainConfig
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from prophy.device import has_bfloat16
 from prophy.models.acceleration import compile_blocks
 from prophy.models.eight_bits import keep_in, stored_layers

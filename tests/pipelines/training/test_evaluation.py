@@ -16,7 +16,7 @@ from pipelines.config import Config
 from pipelines.layout import EVALUATION_FILE, METRICS_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
 from pipelines.sandbox import simulate
 from pipelines.training.checkpoint import MANIFEST
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.data import build_dataset
 from pipelines.training.evaluation import QUANTILES, held_out_losses
 from pipelines.training.json_lines import read_rows, write_rows

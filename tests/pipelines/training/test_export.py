@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.config import Config
+from pipelines.evaluation import contestants
+from pipelines.layout import RunFolder
+from pipelines.runtime import open_run
 from pipelines.training import export, train
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore, open_checkpoints
 from pipelines.training.plan import make_plan
 from pipelines.training.saving import Fragment, Save
 from prophy.backbones.loading import load_pipeline
@@ -19,9 +22,11 @@ from prophy.backbones.pretrained import fingerprint, resolve_pretrained
 from prophy.errors import ProPhyError
 from prophy.generation.pipeline_wan import ProPhyWanPipeline
 from prophy.models.checkpoint import load_branch, lora_config
+from prophy.models.stored import local_folder
 from prophy.models.transformer_wan import ProPhyWanTransformer3DModel
 from tests.backbones.small_training import one_rank
 from tests.conftest import tiny_config
+from tests.object_store import object_store
 
 PARTS = {"vae": None, "text_encoder": None, "tokenizer": None}
 
@@ -115,6 +120,35 @@ def test_the_best_checkpoint(trained: Config, tmp_path: Path) -> None:
         FolderStore(trained.checkpoints).pin()
     expected = load_branch(export.run(trained, tmp_path / "7", 7, complete=False))
     assert all(torch.equal(value, expected.state_dict[name]) for name, value in best.state_dict.items())
+
+
+def test_checkpoints_in_s3(trained: Config, tmp_path: Path) -> None:
+    """Whether a configuration names them, or the run folder alone knows where they are."""
+    url = "s3://bucket/checkpoints"
+    with object_store() as store:
+        store.mkdir("bucket")
+        store.put(f"{trained.checkpoints}/", "bucket/checkpoints/", recursive=True)
+        named = tiny_config(tmp_path / "elsewhere", f"train.checkpoints={url}")
+        known = tiny_config(tmp_path / "run")
+        open_run(tiny_config(known.run_dir, f"train.checkpoints={url}"), "train")
+        open_checkpoints(url).pin(best=7)
+        for step in (7, None, "best"):
+            expected = export.run(trained, tmp_path / f"{step}", 7 if step == "best" else step, False)
+            for config in (named, known):
+                folder = export.run(config, tmp_path / f"{config.run_dir.name}-{step}", step, False)
+                for file in expected.iterdir():
+                    assert (folder / file.name).read_bytes() == file.read_bytes()
+        with pytest.raises(ProPhyError, match=f"no undamaged checkpoint of step 3 in {url}; run `prophy tr"):
+            export.run(known, tmp_path / "out", 3, complete=False)
+        with pytest.raises(
+            ProPhyError, match=r"train\.checkpoints is 's3://bucket/checkpoints' there and None"
+        ):
+            open_run(known, "train")
+        with pytest.raises(ProPhyError, match="no whole model lies at s3://bucket/checkpoints/step-00000008"):
+            load_branch(local_folder(f"{url}/step-00000008"))
+        RunFolder(known.run_dir).training.mkdir()
+        from_run = contestants._model_of(known.run_dir, tmp_path / "compared")
+        assert load_branch(from_run).physics["physics_layers"] == [0, 4]
 
 
 def test_mistakes(trained: Config, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.training import loop, saving
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.saving import EveryRankError, Fragment, Save
 from tests.conftest import tiny_config
 

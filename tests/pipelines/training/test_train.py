@@ -27,7 +27,7 @@ from pipelines.layout import METRICS_FILE, TENSORBOARD_FOLDER
 from pipelines.metrics import TRAINING
 from pipelines.training import train
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.checkpoint_store import FolderStore
+from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.json_lines import read_rows
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.model import build_module

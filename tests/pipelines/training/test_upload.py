@@ -109,7 +109,7 @@ def test_no_room_to_make_it(
     needed = sum(map(len, files_in(export.run(trained, tmp_path / "model", 7, complete=False)).values()))
     with small_disk(tmp_path / "disk", 1 << 16) as disk:
         monkeypatch.setenv("PROPHY_HOME", str(disk))
-        said = f"takes {needed / 1e9:.2f} GB in {disk}/exports before it is sent, and 0.00 GB are free; make"
+        said = f"the export takes {needed / 1e9:.2f} GB in {disk}/exports, and 0.00 GB are free; make room"
         with pytest.raises(ProPhyError, match=said):
             upload.run(trained, URL, 7, complete=False)
     assert not objects_in(store)
