@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 from PIL import Image
-from pyarrow.dataset import dataset
 
 from pipelines.caching import cache
+from pipelines.caching.tables import file_names
 from pipelines.config import Config, is_url
 from pipelines.generation import generate
 from pipelines.generation.spec import PhysicsSpec
-from pipelines.layout import RunFolder
+from pipelines.layout import CacheFolder, RunFolder
 from pipelines.runtime import ray_session
 from pipelines.sandbox import simulate
 from pipelines.serving import client, serve
@@ -27,7 +27,7 @@ from pipelines.training import train
 from prophy import sandbox
 from prophy.errors import ProPhyError
 from prophy.evaluation.report import Section, Table, write_report
-from prophy.schema import ROW_FILES, read_phenomena
+from prophy.schema import open_file, read_phenomena
 from prophy.taxonomy import load_taxonomy
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _report(
     from prophy.models.control import PhysicsTrace
 
     clips = sandbox.read_truth(manifest)
-    priors, names = _priors_by_source(config), read_phenomena(Path(cache.priors_folder(config)))
+    priors, names = _priors_by_source(config), read_phenomena(CacheFolder(config.cache.folder).priors)
     metrics = [json.loads(line) for line in RunFolder(config.run_dir).metrics.read_text().splitlines()]
     trace = PhysicsTrace()
     frames = VideoSampler(config).sample(generate.video_spec(config, PROMPTS[0], PhysicsSpec()), trace=trace)
@@ -159,6 +159,9 @@ def _summary_section(config: Config, watch: Stopwatch) -> Section:
 
 def _priors_by_source(config: Config) -> dict[str, dict[str, Any]]:
     """The rows of the priors table, by the uri of their video."""
-    folder = Path(cache.priors_folder(config))
-    files = [str(file) for file in folder.glob(ROW_FILES)]
-    return {row["source"]["uri"]: row for row in dataset(files).to_table().to_pylist()}
+    folder = CacheFolder(config.cache.folder).priors
+    rows = dict[str, dict[str, Any]]()
+    for name in file_names(folder):
+        with open_file(folder / name) as file:
+            rows |= {row["source"]["uri"]: row for row in file.read().to_pylist()}
+    return rows

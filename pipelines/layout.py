@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from prophy.places import Place
+
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
 SAMPLES_FOLDER = "samples"
@@ -102,19 +104,19 @@ class CacheFolder:
         path: the folder, which configurations call `cache.output`.
     """
 
-    path: Path
+    path: Place
 
     @property
-    def priors(self) -> Path:
+    def priors(self) -> Place:
         """The table of priors."""
         return self.path / "priors"
 
     @property
-    def encodings(self) -> Path:
+    def encodings(self) -> Place:
         """A table of encodings for each backbone and resolution, in a folder called by its fingerprint."""
         return self.path / "encodings"
 
     @property
-    def quarantine(self) -> Path:
+    def quarantine(self) -> Place:
         """The table of what cannot be used."""
         return self.path / "quarantine"

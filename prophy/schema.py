@@ -24,9 +24,8 @@ The footer of each file of the priors has the names of the phenomena, in the ord
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prophy.errors import ProPhyError
+from prophy.places import Place, S3Path
 
 if TYPE_CHECKING:  # processes that only move rows need no torch, which takes seconds to import
     import torch
@@ -149,7 +149,7 @@ class CacheInput:
         )
 
     @classmethod
-    def read(cls, encodings: Path) -> "CacheInput":
+    def read(cls, encodings: Place) -> "CacheInput":
         """The input that these encodings were last made for.
 
         Raises:
@@ -190,7 +190,7 @@ class CacheInput:
         return rows["sample_id"].take(order.take(first)).combine_chunks().sort()
 
 
-def read_phenomena(priors: Path) -> tuple[str, ...]:
+def read_phenomena(priors: Place) -> tuple[str, ...]:
     """The names of a cache's phenomena, in the order of its labels and maps.
 
     Args:
@@ -217,7 +217,7 @@ class DamagedFileError(ProPhyError):
         reason: what is wrong with it, to follow its path.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Place, reason: str) -> None:
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
@@ -226,21 +226,26 @@ class DamagedFileError(ProPhyError):
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[pq.ParquetFile]:
+def open_file(path: Place) -> Iterator[pq.ParquetFile]:
     """A file of the cache, whose pages are checked against their checksums when they are read.
+
+    One in S3 is read at once, as a whole.
 
     Raises:
         MissingFileError: it is gone.
         DamagedFileError: it is damaged.
         ProPhyError: another version of this program wrote it, or the system does not let it be read.
     """
-    with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with ExitStack() as stack:
+        stack.enter_context(reading(path))
+        source = pa.BufferReader(path.read_bytes()) if isinstance(path, S3Path) else path
+        file = stack.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
         _check_version(path, file.metadata.metadata or {})
         yield file
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Place) -> Iterator[None]:
     """Turns what may happen to a block that reads a file of the cache into one sentence.
 
     Raises:
@@ -260,7 +265,7 @@ def reading(path: Path) -> Iterator[None]:
         raise DamagedFileError(path, "is damaged") from None
 
 
-def _check_version(path: Path, footer: dict[bytes, bytes]) -> None:
+def _check_version(path: Place, footer: dict[bytes, bytes]) -> None:
     [(key, ours)] = VERSION_FOOTER.items()
     if (theirs := footer.get(key, ours)) != ours:
         raise ProPhyError(

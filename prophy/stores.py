@@ -15,8 +15,17 @@ from prophy.errors import ProPhyError
 _FILES_AT_ONCE = 8  # one stream each, which goes on where it was cut
 
 
-def open_store(location: str) -> tuple[AbstractFileSystem, str]:
+def is_in_s3(location: str) -> bool:
+    """Whether it is the URL of a place in S3."""
+    return location.startswith("s3://")
+
+
+def open_store(location: str, **options: object) -> tuple[AbstractFileSystem, str]:
     """The file system of a location, and the path in it.
+
+    Args:
+        location: a path or URL.
+        options: those of the driver of the URL's scheme.
 
     Raises:
         ProPhyError: an unknown scheme, or one whose package is not installed.
@@ -24,7 +33,7 @@ def open_store(location: str) -> tuple[AbstractFileSystem, str]:
     if "://" not in location:  # a path as it is: fsspec would read `::` as a chain of stores
         return fsspec.filesystem("file"), location
     try:
-        return fsspec.url_to_fs(location)
+        return fsspec.url_to_fs(location, **options)
     except (ImportError, ValueError) as error:
         raise ProPhyError(f"cannot open {location}: {error}") from None
 

@@ -40,6 +40,8 @@ LAYERS = {
             "errors",
             "hashing",
             "sheets",
+            "leases",
+            "places",
             "stores",
         ),
     ),

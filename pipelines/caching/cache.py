@@ -9,7 +9,7 @@ to a video, a caption or labels that have changed.
 import itertools
 import math
 import operator
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -56,9 +56,11 @@ from prophy.backbones.pretrained import (
     vlm_fingerprint,
 )
 from prophy.errors import ProPhyError
+from prophy.places import Place
 from prophy.priors.fingerprint import priors_fingerprint
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, INPUT, PRIORS, QUARANTINE, TAXONOMY, CacheInput
 from prophy.taxonomy import Taxonomy, load_taxonomy
+from prophy.training.cache import PriorCache
 from prophy.video import FRAMES_VERSION
 
 _ENCODING_VERSION = 1  # raise it when the same models and settings would give other latents or embeddings
@@ -78,7 +80,7 @@ def run(config: Config) -> CacheSummary:
     taxonomy = load_taxonomy(config.taxonomy)
     found = find_videos(config.cache.input, taxonomy.names)
     open_run(config, "cache")
-    with exclusive(config.cache.output), FileTasks(config) as tasks:
+    with exclusive(config.cache.folder), FileTasks(config) as tasks:
         summary = _fill(_pinned(config), taxonomy, found, tasks)
     if not summary.num_priors:
         raise ProPhyError(
@@ -145,6 +147,11 @@ def priors_folder(config: Config) -> str:
 def encodings_folder(config: Config) -> str:
     """Where the encodings for this backbone lie."""
     return str(encodings_table(config).folder)
+
+
+def open_cache(config: Config) -> partial[PriorCache]:
+    """What opens the cache for reading, here or in another process."""
+    return partial(PriorCache, _folder(config).priors, encodings_table(config).folder)
 
 
 def build_priors_graph(config: Config, taxonomy: Taxonomy, table: Table, work: pa.Table) -> Dataset:
@@ -219,11 +226,11 @@ def _pool(pool: PoolConfig, *arguments: Any, batch_size: int = 1) -> dict[str, A
 
 
 def _folder(config: Config) -> CacheFolder:
-    return CacheFolder(config.cache.output)
+    return CacheFolder(config.cache.folder)
 
 
-def _attempts(config: Config) -> Path:
-    return config.cache.output / ATTEMPTS_FOLDER
+def _attempts(config: Config) -> Place:
+    return config.cache.folder / ATTEMPTS_FOLDER
 
 
 def _pinned(config: Config) -> Config:

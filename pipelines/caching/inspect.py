@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.caching.cache import encodings_table
 from pipelines.caching.stages import decoder, prior_extractor
 from pipelines.caching.summary import count_phenomena
 from pipelines.caching.tables import file_names, read_quarantine
@@ -26,6 +26,7 @@ from pipelines.layout import CacheFolder
 from pipelines.pictures import check_picture, save_picture
 from prophy.errors import ProPhyError
 from prophy.evaluation.pictures import heat_overlay
+from prophy.places import Place, sizes
 from prophy.schema import INDEX, CacheInput, open_file, read_phenomena
 from prophy.sheets import evenly, stacked
 from prophy.taxonomy import from_multi_hot, load_taxonomy, parse_phenomena
@@ -46,7 +47,8 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
         ProPhyError: there is no cache, it is damaged, or the picture cannot be written.
     """
     check_picture(sheet)
-    priors, encodings = Path(priors_folder(config)), Path(encodings_folder(config))
+    cache = CacheFolder(config.cache.folder)
+    priors, encodings = cache.priors, encodings_table(config).folder
     if not (priors / INDEX).is_file():
         raise ProPhyError(f"no cache in {config.cache.output}; set cache.output, or run `prophy cache`")
     with open_file(priors / INDEX) as file:
@@ -62,8 +64,9 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
         if (folder / INDEX).is_file():
             with open_file(folder / INDEX) as file:
                 samples = file.metadata.num_rows
-        sizes = [(folder / file).stat().st_size for file in file_names(folder)]
-        grid.add_row(name, str(samples), str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
+        of_files = sizes(folder)
+        num_bytes = [of_files[file] for file in file_names(folder)]
+        grid.add_row(name, str(samples), str(len(num_bytes)), f"{sum(num_bytes) / 1e6:.1f}")
     console.print(grid)
     cached, counted = (pc.struct_field(rows["source"], "uri").unique() for rows in (stored, index))
     lines = [
@@ -77,7 +80,7 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
     ]
     names = read_phenomena(priors)
     lines += [f"{name:>28} {count:6d}" for name, count in count_phenomena(index, names).items()]
-    refused = read_quarantine(CacheFolder(config.cache.output).quarantine).to_pylist()
+    refused = read_quarantine(cache.quarantine).to_pylist()
     kinds = Counter(f"{row['error_type']} in {row['stage']}" for row in refused)
     lines += [f"quarantined: {count} by {kind}" for kind, count in kinds.items()]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -131,7 +134,7 @@ def explain(config: Config, clip: str, phenomena: list[str], picture: Path) -> N
 
 
 def _cached_clip(
-    config: Config, priors: Path, phenomena: Sequence[str], entry: dict[str, Any]
+    config: Config, priors: Place, phenomena: Sequence[str], entry: dict[str, Any]
 ) -> list[Image.Image]:
     """A row of the priors as it is stored, over the frames of its video."""
     with open_file(priors / entry["file"]) as file:

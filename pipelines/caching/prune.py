@@ -4,8 +4,6 @@ The input is what `prophy cache` was last run on, with each backbone that the fo
 video that is listed there stays, even if it could not be had.
 """
 
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
@@ -22,6 +20,7 @@ from pipelines.caching.verify import check_version, tables_of
 from pipelines.config import Config
 from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
+from prophy.places import Place, sizes
 from prophy.schema import CacheInput
 
 
@@ -34,7 +33,7 @@ def run(config: Config) -> dict[str, int]:
         ProPhyError: there is no cache, a run writes to it, another version of this program wrote it, it does
             not say its input, or a file is damaged.
     """
-    folder = config.cache.output
+    folder = config.cache.folder
     if not folder.is_dir():
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)
@@ -51,7 +50,7 @@ def run(config: Config) -> dict[str, int]:
     return removed
 
 
-def prune(folder: Path) -> dict[str, int]:
+def prune(folder: Place) -> dict[str, int]:
     """Removes rows of videos in no input; a table of encodings has its own, the priors have all of them."""
     (_, priors_schema), *encodings = tables_of(folder)
     inputs = {place: CacheInput.read(place).uris for place, _ in encodings}
@@ -61,15 +60,16 @@ def prune(folder: Path) -> dict[str, int]:
         names = file_names(place)
         if not names:
             continue
-        table = stored_table(place, names[0], schema)
+        table = stored_table(place / names[0], schema)
         rows = update_index(table, ["sample_id", "source"])
         is_listed = pc.is_in(pc.struct_field(rows["source"], "uri"), inputs.get(place, listed))
         dropped = rows["sample_id"].filter(pc.invert(is_listed))
         drop_samples(table, dropped)
-        removed[str(place.relative_to(folder))] = len(dropped)
+        removed[str(place).removeprefix(f"{folder}/")] = len(dropped)
     removed["quarantine"] = drop_refusals(CacheFolder(folder).quarantine, listed)
     return removed
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.parquet"))
+def _size(folder: Place) -> int:
+    tables = [CacheFolder(folder).quarantine, *(place for place, _ in tables_of(folder))]
+    return sum(sum(sizes(place).values()) for place in tables)

@@ -12,7 +12,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pipelines.caching.video_files import UNREADABLE, LocalFiles
 from pipelines.config import BackboneConfig, VideoLimits, VlmConfig
 from prophy.decoder import ATTEMPTS, Decoder, DecoderError
 from prophy.errors import ProPhyError
+from prophy.places import Place, append
 from prophy.schema import EMPTY_PROMPT, ENCODINGS, PRIORS, QUARANTINE, latents_columns, text_column
 from prophy.taxonomy import Taxonomy, multi_hot
 from prophy.video import VideoError, clip_spans, nearest_shape
@@ -188,7 +188,7 @@ class Attempts:
         stage: name of the stage.
     """
 
-    def __init__(self, folder: Path, stage: str) -> None:
+    def __init__(self, folder: Place, stage: str) -> None:
         self.folder, self.stage = folder, stage
 
     def __call__(self, rows: list[dict[str, Any]], work: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -218,14 +218,13 @@ class Attempts:
     def _begin(self, row: dict[str, Any]) -> None:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._file(row).open("a") as file:
-                file.write(f"{os.getpid()}\n")
+            append(self._file(row), f"{os.getpid()}\n".encode())
 
     def _count(self, row: dict[str, Any]) -> int:
         file = self._file(row)
-        return len(file.read_text().splitlines()) if file.exists() else 0
+        return len(file.read_bytes().splitlines()) if file.exists() else 0
 
-    def _file(self, row: dict[str, Any]) -> Path:
+    def _file(self, row: dict[str, Any]) -> Place:
         return self.folder / f"{self.stage}-{row['sample_id']}"
 
 
@@ -249,7 +248,7 @@ def prior_extractor(vlm: VlmConfig, taxonomy: Taxonomy) -> "PriorExtractor":
 class ExtractPriors:
     """`CLIPS_WITH_FRAMES` -> `PRIORS_OR_ERROR`: holds the VLM and asks it about the clips of a batch."""
 
-    def __init__(self, vlm: VlmConfig, taxonomy: Taxonomy, attempts: Path) -> None:
+    def __init__(self, vlm: VlmConfig, taxonomy: Taxonomy, attempts: Place) -> None:
         self.num_frames = vlm.num_frames
         self.names = taxonomy.names
         self.extractor = prior_extractor(vlm, taxonomy)
@@ -293,7 +292,7 @@ class EncodeClip:
     Before its first clip it writes the text of the empty prompt beside the table, if it is not there.
     """
 
-    def __init__(self, backbone: BackboneConfig, table: Table, attempts: Path) -> None:
+    def __init__(self, backbone: BackboneConfig, table: Table, attempts: Place) -> None:
         self.encoder = video_encoder(backbone)
         if not (table.folder / EMPTY_PROMPT).exists():
             empty = text_column(_row_of(self.encoder.encode_text([""]), 0))

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table as Grid
 
 from pipelines.caching.progress import GraphReport, print_stages
 from pipelines.caching.shapes import Misfit
+from prophy.places import Place
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def count_phenomena(clips: pa.Table, names: Sequence[str]) -> dict[str, int]:
     return {name: count for name, count in counts.most_common() if count}
 
 
-def print_summary(summary: CacheSummary, location: str, quarantine: Path) -> None:
+def print_summary(summary: CacheSummary, location: str, quarantine: Place) -> None:
     """Prints it; `location` is the input, `quarantine` the folder of what cannot be used."""
     console = Console(emoji=False)  # names may have what Rich would take for one, or for a style
     title = f"cache of {escape(location)}"

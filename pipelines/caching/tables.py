@@ -1,34 +1,31 @@
 """The cache's files: written whole or not at all, named by their content, indexed, checked when read.
 
 A table is a folder of Parquet files with one row per row group, so that training reads one sample at a time.
-Writing under a temporary name and renaming makes a file atomic; what a killed run leaves behind is ignored.
+It lies on a disk or in S3 (`prophy.places`); what a killed run leaves half written is ignored.
 The footer of each file says which schema, models and settings made it. `index.parquet` is derived from the
 files and may be deleted. Does not know Ray, the models, or how a row is made.
 """
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import uuid
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from pipelines.caching.parts import ReadParts, read_here
 from pipelines.caching.seal import PLACE, sealed
 from prophy.errors import ProPhyError
+from prophy.leases import held
+from prophy.places import Place, clear_temporaries, names, remove_all, write_whole
 from prophy.schema import (
     INDEX,
     LARGE,
@@ -41,7 +38,6 @@ from prophy.schema import (
 
 ATTEMPTS_FOLDER = ".attempts"  # what is being worked on, for the stages that hold a model
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
-_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Table:
         provenance: what else a reader wants to know: names and versions. Two runs may differ in it.
     """
 
-    folder: Path
+    folder: Place
     schema: pa.Schema
     settings: dict[str, Any]
     provenance: dict[str, Any]
@@ -76,7 +72,7 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path, setting: str = "cache.output") -> Iterator[None]:
+def exclusive(folder: Place, setting: str = "cache.output") -> Iterator[None]:
     """Holds a folder for one writer and clears away what a killed one left half written.
 
     Args:
@@ -86,29 +82,17 @@ def exclusive(folder: Path, setting: str = "cache.output") -> Iterator[None]:
     Raises:
         ProPhyError: another run writes to it, or it cannot be written to.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ProPhyError(
-            f"another run writes to {folder}; wait for it, or choose another {setting}"
-        ) from None
-    except OSError as error:
-        raise _cannot_write(folder, setting, error) from None
-    try:
+    with ExitStack() as stack:
         with writing(folder, setting):
-            for leftover in folder.rglob(".*.tmp"):
-                if _TEMPORARY_NAME.fullmatch(leftover.name):
-                    leftover.unlink(missing_ok=True)  # a worker that outlives its run removes its own
-        shutil.rmtree(folder / ATTEMPTS_FOLDER, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder, setting))
+            clear_temporaries(folder)
+        remove_all(folder / ATTEMPTS_FOLDER)
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
-def writing(folder: Path, setting: str = "cache.output") -> Iterator[None]:
+def writing(folder: Place, setting: str = "cache.output") -> Iterator[None]:
     """Turns what a full disk, or a folder that is not ours, does to a block into one sentence.
 
     The arguments are those of `exclusive`.
@@ -116,24 +100,20 @@ def writing(folder: Path, setting: str = "cache.output") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _cannot_write(folder, setting, error) from None
-
-
-def _cannot_write(folder: Path, setting: str, error: OSError) -> ProPhyError:
-    return ProPhyError(
-        f"cannot write to {folder} ({error.strerror}); free it or choose another {setting}, then run the "
-        f"same command again: what was written before is whole"
-    )
+        raise ProPhyError(
+            f"cannot write to {folder} ({error.strerror}); free it or choose another {setting}, then run the "
+            f"same command again: what was written before is whole"
+        ) from None
 
 
 def write_file(
-    folder: Path,
+    folder: Place,
     rows: pa.Table,
     footer: dict[bytes, bytes],
     *,
     name: str = "",
     row_group_size: int | None = None,
-) -> Path:
+) -> Place:
     """Writes one Parquet file that appears whole or not at all; one that is there with these bytes stays.
 
     Args:
@@ -156,20 +136,14 @@ def write_file(
         use_dictionary=False,
         write_page_checksum=True,
     )
-    content = sealed(buffer.getvalue().to_pybytes()) if is_sealed else buffer.getvalue()
+    content = buffer.getvalue().to_pybytes()
+    if is_sealed:
+        content = sealed(content)
     path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if name and path.exists() and path.read_bytes() == content:
-            return path
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if not path.exists() or path.read_bytes() != content:
+            write_whole(path, content)
     return path
 
 
@@ -194,7 +168,7 @@ class WriteRows:
         return pa.table({"written": [good.num_rows], "failed": [len(errors)], "share": [share]})
 
 
-def read_quarantine(folder: Path, settings: dict[str, Any] | None = None) -> pa.Table:
+def read_quarantine(folder: Place, settings: dict[str, Any] | None = None) -> pa.Table:
     """What could not be used so far.
 
     Args:
@@ -213,7 +187,7 @@ def read_quarantine(folder: Path, settings: dict[str, Any] | None = None) -> pa.
     return pa.concat_tables(parts)
 
 
-def drop_refusals(folder: Path, uris: pa.ChunkedArray) -> int:
+def drop_refusals(folder: Place, uris: pa.ChunkedArray) -> int:
     """Leaves in the quarantine only what is of these videos; returns how many rows went."""
     dropped = 0
     for name in file_names(folder):
@@ -251,18 +225,18 @@ def update_index(
     Raises:
         ProPhyError: a file is damaged, or was made with other models or settings.
     """
-    names = file_names(table.folder)
+    found = file_names(table.folder)
     stored, known = _index_schema(table).empty_table(), set[str]()
     if not anew and (table.folder / INDEX).exists():
         with _open(table, INDEX) as file:
             for batch in file.iter_batches(columns=["file"]):
                 known.update(batch["file"].unique().to_pylist())
-            if known == set(names):
+            if known == set(found):
                 return file.read(columns)
             stored = file.read()
-    if known.difference(names):
-        stored = stored.filter(pc.is_in(stored["file"], pa.array(names, pa.string())))
-    unread = [name for name in names if name not in known]
+    if known.difference(found):
+        stored = stored.filter(pc.is_in(stored["file"], pa.array(found, pa.string())))
+    unread = [name for name in found if name not in known]
     parts = read_parts(f"index {table.folder.name}", partial(_index_files, table), unread)
     rows = pa.concat_tables([stored, *parts])
     order = pc.sort_indices(rows["sample_id"])
@@ -272,7 +246,7 @@ def update_index(
     index = rows.take(order.filter(pa.array(is_first)))
     if len(index) < len(rows):
         index = _keep(table, rows, index)
-    elif known or names:
+    elif known or found:
         write_file(table.folder, index, table.footer, name=INDEX)
     return index if columns is None else index.select(columns)
 
@@ -285,28 +259,28 @@ def drop_samples(table: Table, sample_ids: pa.Array | pa.ChunkedArray) -> None:
         _keep(table, index, index.filter(pc.invert(dropped)))
 
 
-def file_names(folder: Path) -> list[str]:
+def file_names(folder: Place) -> list[str]:
     """The files of a table, which are named by their content; the index and what is half written are not."""
-    return sorted(file.name for file in folder.glob("*.parquet") if _CONTENT_NAME.fullmatch(file.name))
+    return sorted(filter(_CONTENT_NAME.fullmatch, names(folder)))
 
 
-def stored_table(folder: Path, name: str, schema: pa.Schema) -> Table:
+def stored_table(path: Place, schema: pa.Schema) -> Table:
     """The table that a file belongs to, by its footer.
 
     Raises:
         DamagedFileError: it has no footer, or not this schema.
         ProPhyError: another version of this program wrote it.
     """
-    with open_file(folder / name) as file:
+    with open_file(path) as file:
         footer = file.metadata.metadata or {}
         if not VERSION_FOOTER.keys() <= footer.keys():
-            raise DamagedFileError(folder / name, "has no footer")
+            raise DamagedFileError(path, "has no footer")
         if not file.schema_arrow.equals(schema):
-            raise DamagedFileError(folder / name, "has other columns")
+            raise DamagedFileError(path, "has other columns")
     settings, provenance = (json.loads(footer[key]) for key in (SETTINGS_FOOTER, b"prophy.provenance"))
     if fingerprint_of(settings) != footer[b"prophy.fingerprint"].decode():
-        raise DamagedFileError(folder / name, "has a footer that contradicts itself")
-    return Table(folder, schema, settings, provenance)
+        raise DamagedFileError(path, "has a footer that contradicts itself")
+    return Table(path.parent, schema, settings, provenance)
 
 
 def _keep(table: Table, rows: pa.Table, kept: pa.Table) -> pa.Table:

@@ -3,12 +3,10 @@
 The files are read as Ray tasks, so that the nodes of a cluster share them; a small cache is read without Ray.
 """
 
-import hashlib
 import sys
 from collections import Counter
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
@@ -21,6 +19,7 @@ from pipelines.caching.tasks import FileTasks
 from pipelines.config import Config
 from pipelines.layout import CacheFolder
 from prophy.errors import ProPhyError
+from prophy.places import Place, fetched, folders, rename, sha256
 from prophy.schema import (
     EMPTY_PROMPT,
     ENCODINGS,
@@ -43,7 +42,7 @@ def run(config: Config) -> dict[str, int]:
         ProPhyError: there is no cache, a run writes to it, another version of this program wrote it,
             something in it is damaged or cannot be read, or no room is left.
     """
-    folder = config.cache.output
+    folder = config.cache.folder
     if not folder.is_dir():
         raise ProPhyError(f"no cache in {folder}; set cache.output, or run `prophy cache`")
     console = Console(emoji=False)
@@ -62,7 +61,7 @@ def run(config: Config) -> dict[str, int]:
     return samples
 
 
-def verify(folder: Path, read_parts: ReadParts = read_here) -> list[str]:
+def verify(folder: Place, read_parts: ReadParts = read_here) -> list[str]:
     """Checks name, footer and columns of every file; a sentence for each that is damaged.
 
     A damaged file gets the ending `.damaged`; then it is no part of the cache any more, and the next
@@ -76,7 +75,7 @@ def verify(folder: Path, read_parts: ReadParts = read_here) -> list[str]:
         ProPhyError: another version of this program wrote one of them, or the system does not let it be
             read; nothing was set aside.
     """
-    reasons: dict[Path, str] = {}
+    reasons: dict[Place, str] = {}
     for place, schema in tables_of(folder):
         reasons |= find_damage(place, schema, read_parts)
         for path in (place / EMPTY_PROMPT, place / INPUT):
@@ -84,11 +83,11 @@ def verify(folder: Path, read_parts: ReadParts = read_here) -> list[str]:
                 reasons[path] = "holds other bytes than were written"
     reasons |= find_damage(CacheFolder(folder).quarantine, None, read_parts)
     for path in reasons:
-        path.rename(path.with_name(f"{path.name}.damaged"))
+        rename(path, f"{path.name}.damaged")
     return [f"{path} {reason}" for path, reason in reasons.items()]
 
 
-def find_damage(folder: Path, schema: pa.Schema | None, read_parts: ReadParts) -> dict[Path, str]:
+def find_damage(folder: Place, schema: pa.Schema | None, read_parts: ReadParts) -> dict[Place, str]:
     """Why files of a table are not what their name or their footer says, or not of the same making.
 
     Args:
@@ -100,7 +99,7 @@ def find_damage(folder: Path, schema: pa.Schema | None, read_parts: ReadParts) -
         ProPhyError: see `verify`.
     """
     names = file_names(folder)
-    fingerprints, reasons = list[str](), dict[Path, str]()
+    fingerprints, reasons = list[str](), dict[Place, str]()
     for part in read_parts(f"verify {folder.name}", partial(_check_files, folder, schema), names):
         for fingerprint, reason in zip(*part.to_pydict().values(), strict=True):
             if reason is not None:
@@ -115,7 +114,7 @@ def find_damage(folder: Path, schema: pa.Schema | None, read_parts: ReadParts) -
     return reasons
 
 
-def rebuild_indices(folder: Path, read_parts: ReadParts = read_here) -> dict[str, int]:
+def rebuild_indices(folder: Place, read_parts: ReadParts = read_here) -> dict[str, int]:
     """Makes the index of each table anew from its files; returns its rows, by the table's folder.
 
     Args:
@@ -128,22 +127,21 @@ def rebuild_indices(folder: Path, read_parts: ReadParts = read_here) -> dict[str
     samples: dict[str, int] = {}
     for place, schema in tables_of(folder):
         if names := file_names(place):
-            table = stored_table(place, names[0], schema)
+            table = stored_table(place / names[0], schema)
             index = update_index(table, ["sample_id"], anew=True, read_parts=read_parts)
-            samples[str(place.relative_to(folder))] = len(index)
+            samples[str(place).removeprefix(f"{folder}/")] = len(index)
         else:
             (place / INDEX).unlink(missing_ok=True)
     return samples
 
 
-def tables_of(folder: Path) -> list[tuple[Path, pa.Schema]]:
+def tables_of(folder: Place) -> list[tuple[Place, pa.Schema]]:
     """The folder and the schema of each table of a cache: the priors, then all encodings."""
     cache = CacheFolder(folder)
-    encodings = [place for place in sorted(cache.encodings.glob("*")) if place.is_dir()]
-    return [(cache.priors, PRIORS), *((place, ENCODINGS) for place in encodings)]
+    return [(cache.priors, PRIORS), *((place, ENCODINGS) for place in folders(cache.encodings))]
 
 
-def check_version(path: Path) -> None:
+def check_version(path: Place) -> None:
     """Refuses a file that another version of this program wrote, damaged or not.
 
     Raises:
@@ -153,28 +151,30 @@ def check_version(path: Path) -> None:
         pass
 
 
-def _check_files(folder: Path, schema: pa.Schema | None, names: list[str]) -> pa.Table:
+def _check_files(folder: Place, schema: pa.Schema | None, names: list[str]) -> pa.Table:
     """`_FOUND` of each of the files."""
     found = [_check_file(folder / name, schema) for name in names]
     return pa.Table.from_pylist([dict(zip(_FOUND.names, each, strict=True)) for each in found], _FOUND)
 
 
-def _check_file(path: Path, schema: pa.Schema | None) -> tuple[str, str | None]:
+def _check_file(path: Place, schema: pa.Schema | None) -> tuple[str, str | None]:
+    with reading(path):
+        path = fetched(path)
     if schema is not None:
         check_version(path)
-    with reading(path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with reading(path):
+        digest = sha256(path)
     if not path.name.startswith(digest):
         return "", "holds other bytes than its name says"
     if schema is None:
         return "", None
     try:
-        return stored_table(path.parent, path.name, schema).footer[b"prophy.fingerprint"].decode(), None
+        return stored_table(path, schema).footer[b"prophy.fingerprint"].decode(), None
     except DamagedFileError as error:
         return "", error.reason
 
 
-def _is_intact(path: Path) -> bool:
+def _is_intact(path: Place) -> bool:
     """Whether a file that is not named by its content agrees with its digest and its checksums."""
     with reading(path):
         content = path.read_bytes()

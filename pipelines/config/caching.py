@@ -3,6 +3,7 @@
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipelines.config.base import LocalPath, Location, PoolConfig, Section
+from prophy.places import Place, place_of
 
 
 class VideoLimits(Section):
@@ -81,3 +82,8 @@ class CacheConfig(Section):
 
     encode_batch_size: PositiveInt = 1
     """Clips that the VAE encodes at once. 1 by default, since memory grows with it."""
+
+    @property
+    def folder(self) -> Place:
+        """`output`, as files are read and written there."""
+        return place_of(str(self.output), "cache.output")

@@ -11,7 +11,8 @@ from pipelines.layout import RunFolder, checkpoint_name
 from prophy.backbones.pretrained import encoders_fingerprint, load_experts, takes_images
 from prophy.errors import ProPhyError
 from prophy.models.description import phenomena_of
-from prophy.models.stored import is_in_s3, local_folder
+from prophy.models.stored import local_folder
+from prophy.stores import is_in_s3
 
 
 @dataclass(frozen=True)

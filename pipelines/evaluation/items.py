@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,6 @@ from pipelines.caching.video_files import sources_of
 from pipelines.config import Config
 from prophy.errors import ProPhyError
 from prophy.stores import open_store
-from prophy.training.cache import PriorCache
 
 logger = logging.getLogger(__name__)
 
@@ -180,10 +179,10 @@ def _simulated(parts: Sequence, seed: tuple[int, ...], broken: str | None = None
 def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
     if not wanted & {"loss", "captions", "routing"}:
         return
-    from pipelines.caching.cache import encodings_folder, priors_folder
+    from pipelines.caching.cache import open_cache
     from pipelines.training.samples import held_out
 
-    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+    cache = open_cache(config)()
     num_held_out = config.train.num_held_out if "train" in config.__dict__ else 0
     chosen = held_out(cache.sample_ids, num_held_out) if num_held_out else cache.sample_ids
     chosen = chosen[: config.evaluate.num_clips]

@@ -3,7 +3,7 @@
 Each writes a file that is there in whole or not at all, named after all that decides it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class DenoiseItems:
         config: the run.
         entrants: what is compared.
         shape: the shape of clips that are not the cache's.
-        cache: folders of priors and encodings, where clips are the cache's.
+        open_cache: opens the cache, where clips are the cache's.
         clip_shapes: the shapes of the cache's clips.
     """
 
@@ -149,13 +149,13 @@ class DenoiseItems:
         config: Config,
         entrants: Sequence[Entrant],
         shape: ClipShape,
-        cache: tuple[Path, Path] | None,
+        open_cache: Callable[[], PriorCache] | None,
         clip_shapes: Sequence[ClipShape],
     ) -> None:
         self._config = config
         self._entrants = list(entrants)
         self._shapes = {each.latents: each for each in (shape, *clip_shapes)}
-        self._cache = None if cache is None else PriorCache(*cache)
+        self._cache = None if open_cache is None else open_cache()
         self._held: tuple[int, Denoiser] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.caching.cache import open_cache
 from pipelines.caching.progress import show_progress
 from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
@@ -89,7 +89,7 @@ class Denoising:
         shape = clip_shape(backbone, backbone.num_frames, backbone.height, backbone.width)
         cache, shapes = None, []
         if config.evaluate.clips == "cache":
-            cache = Path(priors_folder(config)), Path(encodings_folder(config))
+            cache = open_cache(config)
             shapes = [
                 clip_shape(backbone, num_frames, *size)
                 for _, num_frames in config.clip_lengths

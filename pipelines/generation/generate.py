@@ -9,6 +9,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,15 +18,15 @@ import ray.data
 from pipelines.actors import told_by_the_first_call
 from pipelines.config import Config
 from pipelines.generation.limits import check_model, check_same_model, model_fingerprint, shape_limits
-from pipelines.generation.output import open_output
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
 from pipelines.resources import guard, needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from prophy.errors import ProPhyError
 from prophy.images import read_image
+from prophy.places import Place, change, names, place_of, write_whole
 from prophy.sheets import film_sheet
-from prophy.stores import open_store
+from prophy.stores import mendable, open_store
 from prophy.video import read_frames, write_video
 
 logger = logging.getLogger(__name__)
@@ -52,21 +53,24 @@ class GenerateVideos:
         from pipelines.generation.sampler import VideoSampler  # torch and diffusers: of no use to the driver
 
         self._sampler = VideoSampler(config)
-        self._output = open_output(config.generate.output)
+        self._output = _output(config)
 
     def __call__(self, row: dict[str, list[str]]) -> dict[str, list[str]]:
         """Makes the videos at once, unless they are there: Ray asks again for what a lost node had made."""
-        if all(map(self._output.has, row["names"])):
-            return {"names": row["names"]}
+        files = [self._output / name for name in row["names"]]
+        with _using(self._output):
+            if all(file.exists() for file in files):
+                return {"names": row["names"]}
         specs = [VideoSpec.model_validate_json(spec) for spec in row["specs"]]
         pairs = zip(row["images"], specs, strict=True)
         images = [_read(Path(image), spec.image) for image, spec in pairs if image]
         made = self._sampler.sample_batch(specs, images=images)
         with tempfile.TemporaryDirectory() as folder:
-            for name, spec, frames in zip(row["names"], specs, made, strict=True):
-                file = Path(folder) / name
-                write_video(file, frames, spec.fps)
-                self._output.write(name, file.read_bytes())
+            for file, spec, frames in zip(files, specs, made, strict=True):
+                written = Path(folder) / file.name
+                write_video(written, frames, spec.fps)
+                with _using(file):
+                    write_whole(file, written.read_bytes())
         return {"names": row["names"]}
 
 
@@ -106,24 +110,35 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
     specs = _specs(config, prompts, images)
     model = model_fingerprint(config)
     open_run(config, "generate")
-    output = open_output(config.generate.output)
+    output = _output(config)
     # Before anything is loaded: an output that cannot be written is told of at once.
-    output.change(MANIFEST, lambda lines: lines)
-    names = [f"{_digest(video, model)}.mp4" for video in specs]
-    there = output.names()
-    files = [str(image.absolute()) for image in images] or [""] * len(prompts)
+    with _using(output / MANIFEST):
+        change(output / MANIFEST, lambda lines: lines)
+    files = [f"{_digest(video, model)}.mp4" for video in specs]
+    with _using(output):
+        there = set(names(output))
+    starts = [str(image.absolute()) for image in images] or [""] * len(prompts)
     missing = [
         (video.model_dump_json(), name, image)
-        for video, name, image in zip(specs, names, files, strict=True)
+        for video, name, image in zip(specs, files, starts, strict=True)
         if name not in there
     ]
-    logger.info("%d of %d videos are already there", len(names) - len(missing), len(names))
+    logger.info("%d of %d videos are already there", len(files) - len(missing), len(files))
     if missing:
         with ray_session(config):
             _generate(config, model, missing)
-    made = dict(zip(names, specs, strict=True))
-    output.change(MANIFEST, lambda lines: _with_lines_of(made, lines))
-    return [f"{config.generate.output}/{name}" for name in names]
+    made = dict(zip(files, specs, strict=True))
+    with _using(output / MANIFEST):
+        change(output / MANIFEST, lambda lines: _with_lines_of(made, lines))
+    return [f"{config.generate.output}/{name}" for name in files]
+
+
+def _output(config: Config) -> Place:
+    return place_of(config.generate.output, "generate.output")
+
+
+def _using(place: Place) -> AbstractContextManager[None]:
+    return mendable(f"generate.output: cannot use {place}")
 
 
 def _specs(config: Config, prompts: list[str], images: Sequence[Path]) -> list[VideoSpec]:

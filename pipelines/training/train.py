@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.caching.cache import open_cache
 from pipelines.config import Config
 from pipelines.layout import STOP_FILE, RunFolder
 from pipelines.resources import needs_of, room_for
@@ -72,7 +72,7 @@ def run(config: Config) -> Path:
         load_trained_expert(model.family, model.pretrained, model.revision, config.train.expert)
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
-    cache = PriorCache(Path(priors_folder(pinned)), Path(encodings_folder(pinned)))
+    cache = open_cache(pinned)()
     tell_samples(cache)
     compare_phenomena(pinned, cache)
     compare_samples(pinned, cache)

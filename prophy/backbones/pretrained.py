@@ -14,7 +14,8 @@ from prophy.backbones.families import FAMILIES, Expert, Images, ModelConfig
 from prophy.errors import ProPhyError
 from prophy.hashing import file_sha256
 from prophy.models.description import ExpertName, branches_in, phenomena_of, trained_on
-from prophy.models.stored import is_in_s3, local_folder
+from prophy.models.stored import local_folder
+from prophy.stores import is_in_s3
 from prophy.tiny import EMBEDDED, part_fingerprint
 from prophy.tiny import pipeline as tiny
 

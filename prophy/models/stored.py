@@ -18,14 +18,9 @@ from filelock import FileLock
 from prophy.errors import ProPhyError
 from prophy.hashing import home
 from prophy.models.description import DESCRIPTION
-from prophy.stores import check_room, download, files_below, mendable
+from prophy.stores import check_room, download, files_below, is_in_s3, mendable
 
 logger = logging.getLogger(__name__)
-
-
-def is_in_s3(location: str) -> bool:
-    """Whether it is the URL of a place in S3."""
-    return location.startswith("s3://")
 
 
 def makes_whole(name: str) -> bool:

@@ -2,13 +2,14 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from prophy.errors import ProPhyError
+from prophy.places import Place as Folder
+from prophy.places import folders
 from prophy.schema import (
     EMPTY_PROMPT,
     INDEX,
@@ -71,10 +72,12 @@ class PriorCache:
         ProPhyError: a table is missing, or none of the current input is in both.
     """
 
-    def __init__(self, priors: Path, encodings: Path) -> None:
+    def __init__(self, priors: Folder, encodings: Folder) -> None:
         self._priors, self._encodings = priors, encodings
         prior_rows = _read_index(priors, ["source", "content_hash", "start_s", "end_s"])
-        if not (encodings / INDEX).is_file() and any(encodings.parent.glob(f"*/{INDEX}")):
+        if not (encodings / INDEX).is_file() and any(
+            (folder / INDEX).is_file() for folder in folders(encodings.parent)
+        ):
             raise ProPhyError(
                 f"the encodings in {encodings.parent} were made for another backbone or other clips; "
                 f"run `prophy cache` with this configuration"
@@ -167,7 +170,7 @@ class PriorCache:
         )
 
 
-def _read_index(table: Path, columns: list[str]) -> pa.Table:
+def _read_index(table: Folder, columns: list[str]) -> pa.Table:
     """Where the row of each sample lies: `file` and `row_group`; and `columns` of it.
 
     Every worker gets what is left of it: the samples of a file share its name.
@@ -188,7 +191,7 @@ def _places(sample_ids: pa.Array, rows: pa.Table) -> pa.Table:
     return rows.select(["file", "row_group"]).take(_find(sample_ids, rows)).combine_chunks()
 
 
-def _read_row(table: Path, place: Place, columns: list[str]) -> pa.Table:
+def _read_row(table: Folder, place: Place, columns: list[str]) -> pa.Table:
     file_name, row_group = place
     with open_file(table / file_name) as file:
         return file.read_row_group(row_group, columns=columns, use_threads=False)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pipelines.caching.tables import Table, drop_samples, update_index, write_file
 from prophy.errors import ProPhyError
+from prophy.places import Place
 from prophy.priors.grounding import make_targets
 from prophy.schema import (
     EMPTY_PROMPT,
@@ -93,7 +94,7 @@ def write_cache(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     write_input(tables[1].folder, SOURCE)
 
 
-def write_input(encodings: Path, *sources: dict) -> None:
+def write_input(encodings: Place, *sources: dict) -> None:
     rows = CacheInput("/videos", pa.array(sources, PRIORS.field("source").type)).to_table()
     write_file(encodings, rows, rows.schema.metadata, name=INPUT)
 

@@ -17,6 +17,7 @@ from pipelines.caching.tables import Table, exclusive, file_names, read_quaranti
 from pipelines.caching.verify import rebuild_indices, verify
 from pipelines.config import Config
 from prophy.errors import ProPhyError
+from prophy.places import Place
 from prophy.schema import (
     ENCODINGS,
     INDEX,
@@ -77,7 +78,7 @@ def write(table: Table, *rows: dict) -> None:
     write_file(table.folder, written, table.footer, row_group_size=1)
 
 
-def set_input(encodings: Path, *sources: dict) -> None:
+def set_input(encodings: Place, *sources: dict) -> None:
     rows = CacheInput("/videos", pa.array(sources, SOURCE)).to_table()
     write_file(encodings, rows, rows.schema.metadata, name=INPUT)
 

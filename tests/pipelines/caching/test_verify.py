@@ -52,9 +52,10 @@ def test_every_damage_is_named_set_aside_and_made_good(ray_cluster: None, copy: 
     flip_a_bit(flipped)
     rows = pq.read_table(other_settings)
     footer = {**rows.schema.metadata, b"prophy.settings": b'{"model": "another"}'}
-    contradiction = write_file(priors, rows, footer, row_group_size=1)
-    foreign = write_file(encodings, rows.select(["sample_id"]), rows.schema.metadata)
-    cut = encodings / next(name for name in file_names(encodings) if name != foreign.name)
+    contradiction = priors / write_file(priors, rows, footer, row_group_size=1).name
+    named = write_file(encodings, rows.select(["sample_id"]), rows.schema.metadata).name
+    foreign = encodings / named
+    cut = encodings / next(name for name in file_names(encodings) if name != named)
     cut.write_bytes(cut.read_bytes()[:-8])
     flip_a_bit(encodings / EMPTY_PROMPT)
     flip_a_bit(encodings / INPUT, -40)

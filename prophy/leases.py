@@ -1,0 +1,164 @@
+"""One writer of a folder at a time: by a lock on a file of a disk, by a lease in S3.
+
+A lease is an object that its holder keeps on replacing, each time on the condition that it still is what the
+holder wrote. Who finds one that nobody replaces any more takes it over, on the same condition. Clocks of
+different machines are never compared.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from filelock import FileLock, Timeout
+
+from prophy.errors import ProPhyError
+from prophy.places import Place, S3Path
+
+logger = logging.getLogger(__name__)
+
+LEASE = ".lease"
+_RENEWED_EVERY_S = 10.0
+_PATIENCE = 3  # renewals that a holder may miss: an answer of S3 may take one or two
+_RELEASED = b""
+_SIGNAL = signal.SIGUSR2  # SIGINT is ignored where a shell has started the command in the background
+
+
+class _LostError(KeyboardInterrupt):
+    """Ends the block of a writer whose lease is lost, as an interrupt of the user would."""
+
+
+def _lose(*_: object) -> None:
+    raise _LostError
+
+
+@contextmanager
+def held(folder: Place, setting: str) -> Iterator[None]:
+    """Holds a folder for one writer, who runs the block in the main thread.
+
+    Args:
+        folder: on a disk it must be there.
+        setting: the key of the configuration that names it.
+
+    Raises:
+        ProPhyError: another run holds it, or has taken it over meanwhile; or S3 refuses or does not answer.
+        OSError: the disk cannot be written to.
+    """
+    if isinstance(folder, S3Path):
+        with Lease(folder, setting).held():
+            yield
+        return
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise _is_held(folder, setting) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Lease:
+    """The right to write below a place in S3.
+
+    Args:
+        folder: the place.
+        setting: the key of the configuration that names it.
+        renewed_every_s: by the holder; a lease that nobody has renewed for `_PATIENCE` times as long is free.
+    """
+
+    def __init__(self, folder: S3Path, setting: str, renewed_every_s: float = _RENEWED_EVERY_S) -> None:
+        self._folder, self._setting, self._every_s = folder, setting, renewed_every_s
+        self._file = folder / LEASE
+        self._holder, self._number = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}", 0
+        self._etag = ""
+        self._ended = threading.Event()
+        self._is_lost = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds it while the block runs, in the main thread, which is interrupted if the lease is lost.
+
+        Raises:
+            ProPhyError: see the function of this name.
+        """
+        self.acquire()
+        self._writer, before = threading.get_ident(), signal.signal(_SIGNAL, _lose)
+        renewing = threading.Thread(target=self._renew_on, daemon=True)
+        renewing.start()
+        try:
+            try:
+                yield
+            finally:
+                self._ended.set()
+                renewing.join()
+                if not self._is_lost:
+                    self._is_lost = self._file.put(_RELEASED, IfMatch=self._etag) is None
+        except _LostError:
+            pass
+        finally:
+            signal.signal(_SIGNAL, before)
+        if self._is_lost:
+            raise ProPhyError(
+                f"another run has taken over {self._folder}, because this one had not renewed its lease for "
+                f"{_PATIENCE * self._every_s:g} s; what was written is whole, and that run goes on from it"
+            )
+
+    def acquire(self) -> None:
+        """Gets the lease, or waits until it is known whether its holder still renews it.
+
+        Raises:
+            ProPhyError: another run holds it; or S3 refuses or does not answer.
+        """
+        if self._put(IfNoneMatch="*"):
+            return
+        found = self._file.etag()
+        if found is not None and self._file.read_bytes() != _RELEASED:
+            waits_s = _PATIENCE * self._every_s
+            logger.info("a run has not released %s; within %g s it shows if it is alive", self._file, waits_s)
+            for _ in range(_PATIENCE):
+                time.sleep(self._every_s)
+                if self._file.etag() != found:
+                    raise _is_held(self._folder, self._setting)
+            logger.warning("taking over %s from a run that ended without releasing it", self._folder)
+        # Its state may have changed since it was looked at; then somebody else was quicker.
+        if found is None or not self._put(IfMatch=found):
+            raise _is_held(self._folder, self._setting)
+
+    def renew(self) -> bool:
+        """Writes the lease anew; returns whether it was still this holder's.
+
+        Raises:
+            ProPhyError: S3 refuses or does not answer.
+        """
+        return self._put(IfMatch=self._etag)
+
+    def _renew_on(self) -> None:
+        while not self._ended.wait(self._every_s):
+            try:
+                self._is_lost = not self.renew()
+            except ProPhyError as error:  # the lease is this holder's until another run takes it
+                logger.warning("the lease is not renewed: %s", error)
+            if self._is_lost:
+                # A signal of the system: one of Python's own would not end what waits.
+                signal.pthread_kill(self._writer, _SIGNAL)
+                return
+
+    def _put(self, **condition: str) -> bool:
+        self._number += 1  # no two versions are equal
+        content = f"{self._holder} {self._number}".encode()
+        etag = self._file.put(content, **condition)
+        if etag is None and (found := self._file.etag()) and self._file.read_bytes() == content:
+            etag = found  # the answer to the first attempt was lost, and s3fs made another
+        self._etag = etag or self._etag
+        return etag is not None
+
+
+def _is_held(folder: Place, setting: str) -> ProPhyError:
+    return ProPhyError(f"another run writes to {folder}; wait for it, or choose another {setting}")

@@ -1,0 +1,172 @@
+"""Places for files: a folder on a disk and one in S3 behave alike."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+from prophy.errors import ProPhyError
+from prophy.places import (
+    Place,
+    S3Path,
+    append,
+    change,
+    clear_temporaries,
+    fetched,
+    folders,
+    names,
+    place_of,
+    remove_all,
+    rename,
+    sha256,
+    sizes,
+    write_whole,
+)
+from tests.object_store import object_store, refuse_puts
+
+URL = "s3://bucket/deep/files"
+A_SHA256 = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # of "a"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3FileSystem]:
+    with object_store() as found:
+        yield found
+
+
+@pytest.fixture
+def store(server: S3FileSystem) -> Iterator[S3FileSystem]:
+    server.mkdir("bucket")
+    yield server
+    server.rm("bucket", recursive=True)
+
+
+def open_place(location: str = URL) -> Place:
+    return place_of(location, "some.key")
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, store: S3FileSystem, tmp_path: Path) -> Place:
+    return open_place(str(tmp_path / "deep" / "files") if request.param == "disk" else f"{URL}/")
+
+
+def test_files_are_written_read_changed_and_removed(folder: Place) -> None:
+    file = folder / "list"
+    assert not folder.is_dir() and not file.exists() and names(folder) == []
+    change(file, lambda before: before + b"a")
+    assert folder.is_dir() and not folder.is_file() and file.is_file() and file.read_bytes() == b"a"
+    assert (sha256(file), fetched(file).read_bytes()) == (A_SHA256, b"a")
+    write_whole(folder / "video", b"first")
+    write_whole(folder / "video", b"second")
+    append(file, b"b")
+    append(folder / "new", b"c")
+    change(file, lambda before: before + b"d")
+    assert sizes(folder) == {"list": 3, "video": 6, "new": 1}
+    assert sorted(names(folder)) == ["list", "new", "video"]
+    assert file.read_bytes() == b"abd"
+
+    rename(file, "list.damaged")
+    (folder / "new").unlink()
+    (folder / "new").unlink(missing_ok=True)
+    assert sorted(names(folder)) == ["list.damaged", "video"]
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
+        file.read_bytes()
+
+
+def test_folders_lie_in_folders(folder: Place) -> None:
+    for name in ("b", "a", "a/below"):
+        inner = folder / name
+        inner.mkdir(parents=True, exist_ok=True)
+        write_whole(inner / "file", b"")
+    write_whole(folder / "file", b"")
+    assert folders(folder) == [folder / "a", folder / "b"]
+    assert folders(folder / "none") == [] and sizes(folder / "none") == {}
+    inner = folder / "a" / "below"
+    assert (inner.name, inner.parent, str(inner)) == ("below", folder / "a", f"{folder}/a/below")
+    remove_all(folder / "a")
+    remove_all(folder / "none")
+    assert folders(folder) == [folder / "b"] and not inner.is_dir()
+
+
+def test_what_a_killed_process_leaves_on_a_disk(tmp_path: Path) -> None:
+    left, other = tmp_path / "below" / f".{32 * 'a'}.tmp", tmp_path / ".notes.tmp"
+    left.parent.mkdir()
+    left.touch()
+    other.touch()
+    clear_temporaries(tmp_path)
+    assert other.exists() and not left.exists()
+
+
+def test_a_listing_is_of_now_and_of_this_place_alone(store: S3FileSystem) -> None:
+    place = open_place()
+    assert names(place) == []
+    for name in ("files/a", "files/below/b", "files-of-others/c", "d"):
+        store.pipe_file(f"bucket/deep/{name}", b"")
+    assert names(place) == ["a"]
+    store.rm_file("bucket/deep/files/a")
+    assert names(place) == [] and place.is_dir() and not (place / "a").exists()
+
+
+def test_a_bucket_is_a_place_too(store: S3FileSystem) -> None:
+    place = open_place("s3://bucket")
+    assert not place.is_dir()
+    write_whole(place / "a", b"a")
+    assert place.is_dir() and names(place) == ["a"]
+
+
+def test_what_was_fetched_is_not_asked_for_again(store: S3FileSystem) -> None:
+    write_whole(open_place() / "a", b"a")
+    file = fetched(open_place() / "a")
+    store.rm_file(f"{URL}/a")
+    assert file.read_bytes() == b"a" and str(file) == f"{URL}/a"
+
+
+def test_a_place_can_be_sent_to_another_process() -> None:
+    place = open_place()
+    assert pickle.loads(pickle.dumps(place)) == place == S3Path(URL, "whatever.names.it")
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["another-change", "first-of-two"])
+def test_no_change_is_lost(store: S3FileSystem, there: bool) -> None:
+    file, given = open_place() / "list", []
+    if there:
+        write_whole(file, b"0")
+
+    def edit(before: bytes) -> bytes:
+        given.append(before)
+        if len(given) < 3:  # another process is quicker, twice
+            change(open_place() / "list", lambda theirs: theirs + b"x")
+        return before + b"y"
+
+    change(file, edit)
+    start = b"0" if there else b""
+    assert given == [start, start + b"x", start + b"xx"]
+    assert file.read_bytes() == start + b"xxy"
+
+
+def test_a_file_that_others_change_all_the_time(store: S3FileSystem) -> None:
+    file = open_place() / "list"
+
+    def edit(before: bytes) -> bytes:
+        change(open_place() / "list", lambda theirs: theirs + b"x")
+        return before
+
+    with pytest.raises(ProPhyError, match=f"others changed {URL}/list 20 times .*; run it again"):
+        change(file, edit)
+
+
+def test_a_place_that_refuses(store: S3FileSystem, tmp_path: Path) -> None:
+    refuse_puts(store, "bucket", "deep/*")
+    file = open_place() / "a"
+    for attempt in (lambda: write_whole(file, b""), lambda: change(file, bytes), lambda: append(file, b"")):
+        with pytest.raises(ProPhyError, match=f"^some.key: cannot use {URL}/a: Forbidden; mend"):
+            attempt()
+    store.call_s3("delete_bucket_policy", Bucket="bucket")
+    with pytest.raises(ProPhyError, match="cannot use s3://nobucket/a: .*bucket does not exist; mend"):
+        change(open_place("s3://nobucket/a"), bytes)
+
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "not-mounted" / "a", b"")
+    assert not (tmp_path / "not-mounted").exists(), "it would be another folder on each node"
