@@ -24,7 +24,8 @@ from prophy.errors import ProPhyError
 from prophy.stores import asking, open_store, try_writing
 
 _ANSWERS_WITHIN_S = 120  # a node starts a process first
-_WRITTEN = ("generate.output", "serve.videos", "train.checkpoints")  # of what may be in an object store
+# Of what may be in an object store.
+_WRITTEN = ("cache.output", "generate.output", "serve.videos", "train.checkpoints")
 
 
 @ray.remote(num_cpus=0)
@@ -120,7 +121,8 @@ def _urls(config: Config) -> dict[str, str]:
     if not config.lacking("generate"):
         places["backbone.pretrained"] = config.backbone.pretrained
     if not config.lacking("cache"):
-        places |= {"cache.input": config.cache.input, "vlm.pretrained": config.vlm.pretrained}
+        places |= {"cache.input": config.cache.input, "cache.output": config.cache.output}
+        places |= {"vlm.pretrained": config.vlm.pretrained}
     if not config.lacking("train"):
         places["train.start_from"] = config.train.start_from
         places["train.checkpoints"] = config.train.checkpoints

@@ -114,10 +114,18 @@ class Lease:
         """Gets the lease, or waits until it is known whether its holder still renews it.
 
         Raises:
-            ProPhyError: another run holds it; or S3 refuses or does not answer.
+            ProPhyError: another run holds it; S3 refuses or does not answer, or knows no conditions.
         """
-        if self._put(IfNoneMatch="*"):
-            return
+        if not self._put(IfNoneMatch="*"):
+            self._take_over()
+        for condition, value in (("IfNoneMatch", "*"), ("IfMatch", '"0"')):  # neither holds
+            if self._file.put(_RELEASED, **{condition: value}):
+                raise ProPhyError(
+                    f"the store of {self._folder} ignores {condition} of a PUT, so that several runs could "
+                    f"write there at once; choose a folder or another store for {self._setting}"
+                )
+
+    def _take_over(self) -> None:
         found = self._file.etag()
         if found is not None and self._file.read_bytes() != _RELEASED:
             waits_s = _PATIENCE * self._every_s

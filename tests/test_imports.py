@@ -42,6 +42,7 @@ LAYERS = {
             "sheets",
             "leases",
             "places",
+            "staging",
             "stores",
         ),
     ),

@@ -133,6 +133,20 @@ def test_a_store_that_refuses_once_is_asked_again(
             time.sleep(0.01)
 
 
+@pytest.mark.parametrize("condition", ["IfMatch", "IfNoneMatch"])
+def test_a_store_that_ignores_conditions(
+    condition: str, folder: S3Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = S3Path.put
+
+    def careless(path: S3Path, content: bytes, **conditions: str) -> str | None:
+        return put(path, content, **{name: tag for name, tag in conditions.items() if name != condition})
+
+    monkeypatch.setattr(S3Path, "put", careless)
+    with pytest.raises(ProPhyError, match=f"s3://bucket/cache ignores {condition} of a PUT, so .* some.key"):
+        lease(folder).acquire()
+
+
 def test_a_bucket_that_is_not_there() -> None:
     with pytest.raises(ProPhyError, match="some.key: cannot use s3://nobucket/cache/.lease: .*exist; mend"):
         lease(S3Path("s3://nobucket/cache", "some.key")).acquire()

@@ -151,7 +151,8 @@ def encodings_folder(config: Config) -> str:
 
 def open_cache(config: Config) -> partial[PriorCache]:
     """What opens the cache for reading, here or in another process."""
-    return partial(PriorCache, _folder(config).priors, encodings_table(config).folder)
+    encodings = encodings_table(config).folder
+    return partial(PriorCache, _folder(config).priors, encodings, config.cache.max_staged_bytes)
 
 
 def build_priors_graph(config: Config, taxonomy: Taxonomy, table: Table, work: pa.Table) -> Dataset:

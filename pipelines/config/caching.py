@@ -2,7 +2,7 @@
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from pipelines.config.base import LocalPath, Location, PoolConfig, Section
+from pipelines.config.base import FolderOrS3, Location, PoolConfig, Section
 from prophy.places import Place, place_of
 
 
@@ -47,8 +47,12 @@ class CacheConfig(Section):
     WISA-80K's JSON.
     """
 
-    output: LocalPath
-    """Folder that the cache is written to. By default `cache` in run_dir."""
+    output: FolderOrS3
+    """Folder that the cache is written to, or a place in S3 such as s3://bucket/cache.
+
+    By default `cache` in run_dir. In S3 each file is one PUT, and one run at a time writes there, by a lease:
+    that of a killed run is free after 30 seconds.
+    """
 
     clip_duration_s: PositiveFloat
     """Length in seconds of the clips that videos are cut into: (backbone.num_frames - 1) / backbone.fps."""
@@ -83,7 +87,14 @@ class CacheConfig(Section):
     encode_batch_size: PositiveInt = 1
     """Clips that the VAE encodes at once. 1 by default, since memory grows with it."""
 
+    max_staged_bytes: PositiveInt = 200_000_000_000
+    """Bytes that copies of files in S3 may take on each node, in `cache` of PROPHY_HOME.
+
+    Training draws clips at random, and reads whole files of an `output` in S3 once, if all of them fit; the
+    least recently used go first. The default, 200 GB, is that of some 15,000 clips of 81 frames at 480x832.
+    """
+
     @property
     def folder(self) -> Place:
         """`output`, as files are read and written there."""
-        return place_of(str(self.output), "cache.output")
+        return place_of(self.output, "cache.output")

@@ -183,6 +183,7 @@ def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
     from pipelines.training.samples import held_out
 
     cache = open_cache(config)()
+    cache.tell_staging()
     num_held_out = config.train.num_held_out if "train" in config.__dict__ else 0
     chosen = held_out(cache.sample_ids, num_held_out) if num_held_out else cache.sample_ids
     chosen = chosen[: config.evaluate.num_clips]

@@ -19,8 +19,7 @@ from pipelines.training.checkpoint import MANIFEST, Checkpoint, DamagedError, da
 from pipelines.training.checkpoint_store import CheckpointStore
 from pipelines.training.scratch import scratch_folder
 from prophy.hashing import home
-from prophy.models.stored import is_in_s3
-from prophy.stores import asking, check_room, download, files_below, mendable, open_store
+from prophy.stores import asking, check_room, download, files_below, is_in_s3, mendable, open_store
 
 _STREAMS = 4  # at once, to send a file; each holds 50 MB of it in memory
 

@@ -236,6 +236,7 @@ def tell_samples(cache: PriorCache) -> None:
             "%d cached video(s) are not in that input and are left out; `prophy cache prune` removes them",
             cache.num_left_out,
         )
+    cache.tell_staging()
 
 
 def compare_phenomena(config: Config, cache: PriorCache) -> None:

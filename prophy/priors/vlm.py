@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from prophy.errors import ProPhyError
-from prophy.models.stored import is_in_s3, local_folder
+from prophy.models.stored import local_folder
 from prophy.registry import Registry
+from prophy.stores import is_in_s3
 from prophy.tiny import EMBEDDED, bundled
 
 SliceTimes = tuple[tuple[float, float], ...]

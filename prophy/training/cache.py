@@ -20,6 +20,7 @@ from prophy.schema import (
     read_phenomena,
     text_of,
 )
+from prophy.staging import on_disk, tell_staging
 
 if TYPE_CHECKING:  # the driver of training reads no tensors, and torch takes seconds to import
     import torch
@@ -67,13 +68,15 @@ class PriorCache:
     Args:
         priors: folder of that table.
         encodings: folder of the encodings that belong to the backbone.
+        max_staged_bytes: what copies of files in S3 may take on a machine that reads samples
+            (`cache.max_staged_bytes`); files on a disk are read where they lie.
 
     Raises:
         ProPhyError: a table is missing, or none of the current input is in both.
     """
 
-    def __init__(self, priors: Folder, encodings: Folder) -> None:
-        self._priors, self._encodings = priors, encodings
+    def __init__(self, priors: Folder, encodings: Folder, max_staged_bytes: int = 0) -> None:
+        self._priors, self._encodings, self._max_staged_bytes = priors, encodings, max_staged_bytes
         prior_rows = _read_index(priors, ["source", "content_hash", "start_s", "end_s"])
         if not (encodings / INDEX).is_file() and any(
             (folder / INDEX).is_file() for folder in folders(encodings.parent)
@@ -116,6 +119,12 @@ class PriorCache:
         """Which files and rows hold a sample: another where it was cached anew, for files never change."""
         return repr(self._place(sample_id))
 
+    def tell_staging(self) -> None:
+        """Says how much of S3 reading all samples copies to a disk; nothing of a cache on a disk."""
+        tables = zip((self._priors, self._encodings), self._places, strict=True)
+        files = {table: places["file"].unique().to_pylist() for table, places in tables}
+        tell_staging(files, self._max_staged_bytes)
+
     def null_text(self) -> "dict[str, torch.Tensor]":
         """The empty prompt, encoded: the family's tensors, by name."""
         with open_file(self._encodings / EMPTY_PROMPT) as file:
@@ -154,9 +163,9 @@ class PriorCache:
 
         prior, encoding = self._place(sample_id)
         columns = ["phenomena", "map_phenomena", "maps", "maps_shape", "slice_times", "start_s", "end_s"]
-        labels = _read_row(self._priors, prior, columns)
+        labels = self._read_row(self._priors, prior, columns)
         names = ["latents", "latents_shape", "latents_dtype", "text"]
-        [encoded] = _read_row(self._encodings, encoding, names).to_pylist()
+        [encoded] = self._read_row(self._encodings, encoding, names).to_pylist()
         maps = labels["maps"].combine_chunks().values.to_numpy(zero_copy_only=False).copy()
         times = [[each["start_s"], each["end_s"]] for each in labels["slice_times"][0].as_py()]
         duration_s = labels["end_s"][0].as_py() - labels["start_s"][0].as_py()
@@ -168,6 +177,11 @@ class PriorCache:
             map_phenomena=labels["map_phenomena"][0].as_py(),
             slices=torch.tensor(times, dtype=torch.float64) / duration_s,
         )
+
+    def _read_row(self, table: Folder, place: Place, columns: list[str]) -> pa.Table:
+        file_name, row_group = place
+        with on_disk(table / file_name, self._max_staged_bytes) as path, open_file(path) as file:
+            return file.read_row_group(row_group, columns=columns, use_threads=False)
 
 
 def _read_index(table: Folder, columns: list[str]) -> pa.Table:
@@ -189,9 +203,3 @@ def _find(sample_ids: pa.Array, rows: pa.Table) -> pa.Array:
 
 def _places(sample_ids: pa.Array, rows: pa.Table) -> pa.Table:
     return rows.select(["file", "row_group"]).take(_find(sample_ids, rows)).combine_chunks()
-
-
-def _read_row(table: Folder, place: Place, columns: list[str]) -> pa.Table:
-    file_name, row_group = place
-    with open_file(table / file_name) as file:
-        return file.read_row_group(row_group, columns=columns, use_threads=False)

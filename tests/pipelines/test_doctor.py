@@ -54,16 +54,17 @@ def test_a_store_that_nodes_cannot_use_is_named(
     with object_store() as store:
         store.mkdir("bucket")
         store.pipe_file("bucket/clips/a.mp4", b"")
-        keys = {"cache.input": "s3://bucket/clips", "generate.output": "s3://bucket/videos"}
-        keys |= {"serve.videos": "s3://nobodys/videos", "checkpoint": "s3://bucket/clips"}
+        keys = {"cache.input": "s3://bucket/clips", "cache.output": "s3://bucket/cache"}
+        keys |= {"generate.output": "s3://bucket/videos", "checkpoint": "s3://bucket/clips"}
+        keys |= {"serve.videos": "s3://nobodys/videos"}
         keys["train.checkpoints"] = "s3://bucket/run"
-        with pytest.raises(ProPhyError, match="^1 of 15 checks do not hold$"):
+        with pytest.raises(ProPhyError, match="^1 of 16 checks do not hold$"):
             doctor.run(tiny_config(tmp_path / "run", *(f"{key}={url}" for key, url in keys.items())))
         assert store.find("bucket") == ["bucket/clips/a.mp4"]
     lines = capsys.readouterr().out.splitlines()
     [wrong] = [line for line in lines if line.startswith("no  ")]
     assert "can use serve.videos s3://nobodys/videos: " in wrong and "bucket does not exist" in wrong
-    assert sum(" can use " in line for line in lines) == 5
+    assert sum(" can use " in line for line in lines) == 6
 
 
 def test_a_folder_of_checkpoints_is_tried_too(

@@ -1,5 +1,6 @@
 """The batch plan's promises, and training batches against the rows of a cache written by the real sink."""
 
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pipelines.caching.tables import Table, drop_samples, update_index, write_file
 from prophy.errors import ProPhyError
-from prophy.places import Place
+from prophy.places import Place, place_of
 from prophy.priors.grounding import make_targets
 from prophy.schema import (
     EMPTY_PROMPT,
@@ -26,6 +27,7 @@ from prophy.schema import (
 )
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, ClipShape, PriorDataset, SemanticBatch, TrainBatch
+from tests.object_store import object_store
 from tests.wisa import PHENOMENA
 
 SMALL: tuple[int, ...] = (4, 3, 4, 4)
@@ -377,3 +379,25 @@ def test_latents_of_another_grid(cache: PriorCache) -> None:
             image_share=0.0,
             seed=0,
         )
+
+
+def test_a_cache_in_s3_is_read_as_one_on_a_disk(
+    cache: PriorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PROPHY_HOME", str(tmp_path))
+    with object_store() as store, caplog.at_level(logging.INFO, "prophy.staging"):
+        store.mkdir("read")
+        store.put(f"{cache._priors.parent}/", "read/cache/", recursive=True)
+        place = place_of("s3://read/cache", "cache.output")
+        there = PriorCache(place / "priors", place / "encodings" / "a", 10**9)
+        assert there.sample_ids == cache.sample_ids and there.phenomena == cache.phenomena
+        torch.testing.assert_close(there.null_text(), cache.null_text(), rtol=0, atol=0)
+        there.tell_staging()
+        assert "files of the cache, 0.00 GB, are copied from S3 to" in caplog.text
+        for sample_id in there.sample_ids.to_pylist():
+            ours, theirs = there.read(sample_id), cache.read(sample_id)
+            torch.testing.assert_close(vars(ours), vars(theirs), rtol=0, atol=0)
+        with pytest.raises(
+            ProPhyError, match="the encodings in s3://read/cache/encodings were made for another"
+        ):
+            PriorCache(place / "priors", place / "encodings" / "none", 10**9)

@@ -130,7 +130,7 @@ def test_the_samples_are_those_of_the_current_input(folder: Path) -> None:
 def test_what_no_input_lists_is_removed(
     config: Config, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = config.cache.model_copy(update={"output": folder})
+    cache = config.cache.model_copy(update={"output": str(folder)})
     set_input(folder / "encodings" / "one", source("a"), source("b", modified=0.0))  # b cannot be had
     set_input(folder / "encodings" / "two", *map(source, "abd"))
     removed = prune.run(config.model_copy(update={"cache": cache}))
@@ -205,7 +205,7 @@ def test_killed_at_any_moment_it_leaves_a_sound_cache(folder: Path, monkeypatch:
 def test_no_cache_a_busy_one_and_one_without_an_input(config: Config, folder: Path) -> None:
     with pytest.raises(ProPhyError, match="no cache in"):
         prune.run(config)
-    there = config.model_copy(update={"cache": config.cache.model_copy(update={"output": folder})})
+    there = config.model_copy(update={"cache": config.cache.model_copy(update={"output": str(folder)})})
     with exclusive(folder), pytest.raises(ProPhyError, match="another run writes to"):
         prune.run(there)
     (folder / "encodings" / "two" / INPUT).unlink()

@@ -1,6 +1,7 @@
 """Files of the cache: whole, named by content, indexed, and of one making."""
 
 import hashlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pipelines.caching.stages import ENCODINGS_OR_ERROR
 from pipelines.caching.tables import (
     Table,
     WriteRows,
+    drop_refusals,
     drop_samples,
     exclusive,
     file_names,
@@ -25,10 +27,13 @@ from pipelines.caching.tables import (
     update_index,
     write_file,
 )
+from pipelines.caching.verify import rebuild_indices, verify
 from prophy.errors import ProPhyError
+from prophy.places import Place, folders, names, place_of, write_whole
 from prophy.schema import (
     ENCODINGS,
     INDEX,
+    INPUT,
     QUARANTINE,
     DamagedFileError,
     latents_columns,
@@ -37,6 +42,7 @@ from prophy.schema import (
     text_column,
     text_of,
 )
+from tests.object_store import make_bucket, num_versions, object_store
 
 
 def source(name: str, modified: float = 1.0) -> dict:
@@ -284,3 +290,38 @@ def test_index_of_nothing_is_not_written(table: Table) -> None:
     assert not table.folder.exists()
     assert write_file(table.folder, pa.table({"x": [1]}), {}, name="other.parquet").exists()
     assert len(update_index(table)) == 0
+
+
+def fill(folder: Place) -> dict[str, bytes]:
+    """Writes to a cache in every way there is; returns all of its files."""
+    table = Table(folder / "encodings" / "one", ENCODINGS, {"model": "abc"}, {"backbone": "tiny"})
+    with exclusive(folder):
+        quarantine = Table(folder / "quarantine", QUARANTINE, {"table": "abc"}, {})
+        for rows in ([encoding("a"), failure("x"), encoding("b")], [encoding("b"), failure("y")]):
+            batch = pa.Table.from_pylist([{"share": 1.0, **row} for row in rows], ENCODINGS_OR_ERROR)
+            WriteRows(table, quarantine)(batch)
+            update_index(table)
+        write_file(table.folder, pa.table({"x": [1]}), {b"k": b"v"}, name=INPUT)
+        drop_samples(table, pa.array(["a"]))
+        assert len(read_quarantine(quarantine.folder)) == 2
+        assert drop_refusals(quarantine.folder, pa.chunked_array([["/videos/x.mp4"]])) == 1
+        write_whole(folder / "quarantine" / f"{64 * 'a'}.parquet", b"damaged")
+        (table.folder / INDEX).unlink()
+        assert rebuild_indices(folder) == {"encodings/one": 1}
+        [sentence] = verify(folder)
+        assert sentence == f"{folder}/quarantine/{64 * 'a'}.parquet holds other bytes than its name says"
+        [row] = update_index(table).to_pylist()
+        with open_file(table.folder / row["file"]) as file:
+            assert file.read_row_group(row["row_group"]).to_pylist() == [encoding("b")]
+    places = [*folders(folder / "encodings"), quarantine.folder]
+    return {f"{place.name}/{name}": (place / name).read_bytes() for place in places for name in names(place)}
+
+
+def test_tables_in_s3_are_those_of_a_disk(tmp_path: Path) -> None:
+    with object_store() as store:
+        make_bucket(store, "tables")
+        here, there = fill(tmp_path), fill(place_of("s3://tables/cache", "cache.output"))
+        written = num_versions(store, "tables")
+    assert here == there and len(here) == 5
+    rows = [key for key in written if re.search(r"[0-9a-f]{64}\.parquet$", key)]
+    assert rows and {key: written[key] for key in rows} == dict.fromkeys(rows, 1), "none was written twice"

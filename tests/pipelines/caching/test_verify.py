@@ -26,7 +26,7 @@ from tests.servers import until
 def copy(tiny_cache: Config, tmp_path: Path) -> Config:
     """The finished tiny cache, to be damaged."""
     shutil.copytree(tiny_cache.cache.output, tmp_path / "cache")
-    output = tiny_cache.cache.model_copy(update={"output": tmp_path / "cache"})
+    output = tiny_cache.cache.model_copy(update={"output": str(tmp_path / "cache")})
     return tiny_cache.model_copy(update={"cache": output, "run_dir": tmp_path / "run"})
 
 
@@ -117,7 +117,7 @@ def damage_some(folder: Path) -> None:
 def test_processes_that_share_the_files_find_what_one_process_finds(
     ray_cluster: None, large: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, alone = large.cache.output, tmp_path / "alone"
+    folder, alone = Path(large.cache.output), tmp_path / "alone"
     for table in (cache.priors_folder(large), cache.encodings_folder(large)):
         damage_some(Path(table))
     shutil.copytree(folder, alone)
@@ -141,7 +141,7 @@ def test_a_run_that_finds_no_index_has_tasks_make_it(
     ray_cluster: None, large: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     priors, encodings = Path(cache.priors_folder(large)), Path(cache.encodings_folder(large))
-    verify.rebuild_indices(large.cache.output)
+    verify.rebuild_indices(large.cache.folder)
     before = {folder: (folder / INDEX).read_bytes() for folder in (priors, encodings)}
     for folder in before:
         (folder / INDEX).unlink()
@@ -155,7 +155,7 @@ def test_a_run_that_finds_no_index_has_tasks_make_it(
 
 def test_sigterm_ends_it_and_all_that_it_started(ray_cluster: None, large: Config, tmp_path: Path) -> None:
     """In the midst of a file that never comes: a pipe that nobody writes to."""
-    folder = large.cache.output
+    folder = Path(large.cache.output)
     os.mkfifo(folder / "priors" / f"{'f' * 64}.parquet")
     before = sorted(file.name for file in (folder / "priors").iterdir())
     run = Run("cache verify", tmp_path / "run", (f"cache.output={folder}", "ray.num_cpus=2"), "ray::_read")
