@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from filelock import FileLock
+
 from prophy.errors import ProPhyError
 from prophy.stores import asking, is_in_s3, mendable, open_store
 
@@ -262,15 +264,16 @@ def append(path: Place, content: bytes) -> None:
 def change(path: Place, edit: Callable[[bytes], bytes]) -> None:
     """Replaces the content of a file, or of none, by what `edit` makes of it.
 
-    Where another process does likewise in S3 at the same time, no change is lost: the file is only replaced
-    if it is still what `edit` was given, else `edit` is called anew.
+    Where another process does likewise at the same time, no change is lost: on a disk it waits for a lock,
+    and in S3 the file is only replaced if it is still what `edit` was given, else `edit` is called anew.
 
     Raises:
         OSError: see `write_whole`.
     """
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, edit(path.read_bytes() if path.exists() else b""))
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            write_whole(path, edit(path.read_bytes() if path.exists() else b""))
         return
     for _ in range(_CHANGES_AT_ONCE):
         # The version first: if the content is newer, the PUT is refused.

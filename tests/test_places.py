@@ -1,6 +1,7 @@
 """Places for files: a folder on a disk and one in S3 behave alike."""
 
 import pickle
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,14 +64,18 @@ def test_files_are_written_read_changed_and_removed(folder: Place) -> None:
     append(file, b"b")
     append(folder / "new", b"c")
     change(file, lambda before: before + b"d")
-    assert sizes(folder) == {"list": 3, "video": 6, "new": 1}
-    assert sorted(names(folder)) == ["list", "new", "video"]
+    assert {name: size for name, size in sizes(folder).items() if name != ".list.lock"} == {
+        "list": 3,
+        "video": 6,
+        "new": 1,
+    }
+    assert sorted(set(names(folder)) - {".list.lock"}) == ["list", "new", "video"]
     assert file.read_bytes() == b"abd"
 
     rename(file, "list.damaged")
     (folder / "new").unlink()
     (folder / "new").unlink(missing_ok=True)
-    assert sorted(names(folder)) == ["list.damaged", "video"]
+    assert sorted(set(names(folder)) - {".list.lock"}) == ["list.damaged", "video"]
     with pytest.raises(FileNotFoundError, match="No such file or directory"):
         file.read_bytes()
 
@@ -170,3 +175,17 @@ def test_a_place_that_refuses(store: S3FileSystem, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "not-mounted" / "a", b"")
     assert not (tmp_path / "not-mounted").exists(), "it would be another folder on each node"
+
+
+def test_no_change_is_lost_on_a_disk(tmp_path: Path) -> None:
+    file = tmp_path / "list"
+    other = threading.Thread(target=change, args=(file, lambda before: before + b"b"))
+
+    def edit(before: bytes) -> bytes:
+        other.start()
+        other.join(0.2)  # without a lock it would have ended by now, and be lost
+        return before + b"a"
+
+    change(file, edit)
+    other.join()
+    assert file.read_bytes() == b"ab"
