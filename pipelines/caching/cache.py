@@ -139,16 +139,6 @@ def quarantine_table(config: Config, table: Table) -> Table:
     return Table(_folder(config).quarantine, QUARANTINE, settings, {})
 
 
-def priors_folder(config: Config) -> str:
-    """Where the priors lie."""
-    return str(_folder(config).priors)
-
-
-def encodings_folder(config: Config) -> str:
-    """Where the encodings for this backbone lie."""
-    return str(encodings_table(config).folder)
-
-
 def open_cache(config: Config) -> partial[PriorCache]:
     """What opens the cache for reading, here or in another process."""
     encodings = encodings_table(config).folder

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from pipelines.caching.cache import encodings_folder, priors_folder
+from pipelines.caching.cache import open_cache
 from pipelines.config import Config, load_config
 from pipelines.training.data import build_dataset
 from pipelines.training.model import build_module
@@ -36,7 +36,6 @@ from prophy.backbones.encoding import VideoEncoder
 from prophy.device import autocast
 from prophy.priors.extractor import Clip, PriorExtractor
 from prophy.taxonomy import load_taxonomy
-from prophy.training.cache import PriorCache
 from prophy.video import read_frames
 
 WISA = load_taxonomy("wisa")
@@ -93,7 +92,7 @@ def product(folder: Path, run: str, overrides: list[str]) -> tuple[float, float]
 def bare_torch(config: Config) -> float:
     """Seconds of the same steps without Ray, DeepSpeed, metrics or clock."""
     train = config.train
-    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+    cache = open_cache(config)()
     module = build_module(config, cache.null_text(), cache.phenomena)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)

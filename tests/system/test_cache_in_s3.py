@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.caching import cache
 from pipelines.caching.verify import verify
 from pipelines.config import Config
 from pipelines.layout import RunFolder
 from prophy.schema import EMPTY_PROMPT, INDEX
+from tests.caches import encodings_folder, priors_folder
 from tests.conftest import NUM_CLIPS, ROWS_PER_FILE
 from tests.killing import Run, starter
 from tests.object_store import make_bucket, num_versions, object_store
@@ -71,14 +71,14 @@ def test_killed_it_goes_on_and_trains_as_a_copy_on_a_disk(
     written = num_versions(store, "bucket")
     assert before < whole()
     assert {key: written[key] for key in whole()} == dict.fromkeys(whole(), 1), "none was written twice"
-    assert written[f"cache/encodings/{encodings_of(tiny_cache).name}/{EMPTY_PROMPT}"] == 1
+    assert written[f"cache/encodings/{encodings_folder(tiny_cache).name}/{EMPTY_PROMPT}"] == 1
 
     config = tiny_cache.model_copy(update={"cache": tiny_cache.cache.model_copy(update={"output": PLACE})})
     assert verify(config.cache.folder) == []
     copy = tmp_path / "copy"
     store.get(f"{PLACE}/", f"{copy}/", recursive=True)
     assert {path.name for path in copy.rglob("*.*") if path.suffix != ".parquet"} == {".lease"}
-    for theirs in (Path(cache.priors_folder(tiny_cache)), encodings_of(tiny_cache)):
+    for theirs in (priors_folder(tiny_cache), encodings_folder(tiny_cache)):
         ours = copy / theirs.relative_to(tiny_cache.cache.output)
         assert rows(ours) == rows(theirs) and len(rows(ours)) == NUM_CLIPS
         assert pq.read_metadata(ours / INDEX).num_rows == NUM_CLIPS
@@ -93,7 +93,3 @@ def test_killed_it_goes_on_and_trains_as_a_copy_on_a_disk(
     assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
     assert len(metrics(tmp_path / "here")) == 3
     assert not any(Path.cwd().glob("s3:*")), "a local folder"
-
-
-def encodings_of(config: Config) -> Path:
-    return Path(cache.encodings_folder(config))

@@ -27,6 +27,7 @@ from prophy.backbones.pretrained import load_configs
 from prophy.generation.pipeline_cogvideox import ProPhyCogVideoXPipeline
 from prophy.schema import EMPTY_PROMPT, latents_of, text_of
 from prophy.video import read_frames, write_video
+from tests.caches import encodings_folder
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 from tests.hostile import FPS, moving_square
@@ -80,7 +81,7 @@ def test_encodings_in_several_shapes_are_what_the_pipeline_takes(ray_cluster: No
         )
         summary = cache.run(config)
         assert (summary.added_priors.written, summary.added_encodings.written) == (num_priors, len(SHAPES))
-        folder = Path(cache.encodings_folder(config))
+        folder = encodings_folder(config)
         pipeline = load_pipeline("cogvideox", str(backbone), None, torch.float32, None)
         rows = [row for name in file_names(folder) for row in pq.read_table(folder / name).to_pylist()]
         assert len(rows) == len(SHAPES)

@@ -23,6 +23,7 @@ from pipelines.caching.verify import verify
 from pipelines.config import Config, VideoLimits
 from prophy.schema import INDEX
 from prophy.video import write_video
+from tests.caches import encodings_folder, priors_folder
 from tests.conftest import tiny_config
 from tests.disks import remount, small_disk
 from tests.hostile import FPS, REFUSED, moving_square
@@ -181,7 +182,7 @@ def test_a_disk_that_is_read_only_and_then_full(
     assert f"cannot write to {output} (Read-only file system)" in sentence and again in sentence
 
     remount(disk, "rw")
-    encodings = cache.encodings_folder(tiny_config(tmp_path / "run", *options))
+    encodings = encodings_folder(tiny_config(tmp_path / "run", *options))
     sentence = prophy.mistake(*command)
     assert f"cannot write to {encodings} (No space left on device)" in sentence and again in sentence
     written = times(encodings)
@@ -216,9 +217,9 @@ def fill(file: Path) -> None:
             rest.write(bytes(4096))
 
 
-def times(folder: str) -> dict[str, int]:
+def times(folder: Path) -> dict[str, int]:
     """The files of a table, and when they were written."""
-    return {name: Path(folder, name).stat().st_mtime_ns for name in file_names(Path(folder))}
+    return {name: (folder / name).stat().st_mtime_ns for name in file_names(folder)}
 
 
 # A process of its own: a thread of the driver may wait for it longer than a clip takes.
@@ -248,7 +249,7 @@ def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     deadly = find_videos(str(clips), PHENOMENA).videos.to_pylist()[1]["source"]
     [row] = cut(deadly)
     marker = Path(config.cache.output, ATTEMPTS_FOLDER, f"ExtractPriors-{row['sample_id']}")
-    priors, stop = Path(cache.priors_folder(config)), threading.Event()
+    priors, stop = priors_folder(config), threading.Event()
 
     def hide_the_last() -> None:
         while not (file_names(priors) or stop.is_set()):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.caching import cache
 from pipelines.caching.tables import file_names
 from pipelines.caching.verify import verify
 from pipelines.config import Config
 from prophy.schema import EMPTY_PROMPT
+from tests.caches import encodings_folder, priors_folder
 from tests.conftest import NUM_CLIPS, ROWS_PER_FILE
 from tests.killing import Run, kill_at_a_moment, starter
 
@@ -50,7 +50,7 @@ def rows(folder: Path) -> dict[str, dict]:
 
 def assert_equal_caches(output: Path, tiny_cache: Config) -> None:
     assert verify(output) == []
-    for folder in (cache.priors_folder(tiny_cache), cache.encodings_folder(tiny_cache)):
+    for folder in (priors_folder(tiny_cache), encodings_folder(tiny_cache)):
         expected = Path(folder)
         place = output / expected.relative_to(tiny_cache.cache.output)
         assert rows(place) == rows(expected)
@@ -91,7 +91,7 @@ def test_a_killed_driver_and_worker_cost_nothing(
     done = whole_files(output)
 
     second = runs()
-    encodings = output / Path(cache.encodings_folder(tiny_cache)).relative_to(tiny_cache.cache.output)
+    encodings = output / encodings_folder(tiny_cache).relative_to(tiny_cache.cache.output)
     second.wait_until(lambda: bool(file_names(encodings)))
     assert second.kill("worker") == 1
     assert finish(second, done) > 0

@@ -24,6 +24,7 @@ from pipelines.training.checkpoint_places import open_checkpoints
 from prophy.stores import files_below
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames, write_video
+from tests.caches import encodings_folder, priors_folder
 from tests.cogvideox import MAX_SEQUENCE_LENGTH, write_pipeline
 from tests.conftest import tiny_config
 from tests.killing import Run, kill_at_a_moment, starter
@@ -89,7 +90,7 @@ def undisturbed(
         frames = read_frames(clip, 0.0, 2.0, 17, 64, 64)
         write_video(videos / clip.name, frames[:, 13:51] if number % 2 else frames, 8)
     cache.run(config)
-    samples = PriorCache(Path(cache.priors_folder(config)), Path(cache.encodings_folder(config)))
+    samples = PriorCache(priors_folder(config), encodings_folder(config))
     assert [*map(len, samples.by_shape(samples.sample_ids).values())] == [6, 6]
     Run(*command(config.run_dir, config)).finish()
     return config

@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.caching import cache
 from pipelines.caching.tables import file_names
 from pipelines.caching.verify import verify
 from pipelines.config import Config
+from tests.caches import encodings_folder, priors_folder
 from tests.conftest import NUM_CLIPS
 from tests.killing import Run
 from tests.nodes import Nodes, cluster
@@ -50,8 +50,8 @@ def test_a_node_is_lost_and_does_not_come_back(
     output = tmp_path / "run" / "cache"
     table = output / "priors"
     if lost_while == "encodings":
-        shutil.copytree(cache.priors_folder(tiny_cache), output / "priors")
-        table = output / Path(cache.encodings_folder(tiny_cache)).relative_to(tiny_cache.cache.output)
+        shutil.copytree(priors_folder(tiny_cache), output / "priors")
+        table = output / encodings_folder(tiny_cache).relative_to(tiny_cache.cache.output)
     monkeypatch.setenv("RAY_ADDRESS", nodes.address)
     run = Run("cache", tmp_path / "run", (f"cache.input={tiny_cache.cache.input}", *OVERRIDES), "ray::Map")
     monkeypatch.delenv("RAY_ADDRESS")
@@ -62,7 +62,7 @@ def test_a_node_is_lost_and_does_not_come_back(
     finally:
         run.clean_up()
     assert verify(output) == []
-    for folder in (cache.priors_folder(tiny_cache), cache.encodings_folder(tiny_cache)):
+    for folder in (priors_folder(tiny_cache), encodings_folder(tiny_cache)):
         made = output / Path(folder).relative_to(tiny_cache.cache.output)
         assert sum(pq.read_metadata(made / name).num_rows for name in file_names(made)) == NUM_CLIPS
     assert not file_names(output / "quarantine")

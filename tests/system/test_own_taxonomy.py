@@ -22,6 +22,7 @@ from prophy.sandbox import Phenomenon, simulate_clip
 from prophy.schema import INDEX
 from prophy.training.data import PriorCache
 from prophy.video import write_video
+from tests.caches import encodings_folder, priors_folder
 from tests.conftest import tiny_config
 
 # Neither names nor order of the built-in one.
@@ -77,7 +78,7 @@ def trained(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Conf
 
 
 def test_the_cache_has_the_names_and_their_order(trained: Config) -> None:
-    priors = Path(cache.priors_folder(trained))
+    priors = priors_folder(trained)
     footer = json.loads(pq.read_metadata(priors / INDEX).metadata[b"prophy.settings"])
     assert footer["taxonomy"] == list(NAMES)
     for row in pq.read_table(priors / INDEX).to_pylist():
@@ -123,7 +124,7 @@ def test_another_order_is_refused(trained: Config) -> None:
     ):
         train.run(config)
 
-    samples = PriorCache(Path(cache.priors_folder(trained)), Path(cache.encodings_folder(trained)))
+    samples = PriorCache(priors_folder(trained), encodings_folder(trained))
     another = copy.copy(samples)
     another.phenomena = NAMES[::-1]
     with pytest.raises(ProPhyError, match=f"^the checkpoint .*: {apart} run_dir"):

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.caching import cache
 from pipelines.config import Config
 from prophy.schema import EMPTY_PROMPT, ROW_FILES, text_column
 from prophy.training.cache import PriorCache
+from tests.caches import encodings_folder, priors_folder
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_cache: Config) -> tuple[Path, Path]:
-    return Path(cache.priors_folder(tiny_cache)), Path(cache.encodings_folder(tiny_cache))
+    return priors_folder(tiny_cache), encodings_folder(tiny_cache)
 
 
 def assert_same_text(row: dict, expected: dict[str, torch.Tensor]) -> None:

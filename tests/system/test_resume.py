@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.training.checkpoint import MANIFEST
 from pipelines.training.samples import describe_samples
@@ -16,6 +15,7 @@ from pipelines.training.train import alone, compare_samples, pin_backbone
 from prophy.errors import ProPhyError
 from prophy.tiny.pipeline import pipeline_folder
 from prophy.training.cache import PriorCache
+from tests.caches import encodings_folder, priors_folder
 from tests.conftest import tiny_config
 
 MODEL, THEN, NOW = "nobody/video", "a" * 40, "b" * 40
@@ -71,7 +71,7 @@ def test_a_cache_that_has_grown_is_said(
     tiny_cache: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_config(tmp_path / "run", f"cache.output={tiny_cache.cache.output}")
-    cache = PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+    cache = PriorCache(priors_folder(config), encodings_folder(config))
     samples = describe_samples(config, cache)
     assert samples["number"] == 12
     write_checkpoint(config, {"samples": samples})

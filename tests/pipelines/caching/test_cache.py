@@ -24,6 +24,7 @@ from prophy.schema import EMPTY_PROMPT, INDEX, INPUT, latents_of, text_of
 from prophy.taxonomy import from_multi_hot
 from prophy.training.cache import PriorCache
 from prophy.video import read_frames, write_video
+from tests.caches import encodings_folder, priors_folder
 from tests.cogvideox import write_pipeline
 from tests.conftest import tiny_config
 from tests.wisa import PHENOMENA
@@ -50,18 +51,18 @@ def cached(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return config, cache.run(config)
 
 
-def files(folder: str | Path) -> dict[str, int]:
+def files(folder: Path) -> dict[str, int]:
     """Data files of a table and when they were written."""
     return {
         file.name: file.stat().st_mtime_ns
-        for file in Path(folder).glob("*.parquet")
+        for file in folder.glob("*.parquet")
         if file.name not in (INDEX, EMPTY_PROMPT, INPUT)
     }
 
 
-def rows(folder: str | Path) -> dict[str, dict]:
+def rows(folder: Path) -> dict[str, dict]:
     """All rows of a table, by plain pyarrow."""
-    found = [row for name in files(folder) for row in pq.read_table(Path(folder) / name).to_pylist()]
+    found = [row for name in files(folder) for row in pq.read_table(folder / name).to_pylist()]
     assert len({row["sample_id"] for row in found}) == len(found)
     return {row["sample_id"]: row for row in found}
 
@@ -101,7 +102,7 @@ def test_both_tables_join_and_the_vlm_captions_what_has_no_caption(
     cached: tuple[Config, cache.CacheSummary],
 ) -> None:
     config, summary = cached
-    priors, encodings = rows(cache.priors_folder(config)), rows(cache.encodings_folder(config))
+    priors, encodings = rows(priors_folder(config)), rows(encodings_folder(config))
     assert priors.keys() == encodings.keys()
     for sample_id, prior in priors.items():
         assert prior["caption"] is None
@@ -118,7 +119,7 @@ def test_both_tables_join_and_the_vlm_captions_what_has_no_caption(
 
 def test_encodings_are_what_the_encoder_gives(cached: tuple[Config, cache.CacheSummary]) -> None:
     config, _ = cached
-    backbone, folder = config.backbone, Path(cache.encodings_folder(config))
+    backbone, folder = config.backbone, encodings_folder(config)
     encoder = VideoEncoder(
         backbone.pretrained,
         backbone.revision,
@@ -127,7 +128,7 @@ def test_encodings_are_what_the_encoder_gives(cached: tuple[Config, cache.CacheS
         backbone.max_sequence_length,
         backbone.family,
     )
-    priors = rows(cache.priors_folder(config))
+    priors = rows(priors_folder(config))
     index = pq.read_table(folder / INDEX).to_pylist()
     assert [entry["sample_id"] for entry in index] == sorted(priors)
     for entry in index[:2]:
@@ -153,9 +154,9 @@ def first_of(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_same_command_adds_nothing(cached: tuple[Config, cache.CacheSummary]) -> None:
     config, first = cached
     folders = (
-        cache.priors_folder(config),
-        cache.encodings_folder(config),
-        f"{config.cache.output}/quarantine",
+        priors_folder(config),
+        encodings_folder(config),
+        Path(config.cache.output, "quarantine"),
     )
     before = [files(folder) for folder in folders]
     second = cache.run(config)
@@ -169,14 +170,14 @@ def test_what_a_lost_file_held_is_done_again_and_nothing_else(
     cached: tuple[Config, cache.CacheSummary],
 ) -> None:
     config, _ = cached
-    folder = cache.encodings_folder(config)
-    priors_before, before, rows_before = files(cache.priors_folder(config)), files(folder), rows(folder)
+    folder = encodings_folder(config)
+    priors_before, before, rows_before = files(priors_folder(config)), files(folder), rows(folder)
     lost = sorted(before)[0]
     num_lost = pq.read_metadata(Path(folder) / lost).num_rows
     (Path(folder) / lost).unlink()
     summary = cache.run(config)
     assert (summary.added_encodings.written, summary.added_priors.written) == (num_lost, 0)
-    assert files(cache.priors_folder(config)) == priors_before
+    assert files(priors_folder(config)) == priors_before
     kept = {name: time for name, time in before.items() if name != lost}
     assert kept.items() <= files(folder).items()
     assert rows(folder).keys() == rows_before.keys()
@@ -196,7 +197,7 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
     cached: tuple[Config, cache.CacheSummary], tmp_path: Path
 ) -> None:
     config, _ = cached
-    priors_before, before = files(cache.priors_folder(config)), files(cache.encodings_folder(config))
+    priors_before, before = files(priors_folder(config)), files(encodings_folder(config))
     folder = Path(shutil.copytree(resolve_pretrained("tiny"), tmp_path / "other"))
     vae = folder / "vae" / "config.json"
     vae.write_text(vae.read_text() + "\n")  # another model by its files
@@ -208,12 +209,12 @@ def test_another_backbone_asks_no_vlm_and_another_transformer_encodes_nothing(
     model, resolution = {"pretrained": str(folder)}, {"height": 48, "width": 48}
     other = with_backbone(**model, **resolution)
     each = (config, with_backbone(**model), with_backbone(**resolution), other)
-    assert len({cache.encodings_folder(one) for one in each}) == len(each)
+    assert len({encodings_folder(one) for one in each}) == len(each)
     summary = cache.run(other)
     assert (vlm_calls(summary), summary.added_encodings.written) == (0, NUM_GOOD)
-    assert files(cache.priors_folder(config)) == priors_before
-    assert files(cache.encodings_folder(config)) == before
-    shapes = {tuple(row["latents_shape"]) for row in rows(cache.encodings_folder(other)).values()}
+    assert files(priors_folder(config)) == priors_before
+    assert files(encodings_folder(config)) == before
+    shapes = {tuple(row["latents_shape"]) for row in rows(encodings_folder(other)).values()}
     assert shapes == {(16, 5, 12, 12)}
 
     (folder / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"of another training")
@@ -238,7 +239,7 @@ def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
         video["source"]["uri"]: video
         for video in find_videos(tiny_cache.cache.input, PHENOMENA).videos.to_pylist()
     }
-    priors, encodings = rows(cache.priors_folder(tiny_cache)), rows(cache.encodings_folder(tiny_cache))
+    priors, encodings = rows(priors_folder(tiny_cache)), rows(encodings_folder(tiny_cache))
     assert len(priors) == len(encodings) == len(truth) == 12
     for sample_id, prior in priors.items():
         video = truth[prior["source"]["uri"]]
@@ -280,7 +281,7 @@ def test_what_changes_in_a_list_or_in_the_limits_is_done_anew_and_nothing_else(
     config = tiny_config(tmp_path / "run")
     priors, encodings = (
         sorted(rows(folder).values(), key=lambda row: row["source"]["uri"])
-        for folder in (cache.priors_folder(config), cache.encodings_folder(config))
+        for folder in (priors_folder(config), encodings_folder(config))
     )
     captions = ["a rises", "b falls", "c falls", "large falls"]
     assert [row["caption"] for row in priors] == [row["caption"] for row in encodings] == captions
@@ -301,7 +302,7 @@ def test_the_current_input_alone_counts_and_each_content_once(
     def cached(place: Path) -> tuple[cache.CacheSummary, PriorCache, str]:
         config = tiny_config(tmp_path / "run", f"cache.input={place}")
         summary = cache.run(config)
-        priors, encodings = cache.priors_folder(config), cache.encodings_folder(config)
+        priors, encodings = priors_folder(config), encodings_folder(config)
         return summary, PriorCache(Path(priors), Path(encodings)), capsys.readouterr().out
 
     summary, samples, printed = cached(clips)
@@ -322,11 +323,11 @@ def test_the_current_input_alone_counts_and_each_content_once(
 
 
 def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: Path) -> None:
-    def with_backbone(**changes: Any) -> str:
+    def with_backbone(**changes: Any) -> Path:
         backbone = config.backbone.model_copy(update=changes)
-        return cache.encodings_folder(config.model_copy(update={"backbone": backbone}))
+        return encodings_folder(config.model_copy(update={"backbone": backbone}))
 
-    folder = cache.encodings_folder(config)
+    folder = encodings_folder(config)
     assert with_backbone() == folder
     assert with_backbone(attention="sage", compile="regional") == folder  # how the transformer runs
     changes: list[dict[str, Any]] = [
@@ -382,8 +383,8 @@ def test_clip_and_backbone_must_last_equally(config: Config) -> None:
 
 
 def test_the_tables_join_on_their_indices(tiny_cache: Config) -> None:
-    priors = pq.read_table(Path(cache.priors_folder(tiny_cache)) / INDEX)
-    encodings = pq.read_table(Path(cache.encodings_folder(tiny_cache)) / INDEX)
+    priors = pq.read_table(priors_folder(tiny_cache) / INDEX)
+    encodings = pq.read_table(encodings_folder(tiny_cache) / INDEX)
     joined = priors.select(["sample_id", "fps"]).join(encodings.select(["sample_id", "caption"]), "sample_id")
     assert len(joined) == 12
     assert pc.all(pc.is_valid(joined["caption"])).as_py()

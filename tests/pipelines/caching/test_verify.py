@@ -18,6 +18,7 @@ from pipelines.config import Config
 from prophy.errors import ProPhyError
 from prophy.schema import EMPTY_PROMPT, INDEX, INPUT
 from prophy.training.cache import PriorCache
+from tests.caches import encodings_folder, priors_folder
 from tests.killing import Run, title
 from tests.servers import until
 
@@ -31,7 +32,7 @@ def copy(tiny_cache: Config, tmp_path: Path) -> Config:
 
 
 def test_a_sound_cache_is_sound(copy: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    priors, encodings = Path(cache.priors_folder(copy)), Path(cache.encodings_folder(copy))
+    priors, encodings = priors_folder(copy), encodings_folder(copy)
     before = {folder: (folder / INDEX).read_bytes() for folder in (priors, encodings)}
     for folder in before:
         (folder / INDEX).write_text("no index")
@@ -47,7 +48,7 @@ def flip_a_bit(path: Path, place: int = 64) -> None:
 
 
 def test_every_damage_is_named_set_aside_and_made_good(ray_cluster: None, copy: Config) -> None:
-    priors, encodings = Path(cache.priors_folder(copy)), Path(cache.encodings_folder(copy))
+    priors, encodings = priors_folder(copy), encodings_folder(copy)
     flipped, other_settings = (priors / name for name in file_names(priors)[:2])
     flip_a_bit(flipped)
     rows = pq.read_table(other_settings)
@@ -74,11 +75,11 @@ def test_every_damage_is_named_set_aside_and_made_good(ray_cluster: None, copy: 
 
 def read(config: Config) -> PriorCache:
     """What training does first."""
-    return PriorCache(Path(cache.priors_folder(config)), Path(cache.encodings_folder(config)))
+    return PriorCache(priors_folder(config), encodings_folder(config))
 
 
 def test_reasons_are_told(copy: Config) -> None:
-    priors = Path(cache.priors_folder(copy))
+    priors = priors_folder(copy)
     first, second = (priors / name for name in file_names(priors)[:2])
     flip_a_bit(first)
     rows = pq.read_table(second)
@@ -92,7 +93,7 @@ def test_reasons_are_told(copy: Config) -> None:
 @pytest.fixture
 def large(copy: Config) -> Config:
     """A cache with more files than one task reads: beside its own, one clip under many names."""
-    for folder in map(Path, (cache.priors_folder(copy), cache.encodings_folder(copy))):
+    for folder in (priors_folder(copy), encodings_folder(copy)):
         rows = pq.read_table([folder / name for name in file_names(folder)]).sort_by("sample_id")[:1]
         place = rows.column_names.index("sample_id")
         for number in range(FILES_PER_PART):
@@ -118,7 +119,7 @@ def test_processes_that_share_the_files_find_what_one_process_finds(
     ray_cluster: None, large: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, alone = Path(large.cache.output), tmp_path / "alone"
-    for table in (cache.priors_folder(large), cache.encodings_folder(large)):
+    for table in (priors_folder(large), encodings_folder(large)):
         damage_some(Path(table))
     shutil.copytree(folder, alone)
     expected = [sentence.replace(str(alone), str(folder)) for sentence in verify.verify(alone)]
@@ -128,7 +129,7 @@ def test_processes_that_share_the_files_find_what_one_process_finds(
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if "damaged: " in line] == [f"damaged: {line}" for line in expected]
     samples = verify.rebuild_indices(alone)
-    assert samples.keys() == {"priors", f"encodings/{Path(cache.encodings_folder(large)).name}"}
+    assert samples.keys() == {"priors", f"encodings/{encodings_folder(large).name}"}
     for name, count in samples.items():
         assert f"{name}: {count} samples, index rebuilt" in said
         assert (folder / name / INDEX).read_bytes() == (alone / name / INDEX).read_bytes()
@@ -140,7 +141,7 @@ def test_processes_that_share_the_files_find_what_one_process_finds(
 def test_a_run_that_finds_no_index_has_tasks_make_it(
     ray_cluster: None, large: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    priors, encodings = Path(cache.priors_folder(large)), Path(cache.encodings_folder(large))
+    priors, encodings = priors_folder(large), encodings_folder(large)
     verify.rebuild_indices(large.cache.folder)
     before = {folder: (folder / INDEX).read_bytes() for folder in (priors, encodings)}
     for folder in before:
@@ -180,7 +181,7 @@ def test_sigterm_ends_it_and_all_that_it_started(ray_cluster: None, large: Confi
 def test_a_cache_of_another_version_is_refused_and_left_as_it_is(
     copy: Config, tmp_path: Path, command: Callable[..., object]
 ) -> None:
-    priors = Path(cache.priors_folder(copy))
+    priors = priors_folder(copy)
     for path in [*priors.glob("*.parquet")]:
         rows = pq.read_table(path)
         path.unlink()

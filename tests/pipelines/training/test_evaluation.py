@@ -11,7 +11,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.caching import cache
-from pipelines.caching.cache import encodings_folder, priors_folder
 from pipelines.config import Config
 from pipelines.layout import EVALUATION_FILE, METRICS_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
 from pipelines.sandbox import simulate
@@ -26,6 +25,7 @@ from pipelines.training.watcher import best_step, evaluating
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
 from prophy.video import probe
+from tests.caches import encodings_folder, priors_folder
 from tests.conftest import tiny_config
 
 
@@ -45,7 +45,7 @@ def evaluated_config(tiny_cache: Config, run_dir: Path, *overrides: str) -> Conf
 
 
 def read_cache(config: Config) -> PriorCache:
-    return PriorCache(Path(priors_folder(config)), Path(encodings_folder(config)))
+    return PriorCache(priors_folder(config), encodings_folder(config))
 
 
 @pytest.fixture(scope="module")

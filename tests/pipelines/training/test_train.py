@@ -21,7 +21,6 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipelines.caching.cache import encodings_folder
 from pipelines.config import Config
 from pipelines.layout import METRICS_FILE, TENSORBOARD_FOLDER
 from pipelines.metrics import TRAINING
@@ -39,6 +38,7 @@ from prophy.schema import INDEX
 from prophy.tiny import bundled
 from prophy.training.cache import PriorCache
 from prophy.training.data import BatchPlan, TrainBatch
+from tests.caches import encodings_folder
 from tests.conftest import tiny_config
 from tests.object_store import object_store
 from tests.wisa import PHENOMENA
@@ -131,7 +131,7 @@ def resumed(through: Config, tiny_cache: Config, tmp_path_factory: pytest.TempPa
     )
     by_time = ("train.save_every=1000", "train.save_every_s=1e-9")  # at every step
     config = train_config(tiny_cache, stopped(through, folder / "run"), *overrides, *by_time)
-    table = Path(encodings_folder(config))
+    table = encodings_folder(config)
     samples = PriorCache(cache / "priors", table)
     plan = BatchPlan(samples.by_shape(samples.sample_ids), 4, config.train.seed)
     compared = range(saved_steps(through.run_dir)[1], through.train.num_steps)  # counted from 0
