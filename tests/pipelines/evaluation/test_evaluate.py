@@ -107,6 +107,7 @@ def test_videos_are_judged(both: Both) -> None:
     assert len(list((config.evaluate.output / "videos").iterdir())) == 12
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(ray_cluster: None, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 512 << 10) as disk:
         there = f"evaluate.output={disk / 'evaluation'}"
