@@ -501,8 +501,7 @@ def main() -> None:
     )
     for name in ("pipelines", "prophy"):
         logging.getLogger(name).setLevel(logging.INFO)
-    for name in ("httpx", "aiobotocore", "botocore"):  # each request, and where S3's credentials were found
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # each request
     # Whatever loads diffusers loads DeepSpeed, whose first word on a laptop is a warning that it has no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     # Workers inherit it: no bar for each file that a library loads.

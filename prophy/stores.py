@@ -1,5 +1,6 @@
 """Disks and object stores, by fsspec. A location is a path, or a URL such as `s3://bucket/videos`."""
 
+import logging
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
@@ -11,6 +12,10 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from prophy.errors import ProPhyError
+
+# Where credentials were found, again in each process.
+for _name in ("aiobotocore", "botocore"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 _FILES_AT_ONCE = 8  # one stream each, which goes on where it was cut
 
