@@ -77,7 +77,7 @@ class ServeConfig(Section):
     In a denoising step each process computes half, and predictions are exchanged once, which is less than
     sequence_parallel sends. A video without guidance (a guidance_scale of at most 1) has one pass, which both
     halves compute, and is no faster. Step caches go with it but for CogVideoX's first_block, and so does
-    backbone.compile. False by default, as sequence_parallel is 1. No GPU has run it yet.
+    backbone.compile, tried with aot_eager. False by default, as sequence_parallel is 1. No GPU has run it.
     """
 
     num_cpus: NonNegativeFloat = 1.0
