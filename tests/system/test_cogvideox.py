@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -61,6 +62,7 @@ def assert_text(row: dict, prompt: str, pipeline: ProPhyCogVideoXPipeline) -> No
     assert text["prompt_embeds"].any(-1).all()  # T5 has no mask: padding is not zero
 
 
+@pytest.mark.slow
 def test_encodings_in_several_shapes_are_what_the_pipeline_takes(ray_cluster: None, tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()

@@ -82,6 +82,7 @@ def test_a_store_that_does_not_let_us_in(monkeypatch: pytest.MonkeyPatch) -> Non
     S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 def test_videos_lie_in_a_bucket_as_in_a_folder(
     store: S3FileSystem, ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -52,6 +52,9 @@ def own_config(folder: Path, *overrides: str) -> Config:
     )
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def trained(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Two clips of each phenomenon, and one that the VLM is asked about, cached and trained on."""
