@@ -8,9 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
 
 # Set before torch, ray and transformers are imported. Ray's sockets need a short path, hence this folder.
 _SCRATCH = Path(tempfile.mkdtemp(prefix="prophy-"))
@@ -99,6 +103,23 @@ def tiny_cache(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> C
             cache.run(config)
             made.touch()
     return config
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator["S3FileSystem"]:
+    """An empty object store for the tests of a file."""
+    from tests.object_store import object_store
+
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(s3_server: "S3FileSystem") -> Iterator["S3FileSystem"]:
+    """That store, with a bucket called so that is empty."""
+    s3_server.mkdir("bucket")
+    yield s3_server
+    s3_server.rm("bucket", recursive=True)
 
 
 @pytest.fixture(scope="session")

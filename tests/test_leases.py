@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,27 +11,14 @@ from s3fs import S3FileSystem
 from prophy.errors import ProPhyError
 from prophy.leases import Lease, held
 from prophy.places import Place, S3Path
-from tests.object_store import object_store, refuse_puts
+from tests.object_store import refuse_puts
 
 OBJECT = "bucket/cache/.lease"
 TOO_LONG_S = 1e6
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3FileSystem]:
-    with object_store() as found:
-        yield found
-
-
 @pytest.fixture
-def store(server: S3FileSystem) -> Iterator[S3FileSystem]:
-    server.mkdir("bucket")
-    yield server
-    server.rm("bucket", recursive=True)
-
-
-@pytest.fixture
-def folder(store: S3FileSystem) -> S3Path:
+def folder(bucket: S3FileSystem) -> S3Path:
     return S3Path("s3://bucket/cache", "some.key")
 
 
@@ -88,24 +74,24 @@ def test_of_two_that_take_it_over_one_gets_it(folder: S3Path, monkeypatch: pytes
         lease(folder).acquire()
 
 
-def test_a_run_that_has_lost_it_is_stopped(folder: S3Path, store: S3FileSystem) -> None:
+def test_a_run_that_has_lost_it_is_stopped(folder: S3Path, bucket: S3FileSystem) -> None:
     message = "another run has taken over s3://bucket/cache, because .* 0.03 s; what was written is whole"
     with pytest.raises(ProPhyError, match=message), lease(folder, renewed_every_s=0.01).held():
-        store.pipe_file(OBJECT, b"of another run")
+        bucket.pipe_file(OBJECT, b"of another run")
         threading.Event().wait()
-    assert store.cat_file(OBJECT) == b"of another run"
+    assert bucket.cat_file(OBJECT) == b"of another run"
 
 
-def test_a_run_that_ends_as_it_loses_it_says_so(folder: S3Path, store: S3FileSystem) -> None:
+def test_a_run_that_ends_as_it_loses_it_says_so(folder: S3Path, bucket: S3FileSystem) -> None:
     with pytest.raises(ProPhyError, match="another run has taken over"), lease(folder).held():
-        store.pipe_file(OBJECT, b"of another run")
-    assert store.cat_file(OBJECT) == b"of another run"
+        bucket.pipe_file(OBJECT, b"of another run")
+    assert bucket.cat_file(OBJECT) == b"of another run"
 
 
-def test_an_interrupt_of_the_user_is_one(folder: S3Path, store: S3FileSystem) -> None:
+def test_an_interrupt_of_the_user_is_one(folder: S3Path, bucket: S3FileSystem) -> None:
     with pytest.raises(KeyboardInterrupt), lease(folder).held():
         raise KeyboardInterrupt
-    assert store.cat_file(OBJECT) == b"", "it is released"
+    assert bucket.cat_file(OBJECT) == b"", "it is released"
 
 
 def test_a_renewal_whose_answer_is_lost_counts(folder: S3Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,15 +107,15 @@ def test_a_renewal_whose_answer_is_lost_counts(folder: S3Path, monkeypatch: pyte
 
 
 def test_a_store_that_refuses_once_is_asked_again(
-    folder: S3Path, store: S3FileSystem, caplog: pytest.LogCaptureFixture
+    folder: S3Path, bucket: S3FileSystem, caplog: pytest.LogCaptureFixture
 ) -> None:
     with lease(folder, renewed_every_s=0.01).held():
-        refuse_puts(store, "bucket", "cache/*")
+        refuse_puts(bucket, "bucket", "cache/*")
         while "the lease is not renewed: some.key: cannot use" not in caplog.text:
             time.sleep(0.01)
-        store.call_s3("delete_bucket_policy", Bucket="bucket")
-        before = store.cat_file(OBJECT)
-        while store.cat_file(OBJECT) == before:
+        bucket.call_s3("delete_bucket_policy", Bucket="bucket")
+        before = bucket.cat_file(OBJECT)
+        while bucket.cat_file(OBJECT) == before:
             time.sleep(0.01)
 
 

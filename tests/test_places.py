@@ -2,7 +2,6 @@
 
 import pickle
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,23 +24,10 @@ from prophy.places import (
     sizes,
     write_whole,
 )
-from tests.object_store import object_store, refuse_puts
+from tests.object_store import refuse_puts
 
 URL = "s3://bucket/deep/files"
 A_SHA256 = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # of "a"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3FileSystem]:
-    with object_store() as found:
-        yield found
-
-
-@pytest.fixture
-def store(server: S3FileSystem) -> Iterator[S3FileSystem]:
-    server.mkdir("bucket")
-    yield server
-    server.rm("bucket", recursive=True)
 
 
 def open_place(location: str = URL) -> Place:
@@ -49,7 +35,7 @@ def open_place(location: str = URL) -> Place:
 
 
 @pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, store: S3FileSystem, tmp_path: Path) -> Place:
+def folder(request: pytest.FixtureRequest, bucket: S3FileSystem, tmp_path: Path) -> Place:
     return open_place(str(tmp_path / "deep" / "files") if request.param == "disk" else f"{URL}/")
 
 
@@ -104,27 +90,27 @@ def test_what_a_killed_process_leaves_on_a_disk(tmp_path: Path) -> None:
     assert other.exists() and not left.exists()
 
 
-def test_a_listing_is_of_now_and_of_this_place_alone(store: S3FileSystem) -> None:
+def test_a_listing_is_of_now_and_of_this_place_alone(bucket: S3FileSystem) -> None:
     place = open_place()
     assert names(place) == []
     for name in ("files/a", "files/below/b", "files-of-others/c", "d"):
-        store.pipe_file(f"bucket/deep/{name}", b"")
+        bucket.pipe_file(f"bucket/deep/{name}", b"")
     assert names(place) == ["a"]
-    store.rm_file("bucket/deep/files/a")
+    bucket.rm_file("bucket/deep/files/a")
     assert names(place) == [] and place.is_dir() and not (place / "a").exists()
 
 
-def test_a_bucket_is_a_place_too(store: S3FileSystem) -> None:
+def test_a_bucket_is_a_place_too(bucket: S3FileSystem) -> None:
     place = open_place("s3://bucket")
     assert not place.is_dir()
     write_whole(place / "a", b"a")
     assert place.is_dir() and names(place) == ["a"]
 
 
-def test_what_was_fetched_is_not_asked_for_again(store: S3FileSystem) -> None:
+def test_what_was_fetched_is_not_asked_for_again(bucket: S3FileSystem) -> None:
     write_whole(open_place() / "a", b"a")
     file = fetched(open_place() / "a")
-    store.rm_file(f"{URL}/a")
+    bucket.rm_file(f"{URL}/a")
     assert file.read_bytes() == b"a" and str(file) == f"{URL}/a"
 
 
@@ -134,7 +120,7 @@ def test_a_place_can_be_sent_to_another_process() -> None:
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["another-change", "first-of-two"])
-def test_no_change_is_lost(store: S3FileSystem, there: bool) -> None:
+def test_no_change_is_lost(bucket: S3FileSystem, there: bool) -> None:
     file, given = open_place() / "list", []
     if there:
         write_whole(file, b"0")
@@ -151,7 +137,7 @@ def test_no_change_is_lost(store: S3FileSystem, there: bool) -> None:
     assert file.read_bytes() == start + b"xxy"
 
 
-def test_a_file_that_others_change_all_the_time(store: S3FileSystem) -> None:
+def test_a_file_that_others_change_all_the_time(bucket: S3FileSystem) -> None:
     file = open_place() / "list"
 
     def edit(before: bytes) -> bytes:
@@ -162,13 +148,13 @@ def test_a_file_that_others_change_all_the_time(store: S3FileSystem) -> None:
         change(file, edit)
 
 
-def test_a_place_that_refuses(store: S3FileSystem, tmp_path: Path) -> None:
-    refuse_puts(store, "bucket", "deep/*")
+def test_a_place_that_refuses(bucket: S3FileSystem, tmp_path: Path) -> None:
+    refuse_puts(bucket, "bucket", "deep/*")
     file = open_place() / "a"
     for attempt in (lambda: write_whole(file, b""), lambda: change(file, bytes), lambda: append(file, b"")):
         with pytest.raises(ProPhyError, match=f"^some.key: cannot use {URL}/a: Forbidden; mend"):
             attempt()
-    store.call_s3("delete_bucket_policy", Bucket="bucket")
+    bucket.call_s3("delete_bucket_policy", Bucket="bucket")
     with pytest.raises(ProPhyError, match="cannot use s3://nobucket/a: .*bucket does not exist; mend"):
         change(open_place("s3://nobucket/a"), bytes)
 

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,24 +17,15 @@ from prophy.hashing import home
 from prophy.places import S3Path
 from prophy.schema import DamagedFileError, MissingFileError, open_file
 from prophy.staging import on_disk, tell_staging
-from tests.object_store import object_store
 
 MANY = 10**9
 FOLDER = S3Path("s3://bucket/cache", "cache.output")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3FileSystem]:
-    with object_store() as found:
-        yield found
-
-
 @pytest.fixture
-def store(server: S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3FileSystem]:
+def store(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3FileSystem:
     monkeypatch.setenv("PROPHY_HOME", str(tmp_path / "home"))
-    server.mkdir("bucket")
-    yield server
-    server.rm("bucket", recursive=True)
+    return bucket
 
 
 def put(content: bytes) -> S3Path:

@@ -45,7 +45,7 @@ class GenerateVideos:
         model: its fingerprint, after which the videos are named.
 
     Raises:
-        ProPhyError: another model lies there by now.
+        ProPhyError: from the first call, where another model lies there by now.
     """
 
     def __init__(self, config: Config, model: str) -> None:

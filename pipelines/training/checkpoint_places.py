@@ -81,14 +81,8 @@ class FolderStore(CheckpointStore):
 
     def commit(self, step: int, manifest: Mapping[str, Any]) -> None:
         """See `CheckpointStore`."""
-        folder = self._folder(step)
-        partial = folder / f"{MANIFEST}.partial"
-        with partial.open("w") as content:
-            json.dump(manifest, content, indent=1)
-            content.flush()
-            os.fsync(content.fileno())
-        partial.rename(folder / MANIFEST)
-        for place in (folder, folder.parent):  # their entries too, before older checkpoints go
+        super().commit(step, manifest)
+        for place in (self._folder(step), self._root):  # their entries too, before older checkpoints go
             descriptor = os.open(place, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -106,18 +100,6 @@ class FolderStore(CheckpointStore):
 
     def _folder(self, step: int) -> Path:
         return self._root / checkpoint_name(step)
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            return (self._root / name).read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def _write(self, name: str, content: bytes) -> None:
-        self._root.mkdir(parents=True, exist_ok=True)
-        partial = self._root / f"{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(self._root / name)
 
 
 class S3Store(CheckpointStore):
@@ -179,10 +161,6 @@ class S3Store(CheckpointStore):
                 )
         return about
 
-    def commit(self, step: int, manifest: Mapping[str, Any]) -> None:
-        """See `CheckpointStore`."""
-        self._write(f"{checkpoint_name(step)}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
-
     def remove(self, step: int) -> None:
         """See `CheckpointStore`."""
         self._remove(checkpoint_name(step))
@@ -224,17 +202,6 @@ class S3Store(CheckpointStore):
         for name in self._below(folder):
             with _using(f"{self.location}/{name}"):
                 self._store.rm_file(f"{self._root}/{name}")
-
-    def _read(self, name: str) -> bytes | None:
-        with _using(f"{self.location}/{name}"):
-            try:
-                return self._store.cat_file(f"{self._root}/{name}")
-            except FileNotFoundError:
-                return None
-
-    def _write(self, name: str, content: bytes) -> None:
-        with _using(f"{self.location}/{name}"):
-            self._store.pipe_file(f"{self._root}/{name}", content)
 
 
 def _checkpoints_in(names: Mapping[str, int]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pipelines.layout import checkpoint_name
 from pipelines.training.checkpoint import MANIFEST, Checkpoint, DamagedError
 from prophy.errors import ProPhyError
+from prophy.places import place_of, write_whole
 from prophy.stores import mendable, try_writing
 
 OWNER = "run.json"
@@ -35,7 +36,7 @@ class CheckpointStore(ABC):
     look_every_s = 1.0
 
     def __init__(self, location: str) -> None:
-        self.location = location
+        self.location, self._place = location, place_of(location, "train.checkpoints")
 
     @abstractmethod
     def committed(self) -> list[int]:
@@ -76,10 +77,6 @@ class CheckpointStore(ABC):
         """
 
     @abstractmethod
-    def commit(self, step: int, manifest: Mapping[str, Any]) -> None:
-        """Makes a checkpoint count whose files are all there."""
-
-    @abstractmethod
     def remove(self, step: int) -> None:
         """Removes a checkpoint; what is half removed is none."""
 
@@ -87,13 +84,9 @@ class CheckpointStore(ABC):
     def set_aside(self, step: int) -> None:
         """Gives a checkpoint the ending `.damaged`, in the place of an earlier one: it no longer counts."""
 
-    @abstractmethod
-    def _read(self, name: str) -> bytes | None:
-        """A small file; None if there is none."""
-
-    @abstractmethod
-    def _write(self, name: str, content: bytes) -> None:
-        """Writes a small file, or replaces it; nobody sees a part of it."""
+    def commit(self, step: int, manifest: Mapping[str, Any]) -> None:
+        """Makes a checkpoint count whose files are all there."""
+        self._write(f"{checkpoint_name(step)}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
 
     def claim(self, run_dir: Path) -> None:
         """Tries the place, and takes it for one run: two would remove each other's checkpoints.
@@ -166,6 +159,18 @@ class CheckpointStore(ABC):
         """The checkpoint of `step`; None if there is none whose files are what its manifest says."""
         with ExitStack() as held:
             yield self._sound(step, held) if step in self.committed() else None
+
+    def _read(self, name: str) -> bytes | None:
+        """A small file; None if there is none."""
+        try:
+            return (self._place / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Writes a small file, or replaces it; nobody sees a part of it."""
+        self._place.mkdir(parents=True, exist_ok=True)
+        write_whole(self._place / name, content)
 
     def _sound(self, step: int, held: ExitStack) -> Checkpoint | None:
         try:
