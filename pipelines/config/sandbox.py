@@ -47,6 +47,12 @@ class PretrainConfig(Section):
     text_steps: Annotated[PositiveInt, How()] = 1000
     """Optimizer steps of the text encoder."""
 
+    text_task: Literal["products", "missing_words"] = "products"
+    """What the text encoder is taught: which thing, in which colour, is where; or to fill in missing words.
+
+    The second is what the encoders of published backbones were taught, which saw text alone.
+    """
+
     vlm_steps: Annotated[PositiveInt, How()] = 2000
     """Optimizer steps of the VLM."""
 

@@ -167,6 +167,13 @@ class TrainConfig(Section):
     caption_dropout: Fraction = 0.1
     """Share of captions replaced by the empty prompt, which classifier-free guidance needs. 10 % is usual."""
 
+    noise_levels: tuple[Fraction, Fraction] | None = None
+    """Least and most noise that is trained on, and held-out losses are of: shares of the last timestep.
+
+    Those within are as likely as ever. Null is all, or those of `expert`. At [0.96, 1] the text alone says
+    what is where; of all levels that are drawn with a shift of 3, 2 % lie there.
+    """
+
     image_share: Fraction | None = None
     """Share of samples that begin with an image: the first latent frame is given, free of noise and loss.
 
@@ -320,6 +327,9 @@ class TrainConfig(Section):
                 "storage_dtype is for a backbone that each worker holds as a whole, and zero_stage is 3; set "
                 "that to 2, or leave storage_dtype out"
             )
+        if self.noise_levels is not None and self.noise_levels[0] >= self.noise_levels[1]:
+            least, most = self.noise_levels
+            raise ValueError(f"noise_levels begins at {least:g} and ends at {most:g}; begin with the lesser")
         if self.keep_attention and not self.gradient_checkpointing:
             raise ValueError(
                 "keep_attention is set without gradient_checkpointing, where all is kept; set that true too"

@@ -62,7 +62,10 @@ def run(config: Config, part: Part) -> Path:
                 VaeRecipe(num_steps=settings.vae_steps, num_clips=settings.num_clips, seed=settings.seed),
             )
         case "text_encoder":
-            progress = pretrain_text(folder, TextRecipe(num_steps=settings.text_steps, seed=settings.seed))
+            progress = pretrain_text(
+                folder,
+                TextRecipe(num_steps=settings.text_steps, task=settings.text_task, seed=settings.seed),
+            )
         case "backbone":
             progress = pretrain_backbone(
                 folder,

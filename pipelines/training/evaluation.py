@@ -87,7 +87,9 @@ def held_out_losses(config: Config, cache: PriorCache, model: Path) -> dict[str,
     dataset, num_samples = build_held_out_dataset(config, cache)
     module = ProPhyTrainModule(
         transformer,
-        family.classes().objective.from_scheduler(pipeline.scheduler.config, expert.levels),
+        family.classes().objective.from_scheduler(
+            pipeline.scheduler.config, expert.trained_levels(train.noise_levels)
+        ),
         cache.null_text(),
         train.loss_weights,
         train.reduction,

@@ -59,7 +59,7 @@ def build_module(
 
     Raises:
         ProPhyError: the branch to start from is of another backbone, or of another shape; the checkpoint
-            holds other parameters; or `train.expert` does not fit the backbone.
+            holds other parameters; or `train.expert` or `train.noise_levels` does not fit the backbone.
     """
     backbone, train = config.backbone, config.train
     expert = load_trained_expert(backbone.family, backbone.pretrained, backbone.revision, train.expert)
@@ -71,7 +71,9 @@ def build_module(
         transformer,
         FAMILIES[backbone.family]
         .classes()
-        .objective.from_scheduler(_scheduler_config(folder / "scheduler"), expert.levels),
+        .objective.from_scheduler(
+            _scheduler_config(folder / "scheduler"), expert.trained_levels(train.noise_levels)
+        ),
         null_text,
         train.loss_weights,
         train.reduction,

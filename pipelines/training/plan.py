@@ -120,7 +120,8 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
 
     Raises:
         ProPhyError: backbone or VLM is neither a published one nor a folder, and the hub cannot be reached;
-            or `train.expert` does not fit it, or `train.sequence_parallel` GPUs cannot share a sample.
+            `train.expert` or `train.noise_levels` does not fit it, or `train.sequence_parallel` GPUs cannot
+            share a sample.
     """
     plan, console = make_plan(config), Console()
     clip, train, size, gpu_memory = config.backbone, plan.train, plan.size, gpu_memory_gb * 1e9
@@ -288,13 +289,16 @@ def make_plan(config: Config) -> Plan:
 
 def _configs(config: Config) -> tuple[ModelConfig, ModelConfig, ModelConfig]:
     """Configurations of pipeline, VAE and transformer: those of a published model come with the product."""
-    backbone, family, expert = config.backbone, FAMILIES[config.backbone.family], config.train.expert
+    backbone, family, train = config.backbone, FAMILIES[config.backbone.family], config.train
     if backbone.pretrained not in family.published:
         model = (backbone.family, backbone.pretrained, backbone.revision)
         check_bare(*model)
-        return load_all_configs(*model, load_trained_expert(*model, expert).component)
+        expert = load_trained_expert(*model, train.expert)
+        expert.trained_levels(train.noise_levels)
+        return load_all_configs(*model, expert.component)
     published = family.published[backbone.pretrained]
-    family.trained_expert(backbone.pretrained, published.pipeline, expert)
+    expert = family.trained_expert(backbone.pretrained, published.pipeline, train.expert)
+    expert.trained_levels(train.noise_levels)
     with torch.device("meta"):
         upstream = family.classes().transformer(**published.transformer)
     return published.pipeline, published.vae, dict(upstream.config)

@@ -58,20 +58,23 @@ def run(config: Config) -> Path:
 
     Raises:
         ProPhyError: no cache, or one that does not fit; workers cannot share its clips as
-            `train.sequence_parallel` says; what the run goes on from has another taxonomy; the run folder or
-            `train.checkpoints` belongs to another run, another process trains in it, or it cannot be used; a
-            tracker is not installed; or a loss is not finite.
+            `train.sequence_parallel` says; the backbone does not take `train.expert` or `train.noise_levels`;
+            what the run goes on from has another taxonomy; the run folder or `train.checkpoints` belongs to
+            another run, another process trains in it, or it cannot be used; a tracker is not installed; or a
+            loss is not finite.
     """
     check_trackers(config)
     store = open_checkpoints(config.checkpoints)
     if config.train.checkpoints is not None:
         store.claim(config.run_dir)
+    model = config.backbone
     if store.newest_run() is None:  # a run that goes on was let in, and its hub may have moved on
-        model = config.backbone
         check_bare(model.family, model.pretrained, model.revision)
         load_trained_expert(model.family, model.pretrained, model.revision, config.train.expert)
     backbone = pin_backbone(config)
     pinned = _at_revision(config, backbone["revision"])
+    expert = load_trained_expert(model.family, model.pretrained, backbone["revision"], config.train.expert)
+    expert.trained_levels(config.train.noise_levels)
     cache = open_cache(pinned)()
     tell_samples(cache)
     compare_phenomena(pinned, cache)

@@ -72,6 +72,25 @@ class Expert:
     component: str = "transformer"
     levels: tuple[float, float] = (0.0, 1.0)
 
+    def trained_levels(self, wanted: tuple[float, float] | None) -> tuple[float, float]:
+        """The levels that it is trained on.
+
+        Args:
+            wanted: `train.noise_levels`.
+
+        Raises:
+            ProPhyError: some of them are not for this transformer.
+        """
+        if wanted is None:
+            return self.levels
+        least, most = self.levels
+        if not least <= wanted[0] < wanted[1] <= most:
+            raise ProPhyError(
+                f"train.noise_levels is {wanted[0]:g} to {wanted[1]:g}, and the transformer that is trained "
+                f"is for {least:g} to {most:g}; set it within these, or to null"
+            )
+        return wanted
+
 
 @dataclass(frozen=True)
 class Published:

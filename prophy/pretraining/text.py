@@ -3,13 +3,16 @@
 Every token is taught the products scene x side, colour x side and scene x colour of the clause that it stands
 in: taught a scene and a side each by itself, an average over tokens would lose which belongs to which, and
 cross-attention is nearly an average. The sentences are the sandbox's captions and paraphrases of them.
+
+Or it is taught to fill in words that are missing, as the encoders of published backbones were, which saw text
+alone: what a branch can add to such a backbone is asked of it.
 """
 
 import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +42,11 @@ _PRODUCTS = (
     (len(_COLOURS), len(_SIDES)),
     (len(_SCENES), len(_COLOURS)),
 )
-_IGNORED = -100  # label of tokens that stand in no clause
+_IGNORED = -100  # label of tokens that are not asked for: they stand in no clause, or are not missing
+_MISSING = 0.15  # share of the words, BERT's
+
+Task = Literal["products", "missing_words"]
+"""What the encoder is taught: what stands together in a clause, or which words are missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,7 @@ class TextRecipe:
         num_steps: optimiser steps, each on sentences that are drawn anew.
         num_held_out: pairs of phenomena that were never trained together to measure on, and as many that were
             to fit the probe on.
+        task: what is taught.
         seed: decides weights and draws.
         batch_size: sentences in a step.
         learning_rate: AdamW's.
@@ -63,6 +71,7 @@ class TextRecipe:
 
     num_steps: int
     num_held_out: int = 2000
+    task: Task = "products"
     seed: int = 0
     batch_size: int = 64
     learning_rate: float = 2e-3
@@ -107,7 +116,7 @@ def _paraphrase(part: Part, rng: np.random.Generator) -> str:
             return f"{words} {where}"
 
 
-class _Lesson(torch.nn.Module):
+class _Products(torch.nn.Module):
     """The encoder, and a linear map from a token to each product."""
 
     def __init__(self, encoder: UMT5EncoderModel) -> None:
@@ -115,9 +124,39 @@ class _Lesson(torch.nn.Module):
         self.encoder = encoder
         self.heads = torch.nn.ModuleList(torch.nn.Linear(TEXT_DIM, a * b) for a, b in _PRODUCTS)
 
-    def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        states = self.encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
-        return [head(states) for head in self.heads]
+    def forward(self, asked: "_Asked", embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self.encoder(inputs_embeds=embeddings, attention_mask=asked.mask).last_hidden_state
+        names = ("scene_side", "colour_side", "scene_colour")
+        return {
+            name: _cross_entropy(head(states), labels)
+            for name, head, labels in zip(names, self.heads, asked.products, strict=True)
+        }
+
+
+class _MissingWords(torch.nn.Module):
+    """The encoder, and a linear map from a token to the embedding of the word that is missing there."""
+
+    def __init__(self, encoder: UMT5EncoderModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = torch.nn.Linear(TEXT_DIM, TEXT_DIM)
+
+    def forward(self, asked: "_Asked", embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        given = embeddings.masked_fill(asked.is_missing[..., None], 0.0)
+        states = self.encoder(inputs_embeds=given, attention_mask=asked.mask).last_hidden_state
+        logits = self.head(states) @ self.encoder.shared.weight.T
+        return {"missing_word": _cross_entropy(logits, asked.ids.masked_fill(~asked.is_missing, _IGNORED))}
+
+
+_LESSONS: dict[Task, type[_Products | _MissingWords]] = {
+    "products": _Products,
+    "missing_words": _MissingWords,
+}
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over the tokens that are asked for; `[B, L, N]` and `[B, L]`."""
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
 
 
 def pretrain_text(folder: Path, recipe: TextRecipe) -> Progress:
@@ -133,7 +172,7 @@ def pretrain_text(folder: Path, recipe: TextRecipe) -> Progress:
     encoder = UMT5EncoderModel.from_pretrained(place, dtype=torch.float32)
     encoder.shared.requires_grad_(False)
     torch.manual_seed(recipe.seed)
-    lesson = _Lesson(encoder).train()
+    lesson = _LESSONS[recipe.task](encoder).train()
     learned = [parameter for parameter in lesson.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=0.01)
 
@@ -143,20 +182,15 @@ def pretrain_text(folder: Path, recipe: TextRecipe) -> Progress:
         rng = np.random.default_rng((recipe.seed, step))
         difficulty = min(1.0, 2 * step / recipe.num_steps)
         said = [say(draw_parts(rng), rng, difficulty * recipe.paraphrased) for _ in range(recipe.batch_size)]
-        ids, mask, labels = _labelled(tokenizer, said)
-        embeddings = _disturbed(encoder.shared(ids), difficulty, recipe, rng)
+        asked = _ask(tokenizer, said, np.random.default_rng((recipe.seed, step, 1)))
+        embeddings = _disturbed(encoder.shared(asked.ids), difficulty, recipe, rng)
         with autocast(torch.device("cpu"), "bfloat16"):
-            answers = lesson(embeddings, mask)
-        losses = [
-            cross_entropy(logits.float().flatten(0, 1), label.flatten(), ignore_index=_IGNORED)
-            for logits, label in zip(answers, labels, strict=True)
-        ]
+            losses: dict[str, torch.Tensor] = lesson(asked, embeddings)
         optimiser.zero_grad()
-        sum(losses, torch.zeros(())).backward()
+        sum(losses.values(), torch.zeros(())).backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
-        names = ("scene_side", "colour_side", "scene_colour")
-        return {name: loss.item() for name, loss in zip(names, losses, strict=True)}
+        return {name: loss.item() for name, loss in losses.items()}
 
     progress = fit(
         take_step, {"lesson": lesson, "optimiser": optimiser}, folder / "text_encoder.pt", recipe.num_steps
@@ -186,10 +220,23 @@ def _all_sentences() -> list[str]:
     ]
 
 
-def _labelled(
-    tokenizer: PreTrainedTokenizerFast, said: list[Said]
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Tokens, their mask, and per product the label of each token: `[B, L]` each."""
+class _Asked(NamedTuple):
+    """Sentences, `[B, L]` each.
+
+    Attributes:
+        ids: their tokens.
+        mask: which tokens there are.
+        products: per product the label of each token.
+        is_missing: tokens that a lesson of missing words leaves out.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    products: list[torch.Tensor]
+    is_missing: torch.Tensor
+
+
+def _ask(tokenizer: PreTrainedTokenizerFast, said: list[Said], rng: np.random.Generator) -> _Asked:
     batch = tokenizer(
         [sentence.text for sentence in said],
         padding=True,
@@ -208,7 +255,9 @@ def _labelled(
             pairs = ((scene, side), (colour, side), (scene, colour))
             for number, ((a, b), (_, size)) in enumerate(zip(pairs, _PRODUCTS, strict=True)):
                 labels[number, row, inside] = a * size + b
-    return batch["input_ids"], batch["attention_mask"], list(labels)
+    draws = torch.rand(ends.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62))))
+    is_missing = (draws < _MISSING) & (ends > starts)  # what is no word has no characters
+    return _Asked(batch["input_ids"], batch["attention_mask"], list(labels), is_missing)
 
 
 def _disturbed(

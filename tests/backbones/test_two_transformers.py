@@ -182,6 +182,13 @@ def test_training_needs_the_files_of_its_own_transformer_alone(
     [batch], _ = build_dataset(config, cache, rank=0)[0]
     timesteps = module.objective.timesteps(batch.timestep_quantile)
     assert ((timesteps >= 875) == (expert == "high_noise")).all()
+    train = config.train.model_copy(
+        update={"noise_levels": (0.9, 0.95) if expert == "high_noise" else (0.4, 0.5)}
+    )
+    of_some = build_module(config.model_copy(update={"train": train}), cache.null_text(), cache.phenomena)
+    least, most = (1000 * level for level in train.noise_levels)
+    timesteps = of_some.objective.timesteps(torch.linspace(0, 1, 9))
+    assert timesteps.tolist()[::8] == pytest.approx([least, most]) and (timesteps.diff() > 0).all()
 
 
 def test_a_run_resumes_and_is_measured_at_its_own_levels(
@@ -326,6 +333,9 @@ def test_mistakes(
             use(training(high.model_copy(update={"run_dir": tmp_path / "run"}), expert=None))
         with pytest.raises(ProPhyError, match="low_noise, but tiny has one transformer; set it to null"):
             use(tiny)
+        with pytest.raises(ProPhyError, match="is 0.1 to 0.9, and .* is for 0.875 to 1; set it within these"):
+            here = {"run_dir": tmp_path / "run"}
+            use(training(high.model_copy(update=here), noise_levels=(0.1, 0.9)))
     with pytest.raises(ProPhyError, match="trained on high_noise, and train.expert is low_noise; make them"):
         build_module(training(low, start_from=str(trained["high_noise"])), cache.null_text(), cache.phenomena)
     with pytest.raises(ProPhyError, match="holds no branch for high_noise, and this run trained the one"):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,14 @@ from prophy.pretraining.paraphrases import COLOUR_SYNONYMS, SCENE_PARAPHRASES, S
 from prophy.pretraining.text import TextRecipe, pretrain_text, say
 from prophy.sandbox import COLOURS, SCENES, Part, describe, draw_parts
 
-RECIPE = {"num_held_out": 20, "batch_size": 4}
+RECIPE = TextRecipe(num_steps=3, num_held_out=20, batch_size=4)
 PAIR = (Part(SCENES[0], "red", "left"), Part(SCENES[2], "blue", "right"))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    pretrain_text(folder, TextRecipe(num_steps=3, **RECIPE))
+    pretrain_text(folder, RECIPE)
     return folder
 
 
@@ -32,11 +33,18 @@ def test_writes_an_encoder_its_tokenizer_and_its_measurements(trained: Path) -> 
 
 def test_word_embeddings_stay_what_they_were(trained: Path) -> None:
     before = UMT5EncoderModel.from_pretrained(trained / "text_encoder").state_dict()
-    progress = pretrain_text(trained, TextRecipe(num_steps=4, **RECIPE))
+    progress = pretrain_text(trained, replace(RECIPE, num_steps=4))
     after = UMT5EncoderModel.from_pretrained(trained / "text_encoder").state_dict()
     assert len(progress.history) == 4
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert changed and not any("shared" in name or "embed_tokens" in name for name in changed)
+
+
+def test_missing_words_are_learned_from_those_around_them(tmp_path: Path) -> None:
+    recipe = TextRecipe(num_steps=40, num_held_out=20, task="missing_words", batch_size=16, seed=1)
+    losses = [entry["missing_word"] for entry in pretrain_text(tmp_path, recipe).history]
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+    assert (tmp_path / "text_encoder" / "model.safetensors").exists()
 
 
 def test_every_word_that_is_taught_is_in_the_vocabulary(trained: Path) -> None:

@@ -136,6 +136,10 @@ def test_local_paths_become_absolute_and_the_rest_stays(
             r"global_batch_size \(4\) must be a multiple of micro_batch_size \(2\) times num_workers \(3\)",
         ),
         ("train.min_workers=4", r"min_workers \(4\) is more than num_workers \(2\); lower it"),
+        (
+            "train.noise_levels=[0.9,0.5]",
+            r"noise_levels begins at 0.9 and ends at 0.5; begin with the lesser",
+        ),
         ("train.offload=all", "offload 'all' needs zero_stage 3 at least"),
         ("train={storage_dtype: float8_e4m3fn, zero_stage: 3}", "zero_stage is 3; set that to 2, or leave"),
         (
