@@ -58,7 +58,7 @@ class Input:
     refused: list[str]
 
 
-class _RowError(ValueError):
+class RowError(ValueError):
     """Why a row cannot be used, in words that go for every such row; `detail` is what this one has."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -97,11 +97,11 @@ def read_manifest(location: str, names: Sequence[str]) -> Input:
         raise ProPhyError(
             f"{location} has no column 'path', which names each row's video; its columns are {found}"
         )
-    _tell_unused(location, rows, _WISA if is_wisa else _OURS)
+    tell_unused(location, rows, _WISA if is_wisa else _OURS)
     return _Reader(location, is_wisa, names).read(rows.rows)
 
 
-def _tell_unused(location: str, rows: Rows, used: tuple[str, ...]) -> None:
+def tell_unused(location: str, rows: Rows, used: tuple[str, ...]) -> None:
     """Names the columns that are not used, and that column which one of them may be meant to be."""
     if rows.remark:
         logger.info("%s: %s", location, rows.remark)
@@ -142,7 +142,7 @@ class _Reader:
                 _some([f"{name!r} {count}" for name, count in self.strange.most_common()]),
             )
         videos = named.set_column(0, VIDEOS.field("source"), sources_of(named["source"].to_pylist()))
-        sentences = [_sentence(self.location, reason, found) for reason, found in refused.items()]
+        sentences = [sentence_about(self.location, reason, found) for reason, found in refused.items()]
         return Input(videos, sentences)
 
     def _videos(self, rows: list[Row], refused: dict[str, list[tuple[Row, str]]]) -> Iterator[dict[str, Any]]:
@@ -150,20 +150,20 @@ class _Reader:
         for row in rows:
             try:
                 if row.error:
-                    raise _RowError(row.error, row.detail)
+                    raise RowError(row.error, row.detail)
                 yield self._wisa(row.values) if self.is_wisa else self._ours(row.values)
-            except _RowError as error:
+            except RowError as error:
                 refused.setdefault(str(error), []).append((row, error.detail))
 
     def _ours(self, values: dict[str, Any]) -> dict[str, Any]:
-        path = _text(values, "path")
+        path = text_of(values, "path")
         if path is None:
-            raise _RowError("'path' is missing; name the row's video there")
+            raise RowError("'path' is missing; name the row's video there")
         said = _names(values, "phenomena")
         try:
             labels = None if said is None else [*parse_phenomena(said, self.names)]
         except ProPhyError as error:
-            raise _RowError(f"'phenomena' has an {error}") from None
+            raise RowError(f"'phenomena' has an {error}") from None
         return {
             "source": self._location("path", path),
             "caption": _caption(values, "caption"),
@@ -171,13 +171,13 @@ class _Reader:
         }
 
     def _wisa(self, values: dict[str, Any]) -> dict[str, Any]:
-        column = "file" if _text(values, "file") else "video_name"
-        name = _text(values, column)
+        column = "file" if text_of(values, "file") else "video_name"
+        name = text_of(values, column)
         if name is None:
-            raise _RowError("it names no video, and needs 'file' or 'video_name'")
+            raise RowError("it names no video, and needs 'file' or 'video_name'")
         annotation = values if values.get("physical_annotation") is None else values["physical_annotation"]
         if not isinstance(annotation, dict):
-            raise _RowError("'physical_annotation' is no JSON object")
+            raise RowError("'physical_annotation' is no JSON object")
         said = [names for answer in _WISA_ANSWERS if (names := _names(annotation, answer)) is not None]
         labels = None
         if said:
@@ -199,26 +199,12 @@ class _Reader:
                 self.strange[name] += 1
 
     def _location(self, column: str, path: str, search: bool = False) -> str:
-        if "\0" in path:
-            raise _RowError(f"{column!r} holds a NUL", _short(path))
-        if "://" not in self.location and (path == "~" or path.startswith("~/")):
-            path = str(Path.home()) + path[1:]
         found = self._files().get(path, []) if search else []
         if len(found) > 1:
-            raise _RowError(
+            raise RowError(
                 f"{column!r} is the name of more than one file; add its folder", " or ".join(found)
             )
-        if found:
-            path = found[0]
-        elif "://" not in path and not path.startswith("/"):
-            path = f"{self.folder}/{path}"
-        if "://" not in path:
-            return str(PurePosixPath(path)) if _UNUSUAL.search(path) else path
-        try:
-            open_store(path)
-        except ProPhyError as error:  # a URL of no store that we know
-            raise _RowError(f"{column!r} names no place that can be opened", str(error)) from None
-        return path
+        return locate(self.location, column, found[0] if found else path)
 
     def _files(self) -> dict[str, list[str]]:
         """The videos below the list's folder, by name."""
@@ -229,24 +215,49 @@ class _Reader:
         return self._by_name
 
 
-def _text(values: dict[str, Any], column: str) -> str | None:
-    """A text of a row, to the character; None where it says nothing."""
+def locate(location: str, column: str, path: str) -> str:
+    """Where a file lies that a row of the list at `location` names in a column.
+
+    Raises:
+        RowError: it cannot be the place of a file.
+    """
+    if "\0" in path:
+        raise RowError(f"{column!r} holds a NUL", _short(path))
+    if "://" not in location and (path == "~" or path.startswith("~/")):
+        path = str(Path.home()) + path[1:]
+    if "://" not in path and not path.startswith("/"):
+        path = f"{location.rpartition('/')[0]}/{path}"
+    if "://" not in path:
+        return str(PurePosixPath(path)) if _UNUSUAL.search(path) else path
+    try:
+        open_store(path)
+    except ProPhyError as error:  # a URL of no store that we know
+        raise RowError(f"{column!r} names no place that can be opened", str(error)) from None
+    return path
+
+
+def text_of(values: dict[str, Any], column: str) -> str | None:
+    """A text of a row, to the character; None where it says nothing.
+
+    Raises:
+        RowError: it is no text.
+    """
     value = values.get(column)
     if value is None or value != value:  # NaN, which is how pandas writes what is missing
         return None
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if not isinstance(value, str):
-        raise _RowError(f"{column!r} is no text", _short(value))
+        raise RowError(f"{column!r} is no text", _short(value))
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _RowError(f"{column!r} holds what is not Unicode, or not UTF-8", _short(value)) from None
+        raise RowError(f"{column!r} holds what is not Unicode, or not UTF-8", _short(value)) from None
     return value if value.strip() else None
 
 
 def _caption(values: dict[str, Any], column: str) -> str | None:
-    text = _text(values, column)
+    text = text_of(values, column)
     return None if text is None or text.strip().lower() in {*_UNSAID, "none"} else text
 
 
@@ -254,9 +265,9 @@ def _names(values: dict[str, Any], column: str) -> list[str] | None:
     """The names in a row without those that mean nothing; None where it says nothing."""
     value = values.get(column)
     if isinstance(value, list):
-        pieces = [_text({column: piece}, column) for piece in value]
+        pieces = [text_of({column: piece}, column) for piece in value]
     else:
-        text = _text(values, column) or ""
+        text = text_of(values, column) or ""
         if text.strip() in ("[]", "()", "set()"):
             return []
         if text.strip().lower() in _UNSAID:
@@ -269,7 +280,7 @@ def _names(values: dict[str, Any], column: str) -> list[str] | None:
     return [name for name in names if name not in _NONE]
 
 
-def _sentence(location: str, reason: str, found: list[tuple[Row, str]]) -> str:
+def sentence_about(location: str, reason: str, found: list[tuple[Row, str]]) -> str:
     """Why some rows cannot be used; the first says what it has."""
     names = [
         f"{row.number}" + (f" (line {row.line})" if row.line not in (None, row.number) else "")

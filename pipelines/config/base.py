@@ -29,7 +29,14 @@ def _absolute_path(path: Path) -> Path:
     return Path.home().joinpath(*path.parts[1:]) if path.parts[:1] == ("~",) else path.absolute()
 
 
+def _check_not_empty(location: object) -> None:
+    """Python would take an empty path, such as a variable of the shell that is not set, for this folder."""
+    if not str(location).strip():
+        raise ValueError("this is empty; set it to a place, or to . for this folder")
+
+
 def _absolute(location: str) -> str:
+    _check_not_empty(location)
     return location if "://" in location else str(_absolute_path(Path(location)))
 
 
@@ -37,6 +44,7 @@ def _no_url(location: object) -> object:
     """Python would take `s3://bucket` for the path of a local folder `s3:`."""
     if is_url(str(location)):
         raise ValueError("this cannot be a URL; set it to a folder, which all nodes of a cluster must see")
+    _check_not_empty(location)
     return location
 
 
@@ -44,8 +52,9 @@ def folder_or_s3(location: str) -> str:
     """A folder or a place in S3, in full.
 
     Raises:
-        ValueError: it is a URL of something else than S3.
+        ValueError: it is empty, or a URL of something else than S3.
     """
+    _check_not_empty(location)
     if "://" not in location:
         return str(_absolute_path(Path(location)))
     if re.match(r"s3://[^/]", location) is None:
@@ -56,7 +65,7 @@ def folder_or_s3(location: str) -> str:
 
 
 def _pretrained(name: str) -> str:
-    is_place = "://" in name or (name != EMBEDDED and Path(name).is_dir())
+    is_place = not name.strip() or "://" in name or (name != EMBEDDED and Path(name).is_dir())
     return folder_or_s3(name) if is_place else name
 
 

@@ -81,7 +81,11 @@ class EvaluateConfig(Section):
     """
 
     num_clips: PositiveInt = 32
-    """Clips for loss, captions and routing. 32 see a change of the loss of about 1 %."""
+    """Clips for loss, captions and routing. 32 see a change of the loss of about 1 %.
+
+    Those of the cache are of as many videos as it has; what is counted are videos, since clips of one are
+    alike.
+    """
 
     clips_per_law: NonNegativeInt = 8
     """Pairs for each law that the sandbox can break, over its scenes; below 6 there is no figure."""

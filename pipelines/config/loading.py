@@ -20,7 +20,7 @@ _COMMAND_LINE = "the command line"
 # What presets have in common; no run of its own.
 _PARTS = ("base",)
 # As YAML writes it.
-_NULLS = ("", "~", "null")
+_NULLS = ("~", "null")
 
 
 def preset_names() -> list[str]:
@@ -69,8 +69,12 @@ def _parse(overrides: list[str]) -> DictConfig:
     given = OmegaConf.create()
     try:
         for override in overrides:
-            key, _, text = override.partition("=")
+            key, sign, text = override.partition("=")
+            if not sign:
+                raise ProPhyError(f"{override!r} sets nothing; write KEY=VALUE, such as run_dir=runs/mine")
             is_text, may_be_null = _takes_text(key)
+            if is_text and may_be_null and not text.strip():
+                raise ProPhyError(f"{key} is empty on {_COMMAND_LINE}; give it a value, or write {key}=null")
             if is_text and not (may_be_null and text in _NULLS):
                 OmegaConf.update(given, key, text)
             else:

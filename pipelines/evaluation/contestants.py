@@ -1,6 +1,5 @@
 """What is compared: which model, with which knobs. Imports no networks unless a checkpoint is exported."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,9 +121,7 @@ def _model_of(folder: Path, output: Path) -> Path:
     with store.latest() as checkpoint:
         if checkpoint is None:
             raise ProPhyError(f"{store.location} holds no whole checkpoint yet; wait for the first")
-        name = checkpoint_name(checkpoint.step)
-        digest = hashlib.sha256(str((places.checkpoints / name).resolve()).encode()).hexdigest()[:8]
-        model = output / "models" / f"{name}-{digest}"
+        model = output / "models" / f"{checkpoint_name(checkpoint.step)}-{checkpoint.fingerprint[:8]}"
         if not model.is_dir():
             model.parent.mkdir(parents=True, exist_ok=True)
             with writing_model(model) as partial:

@@ -1,20 +1,25 @@
 """What is denoised: clips with their captions, and what is wrong beside each. Imports no networks."""
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.caching.list_files import SUFFIXES, read_rows
+from pipelines.caching.list_files import SUFFIXES, Row, read_rows
+from pipelines.caching.manifests import RowError, locate, sentence_about, tell_unused, text_of
 from pipelines.caching.video_files import sources_of
 from pipelines.config import Config
 from prophy.errors import ProPhyError
-from prophy.stores import open_store
+from prophy.stores import asking, open_store
+
+if TYPE_CHECKING:
+    from prophy.training.cache import PriorCache
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +67,7 @@ class Item(BaseModel):
     """A clip with its caption, or a caption alone.
 
     Attributes:
-        unit: what is counted, and whose noise it is.
+        unit: what is counted, and whose noise it is: a clip, or all clips of a video in the cache.
         clip: None where only the semantic router is asked.
         caption: None where the cache has it.
         wrong: what the same noise is denoised by, or in, for comparison.
@@ -180,30 +185,62 @@ def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
     if not wanted & {"loss", "captions", "routing"}:
         return
     from pipelines.caching.cache import open_cache
-    from pipelines.training.samples import held_out
+    from pipelines.training.samples import held_out, videos_of
 
     cache = open_cache(config)()
     cache.tell_staging()
     num_held_out = config.train.num_held_out if "train" in config.__dict__ else 0
-    chosen = held_out(cache.sample_ids, num_held_out) if num_held_out else cache.sample_ids
-    chosen = chosen[: config.evaluate.num_clips]
-    samples = chosen.to_pylist()
     if not num_held_out:
         logger.warning("train.num_held_out is 0: these clips of the cache may have been trained on")
+    chosen = held_out(cache.sample_ids, num_held_out) if num_held_out else cache.sample_ids
+    videos = dict(zip(chosen.to_pylist(), videos_of(chosen).to_pylist(), strict=True))
+    samples = _in_turn(videos)[: config.evaluate.num_clips]
+    logger.info(
+        "%d clips of %d videos; those of one video count as one, since they are alike",
+        len(samples),
+        len({videos[sample] for sample in samples}),
+    )
     if len(samples) < config.evaluate.num_clips:
         logger.warning("evaluate.num_clips is %d, and there are %d", config.evaluate.num_clips, len(samples))
+    captions = dict(zip(cache.sample_ids.to_pylist(), cache.captions().to_pylist(), strict=True))
     shapes = {sample: shape for shape, ids in cache.by_shape(chosen).items() for sample in ids.to_pylist()}
-    clips = {sample: Clip(sample=sample, version=cache.version(sample)) for sample in samples}
+
+    def is_wrong(other: str, sample: str) -> bool:
+        """Whether a clip of the same shape is of another video, with another caption."""
+        own, others = ((shapes[each], captions[each], videos[each]) for each in (sample, other))
+        return own[0] == others[0] and own[1] != others[1] and own[2] != others[2]
+
+    num_without = 0
     for index, sample in enumerate(samples):
-        behind = samples[index + 1 :] + samples[:index]
-        other = next((other for other in behind if shapes[other] == shapes[sample]), None)
-        wrong = [Wrong(measure="captions", kind="another clip's", clip=clips[other])] if other else []
+        in_order = (*samples[index + 1 :], *samples[:index])
+        other = next((other for other in (*in_order, *videos) if is_wrong(other, sample)), None)
+        num_without += other is None
+        wrong = [_of_cache(cache, other)] if other and "captions" in wanted else []
         yield Item(
-            unit=sample,
-            clip=clips[sample],
-            wrong=tuple(wrong) if "captions" in wanted else (),
+            unit=videos[sample],
+            clip=_of_cache(cache, sample),
+            wrong=tuple(Wrong(measure="captions", kind="another clip's", clip=clip) for clip in wrong),
             is_measured=bool(wanted & {"loss", "routing"}),
         )
+    if num_without and "captions" in wanted:
+        logger.warning(
+            "%d of %d clips have no wrong caption: no other video of their shape has another caption",
+            num_without,
+            len(samples),
+        )
+
+
+def _in_turn(videos: Mapping[str, str]) -> list[str]:
+    """One sample of each video, then another of each, and so on; given the video of each sample."""
+    of_videos: dict[str, list[str]] = {}
+    for sample, video in videos.items():
+        of_videos.setdefault(video, []).append(sample)
+    turns = itertools.zip_longest(*of_videos.values())
+    return [sample for turn in turns for sample in turn if sample is not None]
+
+
+def _of_cache(cache: "PriorCache", sample: str) -> Clip:
+    return Clip(sample=sample, version=cache.version(sample))
 
 
 def read_pairs(location: str) -> list[Item]:
@@ -219,44 +256,47 @@ def read_pairs(location: str) -> list[Item]:
         )
     try:
         store, path = open_store(location)
-        with store.open(path, "rb") as file:
-            rows = read_rows(file.read(), suffix, set(_PAIR_COLUMNS))
+        with asking(location), store.open(path, "rb") as file:
+            content = file.read()
+        rows = read_rows(content, suffix, set(_PAIR_COLUMNS))
     except (OSError, ValueError) as error:
         raise ProPhyError(f"{location} cannot be read as {suffix}: {str(error).splitlines()[0]}") from None
-    items = []
-    folder = location.rpartition("/")[0]
+    tell_unused(location, rows, _PAIR_COLUMNS)
+    items, refused = list[Item](), dict[str, list[tuple[Row, str]]]()
     for row in rows.rows:
-        values = {
-            name: value.decode() if isinstance(value, bytes) else value
-            for name in _PAIR_COLUMNS
-            if (value := row.values.get(name))
-        }
-        if row.error or "path" not in values or "caption" not in values:
-            raise ProPhyError(
-                f"row {row.number} of {location} has no 'path' or no 'caption'; give both, and wrong_caption "
-                "or wrong_path"
-            )
-        wrong = []
-        if "wrong_caption" in values:
-            kind = values.get("kind", "your captions")
-            wrong.append(Wrong(measure="captions", kind=kind, caption=values["wrong_caption"]))
-        if "wrong_path" in values:
-            clip = _file(values["wrong_path"], folder)
-            wrong.append(Wrong(measure="laws", kind=values.get("kind", "your videos"), clip=clip))
-        if not wrong:
-            raise ProPhyError(
-                f"row {row.number} of {location} names nothing that is wrong; give it wrong_caption or "
-                "wrong_path"
-            )
-        clip = _file(values["path"], folder)
-        unit = f"row {row.number}: {clip.path}"
-        items.append(Item(unit=unit, clip=clip, caption=values["caption"], wrong=tuple(wrong)))
+        try:
+            items.append(_pair(location, row))
+        except RowError as error:
+            refused.setdefault(str(error), []).append((row, error.detail))
+    if refused:
+        raise ProPhyError("; ".join(sentence_about(location, *reason) for reason in refused.items()))
     if not items:
         raise ProPhyError(f"{location} lists no pair; give each a row with 'path' and 'caption'")
     return items
 
 
-def _file(path: str, folder: str) -> Clip:
-    place = path if "://" in path or path.startswith("/") else f"{folder}/{path}"
+def _pair(location: str, row: Row) -> Item:
+    """Raises `RowError`."""
+    if row.error:
+        raise RowError(row.error, row.detail)
+    values = {name: text for name in _PAIR_COLUMNS if (text := text_of(row.values, name)) is not None}
+    if not {"path", "caption"} <= values.keys():
+        raise RowError("it has no 'path' or no 'caption'; give both, and wrong_caption or wrong_path")
+    wrong = []
+    if "wrong_caption" in values:
+        kind = values.get("kind", "your captions")
+        wrong.append(Wrong(measure="captions", kind=kind, caption=values["wrong_caption"]))
+    if "wrong_path" in values:
+        clip = _file(location, "wrong_path", values)
+        wrong.append(Wrong(measure="laws", kind=values.get("kind", "your videos"), clip=clip))
+    if not wrong:
+        raise RowError("it names nothing that is wrong; give it wrong_caption or wrong_path")
+    clip = _file(location, "path", values)
+    unit = f"row {row.number}: {clip.path}"
+    return Item(unit=unit, clip=clip, caption=values["caption"], wrong=tuple(wrong))
+
+
+def _file(location: str, column: str, values: Mapping[str, str]) -> Clip:
+    place = locate(location, column, values[column])
     [source] = sources_of([place]).to_pylist()
     return Clip(path=place, version=f"{source['size']} {source['modified']}")

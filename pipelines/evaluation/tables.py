@@ -1,5 +1,6 @@
 """The scores of a comparison, as a Parquet table."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with writing(path.parent, OUTPUT):
             yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
             partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ class Denoising:
 
     def run(self) -> None:
         """Makes the files of scores that are not there."""
-        missing = [row for row in self._rows if not Path(row["path"]).exists()]
+        missing = _missing(self._rows)
         if missing:
             self._encode(missing)
             self._denoise(missing)
@@ -155,12 +155,17 @@ class Filming:
         """Makes the videos and the files of scores that are not there."""
         from pipelines.evaluation.videos import JudgeVideos, MakeVideos
 
-        unjudged = [row for row in self._rows if not Path(row["path"]).exists()]
+        unjudged = _missing(self._rows)
         unmade = [row for row in unjudged if not all(Path(video).exists() for video in row["videos"])]
         if unmade:
             _execute(self._config, "make videos", MakeVideos, (self._entrants,), unmade)
         if unjudged:
             _execute(self._config, "judge videos", JudgeVideos, (self._config,), unjudged)
+
+
+def _missing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose file of scores is not there; of those that make the same one, one."""
+    return list({row["path"]: row for row in rows if not Path(row["path"]).exists()}.values())
 
 
 def _execute(

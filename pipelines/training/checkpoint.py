@@ -51,13 +51,15 @@ class Checkpoint:
         step: number of steps that were taken before it.
         shapes: each trained parameter's, by name.
         run: what `save` was given about the run.
+        fingerprint: sha256 of its manifest, and with it of all that it holds.
 
     Raises:
         ProPhyError: another version of this format.
     """
 
     def __init__(self, folder: Path, place: str) -> None:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        content = (folder / MANIFEST).read_bytes()
+        manifest, self.fingerprint = json.loads(content), hashlib.sha256(content).hexdigest()
         if manifest["version"] != VERSION:
             raise ProPhyError(
                 f"{place} was written by another version of prophy-ray; train in another run_dir"

@@ -27,5 +27,10 @@ def held_out(sample_ids: pa.Array, num_videos: int) -> pa.Array:
 
     So a video that was trained on stays so when others join the cache: what is held out then is new.
     """
-    videos = pc.replace_substring_regex(sample_ids, "-.*", "")
+    videos = videos_of(sample_ids)
     return sample_ids.filter(pc.is_in(videos, videos.unique().sort()[:num_videos]))
+
+
+def videos_of(sample_ids: pa.Array) -> pa.Array:
+    """The name of each sample's video, with which its own begins."""
+    return pc.replace_substring_regex(sample_ids, "-.*", "")

@@ -154,7 +154,8 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
         Measure(
             "The right caption is preferred",
             "Share of clips whose right caption gives a lower loss than the same words with one thing wrong, "
-            "in the same noise. Who does not read the text is at 0.5. Higher is better.",
+            "or in a cache than the caption of another video, in the same noise; clips of one video count as "
+            "one. Who does not read the text is at 0.5. Higher is better.",
             "captions",
             _prefers_right,
         ),

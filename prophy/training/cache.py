@@ -119,6 +119,11 @@ class PriorCache:
         """Which files and rows hold a sample: another where it was cached anew, for files never change."""
         return repr(self._place(sample_id))
 
+    def captions(self) -> pa.ChunkedArray:
+        """What each sample's text was encoded from."""
+        rows = _read_index(self._encodings, ["caption"])
+        return rows["caption"].take(_find(self.sample_ids, rows))
+
     def tell_staging(self) -> None:
         """Says how much of S3 reading all samples copies to a disk; nothing of a cache on a disk."""
         tables = zip((self._priors, self._encodings), self._places, strict=True)

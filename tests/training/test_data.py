@@ -115,6 +115,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> PriorCache:
     return open_cache(folder)
 
 
+def test_samples_have_their_captions(cache: PriorCache) -> None:
+    assert cache.captions().to_pylist() == cache.sample_ids.to_pylist()
+
+
 def by_shape(shapes: dict[str, tuple[int, ...]]) -> dict[tuple[int, ...], pa.Array]:
     return {
         shape: pa.array(sorted(name for name in shapes if shapes[name] == shape))

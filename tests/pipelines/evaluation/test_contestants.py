@@ -4,13 +4,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pipelines.config import load_config
 from pipelines.evaluation.contestants import Entrant, enter
 from pipelines.layout import RunFolder
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.checkpoint_places import FolderStore
+from pipelines.training.saving import Fragment, Save
 from prophy.errors import ProPhyError
 from prophy.tiny import bundled
+from tests.backbones.small_training import one_rank
 from tests.object_store import object_store
 from tests.wan import write_i2v
 
@@ -18,7 +23,9 @@ from tests.wan import write_i2v
 def entered(folder: Path, contestants: dict[str, dict[str, object]], **others: object) -> list[Entrant]:
     file = folder / "compare.yaml"
     evaluate = {"contestants": contestants}
-    file.write_text(yaml.safe_dump({"extends": "tiny", "run_dir": "run", "evaluate": evaluate, **others}))
+    file.write_text(
+        yaml.safe_dump({"extends": "tiny", "run_dir": str(folder / "run"), "evaluate": evaluate, **others})
+    )
     return enter(load_config(str(file)))
 
 
@@ -45,6 +52,33 @@ def test_a_run_is_its_model(tmp_path: Path) -> None:
     shutil.copytree(bundled("branch"), RunFolder(run).model)
     [entrant] = entered(tmp_path, {"mine": {"checkpoint": str(run)}})
     assert entrant.config.checkpoint == str(run / "model")
+
+
+def test_a_run_that_trains_is_its_newest_checkpoint_and_another_run_in_its_place_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(value: float) -> None:
+        part = Fragment("a", 0, {"parameter": torch.full((3,), value)})
+        with one_rank():
+            Save(store, 3, [part], {"a": torch.Size([3])}, {}).commit(num_to_keep=1)
+
+    exported: list[float] = []
+
+    def export(checkpoint: Checkpoint, folder: Path) -> None:
+        exported.append(checkpoint.tensor("parameter", "a")[0].item())
+        shutil.copytree(bundled("branch"), folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr("pipelines.training.export.export_branch", export)
+    run = tmp_path / "trained"
+    store = FolderStore(str(RunFolder(run).checkpoints))
+    contestants = {"mine": {"checkpoint": str(run)}}
+    save(1.0)
+    [first], [again] = entered(tmp_path, contestants), entered(tmp_path, contestants)
+    assert first.config.checkpoint == again.config.checkpoint and exported == [1.0]
+    shutil.rmtree(run)
+    save(2.0)
+    [other] = entered(tmp_path, contestants)
+    assert other.config.checkpoint != first.config.checkpoint and exported == [1.0, 2.0]
 
 
 def test_a_model_in_s3_is_the_one_that_it_is_in_a_folder(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """What a comparison denoises, and what is said of lists that cannot be used."""
 
+import json
+import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import Config, load_config
@@ -71,6 +75,64 @@ def test_the_sandbox_needs_square_frames(tmp_path: Path) -> None:
         find_items(config)
 
 
+class SmallCache:
+    """Samples by name, with their captions; those that end in `wide` have another shape."""
+
+    def __init__(self, captions: dict[str, str]) -> None:
+        self.sample_ids, self._captions = pa.array(captions), captions
+
+    def captions(self) -> pa.Array:
+        return pa.array(self._captions.values())
+
+    def by_shape(self, sample_ids: pa.Array) -> dict[tuple[int, ...], pa.Array]:
+        names = sample_ids.to_pylist()
+        wide = [name for name in names if name.endswith("wide")]
+        return {(1,): pa.array([name for name in names if name not in wide]), (2,): pa.array(wide)}
+
+    def version(self, sample_id: str) -> str:
+        return f"file of {sample_id}"
+
+    def tell_staging(self) -> None:
+        pass
+
+
+def of_cache(
+    captions: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch, num_clips: int
+) -> list[Item]:
+    monkeypatch.setattr("pipelines.caching.cache.open_cache", lambda config: lambda: SmallCache(captions))
+    overrides = ["evaluate.clips=cache", f"evaluate.num_clips={num_clips}", "evaluate.measures=[captions]"]
+    return find_items(tiny_config(folder, *overrides))
+
+
+def test_clips_of_a_cache_are_of_as_many_videos_as_there_are_and_counted_by_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = {f"{video}-{clip}": f"of {video}" for video in "abc" for clip in range(4)}
+    items = of_cache(captions, tmp_path, monkeypatch, 5)
+    clips = [item.clip.sample for item in items if item.clip is not None]
+    assert clips == ["a-0", "b-0", "c-0", "a-1", "b-1"]
+    assert [item.unit for item in items] == ["a", "b", "c", "a", "b"]
+    for item in items:
+        [wrong] = item.wrong
+        assert wrong.clip is not None and wrong.clip.sample is not None
+        assert wrong.clip.sample.partition("-")[0] != item.unit
+    assert len({item.key([]) for item in items}) == 5
+
+
+def test_a_wrong_caption_differs_from_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    captions = {"a-0": "a ball", "a-1": "a ball", "b-0": "a ball", "c-0": "smoke", "d-wide": "rain"}
+    with caplog.at_level(logging.INFO):
+        items = of_cache(captions, tmp_path, monkeypatch, 5)
+    wrong = {
+        item.clip and item.clip.sample: [one.clip and one.clip.sample for one in item.wrong] for item in items
+    }
+    assert wrong == {"a-0": ["c-0"], "a-1": ["c-0"], "b-0": ["c-0"], "c-0": ["a-1"], "d-wide": []}
+    assert "5 clips of 4 videos; those of one video count as one" in caplog.text
+    assert "1 of 5 clips have no wrong caption: no other video of their shape has another" in caplog.text
+
+
 def write(folder: Path, text: str) -> str:
     (folder / "pairs.csv").write_text(text)
     return str(folder / "pairs.csv")
@@ -97,14 +159,63 @@ def test_a_list_has_pairs_of_captions_and_of_videos(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("path,caption\na.mp4,a ball falls\n", r"row 1 of .*pairs\.csv names nothing that is wrong"),
-        ("path,wrong_path\na.mp4,b.mp4\n", r"row 1 of .*pairs\.csv has no 'path' or no 'caption'"),
+        ("path,caption\na.mp4,a ball falls\n", r"row 1 .* of .*pairs\.csv: it names nothing that is wrong"),
+        ("path,wrong_path\na.mp4,b.mp4\n", r"row 1 .* of .*pairs\.csv: it has no 'path' or no 'caption'"),
+        (
+            "path,caption,wrong_caption\na.mp4,a ball, red,a cat\n",
+            "it has not as many cells as the header; quote a text that holds ',' .4 for 3.",
+        ),
         ("path,caption,wrong_caption\n", r"pairs\.csv lists no pair"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ProPhyError, match=said):
         read_pairs(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"path": "a.mp4", "caption": "a", "wrong_caption": "b", "kind": 3},
+            "row 1 .*: 'kind' is no text .3",
+        ),
+        (
+            {"path": "a.mp4", "caption": float("nan"), "wrong_caption": "b"},
+            "it has no 'path' or no 'caption'",
+        ),
+        ({"path": ["a.mp4"], "caption": "a", "wrong_caption": "b"}, "'path' is no text"),
+        (
+            {"path": "gopher://a/b.mp4", "caption": "a", "wrong_caption": "b"},
+            "'path' names no place that can",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_one_sentence(tmp_path: Path, row: dict[str, object], said: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ProPhyError, match=said):
+        read_pairs(str(path))
+
+
+def test_bytes_that_are_no_text_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_bytes("path,caption,wrong_caption\na.mp4,caf\xe9,b\n".encode("latin-1"))
+    with pytest.raises(ProPhyError, match="'caption' holds what is not Unicode, or not UTF-8"):
+        read_pairs(str(tmp_path / "pairs.csv"))
+    columns = {"path": ["a.mp4"], "wrong_caption": ["b"]}
+    caption = pa.array([b"caf\xe9"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table(columns | {"caption": caption}), tmp_path / "pairs.parquet")
+    with pytest.raises(ProPhyError, match="'caption' holds what is not Unicode, or not UTF-8"):
+        read_pairs(str(tmp_path / "pairs.parquet"))
+
+
+def test_columns_without_use_are_named_and_home_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        [pair] = read_pairs(write(tmp_path, "path,caption,wrong_captoin,wrong_path\n~/a.mp4,a,b,c.mp4\n"))
+    assert "that are not used: 'wrong_captoin' (did you mean 'wrong_caption'?)" in caplog.text
+    assert pair.clip is not None and pair.clip.path == str(Path.home() / "a.mp4")
 
 
 def test_a_list_that_is_not_there_or_no_list_is_one_sentence(tmp_path: Path) -> None:
