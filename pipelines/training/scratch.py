@@ -29,7 +29,7 @@ def scratch_folder(folder: Path, fill: Callable[[Path], object] = lambda _: None
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             _remove_unused(folder.parent)
-            holder = held.open("a")
+            holder = held.open("a+")  # NFS takes a shared lock only on what may be read
             fcntl.flock(holder, fcntl.LOCK_SH)  # which a process that is killed gives back
     try:
         with mendable(f"cannot use {folder.parent}"), FileLock(lock):
