@@ -32,7 +32,7 @@ from prophy.hashing import home
 from prophy.places import place_of, write_whole
 from prophy.stores import files_below, is_in_s3, open_store
 from tests.disks import small_disk
-from tests.object_store import object_store, refuse_puts
+from tests.object_store import object_store, refuse, refuse_puts
 from tests.ranks import Result, on_ranks
 
 SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
@@ -291,6 +291,20 @@ def test_what_s3_refuses_keeps_the_checkpoint_before(bucket: S3FileSystem) -> No
         store.claim(Path("run"))
     with pytest.raises(ProPhyError, match="cannot use s3://nobucket/run: .*bucket does not exist; mend that"):
         open_checkpoints("s3://nobucket/run").claim(Path("run"))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    bucket: S3FileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_checkpoints("s3://bucket/deep/run")
+    write(store, 1, num_to_keep=1)
+    refuse(bucket, "bucket", "deep/run/step-00000001/*", "s3:DeleteObject")
+    write(store, 2, num_to_keep=1)
+    assert store.committed() == [2, 1]
+    assert "old checkpoints stay until the next one is saved: train.checkpoints: cannot use" in caplog.text
+    bucket.call_s3("delete_bucket_policy", Bucket="bucket")
+    write(store, 3, num_to_keep=1)
+    assert names(store) == files_of(3)
 
 
 def on_two_ranks(rank: int, folder: Path) -> Result:
