@@ -145,7 +145,7 @@ def _copies(folder: Path) -> dict[Path, os.stat_result]:
 
 
 def _make_room(folder: Path, num_bytes: int, max_bytes: int) -> None:
-    """Removes copies, the least recently used first, until another fits on the disk and in what all may take."""
+    """Removes copies, the least recently used first, until another fits in, and on the disk."""
     found = _copies(folder)
     taken = sum(status.st_size for status in found.values())
     for copy, status in sorted(found.items(), key=lambda each: each[1].st_mtime_ns):

@@ -28,7 +28,7 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def lock_as_nfs_does(file: IO[bytes] | IO[str], kind: int) -> None:
-    """`fcntl.flock` of NFS: a shared lock is only for what may be read, an exclusive one for what may be written.
+    """`fcntl.flock` of NFS: a shared lock is for what may be read, an exclusive one for what may be written.
 
     Raises:
         OSError: the file is open for something else.

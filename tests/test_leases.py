@@ -114,9 +114,7 @@ def test_a_renewal_whose_answer_is_lost_counts(folder: S3Path, monkeypatch: pyte
     assert holder.renew() and holder.renew()
 
 
-def test_a_renewal_counts_whose_answers_are_all_lost(
-    folder: S3Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_renewal_counts_whose_answers_are_all_lost(folder: S3Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holder = lease(folder)
     holder.acquire()
     with monkeypatch.context() as patch:
@@ -135,11 +133,10 @@ def test_a_release_whose_answers_are_lost(
     monkeypatch.setattr(S3Path, "put", PUT)
 
     holder = lease(folder)
-    with holder.held():
-        with monkeypatch.context() as patch:
-            patch.setattr(S3Path, "put", without_an_answer)
-            with pytest.raises(ProPhyError, match="no answer"):
-                holder.renew()
+    with holder.held(), monkeypatch.context() as patch:
+        patch.setattr(S3Path, "put", without_an_answer)
+        with pytest.raises(ProPhyError, match="no answer"):
+            holder.renew()
     assert bucket.cat_file(OBJECT) == b""
 
     with lease(folder).held():  # a run that has done its work has not failed

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -150,7 +151,8 @@ def test_the_last_checkpoint_is_looked_for_again(
     task = SimpleNamespace(remote=lambda *arguments: arguments[-1])
     ray = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **_: task), get=evaluated.append)
     monkeypatch.setattr(watcher, "ray", ray)
-    with evaluating(config, SimpleNamespace(), tmp_path / "run"):
+    cache: Any = None  # nobody looks into it
+    with evaluating(config, cache, tmp_path / "run"):
         pass
     assert evaluated == expected
 
