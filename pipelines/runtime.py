@@ -18,6 +18,7 @@ from ray.train import TrainingFailedError
 from pipelines.config import Config, how_keys, to_yaml
 from pipelines.layout import RunFolder
 from prophy.errors import ProPhyError
+from prophy.hashing import home
 
 LIBRARIES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow", "prophy-ray")
 
@@ -111,6 +112,7 @@ def ray_session(config: Config, environment: Mapping[str, str] | None = None) ->
             _connect(address)
         else:
             os.environ.update({**WORKER_ENVIRONMENT, **os.environ, **(environment or {})})
+            os.environ["PROPHY_HOME"] = str(home())  # Ray gives workers of training other working directories
             _start(config)
     # Else Ray Data wraps an exception in one that loses its cause on the way here.
     DataContext.get_current().raise_original_map_exception = True

@@ -14,7 +14,8 @@ _NOTED_BYTES = 1 << 20  # what is smaller is read as fast as a note
 
 def home() -> Path:
     """The folder of what is kept between runs: `$PROPHY_HOME`, by default `~/.cache/prophy`."""
-    return Path(os.environ.get("PROPHY_HOME") or Path.home() / ".cache" / "prophy")
+    # Containers and files of environments say `~` without a shell that would replace it.
+    return Path(os.environ.get("PROPHY_HOME") or "~/.cache/prophy").expanduser().absolute()
 
 
 def file_sha256(path: Path) -> str:

@@ -99,7 +99,7 @@ class Lease:
                 self._ended.set()
                 renewing.join()
                 if not self._is_lost:
-                    self._is_lost = self._file.put(_RELEASED, IfMatch=self._etag) is None
+                    self._is_lost = not self._release()
         except _LostError:
             pass
         finally:
@@ -158,14 +158,33 @@ class Lease:
                 signal.pthread_kill(self._writer, _SIGNAL)
                 return
 
+    def _release(self) -> bool:
+        """Lets the next run begin at once; returns whether the lease was still this holder's."""
+        try:
+            if self._file.put(_RELEASED, IfMatch=self._etag) is not None:
+                return True
+            if (own := self._own_version()) is not None:
+                return self._file.put(_RELEASED, IfMatch=own) is not None
+            # The answer to the first attempt was lost, and s3fs made another.
+            return self._file.exists() and self._file.read_bytes() == _RELEASED
+        except ProPhyError as error:
+            waits_s = _PATIENCE * self._every_s
+            logger.warning("the lease is not released, so the next run waits %g s: %s", waits_s, error)
+            return True
+
     def _put(self, **condition: str) -> bool:
         self._number += 1  # no two versions are equal
-        content = f"{self._holder} {self._number}".encode()
-        etag = self._file.put(content, **condition)
-        if etag is None and (found := self._file.etag()) and self._file.read_bytes() == content:
-            etag = found  # the answer to the first attempt was lost, and s3fs made another
+        etag = self._file.put(f"{self._holder} {self._number}".encode(), **condition)
+        if etag is None:  # or else the answer to an earlier PUT was lost, which S3 has applied
+            etag = self._own_version()
         self._etag = etag or self._etag
         return etag is not None
+
+    def _own_version(self) -> str | None:
+        """The `etag` of what lies there, if this holder wrote it."""
+        found = self._file.etag()  # before the content: what is newer would not match it
+        is_own = found is not None and self._file.read_bytes().startswith(f"{self._holder} ".encode())
+        return found if is_own else None
 
 
 def _is_held(folder: Place, setting: str) -> ProPhyError:

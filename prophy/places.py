@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from prophy.stores import asking, is_in_s3, mendable, open_store
 
 _CHANGES_AT_ONCE = 20
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
-_CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict")
+_PAUSES_S = (0.1, 0.2, 0.4, 0.8)  # while a conditional PUT of another process is under way
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,8 @@ class S3Path:
 
     def is_dir(self) -> bool:
         """Whether a file lies below it."""
-        prefix = f"{self._key}/".removeprefix("/")
         with self._using():
-            return self._call("list_objects_v2", Prefix=prefix, MaxKeys=1)["KeyCount"] > 0
+            return self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)["KeyCount"] > 0
 
     def etag(self) -> str | None:
         """What S3 calls this version of the file; None where there is none."""
@@ -107,12 +107,14 @@ class S3Path:
             Its `etag`; None where the condition does not hold.
         """
         with self._using():
-            try:
-                return self._call("put_object", Key=self._key, Body=content, **condition)["ETag"]
-            except OSError as error:
-                if _code(error) not in _CONDITION_FAILED:
-                    raise
-        return None
+            for pause_s in _PAUSES_S:
+                try:
+                    return self._put_once(content, condition)
+                except OSError as error:
+                    if _code(error) != "ConditionalRequestConflict":  # which says nothing of the condition
+                        raise
+                time.sleep(pause_s)
+            return self._put_once(content, condition)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the file. S3 does not say whether there was one: `missing_ok` changes nothing."""
@@ -136,8 +138,11 @@ class S3Path:
     def remove_all(self) -> None:
         """Removes every file below it."""
         with self._using():
-            if found := self._store.find(self.url):
-                self._store.rm(found)
+            while found := self._call("list_objects_v2", Prefix=self._prefix).get("Contents"):
+                objects = [{"Key": about["Key"]} for about in found]
+                answer = self._call("delete_objects", Delete={"Objects": objects, "Quiet": True})
+                for refusal in answer.get("Errors", []):
+                    raise OSError(f"{refusal['Key']} cannot be removed: {refusal['Code']}")
 
     @property
     def _store(self) -> Any:
@@ -148,9 +153,22 @@ class S3Path:
     def _key(self) -> str:
         return self.url.removeprefix("s3://").partition("/")[2]
 
+    @property
+    def _prefix(self) -> str:
+        """What the keys of all files below it begin with."""
+        return f"{self._key}/".removeprefix("/")
+
     def _call(self, method: str, **arguments: Any) -> Any:
         bucket = self.url.removeprefix("s3://").partition("/")[0]
         return self._store.call_s3(method, Bucket=bucket, **arguments)
+
+    def _put_once(self, content: bytes, condition: dict[str, str]) -> str | None:
+        try:
+            return self._call("put_object", Key=self._key, Body=content, **condition)["ETag"]
+        except OSError as error:
+            if _code(error) != "PreconditionFailed":
+                raise
+        return None
 
     @contextmanager
     def _using(self) -> Iterator[None]:

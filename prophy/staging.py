@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from prophy.schema import ROW_FILES, DamagedFileError, reading
 from prophy.stores import mendable
 
 logger = logging.getLogger(__name__)
+
+_ROOM_LOCK = ".room.lock"  # held where copies are written or removed
 
 
 @contextmanager
@@ -48,6 +51,13 @@ def on_disk(file: Place, max_bytes: int) -> Iterator[Path]:
         yield copy
 
 
+def drop_copy(file: S3Path) -> None:
+    """Removes this machine's copy of a file, which the next that asks for it makes anew."""
+    folder = _folder()
+    with FileLock(folder / _ROOM_LOCK):
+        (folder / file.name).unlink(missing_ok=True)
+
+
 def tell_staging(tables: dict[Place, list[str]], max_bytes: int) -> None:
     """Says how much of S3 is going to be copied; nothing where all is on a disk.
 
@@ -70,6 +80,22 @@ def tell_staging(tables: dict[Place, list[str]], max_bytes: int) -> None:
             "it where the disk has room",
             max_bytes / 1e9,
         )
+    elif needed > (room := _room()):
+        logger.warning(
+            "the disk of this machine has room for %.2f GB of that, so files are copied again and again; set "
+            "PROPHY_HOME to a folder of a larger one",
+            room / 1e9,
+        )
+
+
+def _room() -> int:
+    """What copies take or may take on the disk, in bytes."""
+    folder = _folder()
+    with mendable(f"cannot keep copies in {folder} (PROPHY_HOME)"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / _ROOM_LOCK):
+            taken = sum(status.st_size for status in _copies(folder).values())
+            return taken + shutil.disk_usage(folder).free
 
 
 def _folder() -> Path:
@@ -108,18 +134,22 @@ def _fetch(file: S3Path, copy: Path, max_bytes: int) -> None:
             raise ProPhyError(
                 f"{file} takes {len(content)} bytes, and cache.max_staged_bytes is {max_bytes}; raise it"
             )
-        with FileLock(folder / ".room.lock"):
+        with FileLock(folder / _ROOM_LOCK):
             clear_temporaries(folder)  # all are written with this lock
-            _make_room(folder, max_bytes - len(content))
+            _make_room(folder, len(content), max_bytes)
             write_whole(copy, content)
 
 
-def _make_room(folder: Path, max_bytes: int) -> None:
-    """Removes copies, the least recently used first, until the others take `max_bytes`."""
-    found = {copy: copy.stat() for copy in folder.glob(ROW_FILES)}
+def _copies(folder: Path) -> dict[Path, os.stat_result]:
+    return {copy: copy.stat() for copy in folder.glob(ROW_FILES)}
+
+
+def _make_room(folder: Path, num_bytes: int, max_bytes: int) -> None:
+    """Removes copies, the least recently used first, until another fits in, and on the disk."""
+    found = _copies(folder)
     taken = sum(status.st_size for status in found.values())
     for copy, status in sorted(found.items(), key=lambda each: each[1].st_mtime_ns):
-        if taken <= max_bytes:
+        if taken + num_bytes <= max_bytes and num_bytes <= shutil.disk_usage(folder).free:
             return
         with copy.open("r+b") as opened, suppress(BlockingIOError):  # then it is being read
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -42,10 +42,15 @@ def num_versions(store: S3FileSystem, bucket: str) -> dict[str, int]:
 
 def refuse_puts(store: S3FileSystem, bucket: str, objects: str) -> None:
     """Has the server refuse to write objects, by a pattern of their names."""
+    refuse(store, bucket, objects, "s3:PutObject")
+
+
+def refuse(store: S3FileSystem, bucket: str, objects: str, action: str) -> None:
+    """Has the server refuse to do something to objects, by a pattern of their names."""
     refusal = {
         "Effect": "Deny",
         "Principal": "*",
-        "Action": "s3:PutObject",
+        "Action": action,
         "Resource": f"arn:aws:s3:::{bucket}/{objects}",
     }
     policy = json.dumps({"Version": "2012-10-17", "Statement": [refusal]})

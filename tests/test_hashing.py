@@ -19,6 +19,16 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROPHY_HOME", str(tmp_path / "home"))
 
 
+def test_the_home_is_one_folder_wherever_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value, expected in {"~/disk": "disk", "": ".cache/prophy", "here": "here"}.items():
+        monkeypatch.setenv("PROPHY_HOME", value)
+        monkeypatch.chdir(tmp_path)
+        assert home() == tmp_path / expected
+
+
 def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, content in (("large", LARGE), ("small", b"123")):
         path = tmp_path / name

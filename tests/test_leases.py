@@ -15,6 +15,7 @@ from tests.object_store import refuse_puts
 
 OBJECT = "bucket/cache/.lease"
 TOO_LONG_S = 1e6
+PUT = S3Path.put
 
 
 @pytest.fixture
@@ -24,6 +25,18 @@ def folder(bucket: S3FileSystem) -> S3Path:
 
 def lease(folder: S3Path, renewed_every_s: float = TOO_LONG_S) -> Lease:
     return Lease(folder, "some.key", renewed_every_s)
+
+
+def put_twice(path: S3Path, content: bytes, **condition: str) -> str | None:
+    """A PUT that S3 applies, and s3fs makes again, because the answer is lost."""
+    PUT(path, content, **condition)
+    return PUT(path, content, **condition)
+
+
+def without_an_answer(path: S3Path, content: bytes, **condition: str) -> str | None:
+    """A PUT that S3 applies, and whose answer and those to all further attempts are lost."""
+    PUT(path, content, **condition)
+    raise ProPhyError("no answer")
 
 
 @pytest.mark.parametrize("kind", ["disk", "s3"])
@@ -95,15 +108,40 @@ def test_an_interrupt_of_the_user_is_one(folder: S3Path, bucket: S3FileSystem) -
 
 
 def test_a_renewal_whose_answer_is_lost_counts(folder: S3Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holder, put = lease(folder), S3Path.put
+    holder = lease(folder)
     holder.acquire()
-
-    def put_twice(path: S3Path, content: bytes, **condition: str) -> str | None:
-        put(path, content, **condition)
-        return put(path, content, **condition)
-
     monkeypatch.setattr(S3Path, "put", put_twice)
     assert holder.renew() and holder.renew()
+
+
+def test_a_renewal_counts_whose_answers_are_all_lost(folder: S3Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = lease(folder)
+    holder.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Path, "put", without_an_answer)
+        with pytest.raises(ProPhyError, match="no answer"):
+            holder.renew()
+    assert holder.renew() and holder.renew()
+
+
+def test_a_release_whose_answers_are_lost(
+    folder: S3Path, bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lease(folder).held():
+        monkeypatch.setattr(S3Path, "put", put_twice)
+    assert bucket.cat_file(OBJECT) == b""
+    monkeypatch.setattr(S3Path, "put", PUT)
+
+    holder = lease(folder)
+    with holder.held(), monkeypatch.context() as patch:
+        patch.setattr(S3Path, "put", without_an_answer)
+        with pytest.raises(ProPhyError, match="no answer"):
+            holder.renew()
+    assert bucket.cat_file(OBJECT) == b""
+
+    with lease(folder).held():  # a run that has done its work has not failed
+        monkeypatch.setattr(S3Path, "put", without_an_answer)
+    assert "the lease is not released, so the next run waits 3e+06 s: no answer" in caplog.text
 
 
 def test_a_store_that_refuses_once_is_asked_again(

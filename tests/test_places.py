@@ -2,10 +2,14 @@
 
 import pickle
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
+from s3fs.errors import translate_boto_error
 
 from prophy.errors import ProPhyError
 from prophy.places import (
@@ -24,7 +28,8 @@ from prophy.places import (
     sizes,
     write_whole,
 )
-from tests.object_store import refuse_puts
+from prophy.stores import files_below
+from tests.object_store import refuse, refuse_puts
 
 URL = "s3://bucket/deep/files"
 A_SHA256 = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # of "a"
@@ -79,6 +84,59 @@ def test_folders_lie_in_folders(folder: Place) -> None:
     remove_all(folder / "a")
     remove_all(folder / "none")
     assert folders(folder) == [folder / "b"] and not inner.is_dir()
+
+
+def test_names_are_no_patterns_and_no_chains(bucket: S3FileSystem) -> None:
+    place = open_place("s3://bucket/runs::1[ab]?*")
+    for name in ("one[1]*", "two?", "three::3"):
+        write_whole(place / name, name.encode())
+    bucket.pipe_file("bucket/runs::1a-/other", b"")
+    assert sorted(files_below(str(place))) == sorted(names(place)) == ["one[1]*", "three::3", "two?"]
+    assert (place / "three::3").read_bytes() == b"three::3"
+    rename(place / "two?", "four::4*")
+    assert bucket.call_s3("head_object", Bucket="bucket", Key="runs::1[ab]?*/four::4*")
+    remove_all(place)
+    assert not place.is_dir() and bucket.find("bucket") == ["bucket/runs::1a-/other"]
+
+
+def test_a_large_folder_is_removed(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        write_whole(open_place() / str(number), b"")
+    call = S3FileSystem.call_s3
+
+    def in_pages(store: S3FileSystem, method: str, **arguments: Any) -> Any:
+        return call(store, method, **arguments | ({"MaxKeys": 2} if method == "list_objects_v2" else {}))
+
+    monkeypatch.setattr(S3FileSystem, "call_s3", in_pages)
+    remove_all(open_place())
+    assert not open_place().is_dir()
+
+
+def test_what_cannot_be_removed_is_told(bucket: S3FileSystem) -> None:
+    write_whole(open_place() / "a", b"")
+    refuse(bucket, "bucket", "deep/*", "s3:DeleteObject")
+    with pytest.raises(ProPhyError, match=f"cannot use {URL}: deep/files/a cannot be removed: AccessDenied"):
+        remove_all(open_place())
+    bucket.call_s3("delete_bucket_policy", Bucket="bucket")
+
+
+def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, put, waits = open_place() / "a", S3FileSystem.call_s3, list[float]()
+    monkeypatch.setattr(time, "sleep", waits.append)
+    conflicts = iter(range(2))
+
+    def conflicting(store: S3FileSystem, method: str, **arguments: Any) -> Any:
+        if method == "put_object" and next(conflicts, None) is not None:
+            about = {"Error": {"Code": "ConditionalRequestConflict"}}
+            raise translate_boto_error(ClientError(about, "PutObject"))
+        return put(store, method, **arguments)
+
+    monkeypatch.setattr(S3FileSystem, "call_s3", conflicting)
+    assert file.put(b"a", IfNoneMatch="*") and len(waits) == 2
+    assert file.put(b"b", IfNoneMatch="*") is None
+    conflicts = iter(range(1000))
+    with pytest.raises(ProPhyError, match="ConditionalRequestConflict"):
+        file.put(b"b", IfNoneMatch="*")
 
 
 def test_what_a_killed_process_leaves_on_a_disk(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Copies of files in S3: made once, whole, right, and no more than may be."""
 
+import fcntl
 import hashlib
 import logging
 import re
@@ -17,6 +18,7 @@ from prophy.hashing import home
 from prophy.places import S3Path
 from prophy.schema import DamagedFileError, MissingFileError, open_file
 from prophy.staging import on_disk, tell_staging
+from tests.disks import lock_as_nfs_does, small_disk
 
 MANY = 10**9
 FOLDER = S3Path("s3://bucket/cache", "cache.output")
@@ -89,6 +91,27 @@ def test_the_least_recently_used_goes_first_and_none_that_is_being_read(store: S
     assert copies() == {b.name, c.name}
     with pytest.raises(ProPhyError, match="takes 10 bytes, and cache.max_staged_bytes is 9; raise it"):
         read(a, 9)
+
+
+def test_copies_make_room_for_others_on_a_small_disk(
+    store: S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [put(number * (200 << 10)) for number in (b"a", b"b", b"c")]
+    with small_disk(tmp_path / "small", 512 << 10) as disk:
+        monkeypatch.setenv("PROPHY_HOME", str(disk))
+        for file in files:
+            read(file)
+        assert copies() == {files[1].name, files[2].name}
+        tell_staging({FOLDER: [file.name for file in files[1:]]}, MANY)
+        assert "copied again" not in caplog.text
+        tell_staging({FOLDER: [file.name for file in files]}, MANY)
+        assert "has room for 0.00 GB of that, so files are copied again and again" in caplog.text
+
+
+def test_copies_are_locked_as_nfs_wants_it(store: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lock_as_nfs_does)
+    a, b = put(b"a"), put(b"b")
+    assert (read(a, 1), read(b, 1)) == (b"a", b"b") and copies() == {b.name}
 
 
 def test_what_a_killed_process_left_is_removed(store: S3FileSystem) -> None:

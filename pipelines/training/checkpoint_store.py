@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pipelines.layout import checkpoint_name
 from pipelines.training.checkpoint import MANIFEST, Checkpoint, DamagedError
 from prophy.errors import ProPhyError
-from prophy.places import place_of, write_whole
+from prophy.leases import held
+from prophy.places import change, place_of, write_whole
 from prophy.stores import mendable, try_writing
 
 OWNER = "run.json"
@@ -94,18 +95,32 @@ class CheckpointStore(ABC):
         Raises:
             ProPhyError: it cannot be used, or is another run's.
         """
+        claimed = json.dumps({"run_dir": str(run_dir)}).encode()
         with mendable(f"train.checkpoints: cannot use {self.location}"):
             try_writing(self.location)
             said = self._read(OWNER)
             if said is None:
-                self._write(OWNER, json.dumps({"run_dir": str(run_dir)}).encode())
-                return
+                # Of two that start at the same time, the second finds what the first has written.
+                change(self._place / OWNER, lambda theirs: theirs or claimed)
+                said = self._read(OWNER) or b""
         owner = json.loads(said)["run_dir"]
         if owner != str(run_dir):
             raise ProPhyError(
                 f"{self.location} holds the checkpoints of the run in {owner}; choose another "
                 f"train.checkpoints, or remove {self.location}/{OWNER} to go on from them in {run_dir}"
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds the place for one process, which runs the block in its main thread.
+
+        The name of a run is no guard: on machines with disks of their own, two runs may have the same.
+
+        Raises:
+            ProPhyError: see `prophy.leases.held`.
+        """
+        with held(self._place, "train.checkpoints"):
+            yield
 
     def place(self, step: int) -> str:
         """Where a checkpoint lies."""
@@ -150,15 +165,15 @@ class CheckpointStore(ABC):
     @contextmanager
     def latest(self) -> Iterator[Checkpoint | None]:
         """The newest checkpoint whose files are what its manifest says; None if there is none."""
-        with ExitStack() as held:
-            found = (self._sound(step, held) for step in self.committed())
+        with ExitStack() as opened:
+            found = (self._sound(step, opened) for step in self.committed())
             yield next(filter(None, found), None)
 
     @contextmanager
     def find(self, step: int) -> Iterator[Checkpoint | None]:
         """The checkpoint of `step`; None if there is none whose files are what its manifest says."""
-        with ExitStack() as held:
-            yield self._sound(step, held) if step in self.committed() else None
+        with ExitStack() as opened:
+            yield self._sound(step, opened) if step in self.committed() else None
 
     def _read(self, name: str) -> bytes | None:
         """A small file; None if there is none."""
@@ -172,10 +187,10 @@ class CheckpointStore(ABC):
         self._place.mkdir(parents=True, exist_ok=True)
         write_whole(self._place / name, content)
 
-    def _sound(self, step: int, held: ExitStack) -> Checkpoint | None:
+    def _sound(self, step: int, opened: ExitStack) -> Checkpoint | None:
         try:
             self.check(step)
-            return held.enter_context(self.open(step))
+            return opened.enter_context(self.open(step))
         except DamagedError as damage:
             logger.warning("%s", damage)
             return None

@@ -98,6 +98,8 @@ class Save:
     def commit(self, num_to_keep: int) -> None:
         """Waits until every rank has written, makes it count, and removes checkpoints that are too many.
 
+        What cannot be removed stays until the next one is saved.
+
         Args:
             num_to_keep: committed checkpoints, the newest; those that are pinned stay too.
 
@@ -111,7 +113,13 @@ class Save:
         with writing(self._what):
             if dist.get_rank() == 0:
                 self._store.commit(self._step, self._manifest | {"files": dict(files)})
-                self._store.keep(num_to_keep)
+                self._remove_old(num_to_keep)
+
+    def _remove_old(self, num_to_keep: int) -> None:
+        try:
+            self._store.keep(num_to_keep)
+        except (ProPhyError, OSError) as error:
+            logger.warning("old checkpoints stay until the next one is saved: %s", error)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def run(config: Config) -> Path:
         ProPhyError: no cache, or one that does not fit; workers cannot share its clips as
             `train.sequence_parallel` says; the backbone does not take `train.expert` or `train.noise_levels`;
             what the run goes on from has another taxonomy; the run folder or `train.checkpoints` belongs to
-            another run, another process trains in it, or it cannot be used; a tracker is not installed; or a
+            another run, another process trains there, or it cannot be used; a tracker is not installed; or a
             loss is not finite.
     """
     check_trackers(config)
@@ -87,7 +87,7 @@ def run(config: Config) -> Path:
     _ = build_dataset(pinned, cache, rank=0)[0]
     places = RunFolder(open_run(config, "train"))
     root = places.training
-    with alone(root):
+    with alone(root), nullcontext() if config.train.checkpoints is None else store.alone():
         step = store.set_damaged_aside()  # before one of them is evaluated
         with ray_session(config), tracking(pinned, root), evaluating(pinned, cache, root):
             if step is None or step < config.train.num_steps:

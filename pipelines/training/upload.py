@@ -4,9 +4,8 @@ Readers know a model by one file, `model_index.json` or `physics_branch.json`. T
 killed export leaves is no model, and the same command goes on, by sending all files anew.
 """
 
-import hashlib
 import logging
-import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal
 
 from pipelines.config import Config
 from pipelines.training.export import Export, find_export, writing_model
+from pipelines.training.scratch import scratch_folder
 from prophy.errors import ProPhyError
 from prophy.hashing import home
 from prophy.models.stored import makes_whole
@@ -46,7 +46,7 @@ def run(
         for name in filter(makes_whole, files_below(url)):
             raise ProPhyError(f"{url}/{name} exists; choose another folder for the export")
     with find_export(config, step, complete, other) as export:
-        with _staged(export, url) as folder, mendable(f"cannot export to {url}"):
+        with _staged(export) as folder, mendable(f"cannot export to {url}"):
             _send(folder, url)
         export.tell(url)
 
@@ -68,19 +68,10 @@ def _send(folder: Path, url: str) -> None:
 
 
 @contextmanager
-def _staged(export: Export, url: str) -> Iterator[Path]:
-    """The export in a folder of this machine, which goes when the block ends.
-
-    It is the same for the same URL, so that what a killed export left there goes too.
-    """
-    folder = home() / "exports" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        with mendable(f"cannot export to {folder.parent}"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        check_room("before it is sent, the export", export.num_bytes, folder.parent)
-        with writing_model(folder) as partial:
+def _staged(export: Export) -> Iterator[Path]:
+    """The export in a folder of this machine, which goes when the block ends."""
+    with scratch_folder(home() / "exports" / uuid.uuid4().hex) as folder:
+        check_room("before it is sent, the export", export.num_bytes, folder)
+        with writing_model(folder / "model") as partial:
             export.write(partial)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield folder / "model"

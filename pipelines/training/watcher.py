@@ -21,6 +21,8 @@ from prophy.training.cache import PriorCache
 
 logger = logging.getLogger(__name__)
 
+_LAST_LOOKS = 6  # at the end of a run, where the store does not answer
+
 
 @contextmanager
 def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
@@ -78,9 +80,10 @@ def _watch(
     task = ray.remote(_evaluate).options(
         num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
     )
-    over, store = False, open_checkpoints(config.checkpoints)
+    over, last_looks, store = False, 0, open_checkpoints(config.checkpoints)
     while not (over or failed.is_set()):
-        over = ended.wait(store.look_every_s)  # then one last look
+        is_last = ended.wait(store.look_every_s)
+        last_looks += is_last
         try:
             for step in store.committed()[:1]:
                 if step in seen:
@@ -97,8 +100,12 @@ def _watch(
                     if not failed.is_set():
                         logger.warning("step %d was not evaluated: %s", step, error)
                 store.pin(best=best)
-        except ProPhyError as error:  # S3, which may answer the next time
+            over = is_last
+        except (ProPhyError, OSError) as error:  # the store, which may answer the next time
             logger.warning("checkpoints cannot be looked at, to evaluate them: %s", error)
+            over = last_looks == _LAST_LOOKS
+            if is_last and not over:
+                failed.wait(store.look_every_s)
 
 
 def _evaluate(config: Config, cache: PriorCache, root: Path, step: int) -> None:

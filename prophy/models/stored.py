@@ -10,10 +10,11 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from prophy.errors import ProPhyError
 from prophy.hashing import home
@@ -21,6 +22,8 @@ from prophy.models.description import DESCRIPTION
 from prophy.stores import check_room, download, files_below, is_in_s3, mendable
 
 logger = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
 
 
 def makes_whole(name: str) -> bool:
@@ -56,10 +59,19 @@ def _copy_of(url: str) -> Path:
     folder = home() / "s3" / f"{url.rpartition('/')[2]}-{_version(url, files)}"
     with mendable(f"cannot use {folder.parent}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder.parent)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 _download(url, files, folder)
     return folder
+
+
+def _remove_unfinished(parent: Path) -> None:
+    """Removes what processes that were killed left of copies of any model."""
+    for partial in parent.glob(f"*{_PARTIAL}"):
+        # Else a process is at work on it.
+        with suppress(Timeout), FileLock(f"{partial.with_suffix('')}.lock", timeout=0):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -69,8 +81,7 @@ def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _download(url: str, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    partial = Path(f"{folder}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial = Path(f"{folder}{_PARTIAL}")
     needed = sum(about["size"] for about in files.values())
     check_room(url, needed, folder.parent)
     logger.info("%d files, %.2f GB, are copied from %s to %s", len(files), needed / 1e9, url, folder)

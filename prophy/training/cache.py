@@ -1,7 +1,9 @@
 """The samples in a cache: which there are, and how one is read. Opening a cache takes no torch."""
 
+import logging
 from bisect import bisect_left
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -14,16 +16,19 @@ from prophy.schema import (
     EMPTY_PROMPT,
     INDEX,
     CacheInput,
+    DamagedFileError,
     MissingFileError,
     latents_of,
     open_file,
     read_phenomena,
     text_of,
 )
-from prophy.staging import on_disk, tell_staging
+from prophy.staging import drop_copy, on_disk, tell_staging
 
 if TYPE_CHECKING:  # the driver of training reads no tensors, and torch takes seconds to import
     import torch
+
+logger = logging.getLogger(__name__)
 
 Place = tuple[str, int]
 """The file and the row group that a row lies in."""
@@ -184,9 +189,19 @@ class PriorCache:
         )
 
     def _read_row(self, table: Folder, place: Place, columns: list[str]) -> pa.Table:
-        file_name, row_group = place
-        with on_disk(table / file_name, self._max_staged_bytes) as path, open_file(path) as file:
-            return file.read_row_group(row_group, columns=columns, use_threads=False)
+        file = table / place[0]
+        try:
+            return self._read_row_group(file, place[1], columns)
+        except DamagedFileError as damage:
+            if isinstance(file, Path) or damage.path == file:  # not this machine's copy
+                raise
+            logger.warning("%s %s, and is copied from S3 anew", damage.path, damage.reason)
+            drop_copy(file)
+            return self._read_row_group(file, place[1], columns)
+
+    def _read_row_group(self, file: Folder, number: int, columns: list[str]) -> pa.Table:
+        with on_disk(file, self._max_staged_bytes) as path, open_file(path) as opened:
+            return opened.read_row_group(number, columns=columns, use_threads=False)
 
 
 def _read_index(table: Folder, columns: list[str]) -> pa.Table:

@@ -1,5 +1,6 @@
 """The run folder, and user errors that come out of Ray as themselves."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,21 @@ def test_a_ray_that_cannot_be_had_is_one_sentence(
         monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ProPhyError, match=message), ray_session(config):
         pass
+
+
+def test_workers_have_the_home_of_the_command(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    homes = []
+
+    def init(*_: object, **__: object) -> None:
+        homes.append(os.environ["PROPHY_HOME"])
+        raise RuntimeError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # that of the session may be
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROPHY_HOME", "home")
+    with pytest.raises(ProPhyError), ray_session(config):
+        pass
+    assert homes == [str(tmp_path / "home")]

@@ -154,13 +154,15 @@ def test_checkpoints_in_s3(undisturbed: Config, tmp_path: Path, monkeypatch: pyt
         first.kill("node")
         first.process.wait()
         [last, *_] = checkpoints.committed()
-        assert f"resumed from step {last}" in start().finish()
+        said = start().finish()
+        assert "taking over s3://bucket/deep/run from a run that ended without" in said
+        assert f"resumed from step {last}" in said
         assert_equal_runs(tmp_path / "run", undisturbed)
         for file in (undisturbed.run_dir / "model").iterdir():
             assert (folder / "model" / file.name).read_bytes() == file.read_bytes()
         assert checkpoints.committed() == [6, 4]
-        assert len(names()) == 1 + 2 * 3, (
-            "the name of the run, and of each checkpoint two parts and a manifest"
+        assert len(names()) == 2 + 2 * 3, (
+            "the name of the run, its lease, and of each checkpoint two parts and a manifest"
         )
         assert "step 6 of 6 was reached before" in start().finish()
     left = (path for path in (tmp_path / "home" / "checkpoints").rglob("*") if path.is_file())

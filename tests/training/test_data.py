@@ -401,6 +401,11 @@ def test_a_cache_in_s3_is_read_as_one_on_a_disk(
         for sample_id in there.sample_ids.to_pylist():
             ours, theirs = there.read(sample_id), cache.read(sample_id)
             torch.testing.assert_close(vars(ours), vars(theirs), rtol=0, atol=0)
+        [copy, *_] = (tmp_path / "cache").glob("*.parquet")
+        copy.write_bytes(bytes(copy.stat().st_size))  # as a failing disk does
+        for sample_id in there.sample_ids.to_pylist():
+            there.read(sample_id)
+        assert f"{copy} is damaged, and is copied from S3 anew" in caplog.text
         with pytest.raises(
             ProPhyError, match="the encodings in s3://read/cache/encodings were made for another"
         ):

@@ -11,8 +11,10 @@ from PIL import Image
 
 from pipelines.caching import inspect
 from pipelines.caching.sources import find_videos
+from pipelines.caching.tables import file_names
 from pipelines.config import Config
 from prophy.errors import ProPhyError
+from prophy.places import Place, sizes
 from prophy.schema import ROW_FILES
 from prophy.video import write_video
 from tests.hostile import FPS, moving_square
@@ -23,6 +25,19 @@ def colourful_rows(sheet: Path) -> int:
     """Strips of 96 pixels in which something is drawn beside the label."""
     pixels = np.asarray(Image.open(sheet).convert("RGB"))[:, inspect._LABEL_WIDTH :]
     return int((pixels.max((1, 2)) > 60).sum()) // inspect._HEIGHT
+
+
+def test_inspect_while_files_are_written_and_removed(
+    tiny_cache: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_one(folder: Place) -> dict[str, int]:
+        found = sizes(folder)
+        del found[file_names(folder)[0]]
+        return found
+
+    monkeypatch.setattr(inspect, "sizes", without_one)
+    inspect.inspect(tiny_cache, 1, tmp_path / "sheet.png")
+    assert "priors" in capsys.readouterr().out
 
 
 def test_inspect(tiny_cache: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

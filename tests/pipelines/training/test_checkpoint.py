@@ -1,5 +1,6 @@
 """Checkpoints: what is committed, what is damaged, what is kept, and what a full disk leaves."""
 
+import itertools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,9 +29,10 @@ from pipelines.training.metrics import MetricsLog
 from pipelines.training.saving import EveryRankError, Fragment, Save, latest_on_every_rank, writing
 from prophy.errors import ProPhyError
 from prophy.hashing import home
-from prophy.stores import files_below, open_store
+from prophy.places import place_of, write_whole
+from prophy.stores import files_below, is_in_s3, open_store
 from tests.disks import small_disk
-from tests.object_store import object_store, refuse_puts
+from tests.object_store import object_store, refuse, refuse_puts
 from tests.ranks import Result, on_ranks
 
 SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
@@ -225,7 +228,7 @@ def test_what_a_killed_save_left_goes_with_the_next(store: CheckpointStore) -> N
 
 def test_a_place_is_for_one_run(store: CheckpointStore, tmp_path: Path) -> None:
     store.claim(tmp_path / "run")
-    assert names(store) == [OWNER], "what tried the place is gone"
+    assert set(names(store)) - {f".{OWNER}.lock"} == {OWNER}, "what tried the place is gone"
     store.claim(tmp_path / "run")
     said = (
         f"^{store.location} holds the checkpoints of the run in {tmp_path}/run; choose another train.checkp"
@@ -234,6 +237,39 @@ def test_a_place_is_for_one_run(store: CheckpointStore, tmp_path: Path) -> None:
         store.claim(tmp_path / "other")
     lose_a_file("", f"{store.location}/{OWNER}")
     store.claim(tmp_path / "other")
+
+
+def test_of_two_runs_that_start_together_one_gets_the_place(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicker, read = open_checkpoints(store.location), store._read
+
+    def read_before(name: str) -> bytes | None:
+        said = read(name)
+        quicker.claim(tmp_path / "quicker")
+        return said
+
+    monkeypatch.setattr(store, "_read", read_before)
+    with pytest.raises(ProPhyError, match=f"holds the checkpoints of the run in {tmp_path}/quicker; choose"):
+        store.claim(tmp_path / "run")
+
+
+def test_a_place_is_for_one_process(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where two machines have a run of the same name."""
+    store.claim(tmp_path / "run")
+    said = f"another run writes to {store.location}; wait for it, or choose another train.checkpoints"
+    with store.alone():
+        lease, renewals = place_of(f"{store.location}/.lease", ""), itertools.count()
+        with monkeypatch.context() as patch:
+            if is_in_s3(store.location):  # a holder that renews it, without the wait
+                own = lease.read_bytes()
+                patch.setattr(time, "sleep", lambda _: write_whole(lease, own + b"%d" % next(renewals)))
+            with pytest.raises(ProPhyError, match=said), open_checkpoints(store.location).alone():
+                pass
+    with store.alone():
+        pass
 
 
 def test_what_s3_refuses_keeps_the_checkpoint_before(bucket: S3FileSystem) -> None:
@@ -255,6 +291,20 @@ def test_what_s3_refuses_keeps_the_checkpoint_before(bucket: S3FileSystem) -> No
         store.claim(Path("run"))
     with pytest.raises(ProPhyError, match="cannot use s3://nobucket/run: .*bucket does not exist; mend that"):
         open_checkpoints("s3://nobucket/run").claim(Path("run"))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    bucket: S3FileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_checkpoints("s3://bucket/deep/run")
+    write(store, 1, num_to_keep=1)
+    refuse(bucket, "bucket", "deep/run/step-00000001/*", "s3:DeleteObject")
+    write(store, 2, num_to_keep=1)
+    assert store.committed() == [2, 1]
+    assert "old checkpoints stay until the next one is saved: train.checkpoints: cannot use" in caplog.text
+    bucket.call_s3("delete_bucket_policy", Bucket="bucket")
+    write(store, 3, num_to_keep=1)
+    assert names(store) == files_of(3)
 
 
 def on_two_ranks(rank: int, folder: Path) -> Result:

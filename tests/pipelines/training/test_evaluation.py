@@ -5,6 +5,8 @@ import math
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ from pipelines.caching import cache
 from pipelines.config import Config
 from pipelines.layout import EVALUATION_FILE, METRICS_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER
 from pipelines.sandbox import simulate
+from pipelines.training import watcher
 from pipelines.training.checkpoint import MANIFEST
 from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.data import build_dataset
@@ -119,6 +122,39 @@ def test_best_is_the_lowest_loss_of_those_that_are_there(evaluated: Config, tmp_
     assert best_step(config, tmp_path) == 3
     other = config.train.model_copy(update={"keep_best": False})
     assert best_step(config.model_copy(update={"train": other}), tmp_path) is None
+
+
+class Unanswering(FolderStore):
+    """Answers some of the questions for what is committed with an error."""
+
+    look_every_s = 0.001
+
+    def __init__(self, location: str, num_errors: int) -> None:
+        super().__init__(location)
+        self._num_errors = num_errors
+
+    def committed(self) -> list[int]:
+        self._num_errors -= 1
+        if self._num_errors >= 0:
+            raise ProPhyError("S3 does not answer")
+        return [4]
+
+
+@pytest.mark.parametrize(("num_errors", "expected"), [(3, [4]), (1000, [])])
+def test_the_last_checkpoint_is_looked_for_again(
+    num_errors: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run", "train.num_held_out=2", "train.keep_best=false")
+    (tmp_path / "run").mkdir()
+    store, evaluated = Unanswering(str(tmp_path / "checkpoints"), num_errors), list[int]()
+    monkeypatch.setattr(watcher, "open_checkpoints", lambda _: store)
+    task = SimpleNamespace(remote=lambda *arguments: arguments[-1])
+    ray = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **_: task), get=evaluated.append)
+    monkeypatch.setattr(watcher, "ray", ray)
+    cache: Any = None  # nobody looks into it
+    with evaluating(config, cache, tmp_path / "run"):
+        pass
+    assert evaluated == expected
 
 
 def test_last_checkpoint_makes_a_video_and_its_maps(evaluated: Config) -> None:

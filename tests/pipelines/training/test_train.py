@@ -340,6 +340,15 @@ def test_more_steps_than_before_change_a_cosine(
     assert ("from 0 to 0.0005, and" in caplog.text) == (schedule == "cosine")
 
 
+def test_another_process_writes_checkpoints_there(tiny_cache: Config, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    place.mkdir()
+    config = train_config(tiny_cache, tmp_path / "run", f"train.checkpoints={place}")
+    said = f"another run writes to {place}; wait for it, or choose another train.checkpoints"
+    with FolderStore(str(place)).alone(), pytest.raises(ProPhyError, match=said):
+        run(config)
+
+
 def test_no_cache(config: Config) -> None:
     with pytest.raises(ProPhyError, match="no cache in .*priors; run `prophy cache`"):
         run(config)
