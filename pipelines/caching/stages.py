@@ -119,7 +119,7 @@ class CutVideo:
         clips = clip_ids(row["source"], content_hash, info.duration_s, self.clip_durations_s)
         if not clips:
             raise VideoError(
-                f"{uri} lasts {info.duration_s:.2f} s, less than one clip of "
+                f"{uri} lasts {info.duration_s:.3f} s, less than one clip of "
                 f"{min(self.clip_durations_s):g} s; remove it, or take another cache.output, and its length "
                 f"into cache.shorter_clips_s"
             )

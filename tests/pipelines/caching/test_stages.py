@@ -79,7 +79,7 @@ def test_a_video_over_the_limits_is_an_error_row(video: Path, limits: dict, mess
 def test_a_video_shorter_than_a_clip_is_an_error_row(tmp_path: Path) -> None:
     write_video(tmp_path / "short.mp4", np.zeros((12, 64, 64, 3), np.uint8), 8)
     [row] = cut(tmp_path / "short.mp4")
-    assert "less than one clip of 2 s" in row["error"]["message"]
+    assert "lasts 1.500 s, less than one clip of 2 s" in row["error"]["message"]
 
 
 def test_clips_get_their_frames(video: Path) -> None:
