@@ -184,7 +184,7 @@ class Attempts:
     A file per clip holds the ids of the processes that began it, and goes when one ends it.
 
     Args:
-        folder: seen by all nodes; whoever starts a run empties it.
+        folder: seen by all nodes; whoever starts a run makes it, empty.
         stage: name of the stage.
     """
 
@@ -217,7 +217,6 @@ class Attempts:
 
     def _begin(self, row: dict[str, Any]) -> None:
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
             append(self._file(row), f"{os.getpid()}\n".encode())
 
     def _count(self, row: dict[str, Any]) -> int:

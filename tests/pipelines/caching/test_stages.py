@@ -106,7 +106,8 @@ def test_clips_take_the_nearest_shape_and_are_encoded_together(
     )
     assert [len(row["frames"]) // (17 * 3) for row in read.to_pylist()] == [64 * 64, 32 * 64, 64 * 32]
     table = Table(tmp_path / "encodings", ENCODINGS, {}, {})
-    encoded = EncodeClip(backbone, table, tmp_path / "attempts")(read)
+    table.folder.mkdir()
+    encoded = EncodeClip(backbone, table, tmp_path)(read)
     assert encoded.schema.equals(ENCODINGS_OR_ERROR)
     shapes = [row["latents_shape"] for row in encoded.to_pylist()]
     assert shapes == [[16, 5, 16, 16], [16, 5, 8, 16], [16, 5, 16, 8]]
