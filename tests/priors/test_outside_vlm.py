@@ -92,7 +92,7 @@ def test_it_is_found_by_the_model_type_of_its_files(config: Config) -> None:
 def test_from_a_clip_to_a_row_and_to_targets(config: Config, frames: np.ndarray) -> None:
     table = priors_table(config, WISA)
     quarantine = Table(config.run_dir / "quarantine", QUARANTINE, {}, {})
-    table.folder.mkdir(parents=True)
+    table.folder.mkdir(parents=True, exist_ok=True)
     assert extracted(config, frames, None).schema.equals(PRIORS_OR_ERROR)
     assert WriteRows(table, quarantine)(extracted(config, frames, None))["written"].to_pylist() == [1]
     [name] = file_names(table.folder)

@@ -106,7 +106,7 @@ def test_clips_take_the_nearest_shape_and_are_encoded_together(
     )
     assert [len(row["frames"]) // (17 * 3) for row in read.to_pylist()] == [64 * 64, 32 * 64, 64 * 32]
     table = Table(tmp_path / "encodings", ENCODINGS, {}, {})
-    table.folder.mkdir()
+    table.folder.mkdir(parents=True, exist_ok=True)
     encoded = EncodeClip(backbone, table, tmp_path)(read)
     assert encoded.schema.equals(ENCODINGS_OR_ERROR)
     shapes = [row["latents_shape"] for row in encoded.to_pylist()]
