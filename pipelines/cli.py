@@ -355,7 +355,8 @@ def generate(
 def _read_lines(path: Path, what: str) -> list[str]:
     """The lines of a file that are not blank; `what` each is."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which cuts a prompt at what Unicode calls a line separator too.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise ProPhyError(f"no {what} file {path}; give a text file with one {what} per line") from None
     if any(line.lstrip().startswith("{") for line in lines):

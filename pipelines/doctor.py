@@ -3,6 +3,7 @@
 Each check is one line. The same checks of room are made by every command before it starts.
 """
 
+import itertools
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -16,30 +17,34 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
+from pipelines.caching.sources import find_videos
 from pipelines.config import Config, is_url
 from pipelines.resources import Work, needs_of, place
 from pipelines.runtime import ray_session, versions
 from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
 from prophy.stores import asking, open_store, try_writing
+from prophy.taxonomy import load_taxonomy
 
 _ANSWERS_WITHIN_S = 120  # a node starts a process first
+_UNSEEN = "it does not; mount it there"
 # Of what may be in an object store.
 _WRITTEN = ("cache.output", "generate.output", "serve.videos", "train.checkpoints")
 
 
 @ray.remote(num_cpus=0)
 def _look(
-    tokens: list[Path], urls: dict[str, str]
-) -> tuple[list[str | None], dict[str, str], dict[str, str], bool]:
-    """What a node reads in a file of each shared folder, its versions, and what is wrong with each URL.
+    tokens: list[Path], videos: list[Path], urls: dict[str, str]
+) -> tuple[list[str | None], list[bool], dict[str, str], dict[str, str], bool]:
+    """What a node reads in a file of each shared folder, which videos it sees, and its versions.
 
-    And whether its GPUs are hidden from this task, which reserves none.
+    And what is wrong with each URL, and whether its GPUs are hidden from this task, which reserves none.
     """
     attempts = {key: try_writing if key in _WRITTEN else _try_reading for key in urls}
     problems = {key: _said(partial(attempts[key], url)) for key, url in urls.items()}
     seen = [token.read_text() if token.exists() else None for token in tokens]
-    return seen, versions(), problems, os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    found = [video.is_file() for video in videos]
+    return seen, found, versions(), problems, os.environ.get("CUDA_VISIBLE_DEVICES") == ""
 
 
 def run(config: Config) -> None:
@@ -71,8 +76,13 @@ def _checks(config: Config) -> Iterator[tuple[str, str]]:
     shared = {folder: _said(partial(_try_files, folder)) for folder in _shared_folders(config)}
     for folder, unusable in shared.items():
         yield f"rename, lock and append in {folder}", unusable
+    videos = list[Path]()
+    try:
+        videos = _local_video(config)
+    except ProPhyError as error:
+        yield f"videos in {config.cache.input}", str(error)
     if not any(shared.values()):
-        yield from _nodes([*shared], _urls(config))
+        yield from _nodes([*shared], videos, _urls(config))
     yield f"job database {config.serve.database_url}", _said(lambda: _try_database(config))
 
 
@@ -106,9 +116,26 @@ def _try_database(config: Config) -> None:
 
 
 def _shared_folders(config: Config) -> list[Path]:
-    """The run folder, and that of the checkpoints where it is another."""
-    named = None if config.lacking("train") else config.train.checkpoints
-    return [config.run_dir, *([] if named is None or is_url(named) else [Path(named)])]
+    """The run folder, and those of the cache and the checkpoints where they lie elsewhere."""
+    cache = None if config.lacking("cache") else config.cache.output
+    checkpoints = None if config.lacking("train") else config.train.checkpoints
+    named = [Path(place) for place in (cache, checkpoints) if place is not None and not is_url(place)]
+    within = config.run_dir.resolve()
+    return [config.run_dir, *(folder for folder in named if not folder.resolve().is_relative_to(within))]
+
+
+def _local_video(config: Config) -> list[Path]:
+    """A video of the input, where it lies on a disk; none where there is no input yet.
+
+    Raises:
+        ProPhyError: the input cannot be used.
+    """
+    if config.lacking("cache") or is_url(config.cache.input) or not Path(config.cache.input).exists():
+        return []
+    found = find_videos(config.cache.input, load_taxonomy(config.taxonomy).names).videos
+    sources = (source.as_py() for source in found["source"])
+    there = (Path(each["uri"]) for each in sources if each["modified"] and not is_url(each["uri"]))
+    return [*itertools.islice(there, 1)]
 
 
 def _urls(config: Config) -> dict[str, str]:
@@ -135,8 +162,8 @@ def _try_reading(url: str) -> None:
         store.info(root)
 
 
-def _nodes(folders: list[Path], urls: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Whether each node sees these folders, has these versions, hides its GPUs, and can use the URLs."""
+def _nodes(folders: list[Path], videos: list[Path], urls: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Whether each node sees these places, has these versions, hides its GPUs, and can use the URLs."""
     content = secrets.token_hex(8)
     tokens = [folder / f".doctor-{content}" for folder in folders]
     own = versions()
@@ -146,14 +173,16 @@ def _nodes(folders: list[Path], urls: dict[str, str]) -> Iterator[tuple[str, str
         for node in (node for node in ray.nodes() if node["Alive"]):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             place = f"node {node['NodeManagerAddress']}"
-            looking = _look.options(scheduling_strategy=there).remote(tokens, urls)
+            looking = _look.options(scheduling_strategy=there).remote(tokens, videos, urls)
             try:
-                seen, theirs, problems, hidden = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
+                seen, found, theirs, problems, hidden = ray.get(looking, timeout=_ANSWERS_WITHIN_S)
             except Exception as error:
                 yield f"{place} runs a task", " ".join(str(error).split())
                 continue
             for folder, read in zip(folders, seen, strict=True):
-                yield f"{place} sees {folder}", "" if read == content else "it does not; mount it there"
+                yield f"{place} sees {folder}", "" if read == content else _UNSEEN
+            for video, is_there in zip(videos, found, strict=True):
+                yield f"{place} sees {video}", "" if is_there else _UNSEEN
             other = [f"{name} {theirs[name]}, here {own[name]}" for name in own if theirs[name] != own[name]]
             yield f"{place} has the versions of this one", "; ".join(other)
             if "GPU" in node["Resources"]:

@@ -37,23 +37,30 @@ FRAMES_VERSION = 2
 """Raise it when a file would give other frames or measures; caches made with another are not gone on with."""
 
 
+# A clock of milliseconds rounds the first moment, the last one, and how long the last frame is shown.
+_ROUNDED_OFF_S = 0.0025
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What `probe` measured, from the packets that are really there.
 
     Attributes:
-        fps: mean frame rate, by timestamps.
+        fps: mean frame rate: `num_frames` in `duration_s`.
         num_frames: number of frames.
         height: rows of a frame as it is shown: turned upright, with square pixels.
         width: columns of a frame as it is shown.
-        duration_s: from the first frame to the end of the last, which counts as long as the mean at most.
     """
 
     fps: float
     num_frames: int
     height: int
     width: int
-    duration_s: float
+
+    @property
+    def duration_s(self) -> float:
+        """From the first frame to the end of the last, which counts as long as the mean at most."""
+        return self.num_frames / self.fps  # as whoever has only these two computes it
 
 
 def probe(
@@ -103,10 +110,12 @@ def probe(
     if interval <= 0:
         raise VideoError(f"{path} gives all of its {len(shown)} frames one timestamp; write it anew")
     end_s = (latest + min(last_duration or interval, interval)) * unit
-    missing_s = declared_s - (end_s - start_s)
-    if missing_s > 1.5 * interval * unit and not _has_packets_after(path, end_s + missing_s / 2):
+    # A header promises all the time that a last frame is held.
+    held_s = max(end_s, max(stamp + duration for stamp, duration in shown) * unit)
+    missing_s = declared_s - (held_s - start_s)
+    if missing_s > 1.5 * interval * unit and not _has_packets_after(path, held_s + missing_s / 2):
         raise VideoError(
-            f"{path} ends after {end_s - start_s:.2f} s although its header promises {declared_s:.2f} s; "
+            f"{path} ends after {held_s - start_s:.2f} s although its header promises {declared_s:.2f} s; "
             f"it was cut short, copy it anew"
         )
     duration_s = end_s - (earliest * unit if guessed or start is None else start_s)
@@ -119,18 +128,19 @@ def probe(
     _check_limit(
         path, "frame", height * width, "max_pixels", max_pixels, f"pixels as shown ({width}x{height})"
     )
-    return VideoInfo(1 / (interval * unit), len(shown), height, width, duration_s)
+    return VideoInfo(len(shown) / duration_s, len(shown), height, width)
 
 
 def clip_spans(duration_s: float, clip_durations_s: Iterable[float]) -> list[tuple[float, float]]:
     """Cuts a video into clips of the given lengths, as (start, end) in seconds.
 
     As many of the longest as there is room for; then of the next in what is left at the end. Less than the
-    shortest is left out, so there is no clip of a shorter video.
+    shortest is left out, so there is no clip of a shorter video. What a container's clock may round off is
+    not missing.
     """
-    spans, start = list[tuple[float, float]](), 0.0
+    spans, start, end = list[tuple[float, float]](), 0.0, duration_s + _ROUNDED_OFF_S
     for length in sorted(clip_durations_s, reverse=True):
-        count = math.floor((duration_s - start) / length + 1e-6)
+        count = max(math.floor((end - start) / length), 0)
         spans += [(start + index * length, start + (index + 1) * length) for index in range(count)]
         start += count * length
     return spans
@@ -233,7 +243,7 @@ def _nearest_frames(
             raise VideoError(f"{path} has no readable frame at {time:.2f} s; convert or remove it")
         shown_s, frame = min(before, after or before, key=lambda timed: abs(timed[0] - time))
         tolerance_s = 1.5 * packets.interval_s + 1e-6
-        if after is None and time - shown_s > max(tolerance_s, 1.5 * _duration(frame)):
+        if after is None and time - shown_s > max(tolerance_s, 1.5 * _duration(frame)) + _ROUNDED_OFF_S:
             raise VideoError(f"{path} cannot be decoded up to {time:.2f} s; convert or remove it")
         wanted_s = min(packets.seconds, key=lambda packet_s: abs(packet_s - time))
         if abs(shown_s - time) > abs(wanted_s - time) + tolerance_s:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,7 +76,24 @@ def test_clips_have_one_length_and_leave_the_rest_out() -> None:
     assert clip_spans(4.25, [2.0]) == [(0.0, 2.0), (2.0, 4.0)]
     assert clip_spans(59 / 29.5, [2.0]) == [(0.0, 2.0)]
     assert clip_spans(1.9, [2.0]) == []
+    assert clip_spans(2.0 - 1e-9, [2.0, 0.5, 0.25]) == [(0.0, 2.0)]
     assert clip_spans(5.75, [0.5, 2.0, 1.0]) == [(0.0, 2.0), (2.0, 4.0), (4.0, 5.0), (5.0, 5.5)]
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".flv"])
+@pytest.mark.parametrize("fps", [24, 60])
+def test_a_clock_of_milliseconds_takes_no_clip_away(tmp_path: Path, suffix: str, fps: int) -> None:
+    path = tmp_path / f"a{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, width=64, height=64)
+        blank = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        for _ in range(fps):
+            container.mux(stream.encode(blank))
+        container.mux(stream.encode(None))
+    duration_s = probe(path).duration_s
+    assert duration_s < 1.0
+    assert clip_spans(duration_s, [1.0]) == [(0.0, 1.0)]
+    assert len(read_frames(path, 0.0, 1.0, 5, 64, 64)) == 5
 
 
 def test_the_nearest_shape_is_the_one_with_the_nearest_aspect_ratio() -> None:
@@ -102,19 +119,46 @@ def test_frames_are_those_of_their_moments(
     assert found == expected
 
 
+def write_moments(path: Path, times_ms: Sequence[int], last_ms: int) -> None:
+    """The counting frames, each shown at its moment, and the last for `last_ms`."""
+    options = {"crf": "10", "bf": "0"}
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=30, width=64, height=64, options=options)
+        stream.codec_context.time_base = Fraction(1, 1000)
+        packets = list[av.Packet]()
+        for time_ms, pixels in zip(times_ms, counting_frames(len(times_ms)), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        packets[-1].duration = int(last_ms / (1000 * packets[-1].time_base))
+        for packet in packets:
+            container.mux(packet)
+
+
 def test_variable_frame_rates_are_read_by_time(tmp_path: Path) -> None:
     path = tmp_path / "variable.mp4"
     times_ms = np.cumsum([0, *(50 if t % 2 else 200 for t in range(33))])
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, width=64, height=64, options={"crf": "10"})
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for time_ms, pixels in zip(times_ms, counting_frames(34), strict=True):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = int(time_ms), Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    write_moments(path, times_ms.tolist(), 50)
     nearest = [int(np.abs(times_ms - 1000 * time).argmin()) for time in np.linspace(0.11, 4.01, 14)]
     assert number_of(read_frames(path, 0.11, 4.01, 14, 64, 64)) == nearest
+
+
+@pytest.mark.parametrize("last_ms", [100, 1000, 3000])
+def test_a_last_frame_that_is_held_counts_as_long_as_the_others(tmp_path: Path, last_ms: int) -> None:
+    write_moments(tmp_path / "a.mp4", range(0, 1000, 40), last_ms)
+    assert probe(tmp_path / "a.mp4").duration_s == pytest.approx(1.0)
+    (tmp_path / "cut.mp4").write_bytes(_cut((tmp_path / "a.mp4").read_bytes()))
+    with pytest.raises(VideoError, match=f"promises {0.96 + last_ms / 1000:.2f} s; it was cut short"):
+        probe(tmp_path / "cut.mp4")
+
+
+def test_the_rate_is_the_number_of_frames_in_the_duration(tmp_path: Path) -> None:
+    """So that the same clips are in a video for whoever knows the rate, and for whoever measures it."""
+    write_moments(tmp_path / "a.mp4", range(0, 1000, 40), 1)
+    info = probe(tmp_path / "a.mp4")
+    assert (info.num_frames, info.duration_s) == (25, pytest.approx(0.961))
+    assert info.fps == pytest.approx(25 / 0.961)
 
 
 def test_scales_the_whole_picture(tmp_path: Path) -> None:

@@ -35,12 +35,14 @@ from pipelines.caching.tables import (
     ATTEMPTS_FOLDER,
     Table,
     WriteRows,
+    check_written,
     drop_samples,
     exclusive,
     fingerprint_of,
     read_quarantine,
     update_index,
     write_file,
+    writing,
 )
 from pipelines.caching.tasks import FileTasks
 from pipelines.config import BackboneConfig, Config, PoolConfig, how_keys
@@ -74,7 +76,8 @@ def run(config: Config) -> CacheSummary:
     """Adds to the cache what it lacks of the input, and prints what it then holds.
 
     Raises:
-        ProPhyError: no video that can be used, another run at work, or a cache made with other settings.
+        ProPhyError: no video that can be used, another run at work, a cache made with other settings, or a
+            node that does not see it.
     """
     _check_clips(config)
     taxonomy = load_taxonomy(config.taxonomy)
@@ -83,9 +86,9 @@ def run(config: Config) -> CacheSummary:
     with exclusive(config.cache.folder), FileTasks(config) as tasks:
         summary = _fill(_pinned(config), taxonomy, found, tasks)
     if not summary.num_priors:
+        first = "".join(f"; the first: {message}" for message in summary.quarantined[:1])
         raise ProPhyError(
-            f"none of the {len(found.videos)} videos in {config.cache.input} can be used; the first: "
-            f"{summary.quarantined[0]}"
+            f"none of the {len(found.videos)} videos in {config.cache.input} can be used{first}"
         )
     print_summary(summary, config.cache.input, _folder(config).quarantine)
     return summary
@@ -266,6 +269,11 @@ def _fill(config: Config, taxonomy: Taxonomy, found: Input, tasks: FileTasks) ->
     videos = found.videos
     current = CacheInput(config.cache.input, videos["source"])
     priors, encodings = priors_table(config, taxonomy), encodings_table(config)
+    # Workers make no folder: on a node that does not see the cache it would be its own.
+    written_to = [priors.folder, encodings.folder, _folder(config).quarantine]
+    with writing(config.cache.folder):
+        for folder in (*written_to, _attempts(config)):
+            folder.mkdir(parents=True, exist_ok=True)
     drop_samples(priors, changed(index_of(priors, PLANNED), videos, ("caption", "labels")))
     drop_samples(encodings, changed(index_of(encodings, ["sample_id", "source"]), videos))
     # Before any work: training knows these videos by it, also where this run is killed.
@@ -286,14 +294,19 @@ def _fill(config: Config, taxonomy: Taxonomy, found: Input, tasks: FileTasks) ->
             clips_left(videos, index, encoded, refused(encodings)),
         )
 
+    def run_graph(graph: Dataset, name: str, work: pa.Table, workers: dict[str, int]) -> GraphReport:
+        report = execute(graph, name, len(work), workers)
+        check_written(report.files, written_to)
+        return report
+
     def extract(work: pa.Table) -> GraphReport:
         fitting, workers = _fit_pools(config, "priors", "extract")
-        return execute(build_priors_graph(fitting, taxonomy, priors, work), "priors", len(work), workers)
+        return run_graph(build_priors_graph(fitting, taxonomy, priors, work), "priors", work, workers)
 
     def encode(work: pa.Table) -> GraphReport:
         drop_samples(encodings, work["sample_id"])  # those of another caption
         fitting, workers = _fit_pools(config, "encodings", "encode")
-        return execute(build_encodings_graph(fitting, encodings, work), "encodings", len(work), workers)
+        return run_graph(build_encodings_graph(fitting, encodings, work), "encodings", work, workers)
 
     added_priors = added_encodings = GraphReport()
     if any(map(len, left())):

@@ -50,7 +50,7 @@ class StageReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What one graph did: rows written, videos or clips refused, seconds taken, and its stages.
+    """What one graph did: rows written, videos or clips refused, seconds taken, its stages and its files.
 
     `stalled` says why it did not come to its end, if it did not.
     """
@@ -60,16 +60,18 @@ class GraphReport:
     seconds: float = 0.0
     spilled_bytes: int = 0
     stages: list[StageReport] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     stalled: str = ""
 
     def __add__(self, later: "GraphReport") -> "GraphReport":
-        """Sums two runs of a graph, one after the other; the stages are the later one's."""
+        """Sums two runs of a graph, one after the other; the stages and files are the later one's."""
         return GraphReport(
             self.written + later.written,
             self.failed + later.failed,
             self.seconds + later.seconds,
             self.spilled_bytes + later.spilled_bytes,
             later.stages,
+            later.files,
         )
 
     @property
@@ -154,7 +156,7 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
     guard(graph)
     _silence_ray_data()
     metrics = CachingMetrics(name)
-    written, failed, share = 0, 0, 0.0
+    written, failed, share, files = 0, 0, 0.0, list[str]()
     start = logged = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
@@ -173,6 +175,7 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
                 written += done["written"]
                 failed += done["failed"]
                 share += pc.sum(counts["share"]).as_py()
+                files += pc.list_flatten(counts["files"]).to_pylist()
                 now = time.perf_counter()
                 text = f"{name}: {written / (now - start):.2f} clips/s, {failed} quarantined"
                 progress.update(task, completed=share, description=text)
@@ -181,10 +184,11 @@ def execute(graph: Dataset, name: str, total: int, workers: Mapping[str, int]) -
                     left_s = (now - start) * (total - share) / share
                     logger.info("%s, %.0f%% done, about %.0f s left", text, 100 * share / total, left_s)
     except StalledError as error:
-        return GraphReport(written, failed, time.perf_counter() - start, stalled=f"{name}: {error}")
+        seconds = time.perf_counter() - start
+        return GraphReport(written, failed, seconds, files=files, stalled=f"{name}: {error}")
     seconds = time.perf_counter() - start
     spilled_bytes, stages = _stages(graph, workers)
-    return GraphReport(written, failed, seconds, spilled_bytes, stages)
+    return GraphReport(written, failed, seconds, spilled_bytes, stages, files)
 
 
 def print_stages(console: Console, name: str, report: GraphReport) -> None:

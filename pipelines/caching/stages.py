@@ -119,7 +119,7 @@ class CutVideo:
         clips = clip_ids(row["source"], content_hash, info.duration_s, self.clip_durations_s)
         if not clips:
             raise VideoError(
-                f"{uri} lasts {info.duration_s:.2f} s, less than one clip of "
+                f"{uri} lasts {info.duration_s:.3f} s, less than one clip of "
                 f"{min(self.clip_durations_s):g} s; remove it, or take another cache.output, and its length "
                 f"into cache.shorter_clips_s"
             )
@@ -184,7 +184,7 @@ class Attempts:
     A file per clip holds the ids of the processes that began it, and goes when one ends it.
 
     Args:
-        folder: seen by all nodes; whoever starts a run empties it.
+        folder: seen by all nodes; whoever starts a run makes it, empty.
         stage: name of the stage.
     """
 
@@ -217,7 +217,6 @@ class Attempts:
 
     def _begin(self, row: dict[str, Any]) -> None:
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
             append(self._file(row), f"{os.getpid()}\n".encode())
 
     def _count(self, row: dict[str, Any]) -> int:

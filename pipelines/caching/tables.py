@@ -8,9 +8,10 @@ files and may be deleted. Does not know Ray, the models, or how a row is made.
 
 import hashlib
 import json
+import platform
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -93,12 +94,17 @@ def exclusive(folder: Place, setting: str = "cache.output") -> Iterator[None]:
 
 @contextmanager
 def writing(folder: Place, setting: str = "cache.output") -> Iterator[None]:
-    """Turns what a full disk, or a folder that is not ours, does to a block into one sentence.
+    """Turns what a full disk, or a folder that is not there or not ours, does to a block into one sentence.
 
     The arguments are those of `exclusive`.
     """
     try:
         yield
+    except FileNotFoundError:
+        raise ProPhyError(
+            f"node {platform.node()} does not see {folder}; mount there what {setting} names, then run the "
+            f"same command again: what was written before is whole"
+        ) from None
     except OSError as error:
         raise ProPhyError(
             f"cannot write to {folder} ({error.strerror}); free it or choose another {setting}, then run the "
@@ -117,7 +123,7 @@ def write_file(
     """Writes one Parquet file that appears whole or not at all; one that is there with these bytes stays.
 
     Args:
-        folder: created if missing.
+        folder: where it goes. None is made: a node that does not see the cache would make one of its own.
         rows: its content.
         footer: key-value metadata.
         name: the file's; if empty, the sha256 of its bytes. A file with a name holds that inside itself,
@@ -125,7 +131,7 @@ def write_file(
         row_group_size: rows per row group.
 
     Raises:
-        ProPhyError: the disk is full, or the folder cannot be written to.
+        ProPhyError: the disk is full, or the folder is not there or cannot be written to.
     """
     is_sealed = name not in ("", INDEX)
     buffer = pa.BufferOutputStream()
@@ -141,7 +147,6 @@ def write_file(
         content = sealed(content)
     path = folder / (name or f"{hashlib.sha256(content).hexdigest()}.parquet")
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != content:
             write_whole(path, content)
     return path
@@ -155,17 +160,43 @@ class WriteRows:
     quarantine: Table
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Takes the table's columns and `error`; returns rows `written` and `failed`, and their `share`."""
+        """Takes the table's columns and `error`.
+
+        Returns:
+            Rows `written` and `failed`, their `share`, and the names of the `files` that hold them.
+        """
         rows = batch.filter(pc.is_null(batch["error"]))
         good = rows.select(self.table.schema.names).cast(self.table.schema)  # a null where none may be raises
         errors = batch["error"].drop_null().to_pylist()
+        files = list[Place]()
         if good.num_rows:
-            write_file(self.table.folder, good, self.table.footer, row_group_size=1)
+            files.append(write_file(self.table.folder, good, self.table.footer, row_group_size=1))
         if errors:
             rows = pa.Table.from_pylist(errors, self.quarantine.schema)
-            write_file(self.quarantine.folder, rows, self.quarantine.footer)
-        share = pc.sum(batch["share"]).as_py()
-        return pa.table({"written": [good.num_rows], "failed": [len(errors)], "share": [share]})
+            files.append(write_file(self.quarantine.folder, rows, self.quarantine.footer))
+        counts = {"written": good.num_rows, "failed": len(errors), "share": pc.sum(batch["share"]).as_py()}
+        return pa.Table.from_pylist([counts | {"files": [file.name for file in files]}])
+
+
+def check_written(files: Collection[str], folders: Sequence[Place]) -> None:
+    """Whether files that nodes wrote are here.
+
+    Args:
+        files: their names.
+        folders: of the tables.
+
+    Raises:
+        ProPhyError: some are not: a node has something else where the cache is.
+    """
+    unlisted = set(files).difference(*map(names, folders))
+    # A shared disk may list a file late that it opens at once.
+    lost = [name for name in unlisted if not any((folder / name).exists() for folder in folders)]
+    if lost:
+        raise ProPhyError(
+            f"{len(lost)} of {len(files)} files that nodes wrote are not in {folders[0].parent}: a node sees "
+            f"another folder there; mount cache.output on all of them (`prophy doctor` says where it is "
+            f"missing), then run the same command again"
+        )
 
 
 def read_quarantine(folder: Place, settings: dict[str, Any] | None = None) -> pa.Table:

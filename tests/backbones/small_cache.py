@@ -18,12 +18,17 @@ from tests.wisa import PHENOMENA, WISA
 def write_cache(config: Config, captions: Sequence[str]) -> PriorCache:
     """A clip of noise for each caption, `0-clip` and so on, as this backbone encodes it."""
     priors, encodings = priors_table(config, WISA), encodings_table(config)
-    stage = EncodeClip(config.backbone, encodings, config.run_dir / "attempts")
+    attempts, quarantine = (
+        config.run_dir / "attempts",
+        Table(config.run_dir / "quarantine", QUARANTINE, {}, {}),
+    )
+    for folder in (attempts, quarantine.folder, priors.folder, encodings.folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    stage = EncodeClip(config.backbone, encodings, attempts)
     clips = [clip(config, number, caption) for number, caption in enumerate(captions)]
     encoded = stage(pa.Table.from_pylist(clips, CLIPS_WITH_FRAMES))
-    quarantine = Table(config.run_dir / "quarantine", QUARANTINE, {}, {})
-    written = WriteRows(encodings, quarantine)(encoded).to_pylist()
-    assert written == [{"written": len(clips), "failed": 0, "share": float(len(clips))}]
+    [counts] = WriteRows(encodings, quarantine)(encoded).to_pylist()
+    assert (counts["written"], counts["failed"], counts["share"]) == (len(clips), 0, float(len(clips)))
     rows = pa.Table.from_pylist([_prior(number, row) for number, row in enumerate(clips)], priors.schema)
     write_file(priors.folder, rows, priors.footer, row_group_size=1)
     for table in (priors, encodings):

@@ -85,6 +85,7 @@ def write(folder: Path, num_clips: int) -> None:
     }
     for name, schema in (("priors", PRIORS), ("encodings", ENCODINGS)):
         table = table_of(folder, name, schema)
+        table.folder.mkdir(parents=True, exist_ok=True)
         index = tables._index_schema(table)
         columns = [
             own[field.name].cast(field.type)
@@ -105,6 +106,7 @@ def write(folder: Path, num_clips: int) -> None:
         file.writelines(f"{json.dumps(row)}\n" for row in listed.to_pylist())
     if num_clips <= MOST_FILES:
         files = table_of(folder, "files", FILES)
+        files.folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, num_clips, ROWS_PER_FILE):
             part = {name: own[name][start : start + ROWS_PER_FILE] for name in FILES.names}
             tables.write_file(files.folder, pa.table(part, schema=FILES), files.footer, row_group_size=1)

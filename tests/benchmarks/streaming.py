@@ -100,6 +100,8 @@ def seconds_alone(config: Config, folder: Path) -> dict[str, float]:
     clips = pa.concat_tables(CutVideo(durations_s, limits)(videos))
     table = cache.encodings_table(config)
     table = type(table)(folder / "encodings", table.schema, table.settings, table.provenance)
+    for place in (table.folder, folder / "attempts"):
+        place.mkdir(parents=True, exist_ok=True)
     stages: dict[str, tuple[Callable[[pa.Table], pa.Table], ReadClip, int, float]] = {
         "ExtractPriors": (
             ExtractPriors(vlm, WISA, folder / "attempts"),

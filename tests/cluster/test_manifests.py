@@ -94,11 +94,14 @@ def test_each_cluster_is_closed_runs_as_nobody_and_says_this_ray(objects: list[d
         }
 
 
-def test_all_pods_of_one_kind_are_the_same_pod() -> None:
+def test_all_pods_of_one_kind_are_the_same_pod_but_for_ports() -> None:
     places = [built(overlay) for overlay in OVERLAYS] + [[yaml.safe_load(RAY_JOB.read_text())]]
     clusters = [cluster for objects in places for found in objects for cluster in ray_clusters(found)]
     assert len(clusters) == 5
-    assert all(templates(cluster) == templates(clusters[0]) for cluster in clusters)
+    pods = [templates(cluster) for cluster in clusters]
+    for container in (container for group in pods for pod in group for container in pod["containers"]):
+        container.pop("ports", None)
+    assert all(group == pods[0] for group in pods)
 
 
 @pytest.fixture

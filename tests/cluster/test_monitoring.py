@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipelines.metrics import CACHING, TRAINING, CachingMetrics, TrainingMetrics
 from pipelines.serving.metrics import Metrics
-from tests.cluster.manifests import ROOT, built
+from tests.cluster.manifests import ROOT, built, ray_clusters, templates
 
 FOLDER = ROOT / "cluster/monitoring"
 PATIENCE_S = 240
@@ -80,6 +80,18 @@ def scrape(count: int) -> dict[str, set[str]]:
         }
         time.sleep(0.5)
     return found
+
+
+def test_each_port_that_is_scraped_is_one_that_containers_name() -> None:
+    [service] = built(ROOT / "cluster/overlays/wan2.1-1.3b/service")
+    [cluster] = ray_clusters(service)
+    containers = [container for pod in templates(cluster) for container in pod["containers"]]
+    ports = {port["name"]: port["containerPort"] for each in containers for port in each.get("ports", [])}
+    monitors = [found for found in built(FOLDER) if found["kind"] == "PodMonitor"]
+    scraped = {each["port"] for found in monitors for each in found["spec"]["podMetricsEndpoints"]}
+    assert scraped <= ports.keys()
+    # KubeRay gives the head's Service no other ports once one is named, and `metrics` to all containers.
+    assert ports == {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": 8000, "metrics": 8080}
 
 
 def test_it_is_one_kustomization() -> None:

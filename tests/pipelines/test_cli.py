@@ -14,6 +14,7 @@ import yaml
 from pipelines.cli import main
 from pipelines.config import Config
 from pipelines.config.run import NEEDS
+from pipelines.generation import generate
 from pipelines.sandbox import simulate
 from prophy.schema import MANIFEST
 from tests.conftest import tiny_config
@@ -169,6 +170,18 @@ def test_missing_prompt_file(prophy: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text('{"prompt": "a ball", "image": "a.png"}\n')
     mistake = prophy.mistake("generate", "--prompts", str(tmp_path / "list.jsonl"))
     assert "give one per line and nothing else: prompts in --prompts, and images" in mistake
+
+
+def test_prompts_are_lines_as_editors_of_any_system_write_them(
+    prophy: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(generate, "run", lambda config, prompts, images: taken.extend(prompts))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeffa ball\u2028falls\r\n\r\na cube\u0085melts\nsmoke".encode())
+    code, _, error = prophy("generate", "--prompts", str(prompts), *in_folder(tmp_path))
+    assert code == 0, error
+    assert taken == ["a ball\u2028falls", "a cube\u0085melts", "smoke"]
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "a ball falls"), ("serve",)])

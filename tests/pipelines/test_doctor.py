@@ -78,6 +78,31 @@ def test_a_folder_of_checkpoints_is_tried_too(
     assert not [*folder.iterdir()]
 
 
+def test_the_places_of_a_cache_are_tried_too(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, cache = tmp_path / "videos", tmp_path / "cache"
+    videos.mkdir()
+    (videos / "a.mp4").touch()
+    (tmp_path / "list.csv").write_text("path\ngone.mp4\nvideos/a.mp4\n")
+    for given in (videos, tmp_path / "list.csv"):
+        doctor.run(tiny_config(tmp_path / "run", f"cache.output={cache}", f"cache.input={given}"))
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 13 and f"ok  rename, lock and append in {cache}" in lines
+        assert sum(line.endswith(f" sees {cache}") for line in lines) == 1
+        assert sum(line.endswith(f" sees {videos / 'a.mp4'}") for line in lines) == 1
+    assert not [*cache.iterdir()]
+
+
+def test_an_input_that_cannot_be_used_is_named(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ProPhyError, match="^1 of 11 checks do not hold$"):
+        doctor.run(tiny_config(tmp_path / "run", f"cache.input={tmp_path}"))
+    [wrong] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no  ")]
+    assert wrong.startswith(f"no  videos in {tmp_path}: no videos in {tmp_path}; files that end in")
+
+
 def test_a_folder_that_cannot_be_used_is_named(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,9 @@ def extracted(config: Config, frames: np.ndarray, *labels: list[str] | None) -> 
         "frames": frames.tobytes(),
         "frames_shape": frames.shape,
     }
-    stage = ExtractPriors(config.vlm, WISA, config.run_dir / "attempts")
+    attempts = config.run_dir / "attempts"
+    attempts.mkdir(parents=True, exist_ok=True)
+    stage = ExtractPriors(config.vlm, WISA, attempts)
     rows = [row | {"sample_id": f"clip-{number}", "labels": each} for number, each in enumerate(labels)]
     return stage(pa.Table.from_pylist(rows, CLIPS_WITH_FRAMES))
 
@@ -90,6 +92,7 @@ def test_it_is_found_by_the_model_type_of_its_files(config: Config) -> None:
 def test_from_a_clip_to_a_row_and_to_targets(config: Config, frames: np.ndarray) -> None:
     table = priors_table(config, WISA)
     quarantine = Table(config.run_dir / "quarantine", QUARANTINE, {}, {})
+    table.folder.mkdir(parents=True, exist_ok=True)
     assert extracted(config, frames, None).schema.equals(PRIORS_OR_ERROR)
     assert WriteRows(table, quarantine)(extracted(config, frames, None))["written"].to_pylist() == [1]
     [name] = file_names(table.folder)

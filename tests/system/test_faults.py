@@ -53,6 +53,8 @@ print(json.dumps(rows))
 
 
 def test_the_clip_that_kills_is_told_from_those_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "attempts").mkdir()
+
     def attempt() -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", WORK, str(tmp_path / "attempts")]
         return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -145,6 +147,7 @@ except ProPhyError as error:
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_whole(tmp_path: Path) -> None:
     """A limit on the size of files stands for the end of the disk: the same failure of the same call."""
     folder = tmp_path / "cache" / "priors"
+    folder.mkdir(parents=True)
     process = subprocess.run(
         [sys.executable, "-c", FILL, str(folder)], capture_output=True, text=True, check=True
     )

@@ -87,6 +87,7 @@ def write_cache(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     tables = tables_in(folder)
     samples = [rows(name, shape) for name, shape in shapes.items()]
     for table, content in zip(tables, zip(*samples, strict=True), strict=True):
+        table.folder.mkdir(parents=True, exist_ok=True)
         for part in (content[:3], content[3:]):  # two files
             part_rows = pa.Table.from_pylist(list(part), table.schema)
             write_file(table.folder, part_rows, table.footer, row_group_size=1)

@@ -322,6 +322,23 @@ def test_the_current_input_alone_counts_and_each_content_once(
     assert summary.quarantined == [f"row 3 of {clips / 'list.jsonl'}: 'path' is no text (5)"]
 
 
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (GraphReport(written=1, files=["a.parquet"]), r"^1 of 1 files that nodes wrote are not in "),
+        (GraphReport(), r"^none of the 1 videos in .+ can be used$"),
+    ],
+)
+def test_rows_that_are_nowhere_end_the_run(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: GraphReport, message: str
+) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    monkeypatch.setattr(cache, "execute", lambda *_: report)
+    with pytest.raises(ProPhyError, match=message):
+        cache.run(tiny_config(tmp_path / "run", f"cache.input={tmp_path / 'clips'}"))
+
+
 def test_fingerprints_follow_what_decides_the_content(config: Config, tmp_path: Path) -> None:
     def with_backbone(**changes: Any) -> Path:
         backbone = config.backbone.model_copy(update=changes)

@@ -63,11 +63,11 @@ def test_what_comes_one_by_one_is_passed_on_and_counted(
 
 
 class Count:
-    """In place of the stages and the sink: each row is a clip that is written."""
+    """In place of the stages and the sink: each row is a clip that is written, in a file of its own."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        ones = [1] * len(rows)
-        return pa.table({"written": ones, "failed": [0] * len(rows), "share": [1.0] * len(rows)})
+        counts = {"written": 1, "failed": 0, "share": 1.0, "files": [f"{rows['clip'][0]}.parquet"]}
+        return pa.Table.from_pylist([counts])
 
 
 class Holder:
@@ -104,6 +104,7 @@ def test_a_graph_that_finds_no_room_starts_again_once_there_is_some(soon: None) 
 
     report = complete(left, run)
     assert (report.written, report.failed, report.stalled) == (2, 0, "")
+    assert sorted(report.files) == ["2.parquet", "3.parquet"]
 
 
 def test_a_graph_that_never_finds_room_ends_with_a_sentence(soon: None) -> None:

@@ -75,6 +75,7 @@ def refusal(name: str) -> dict:
 
 def write(table: Table, *rows: dict) -> None:
     written = pa.Table.from_pylist(list(rows), table.schema)
+    table.folder.mkdir(parents=True, exist_ok=True)
     write_file(table.folder, written, table.footer, row_group_size=1)
 
 

@@ -1,16 +1,28 @@
 """Which videos there are, and what is left of them."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.caching.manifests import VIDEOS
-from pipelines.caching.sources import changed, clips_left, find_videos, of_videos, refusals, videos_left
-from pipelines.caching.stages import clip_ids
+from pipelines.caching.sources import (
+    PLANNED,
+    changed,
+    clips_left,
+    find_videos,
+    of_videos,
+    refusals,
+    videos_left,
+)
+from pipelines.caching.stages import SOURCES, CutVideo, clip_ids
+from pipelines.config import VideoLimits
 from prophy.errors import ProPhyError
 from prophy.schema import ENCODINGS, PRIORS, QUARANTINE
 from tests.wisa import PHENOMENA
@@ -182,6 +194,30 @@ def test_videos_with_missing_clips_are_left() -> None:
         "/videos/c.mp4": [],
     }
     assert left([video("a", modified=2.0)], rows_a, []) == {"/videos/a.mp4": []}
+
+
+def test_what_a_cut_made_of_a_video_is_all_of_it(tmp_path: Path) -> None:
+    """Also where its last frame is shown shorter than the others."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, width=64, height=64, options={"bf": "0"})
+        stream.codec_context.time_base = Fraction(1, 1000)
+        packets = list[av.Packet]()
+        for number in range(17):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 125 * number, Fraction(1, 1000)
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        packets[-1].duration = 1
+        for packet in packets:
+            container.mux(packet)
+    found, durations_s = find_videos(str(path.parent), PHENOMENA).videos, [17 / 16]
+    [clip] = CutVideo(durations_s, VideoLimits())(
+        found.append_column("done", pa.array([[]], pa.list_(pa.string()))).cast(SOURCES)
+    )
+    priors = table([{key: clip[key][0].as_py() for key in PLANNED if key in clip.column_names}])
+    assert clip["num_clips"].to_pylist() == [1]
+    assert not len(videos_left(found, priors, QUARANTINE.empty_table(), durations_s))
 
 
 def test_all_is_left_where_nothing_is_cached() -> None:

@@ -79,7 +79,7 @@ def test_a_video_over_the_limits_is_an_error_row(video: Path, limits: dict, mess
 def test_a_video_shorter_than_a_clip_is_an_error_row(tmp_path: Path) -> None:
     write_video(tmp_path / "short.mp4", np.zeros((12, 64, 64, 3), np.uint8), 8)
     [row] = cut(tmp_path / "short.mp4")
-    assert "less than one clip of 2 s" in row["error"]["message"]
+    assert "lasts 1.500 s, less than one clip of 2 s" in row["error"]["message"]
 
 
 def test_clips_get_their_frames(video: Path) -> None:
@@ -106,7 +106,8 @@ def test_clips_take_the_nearest_shape_and_are_encoded_together(
     )
     assert [len(row["frames"]) // (17 * 3) for row in read.to_pylist()] == [64 * 64, 32 * 64, 64 * 32]
     table = Table(tmp_path / "encodings", ENCODINGS, {}, {})
-    encoded = EncodeClip(backbone, table, tmp_path / "attempts")(read)
+    table.folder.mkdir(parents=True, exist_ok=True)
+    encoded = EncodeClip(backbone, table, tmp_path)(read)
     assert encoded.schema.equals(ENCODINGS_OR_ERROR)
     shapes = [row["latents_shape"] for row in encoded.to_pylist()]
     assert shapes == [[16, 5, 16, 16], [16, 5, 8, 16], [16, 5, 16, 8]]

@@ -1,6 +1,7 @@
 """Files of the cache: whole, named by content, indexed, and of one making."""
 
 import hashlib
+import platform
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pipelines.caching.stages import ENCODINGS_OR_ERROR
 from pipelines.caching.tables import (
     Table,
     WriteRows,
+    check_written,
     drop_refusals,
     drop_samples,
     exclusive,
@@ -77,6 +79,8 @@ def failure(name: str) -> dict:
 def write(table: Table, *rows: dict) -> dict:
     batch = pa.Table.from_pylist([{"share": 1.0, **row} for row in rows], ENCODINGS_OR_ERROR)
     quarantine = Table(table.folder.parent / "quarantine", QUARANTINE, {"table": "abc"}, {})
+    for folder in (table.folder, quarantine.folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return WriteRows(table, quarantine)(batch).to_pylist()[0]
 
 
@@ -91,7 +95,7 @@ def table(tmp_path: Path) -> Table:
 
 def test_rows_come_back_one_by_one_and_bit_for_bit(table: Table) -> None:
     rows = [encoding("b"), encoding("a"), encoding("c")]
-    assert write(table, *rows) == {"written": 3, "failed": 0, "share": 3.0}
+    assert write(table, *rows) == {"written": 3, "failed": 0, "share": 3.0, "files": file_names(table.folder)}
     index = update_index(table)
     assert index["sample_id"].to_pylist() == ["a", "b", "c"]
     for entry, row in zip(index.to_pylist(), sorted(rows, key=lambda row: row["sample_id"]), strict=True):
@@ -120,6 +124,7 @@ def test_errors_go_to_quarantine(table: Table) -> None:
         "written": 1,
         "failed": 2,
         "share": 2.0,
+        "files": [*file_names(table.folder), *file_names(table.folder.parent / "quarantine")],
     }
     rows = read_quarantine(table.folder.parent / "quarantine")
     assert rows.schema.equals(QUARANTINE)
@@ -134,7 +139,7 @@ def test_a_row_without_a_column_is_not_written(table: Table) -> None:
     del row["caption"]
     with pytest.raises(ValueError, match="caption"):
         write(table, row)
-    assert not table.folder.exists()
+    assert not file_names(table.folder)
 
 
 def test_the_index_follows_the_files(table: Table) -> None:
@@ -252,6 +257,7 @@ for number in range(10**6):
 
 def test_a_killed_writer_leaves_only_whole_files(tmp_path: Path) -> None:
     folder = tmp_path / "table"
+    folder.mkdir()
     for _ in range(2):
         writer = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(folder)])
         count = len(list(folder.glob("*.parquet")))
@@ -285,9 +291,32 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
         pass
 
 
+def test_a_worker_makes_no_folder_where_it_does_not_see_the_cache(table: Table) -> None:
+    batch = pa.Table.from_pylist([{"share": 1.0, **encoding("a")}], ENCODINGS_OR_ERROR)
+    with pytest.raises(
+        ProPhyError, match=f"^node {platform.node()} does not see {table.folder}; mount there"
+    ):
+        WriteRows(table, table)(batch)
+    assert not table.folder.exists()
+
+
+def test_files_that_went_elsewhere_are_told(tmp_path: Path) -> None:
+    folders = [tmp_path / "cache" / "priors", tmp_path / "cache" / "quarantine"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    files = [write_file(folder, pa.table({"x": [1]}), {b"k": folder.name.encode()}) for folder in folders]
+    check_written([file.name for file in files], folders)
+    files[1].unlink()
+    with pytest.raises(
+        ProPhyError, match=f"^1 of 2 files that nodes wrote are not in {tmp_path / 'cache'}: "
+    ):
+        check_written([file.name for file in files], folders)
+
+
 def test_index_of_nothing_is_not_written(table: Table) -> None:
     assert len(update_index(table)) == 0
     assert not table.folder.exists()
+    table.folder.mkdir(parents=True, exist_ok=True)
     assert write_file(table.folder, pa.table({"x": [1]}), {}, name="other.parquet").exists()
     assert len(update_index(table)) == 0
 
@@ -297,9 +326,12 @@ def fill(folder: Place) -> dict[str, bytes]:
     table = Table(folder / "encodings" / "one", ENCODINGS, {"model": "abc"}, {"backbone": "tiny"})
     with exclusive(folder):
         quarantine = Table(folder / "quarantine", QUARANTINE, {"table": "abc"}, {})
+        for place in (table.folder, quarantine.folder):
+            place.mkdir(parents=True, exist_ok=True)
         for rows in ([encoding("a"), failure("x"), encoding("b")], [encoding("b"), failure("y")]):
             batch = pa.Table.from_pylist([{"share": 1.0, **row} for row in rows], ENCODINGS_OR_ERROR)
-            WriteRows(table, quarantine)(batch)
+            [counts] = WriteRows(table, quarantine)(batch).to_pylist()
+            check_written(counts["files"], [table.folder, quarantine.folder])
             update_index(table)
         write_file(table.folder, pa.table({"x": [1]}), {b"k": b"v"}, name=INPUT)
         drop_samples(table, pa.array(["a"]))
