@@ -210,7 +210,9 @@ class Dispatcher:
         try:
             await asyncio.to_thread(self._artefacts.write, job_id, files)
         except OSError as error:
-            await asyncio.to_thread(self._artefacts.remove, job_id)  # a full disk must have room for the row
+            with suppress(OSError):  # what resists is left to the sweep
+                # A full disk must have room for the row.
+                await asyncio.to_thread(self._artefacts.remove, job_id)
             await self.delete(job_id)
             raise NotStoredError(error.strerror or str(error)) from error
 
@@ -305,10 +307,13 @@ class Dispatcher:
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            if not await asyncio.to_thread(_persist, self._store.is_owner):
-                logger.critical("another server has taken over the job database; this one gives way")
-                os._exit(1)  # at once: what is finished from here on is no longer ours to write
-            await asyncio.to_thread(self._sweep)
+            try:
+                if not await asyncio.to_thread(_persist, self._store.is_owner):
+                    logger.critical("another server has taken over the job database; this one gives way")
+                    os._exit(1)  # at once: what is finished from here on is no longer ours to write
+                await asyncio.to_thread(self._sweep)
+            except Exception:  # whatever it is, files expire and the database is asked for as before
+                logger.exception("could not look after the job database and old files; trying again")
             await asyncio.sleep(SWEEP_EVERY_S)
 
     def _sweep(self) -> None:

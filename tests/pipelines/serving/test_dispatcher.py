@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from sqlalchemy.exc import OperationalError
 
 from pipelines.config import ServeConfig
@@ -170,6 +171,80 @@ def test_an_image_that_cannot_be_stored_leaves_no_job(
             await dispatcher.create(OF_AN_IMAGE, None, "key", "asked", {IMAGE_FILE: b"an image"})
         assert store.page(None, 10, "asc")[0] == [] and [*videos.iterdir()] == []
         assert store.find("key") is None
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+class NoAnswer(Exception):
+    """As drivers raise errors of their own, which are no `OSError`."""
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is set, no store of fsspec's in memory answers."""
+    away = threading.Event()
+    for name in ("pipe_file", "find", "info"):
+
+        def ask(*args: Any, answer: Callable[..., Any] = getattr(MemoryFileSystem, name), **options: Any) -> Any:
+            if away.is_set():
+                raise NoAnswer("could not connect")
+            return answer(*args, **options)
+
+        monkeypatch.setattr(MemoryFileSystem, name, ask)
+    yield away
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_an_object_store_that_is_away(
+    store: JobStore, away: threading.Event, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No new job is left without its image; what is to be removed waits for it, and so does the sweeper."""
+    monkeypatch.setattr(dispatcher_module, "SWEEP_EVERY_S", 0.01)
+    artefacts = ArtefactStore("memory://videos")
+
+    async def scenario() -> None:
+        config = ServeConfig(output=tmp_path)
+        dispatcher = Dispatcher(store, artefacts, two_steps, Metrics(), config)
+        await dispatcher.start()
+        job = await dispatcher.create(OF_AN_IMAGE, None, files={IMAGE_FILE: b"an image"})
+        await dispatcher.wait(job.id)
+        assert artefacts.size(job.id, VIDEO_FILE) == 3
+        away.set()
+        with pytest.raises(NotStoredError, match="NoAnswer: could not connect"):
+            await dispatcher.create(OF_AN_IMAGE, None, "key", "asked", {IMAGE_FILE: b"an image"})
+        assert store.find("key") is None and dispatcher.num_jobs() == {"queued": 0, "in_progress": 0}
+        assert await dispatcher.delete(job.id)
+        assert len(store.outdated()) == 2
+        away.clear()
+        while store.outdated():
+            await asyncio.sleep(0.01)
+        assert artefacts.size(job.id, VIDEO_FILE) is None
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_the_sweeper_goes_on_whatever_happens_to_it(
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "SWEEP_EVERY_S", 0.01)
+    outdated, calls = store.outdated, list[int]()
+
+    def fail_at_first() -> list[str]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("nobody has thought of this")
+        return outdated()
+
+    monkeypatch.setattr(store, "outdated", fail_at_first)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        while len(calls) < 3:
+            await asyncio.sleep(0.01)
         await dispatcher.stop()
 
     run(scenario)
