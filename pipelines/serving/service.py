@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
@@ -24,6 +24,8 @@ from prophy.taxonomy import Taxonomy, load_taxonomy
 
 MAX_LONG_BODIES = 4
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,10 @@ class VideoService:
         Raises:
             ApiError: it is none that is taken.
         """
-        async with self.drawing:
-            try:
-                preview = await self.draw("draw_preview", image, spec.height, spec.width)
-            except ProPhyError as error:
-                raise ApiError(422, str(error), "invalid_image", IMAGE_FIELD) from None
+        try:
+            preview = await self._alone(lambda: self.draw("draw_preview", image, spec.height, spec.width))
+        except ProPhyError as error:
+            raise ApiError(422, str(error), "invalid_image", IMAGE_FIELD) from None
         return {IMAGE_FILE: image, PREVIEW_FILE: preview}
 
     def file(self, request: Request, job: Job, name: str, media_type: str) -> Response:
@@ -170,17 +171,32 @@ class VideoService:
             ApiError: one of the files has expired, or the video was deleted meanwhile.
             ProPhyError: they cannot be drawn as asked.
         """
-        async with self.drawing:
-            if await asyncio.to_thread(self.artefacts.size, job.id, name) is not None:
-                return
+        await self._alone(lambda: self._draw(job, name, kind, files, *further))
+
+    async def _alone(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does what takes a processor while nothing else does.
+
+        Once begun it goes on to its end, though its client leaves: the process that draws does so too.
+        """
+
+        async def to_its_end() -> T:
             try:
-                contents = await asyncio.to_thread(
-                    lambda: [self.artefacts.read(job.id, file) for file in files]
-                )
-            except FileNotFoundError:
-                raise _expired(job) from None
-            drawn = await self.draw(kind, *contents, *further)
-            await asyncio.to_thread(self._keep, job, name, drawn)
+                return await work()
+            finally:
+                self.drawing.release()
+
+        await self.drawing.acquire()
+        return await asyncio.shield(to_its_end())
+
+    async def _draw(self, job: Job, name: str, kind: str, files: list[str], *further: Any) -> None:
+        if await asyncio.to_thread(self.artefacts.size, job.id, name) is not None:
+            return
+        try:
+            contents = await asyncio.to_thread(lambda: [self.artefacts.read(job.id, file) for file in files])
+        except FileNotFoundError:
+            raise _expired(job) from None
+        drawn = await self.draw(kind, *contents, *further)
+        await asyncio.to_thread(self._keep, job, name, drawn)
 
     def _keep(self, job: Job, name: str, content: bytes) -> None:
         """Adds a file to those of a video, unless that was deleted meanwhile."""

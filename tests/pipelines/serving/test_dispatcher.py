@@ -186,7 +186,9 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     away = threading.Event()
     for name in ("pipe_file", "find", "info"):
 
-        def ask(*args: Any, answer: Callable[..., Any] = getattr(MemoryFileSystem, name), **options: Any) -> Any:
+        def ask(
+            *args: Any, answer: Callable[..., Any] = getattr(MemoryFileSystem, name), **options: Any
+        ) -> Any:
             if away.is_set():
                 raise NoAnswer("could not connect")
             return answer(*args, **options)
