@@ -109,7 +109,7 @@ class PageCheck:
         if origin is None:
             if request.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
                 return
-        elif origin.lower() in self._origins or urlsplit(origin).netloc.lower() in map(str.lower, hosts):
+        elif origin.lower() in self._origins or _host_of(origin) in map(str.lower, hosts):
             return
         message = f"a page of another site, {origin or 'of no origin'!r}, may not change anything here"
         raise ApiError(403, f"{message}{hint}", "foreign_origin")
@@ -125,6 +125,14 @@ class PageCheck:
         except ValueError:
             return name in self._hosts
         return True
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of a page, in small letters; None where nobody can tell."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 class Edge:

@@ -176,7 +176,7 @@ def test_an_image_that_cannot_be_stored_leaves_no_job(
     run(scenario)
 
 
-class NoAnswer(Exception):
+class NoAnswerError(Exception):
     """As drivers raise errors of their own, which are no `OSError`."""
 
 
@@ -190,7 +190,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
             *args: Any, answer: Callable[..., Any] = getattr(MemoryFileSystem, name), **options: Any
         ) -> Any:
             if away.is_set():
-                raise NoAnswer("could not connect")
+                raise NoAnswerError("could not connect")
             return answer(*args, **options)
 
         monkeypatch.setattr(MemoryFileSystem, name, ask)
@@ -214,7 +214,7 @@ def test_an_object_store_that_is_away(
         await dispatcher.wait(job.id)
         assert artefacts.size(job.id, VIDEO_FILE) == 3
         away.set()
-        with pytest.raises(NotStoredError, match="NoAnswer: could not connect"):
+        with pytest.raises(NotStoredError, match="NoAnswerError: could not connect"):
             await dispatcher.create(OF_AN_IMAGE, None, "key", "asked", {IMAGE_FILE: b"an image"})
         assert store.find("key") is None and dispatcher.num_jobs() == {"queued": 0, "in_progress": 0}
         assert await dispatcher.delete(job.id)
