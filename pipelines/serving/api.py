@@ -67,8 +67,8 @@ def create_app(service: VideoService) -> FastAPI:
     app.include_router(pages.router)
     routes = [*router.routes, *probes.routes, *pages.router.routes]
     translations = dict.fromkeys(UNANSWERED, _unanswered)
-    longest_field = None if service.limits.images == "never" else IMAGE_FIELD
-    guard(app, routes, service.max_body_bytes, longest_field, service.metrics, origins, translations)
+    length = (service.max_body_bytes, service.longest_field)
+    guard(app, routes, *length, service.metrics, origins, translations)
     return app
 
 
@@ -107,7 +107,7 @@ router = APIRouter(
         _401="No valid API key, where the server asks for one",
         _403="A page of another site, or another host name, where it does not",
         _422="A field is wrong",
-        _503="The job database does not answer, or an image cannot be stored",
+        _503="The job database does not answer, or an image cannot be taken or stored now",
     )
 )
 _UNKNOWN = _errors(_404="No such video")
@@ -373,7 +373,7 @@ async def _accept(
 ) -> Job:
     length = int(request.headers.get("content-length", service.max_body_bytes))
     is_long = length > service.config.serve.max_body_bytes
-    async with service.long_bodies if is_long else nullcontext():
+    async with service.reading_long_body() if is_long else nullcontext():
         return await _read_and_create(request, service, idempotency_key, is_waited_for)
 
 

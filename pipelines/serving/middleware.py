@@ -135,6 +135,13 @@ def _host_of(origin: str) -> str | None:
         return None
 
 
+def too_long(max_body_bytes: int, longest_field: str | None) -> ApiError:
+    """What is said of a body of more bytes; the arguments are those of `Edge`."""
+    advice = "files are not taken" if longest_field is None else f"send a smaller {longest_field}"
+    message = f"the body is longer than {max_body_bytes} bytes; {advice}"
+    return ApiError(413, message, "body_too_large", longest_field)
+
+
 class Edge:
     """ASGI middleware: bounds the body and the time that it takes, and measures every request.
 
@@ -179,10 +186,7 @@ class Edge:
             unread = message.get("more_body", False)
             length += len(message.get("body", b""))
             if length > self._max_body_bytes:
-                field = self._longest_field
-                advice = "files are not taken" if field is None else f"send a smaller {field}"
-                long = f"the body is longer than {self._max_body_bytes} bytes; {advice}"
-                raise ApiError(413, long, "body_too_large", field)
+                raise too_long(self._max_body_bytes, self._longest_field)
             return message
 
         async def watched(message: Message) -> None:

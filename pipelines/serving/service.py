@@ -3,7 +3,8 @@
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from pipelines.generation.spec import IMAGE_FILE, PREVIEW_FILE, ShapeLimits, Vid
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.byte_ranges import partial_content
 from pipelines.serving.dispatcher import Dispatcher
-from pipelines.serving.errors import ApiError
+from pipelines.serving.errors import RETRY_AFTER_S, ApiError
 from pipelines.serving.jobs import Job, JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.references import IMAGE_FIELD
@@ -23,6 +24,7 @@ from prophy.errors import ProPhyError
 from prophy.taxonomy import Taxonomy, load_taxonomy
 
 MAX_LONG_BODIES = 4
+LONG_BODY_TURN_WITHIN_S = 30.0  # half of what a body may take: so much is left for it
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 
 T = TypeVar("T")
@@ -55,7 +57,7 @@ class VideoService:
         generator_status: how the model is.
         draw: name and arguments of a function of `pipelines.serving.drawing` -> what that draws.
         drawing: held while it is at work: it takes a processor.
-        long_bodies: held while a body with an image is read: it takes memory.
+        long_bodies: see `reading_long_body`.
     """
 
     config: Config
@@ -80,6 +82,11 @@ class VideoService:
         settings = self.config.serve
         is_text = self.limits.images == "never"
         return settings.max_body_bytes + (0 if is_text else 4 * (settings.max_image_bytes // 3 + 1))
+
+    @property
+    def longest_field(self) -> str | None:
+        """The field that a body so long has; None where there is none."""
+        return None if self.limits.images == "never" else IMAGE_FIELD
 
     def find(self, video_id: str, param: str | None = None) -> Job:
         """The job of a video; `param` is the field of the request that names it, where one does.
@@ -129,6 +136,25 @@ class VideoService:
         if job.status == "failed":
             raise _failed(job)
         return job
+
+    @asynccontextmanager
+    async def reading_long_body(self) -> AsyncIterator[None]:
+        """While a body with an image is read, and looked at: few at a time, since each takes memory.
+
+        Raises:
+            ApiError: 503, others take too long.
+        """
+        try:
+            async with asyncio.timeout(LONG_BODY_TURN_WITHIN_S):
+                await self.long_bodies.acquire()
+        except TimeoutError:
+            message = f"{MAX_LONG_BODIES} images are being sent already, slowly; try again later"
+            headers = {"retry-after": str(RETRY_AFTER_S)}
+            raise ApiError(503, message, "too_many_uploads", IMAGE_FIELD, headers) from None
+        try:
+            yield
+        finally:
+            self.long_bodies.release()
 
     async def look_at(self, image: bytes, spec: VideoSpec) -> dict[str, bytes]:
         """Has the image of a request looked at, by whom a hostile one does no harm.

@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.generation.spec import SPRITESHEET_FILE, VIDEO_FILE
+from pipelines.serving import service as service_module
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.dispatcher import Dispatcher
+from pipelines.serving.errors import ApiError
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.service import GeneratorStatus, VideoService
@@ -82,6 +85,26 @@ def test_clients_that_leave_have_one_thing_drawn_at_a_time(
         await image
         assert drawer.kinds == ["draw_spritesheet", "draw_preview"] and drawer.most_at_work == 1
         assert videos.artefacts.read(job.id, SPRITESHEET_FILE) == b"drawn", "it is kept for the next"
+        videos.store.close()
+
+    run(scenario)
+
+
+def test_slow_clients_do_not_keep_others_waiting(
+    service: Callable[[Drawer], VideoService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "LONG_BODY_TURN_WITHIN_S", 0.05)
+
+    async def scenario() -> None:
+        videos = service(Drawer())
+        async with AsyncExitStack() as others:
+            for _ in range(service_module.MAX_LONG_BODIES):
+                await others.enter_async_context(videos.reading_long_body())
+            with pytest.raises(ApiError, match="4 images are being sent already") as refused:
+                await others.enter_async_context(videos.reading_long_body())
+            assert refused.value.status == 503 and refused.value.headers == {"retry-after": "10"}
+        async with videos.reading_long_body():
+            pass
         videos.store.close()
 
     run(scenario)
