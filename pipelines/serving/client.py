@@ -93,8 +93,8 @@ def _connect(url: str, api_key: str | None) -> httpx.Client:
         return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S)
     except (httpx.InvalidURL, ImportError, ValueError) as error:
         raise ProPhyError(
-            f"cannot use the proxy of the environment ({error}); mend HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, "
-            "or name the server in NO_PROXY"
+            f"cannot use the proxy of the environment ({error}); mend or unset HTTP_PROXY, HTTPS_PROXY and "
+            "ALL_PROXY"
         ) from None
 
 
