@@ -130,7 +130,8 @@ def _parse(fields: list[str]) -> dict[str, Any]:
         else:
             others.append(field)
     try:
-        parsed |= OmegaConf.to_container(OmegaConf.from_dotlist(others))  # type: ignore[operator]
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(others))
+        parsed |= values
         json.dumps(parsed, allow_nan=False)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ProPhyError(f"bad --field: {' '.join(str(error).split())}; give NAME=VALUE") from None

@@ -88,7 +88,7 @@ class ProxyErrors:
             if not self._is_too_long(length):
                 return message
             if started:
-                return message | {"body": b""}
+                return {**message, "body": b""}
             refusal = self.too_long
             return {"type": "http.disconnect"}  # has Serve cancel the request
 

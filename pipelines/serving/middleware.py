@@ -127,12 +127,12 @@ class PageCheck:
         return True
 
 
-def _host_of(origin: str) -> str | None:
-    """Host and port of a page, in small letters; None where nobody can tell."""
+def _host_of(origin: str) -> str:
+    """Host and port of a page, in small letters; empty where nobody can tell."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
-        return None
+        return ""
 
 
 def too_long(max_body_bytes: int, longest_field: str | None) -> ApiError:
