@@ -2,10 +2,26 @@
 
 import re
 from typing import Annotated, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.config.base import LocalPath, Location, NonNegativeFloat, NonNegativeInt, Section
+
+
+def _origin(text: str) -> str:
+    refusal = "give a scheme and a host, such as https://studio.example or http://localhost:3000"
+    try:
+        parts = urlsplit(text)
+        is_origin = parts.hostname and text == f"{parts.scheme}://{parts.netloc}" and parts.port != 0
+    except ValueError:
+        raise ValueError(refusal) from None
+    if not is_origin:
+        raise ValueError(refusal)
+    return text
+
+
+Origin = Annotated[str, Field(pattern=r"^https?://[^/@\s]+$"), AfterValidator(_origin)]
 
 
 class ServeConfig(Section):
@@ -23,7 +39,7 @@ class ServeConfig(Section):
     With them, /healthz, /readyz, /docs and /openapi.json still need none.
     """
 
-    allowed_origins: list[Annotated[str, Field(pattern=r"^https?://[^/@\s]+$")]] = Field([])
+    allowed_origins: list[Origin] = Field([])
     """Pages that may use the server from a browser, such as https://studio.example.
 
     Without keys their host names are let in too, as that of a proxy before the server.

@@ -114,7 +114,7 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
     # Before anything is loaded: an output that cannot be written is told of at once.
     with _using(output / MANIFEST):
         change(output / MANIFEST, lambda lines: lines)
-    files = [f"{_digest(video, model)}.mp4" for video in specs]
+    files = [f"{_digest(config, video, model)}.mp4" for video in specs]
     with _using(output):
         there = set(names(output))
     starts = [str(image.absolute()) for image in images] or [""] * len(prompts)
@@ -227,8 +227,11 @@ def video_spec(
     )
 
 
-def _digest(video: VideoSpec, model: str) -> str:
-    return hashlib.sha256(f"{model} {video.model_dump_json()}".encode()).hexdigest()[:16]
+def _digest(config: Config, video: VideoSpec, model: str) -> str:
+    """All that decides a video: the model, how it computes, and what it is asked for."""
+    backbone = config.backbone
+    computes = f"{backbone.dtype} {backbone.autocast} {backbone.max_sequence_length}"
+    return hashlib.sha256(f"{model} {computes} {video.model_dump_json()}".encode()).hexdigest()[:16]
 
 
 def _generate(config: Config, model: str, videos: list[tuple[str, str, str]]) -> None:

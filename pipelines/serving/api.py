@@ -67,8 +67,8 @@ def create_app(service: VideoService) -> FastAPI:
     app.include_router(pages.router)
     routes = [*router.routes, *probes.routes, *pages.router.routes]
     translations = dict.fromkeys(UNANSWERED, _unanswered)
-    longest_field = None if service.limits.images == "never" else IMAGE_FIELD
-    guard(app, routes, service.max_body_bytes, longest_field, service.metrics, origins, translations)
+    length = (service.max_body_bytes, service.longest_field)
+    guard(app, routes, *length, service.metrics, origins, translations)
     return app
 
 
@@ -107,7 +107,7 @@ router = APIRouter(
         _401="No valid API key, where the server asks for one",
         _403="A page of another site, or another host name, where it does not",
         _422="A field is wrong",
-        _503="The job database does not answer, or an image cannot be stored",
+        _503="The job database does not answer, or an image cannot be taken or stored now",
     )
 )
 _UNKNOWN = _errors(_404="No such video")
@@ -170,7 +170,7 @@ async def create_video(
 )
 async def make_video(request: Request, service: Service, idempotency_key: IdempotencyKey = None) -> Response:
     """Makes a video and answers with its mp4. A client that goes away stops it."""
-    job = await _accept(request, service, idempotency_key)
+    job = await _accept(request, service, idempotency_key, is_waited_for=True)
     try:
         await service.dispatcher.wait(job.id)
     except asyncio.CancelledError:
@@ -368,14 +368,18 @@ async def check_readiness(service: Service) -> Health:
     return Health(status="ready")
 
 
-async def _accept(request: Request, service: VideoService, idempotency_key: str | None) -> Job:
+async def _accept(
+    request: Request, service: VideoService, idempotency_key: str | None, *, is_waited_for: bool = False
+) -> Job:
     length = int(request.headers.get("content-length", service.max_body_bytes))
     is_long = length > service.config.serve.max_body_bytes
-    async with service.long_bodies if is_long else nullcontext():
-        return await _read_and_create(request, service, idempotency_key)
+    async with service.reading_long_body() if is_long else nullcontext():
+        return await _read_and_create(request, service, idempotency_key, is_waited_for)
 
 
-async def _read_and_create(request: Request, service: VideoService, idempotency_key: str | None) -> Job:
+async def _read_and_create(
+    request: Request, service: VideoService, idempotency_key: str | None, is_waited_for: bool
+) -> Job:
     body = await read_fields(request, may_be_blank={"negative_prompt"}, may_be_file={IMAGE_FIELD})
     fields = VideoRequest.parse(body, service.config, service.limits)
     spec = fields.to_spec(service.config, service.limits)
@@ -388,7 +392,9 @@ async def _read_and_create(request: Request, service: VideoService, idempotency_
         asked = fields.model_dump_json(exclude={IMAGE_FIELD}) + (spec.image or "")
         marks = (_sha256(f"{client} {idempotency_key}"), _sha256(asked))
     try:
-        return await service.dispatcher.create(spec, request.headers.get("x-request-id"), *marks, files)
+        return await service.dispatcher.create(
+            spec, request.headers.get("x-request-id"), *marks, files, is_waited_for=is_waited_for
+        )
     except KeyReusedError as error:
         message = f"this idempotency key stands for video {error}, and that is another one; send a new key"
         # Not 409, which OpenAI's client would send again.

@@ -1,4 +1,4 @@
-"""Answers with a file, or with the range of it that the request asks for, wherever the file lies."""
+"""Answers with a file, or with what the request wants of it, wherever the file lies."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ def partial_content(
     file_name: str,
     media_type: str,
 ) -> Response:
-    """The whole file (200) or one range of it (206).
+    """The whole file (200) or one range of it (206); neither for a client that has it already (304).
 
     Several ranges, and units other than bytes, are answered with the whole file, as HTTP allows.
 
     Args:
-        request: may carry `range` and `if-range`.
+        request: may carry `if-none-match`, `range` and `if-range`, which are for reading alone.
         read: (start, end) -> the bytes from `start` to before `end`, in pieces.
         size: bytes of the file.
         file_name: for the client's disk; also tells versions of files apart, since they never change.
@@ -31,13 +31,16 @@ def partial_content(
         ApiError: 416, the range lies outside the file.
     """
     etag = f'"{file_name}"'
+    if is_held(request, etag):
+        return Response(status_code=304, headers={"etag": etag})
     headers = {
         "accept-ranges": "bytes",
         "etag": etag,
         "content-disposition": f'attachment; filename="{file_name}"',
     }
     start, end, status = 0, size, 200
-    asked = re.fullmatch(r"bytes=(\d{0,15})-(\d{0,15})", request.headers.get("range", "").replace(" ", ""))
+    wanted = request.headers.get("range", "") if request.method == "GET" else ""
+    asked = re.fullmatch(r"bytes=(\d{0,15})-(\d{0,15})", wanted.replace(" ", ""))
     if asked and any(asked.groups()) and request.headers.get("if-range", etag) == etag:
         first, last = asked.groups()
         start = int(first) if first else max(size - int(last), 0)
@@ -49,3 +52,16 @@ def partial_content(
         headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
     headers["content-length"] = str(end - start)
     return StreamingResponse(read(start, end), status, headers, media_type)
+
+
+def is_held(request: Request, etag: str) -> bool:
+    """Whether the client reads what it has already, by its `if-none-match`.
+
+    Args:
+        request: the client's.
+        etag: of what there is, in its quotation marks.
+    """
+    if request.method not in ("GET", "HEAD"):
+        return False
+    given = ",".join(request.headers.getlist("if-none-match")).strip()
+    return given == "*" or etag in re.findall(r'"[^"]*"', given)  # a weak one, W/"...", is as good

@@ -110,15 +110,19 @@ class OwnDatabase:
         """Whether the right is still ours: PostgreSQL takes it back when the connection breaks.
 
         Takes it anew if nobody has it since.
+
+        Raises:
+            OperationalError: the database does not answer.
         """
         if self._owner is None:
             return True
+        # Asks for the right itself, which is granted again to who has it: a connection that answers may be a
+        # new one, without the right. The end of the connection gives back all that was granted.
         try:
-            self._owner.exec_driver_sql("SELECT 1")
+            return _try_lock(self._owner)
         except OperationalError:
             self._owner.rollback()  # else there is no new connection
             return _try_lock(self._owner)
-        return True
 
     def check_pages(self, session: Session) -> None:
         """Has SQLite look at every page.

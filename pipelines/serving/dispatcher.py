@@ -131,6 +131,8 @@ class Dispatcher:
         idempotency_key: str | None = None,
         request_hash: str | None = None,
         files: Mapping[str, bytes] = {},
+        *,
+        is_waited_for: bool = False,
     ) -> Job:
         """Accepts a job: once this returns, the video will be made, or the job says why not.
 
@@ -142,6 +144,7 @@ class Dispatcher:
             idempotency_key: marks the request, if the client wants that.
             request_hash: what the client asked for, to be compared with the earlier request.
             files: what is kept from the beginning: `IMAGE_FILE`, where the video begins with an image.
+            is_waited_for: the client waits for the video: one that goes away meanwhile abandons it.
 
         Raises:
             KeyReusedError: the earlier request with this key asked for something else.
@@ -149,8 +152,14 @@ class Dispatcher:
             QueueFullError: too many wait already.
         """
         # Shielded: a client that goes away meanwhile must not leave a row that nobody works on.
-        creating = self._create(spec, request_id, idempotency_key, request_hash, files)
-        return await asyncio.shield(asyncio.create_task(creating))
+        marks = (request_id, idempotency_key, request_hash)
+        creating = asyncio.create_task(self._create(spec, *marks, files))
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            if is_waited_for:
+                await asyncio.shield(self._abandon_once_created(creating))
+            raise
 
     async def wait(self, job_id: str) -> None:
         """Returns when the job is completed, failed or deleted."""
@@ -158,7 +167,12 @@ class Dispatcher:
             await asyncio.wait([self._tasks[job_id]])
 
     async def abandon(self, job_id: str) -> None:
-        """A client that waited for its job has gone: deletes it, unless another request asked for it too."""
+        """A client that waited for its job has gone: deletes it, unless another request asked for it too.
+
+        What is made already stays.
+        """
+        if job_id not in self._tasks:
+            return
         num_others = self._num_claims.get(job_id, 1) - 1
         if num_others:
             self._num_claims[job_id] = num_others
@@ -167,11 +181,19 @@ class Dispatcher:
 
     async def delete(self, job_id: str) -> bool:
         """Stops the job if it is being made, and forgets it and its files; False if there is none."""
+        # Shielded: a client that goes away meanwhile must not leave work on a row that is gone.
+        return await asyncio.shield(self._delete(job_id))
+
+    async def _delete(self, job_id: str) -> bool:
         if not await asyncio.to_thread(self._store.delete, job_id):
             return False
         await _cancel([self._tasks[job_id]] if job_id in self._tasks else [])
         await asyncio.to_thread(self._sweep)
         return True
+
+    async def _abandon_once_created(self, creating: asyncio.Task[Job]) -> None:
+        with suppress(KeyReusedError, NotStoredError, QueueFullError, *UNANSWERED):
+            await self.abandon((await creating).id)
 
     async def _create(
         self,
@@ -182,19 +204,22 @@ class Dispatcher:
         files: Mapping[str, bytes],
     ) -> Job:
         async with self._creating:
+            earlier = None
             if idempotency_key is not None:
                 earlier = await asyncio.to_thread(self._store.find, idempotency_key)
-                if earlier is not None:
-                    if earlier.request_hash != request_hash:
-                        raise KeyReusedError(earlier.id)
-                    if earlier.id in self._tasks:
-                        self._num_claims[earlier.id] = self._num_claims.get(earlier.id, 1) + 1
+            if earlier is not None:
+                if earlier.request_hash != request_hash:
+                    raise KeyReusedError(earlier.id)
+                if earlier.id in self._tasks:
+                    self._num_claims[earlier.id] = self._num_claims.get(earlier.id, 1) + 1
+                # Else a database that went away has its row, and nobody heard of that.
+                if earlier.id in self._tasks or earlier.status in ("completed", "failed"):
                     _log(earlier, f"is asked for again by request {request_id}")
                     return earlier
             if self.num_jobs()["queued"] >= self._max_queued:
                 raise QueueFullError
             marks = (request_id, idempotency_key, request_hash)
-            job = await asyncio.to_thread(self._store.create, spec, *marks)
+            job = earlier or await asyncio.to_thread(self._store.create, spec, *marks)
             if files:
                 await self._keep(job.id, files)
             self._submit(job)
@@ -210,7 +235,9 @@ class Dispatcher:
         try:
             await asyncio.to_thread(self._artefacts.write, job_id, files)
         except OSError as error:
-            await asyncio.to_thread(self._artefacts.remove, job_id)  # a full disk must have room for the row
+            with suppress(OSError):  # what resists is left to the sweep
+                # A full disk must have room for the row.
+                await asyncio.to_thread(self._artefacts.remove, job_id)
             await self.delete(job_id)
             raise NotStoredError(error.strerror or str(error)) from error
 
@@ -262,7 +289,8 @@ class Dispatcher:
         async with aclosing(self._generate(job.spec, image)) as steps:
             async for step in steps:
                 if job.id not in self._progress:
-                    await asyncio.to_thread(_persist, self._store.start, job.id)
+                    if not await asyncio.to_thread(self._begin, job.id):
+                        return
                     self._metrics.wait.observe(time.time() - job.created_at)
                     _log(job, "begun")
                 self._progress[job.id] = int(99 * step.progress)
@@ -272,6 +300,14 @@ class Dispatcher:
                     event = "completed" if done else "deleted, yet made,"
                     _log(job, f"{event} {time.time() - job.created_at:.3f} s after it was accepted")
                     return  # what its replica does from here on is of no concern
+
+    def _begin(self, job_id: str) -> bool:
+        """Says in the row that a replica makes the video; False if nobody wants that any more."""
+        if _persist(self._store.start, job_id):
+            return True
+        # A database that went away may have done it before it was asked again.
+        job = _persist(self._store.get, job_id)
+        return job is not None and job.status == "in_progress"
 
     def _image(self, job: Job) -> bytes:
         """The file that the video begins with.
@@ -305,10 +341,13 @@ class Dispatcher:
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            if not await asyncio.to_thread(_persist, self._store.is_owner):
-                logger.critical("another server has taken over the job database; this one gives way")
-                os._exit(1)  # at once: what is finished from here on is no longer ours to write
-            await asyncio.to_thread(self._sweep)
+            try:
+                if not await asyncio.to_thread(_persist, self._store.is_owner):
+                    logger.critical("another server has taken over the job database; this one gives way")
+                    os._exit(1)  # at once: what is finished from here on is no longer ours to write
+                await asyncio.to_thread(self._sweep)
+            except Exception:  # whatever it is, files expire and the database is asked for as before
+                logger.exception("could not look after the job database and old files; trying again")
             await asyncio.sleep(SWEEP_EVERY_S)
 
     def _sweep(self) -> None:

@@ -6,6 +6,7 @@ its own in the shape that all our errors have, but for bytes that are no HTTP an
 its end: these it refuses in HTML, before any of its rules.
 """
 
+import asyncio
 import os
 import random
 import re
@@ -13,7 +14,7 @@ import socket
 import sys
 import uuid
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -46,6 +47,8 @@ _PROXY_ERRORS = (
 )
 # With these a client could set or lift Serve's own limits.
 _CONTROLS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+# By how much a body is longer before it is refused here: the ingress itself says more of one that it reads.
+_SLACK_BYTES = 1 << 20
 # These Serve decodes, and fails where that cannot be done.
 _DECODED = (b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id")
 
@@ -53,9 +56,19 @@ _DECODED = (b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id")
 class ProxyErrors:
     """ASGI middleware: clients cannot steer Serve by headers; an error not of our API becomes its 503.
 
+    It bounds bodies too, where the ingress has said how long they may be: Serve keeps in memory whatever
+    arrives before the ingress takes it.
+
+    Attributes:
+        max_body_bytes: the ingress's, in its process.
+        too_long: what is said of longer ones.
+
     Args:
         app: Serve's proxy, or the ingress as Serve opens it to HAProxy.
     """
+
+    max_body_bytes: ClassVar[int | None] = None
+    too_long: ClassVar[ApiError | None] = None
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -66,13 +79,25 @@ class ProxyErrors:
             await self._app(scope, receive, send)
             return
         started = failed = False  # of an answer that the client sees; of one that it does not
+        length, refusal = 0, None
+
+        async def bounded() -> Message:
+            nonlocal length, refusal
+            message = await receive()
+            length += len(message.get("body", b""))
+            if not self._is_too_long(length):
+                return message
+            if started:
+                return {**message, "body": b""}
+            refusal = self.too_long
+            return {"type": "http.disconnect"}  # has Serve cancel the request
 
         async def checked(message: Message) -> None:
             nonlocal started, failed
             if message["type"] == "http.response.start":
                 # The ingress answers all errors in JSON, the proxy those of its own in plain text.
                 kind = Headers(raw=message["headers"]).get("content-type", "")
-                failed = message["status"] >= 400 and kind.startswith("text/plain")
+                failed = refusal is not None or (message["status"] >= 400 and kind.startswith("text/plain"))
                 started = not failed
             if not failed:
                 await send(message)
@@ -82,12 +107,24 @@ class ProxyErrors:
             for name, value in scope["headers"]
             if name not in _CONTROLS and (name not in _DECODED or value.isascii())
         ]
-        await self._app({**scope, "headers": let_in}, receive, checked)
+        if self._is_too_long(int(Headers(raw=let_in).get("content-length", 0))):
+            refusal = self.too_long
+        else:
+            try:
+                await self._app({**scope, "headers": let_in}, bounded, checked)
+            except asyncio.CancelledError:
+                if refusal is None:
+                    raise
         if not started:
+            error = refusal or _UNAVAILABLE
             request_id = Headers(raw=let_in).get("x-request-id", str(uuid.uuid4()))
-            headers = _RETRY_AFTER | {"x-request-id": request_id}
-            body = _UNAVAILABLE.body.model_dump()
-            await JSONResponse(body, _UNAVAILABLE.status, headers)(scope, receive, send)
+            headers = {**(error.headers or {}), "x-request-id": request_id}
+            if refusal is not None:  # do not wait for the rest of the body
+                headers["connection"] = "close"
+            await JSONResponse(error.body.model_dump(), error.status, headers)(scope, receive, send)
+
+    def _is_too_long(self, length: int) -> bool:
+        return self.max_body_bytes is not None and length > self.max_body_bytes + _SLACK_BYTES
 
 
 def middleware() -> list[Middleware]:

@@ -109,7 +109,7 @@ class PageCheck:
         if origin is None:
             if request.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
                 return
-        elif origin.lower() in self._origins or urlsplit(origin).netloc.lower() in map(str.lower, hosts):
+        elif origin.lower() in self._origins or _host_of(origin) in map(str.lower, hosts):
             return
         message = f"a page of another site, {origin or 'of no origin'!r}, may not change anything here"
         raise ApiError(403, f"{message}{hint}", "foreign_origin")
@@ -125,6 +125,21 @@ class PageCheck:
         except ValueError:
             return name in self._hosts
         return True
+
+
+def _host_of(origin: str) -> str:
+    """Host and port of a page, in small letters; empty where nobody can tell."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def too_long(max_body_bytes: int, longest_field: str | None) -> ApiError:
+    """What is said of a body of more bytes; the arguments are those of `Edge`."""
+    advice = "files are not taken" if longest_field is None else f"send a smaller {longest_field}"
+    message = f"the body is longer than {max_body_bytes} bytes; {advice}"
+    return ApiError(413, message, "body_too_large", longest_field)
 
 
 class Edge:
@@ -171,10 +186,7 @@ class Edge:
             unread = message.get("more_body", False)
             length += len(message.get("body", b""))
             if length > self._max_body_bytes:
-                field = self._longest_field
-                advice = "files are not taken" if field is None else f"send a smaller {field}"
-                long = f"the body is longer than {self._max_body_bytes} bytes; {advice}"
-                raise ApiError(413, long, "body_too_large", field)
+                raise too_long(self._max_body_bytes, self._longest_field)
             return message
 
         async def watched(message: Message) -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
+from pipelines.serving.byte_ranges import is_held
 from pipelines.serving.errors import ApiError
 
 FOLDER = Path(__file__).parent / "page"
@@ -22,13 +23,13 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-def show_page() -> FileResponse:
+def show_page(request: Request) -> Response:
     """The page."""
-    return page_file("index.html")
+    return page_file("index.html", request)
 
 
 @router.get("/page/{name}")
-def page_file(name: str) -> FileResponse:
+def page_file(name: str, request: Request) -> Response:
     """One file of the page.
 
     Raises:
@@ -36,4 +37,8 @@ def page_file(name: str) -> FileResponse:
     """
     if name not in FILES:
         raise ApiError(404, f"the page has no file {name[:64]!r}", "not_found")
-    return FileResponse(FOLDER / name, headers=HEADERS)
+    path = FOLDER / name
+    file = FileResponse(path, headers=HEADERS, stat_result=path.stat())
+    if is_held(request, file.headers["etag"]):
+        return Response(status_code=304, headers={**HEADERS, "etag": file.headers["etag"]})
+    return file

@@ -40,6 +40,7 @@ from pipelines.serving.dispatcher import Dispatcher, GenerationStep, ReplicaDied
 from pipelines.serving.errors import ApiError
 from pipelines.serving.jobs import JobStore
 from pipelines.serving.metrics import Metrics
+from pipelines.serving.middleware import too_long
 from pipelines.serving.replica import VideoGenerator
 from pipelines.serving.service import GeneratorStatus, VideoService
 from prophy.errors import ProPhyError
@@ -98,6 +99,8 @@ class VideoAPI:
             _draw,
         )
 
+        _bound_bodies(self._service)
+
     def configuration(self) -> Config:
         """That of the run, for a command that finds it running."""
         return self._service.config
@@ -119,6 +122,12 @@ class VideoAPI:
             raise ReplicaDiedError(str(error)) from error
         finally:
             response.cancel()
+
+
+def _bound_bodies(service: VideoService) -> None:
+    """Has the server before the ingress, which Serve runs in its process, refuse longer bodies."""
+    haproxy.ProxyErrors.max_body_bytes = service.max_body_bytes
+    haproxy.ProxyErrors.too_long = too_long(service.max_body_bytes, service.longest_field)
 
 
 async def _generator_status() -> GeneratorStatus:

@@ -3,10 +3,11 @@
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
@@ -15,7 +16,7 @@ from pipelines.generation.spec import IMAGE_FILE, PREVIEW_FILE, ShapeLimits, Vid
 from pipelines.serving.artefacts import ArtefactStore
 from pipelines.serving.byte_ranges import partial_content
 from pipelines.serving.dispatcher import Dispatcher
-from pipelines.serving.errors import ApiError
+from pipelines.serving.errors import RETRY_AFTER_S, ApiError
 from pipelines.serving.jobs import Job, JobStore
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.references import IMAGE_FIELD
@@ -23,7 +24,10 @@ from prophy.errors import ProPhyError
 from prophy.taxonomy import Taxonomy, load_taxonomy
 
 MAX_LONG_BODIES = 4
+LONG_BODY_TURN_WITHIN_S = 30.0  # half of what a body may take: so much is left for it
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class VideoService:
         generator_status: how the model is.
         draw: name and arguments of a function of `pipelines.serving.drawing` -> what that draws.
         drawing: held while it is at work: it takes a processor.
-        long_bodies: held while a body with an image is read: it takes memory.
+        long_bodies: see `reading_long_body`.
     """
 
     config: Config
@@ -78,6 +82,11 @@ class VideoService:
         settings = self.config.serve
         is_text = self.limits.images == "never"
         return settings.max_body_bytes + (0 if is_text else 4 * (settings.max_image_bytes // 3 + 1))
+
+    @property
+    def longest_field(self) -> str | None:
+        """The field that a body so long has; None where there is none."""
+        return None if self.limits.images == "never" else IMAGE_FIELD
 
     def find(self, video_id: str, param: str | None = None) -> Job:
         """The job of a video; `param` is the field of the request that names it, where one does.
@@ -128,6 +137,25 @@ class VideoService:
             raise _failed(job)
         return job
 
+    @asynccontextmanager
+    async def reading_long_body(self) -> AsyncIterator[None]:
+        """While a body with an image is read, and looked at: few at a time, since each takes memory.
+
+        Raises:
+            ApiError: 503, others take too long.
+        """
+        try:
+            async with asyncio.timeout(LONG_BODY_TURN_WITHIN_S):
+                await self.long_bodies.acquire()
+        except TimeoutError:
+            message = f"{MAX_LONG_BODIES} images are being sent already, slowly; try again later"
+            headers = {"retry-after": str(RETRY_AFTER_S)}
+            raise ApiError(503, message, "too_many_uploads", IMAGE_FIELD, headers) from None
+        try:
+            yield
+        finally:
+            self.long_bodies.release()
+
     async def look_at(self, image: bytes, spec: VideoSpec) -> dict[str, bytes]:
         """Has the image of a request looked at, by whom a hostile one does no harm.
 
@@ -137,11 +165,10 @@ class VideoService:
         Raises:
             ApiError: it is none that is taken.
         """
-        async with self.drawing:
-            try:
-                preview = await self.draw("draw_preview", image, spec.height, spec.width)
-            except ProPhyError as error:
-                raise ApiError(422, str(error), "invalid_image", IMAGE_FIELD) from None
+        try:
+            preview = await self._alone(lambda: self.draw("draw_preview", image, spec.height, spec.width))
+        except ProPhyError as error:
+            raise ApiError(422, str(error), "invalid_image", IMAGE_FIELD) from None
         return {IMAGE_FILE: image, PREVIEW_FILE: preview}
 
     def file(self, request: Request, job: Job, name: str, media_type: str) -> Response:
@@ -170,17 +197,32 @@ class VideoService:
             ApiError: one of the files has expired, or the video was deleted meanwhile.
             ProPhyError: they cannot be drawn as asked.
         """
-        async with self.drawing:
-            if await asyncio.to_thread(self.artefacts.size, job.id, name) is not None:
-                return
+        await self._alone(lambda: self._draw(job, name, kind, files, *further))
+
+    async def _alone(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does what takes a processor while nothing else does.
+
+        Once begun it goes on to its end, though its client leaves: the process that draws does so too.
+        """
+
+        async def to_its_end() -> T:
             try:
-                contents = await asyncio.to_thread(
-                    lambda: [self.artefacts.read(job.id, file) for file in files]
-                )
-            except FileNotFoundError:
-                raise _expired(job) from None
-            drawn = await self.draw(kind, *contents, *further)
-            await asyncio.to_thread(self._keep, job, name, drawn)
+                return await work()
+            finally:
+                self.drawing.release()
+
+        await self.drawing.acquire()
+        return await asyncio.shield(to_its_end())
+
+    async def _draw(self, job: Job, name: str, kind: str, files: list[str], *further: Any) -> None:
+        if await asyncio.to_thread(self.artefacts.size, job.id, name) is not None:
+            return
+        try:
+            contents = await asyncio.to_thread(lambda: [self.artefacts.read(job.id, file) for file in files])
+        except FileNotFoundError:
+            raise _expired(job) from None
+        drawn = await self.draw(kind, *contents, *further)
+        await asyncio.to_thread(self._keep, job, name, drawn)
 
     def _keep(self, job: Job, name: str, content: bytes) -> None:
         """Adds a file to those of a video, unless that was deleted meanwhile."""

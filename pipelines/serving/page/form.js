@@ -77,11 +77,13 @@ function value(request, name) {
 }
 
 // The request that the form describes, without its image. Numbers that are none go as they are: the server says what is wrong.
+// A field left blank is the server's default, but a negative prompt left blank is an empty one: the form showed the default.
 export function read(hasPhysics) {
   const request = {};
   for (const field of form.elements) {
     const text = field.value?.trim();
-    if (!field.name || field.type === "file" || field.name.startsWith("physics.") || text === "") continue;
+    if (!field.name || field.type === "file" || field.name.startsWith("physics.")) continue;
+    if (text === "" && field.name !== "negative_prompt") continue;
     request[field.name] = NUMBERS.has(field.name) ? number(text) : text;
   }
   if (!hasPhysics) return request;

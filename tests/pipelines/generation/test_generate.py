@@ -68,6 +68,17 @@ def test_batches(ray_cluster: None, tmp_path: Path) -> None:
             generate.run(config, ["a red ball falls"])
 
 
+def test_names_of_videos_say_how_the_model_computes(tmp_path: Path) -> None:
+    def name(*overrides: str) -> str:
+        config = tiny_config(tmp_path, *overrides)
+        return generate._digest(config, generate.video_spec(config, "a red ball falls"), "fingerprint")
+
+    changes = ("dtype=bfloat16", "autocast=null", "max_sequence_length=17")
+    names = {name(), *(name(f"backbone.{change}") for change in changes)}
+    assert len(names) == 4, "each change makes another video"
+    assert name("backbone.compile=regional", "backbone.offload=all") in names, "these change none"
+
+
 def test_empty_prompts(tmp_path: Path) -> None:
     for prompts in ([], ["a ball", " "]):
         with pytest.raises(ProPhyError, match="give at least one, and none empty"):

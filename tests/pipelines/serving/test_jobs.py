@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
 
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.serving import database
@@ -136,6 +137,35 @@ def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.Mo
         break_connection()
         with JobStore(url):
             assert not store.is_owner()
+
+
+def test_an_owner_whose_database_was_away(postgres: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right went with the connection, and is asked for when there is one again."""
+    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
+    url = new_database(postgres)
+    name = make_url(url).database
+    system = make_url(url).set(database="postgres")
+    server = create_engine(system, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    def let_in(anyone: bool) -> None:
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS {anyone}")
+            if not anyone:
+                ended = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = :name"
+                connection.execute(text(ended), {"name": name})
+
+    with JobStore(url) as store:
+        for _ in range(3):
+            assert store.is_owner()
+        let_in(False)
+        for _ in range(3):
+            with pytest.raises(OperationalError):
+                store.is_owner()
+        let_in(True)
+        assert store.is_owner()
+        with pytest.raises(ProPhyError, match="another server uses"):
+            JobStore(url)
+    JobStore(url).close()
 
 
 def test_what_a_vanished_node_held_is_free_within_seconds(postgres: Path) -> None:

@@ -299,6 +299,23 @@ def test_a_knob_and_the_result_beside_the_one_before(open_page: Callable[..., Pa
     assert pixels(page, "other") != pixels(page, "film")
 
 
+def test_a_negative_prompt_may_be_left_blank(open_page: Callable[..., Page]) -> None:
+    """Where the server has one by default: the form shows it, and blank is none."""
+
+    def say(route: Route) -> None:
+        settings = route.fetch().json()
+        route.fulfill(json=settings | {"defaults": settings["defaults"] | {"negative_prompt": "blurry"}})
+
+    page = open_page(key=None)
+    page.route("**/v1/settings", say)
+    use_key(page)
+    expect(page.get_by_label("Negative prompt")).to_have_value("blurry")
+    with page.expect_request(lambda asked: asked.method == "POST") as asked:
+        fill_and_make(page, "a ball without blur", **{"Negative prompt": "", "Guidance": ""})
+    assert asked.value.post_data_json["negative_prompt"] == ""
+    assert "guidance_scale" not in asked.value.post_data_json, "any other blank field is the server's default"
+
+
 def test_what_is_typed_before_the_settings_arrive_stays(open_page: Callable[..., Page]) -> None:
     page, waiting = open_page(key=None), []
     page.route("**/v1/settings", lambda route: waiting.append(route), times=1)

@@ -20,6 +20,8 @@ from pipelines.serving.metrics import Metrics
 from pipelines.serving.middleware import Edge, hash_key, new_key
 from pipelines.serving.protocol import VideoRequest
 from pipelines.serving.replica import VideoGenerator
+from prophy.errors import ProPhyError
+from tests.conftest import tiny_config
 from tests.servers import (
     LIMITS,
     PROMPT,
@@ -196,6 +198,7 @@ def test_a_form_whose_inputs_were_left_blank(client: httpx.Client) -> None:
         ("POST", {"host": "evil.example", "origin": FOREIGN}, "foreign_host"),
         ("POST", {"host": ADDRESS, "origin": FOREIGN}, "foreign_origin"),
         ("POST", {"host": ADDRESS, "origin": "null"}, "foreign_origin"),
+        ("POST", {"host": ADDRESS, "origin": "http://["}, "foreign_origin"),
         ("POST", {"host": ADDRESS, "origin": "http://127.0.0.1:3000"}, "foreign_origin"),
         ("POST", {"host": ADDRESS, "origin": FOREIGN, "x-forwarded-host": "evil.example"}, "foreign_origin"),
         ("POST", {"host": ADDRESS, "sec-fetch-site": "cross-site"}, "foreign_origin"),
@@ -221,6 +224,14 @@ def test_pages_of_other_sites(
         assert "serve.allowed_origins" in check_error(answer, 403, code)
     else:
         assert answer.status_code == {"GET": 200, "POST": 415}[method], answer.text
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://[", "https://:80", "https://a:port", "https://a?b", "https://a#", "studio.example"]
+)
+def test_an_allowed_page_has_a_host(tmp_path: Path, origin: str) -> None:
+    with pytest.raises(ProPhyError, match=r"bad value for 'serve\.allowed_origins\.0' on the command line"):
+        tiny_config(tmp_path, f"serve.allowed_origins=['{origin}']")
 
 
 def test_an_allowed_page_may_read(client: httpx.Client) -> None:
