@@ -59,7 +59,7 @@ def is_held(request: Request, etag: str) -> bool:
 
     Args:
         request: the client's.
-        etag: of what there is, in its quotation marks.
+        etag: names what there is, in quotation marks.
     """
     if request.method not in ("GET", "HEAD"):
         return False
