@@ -39,9 +39,7 @@ def open_store(location: str, **options: object) -> tuple[AbstractFileSystem, st
         return fsspec.filesystem("file"), location
     try:
         if is_in_s3(location):  # where `::` may be in a key
-            kind = fsspec.get_filesystem_class("s3")
-            of_url = kind._get_kwargs_from_urls(location)
-            return kind(**of_url, **options), kind._strip_protocol(location)
+            return fsspec.filesystem("s3", **options), location.removeprefix("s3://").rstrip("/")
         return fsspec.url_to_fs(location, **options)
     except (ImportError, ValueError) as error:
         raise ProPhyError(f"cannot open {location}: {error}") from None

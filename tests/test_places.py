@@ -4,12 +4,10 @@ import pickle
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
-from s3fs.errors import translate_boto_error
 
 from prophy.errors import ProPhyError
 from prophy.places import (
@@ -120,15 +118,20 @@ def test_what_cannot_be_removed_is_told(bucket: S3FileSystem) -> None:
     bucket.call_s3("delete_bucket_policy", Bucket="bucket")
 
 
+class ConflictError(Exception):
+    """What botocore raises, as far as it is looked at."""
+
+    response: ClassVar = {"Error": {"Code": "ConditionalRequestConflict"}}
+
+
 def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, put, waits = open_place() / "a", S3FileSystem.call_s3, list[float]()
+    file, put, waits = S3Path(URL, "some.key") / "a", S3FileSystem.call_s3, list[float]()
     monkeypatch.setattr(time, "sleep", waits.append)
     conflicts = iter(range(2))
 
     def conflicting(store: S3FileSystem, method: str, **arguments: Any) -> Any:
         if method == "put_object" and next(conflicts, None) is not None:
-            about = {"Error": {"Code": "ConditionalRequestConflict"}}
-            raise translate_boto_error(ClientError(about, "PutObject"))
+            raise OSError("ConditionalRequestConflict") from ConflictError()
         return put(store, method, **arguments)
 
     monkeypatch.setattr(S3FileSystem, "call_s3", conflicting)

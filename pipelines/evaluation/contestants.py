@@ -37,7 +37,8 @@ class Entrant:
         """All that decides what it computes; its name plays no part."""
         knobs = self.knobs.model_dump_json() if self.knobs else ""
         backbone = self.config.backbone
-        return [self.model, knobs, backbone.dtype, str(backbone.autocast)]
+        text = str(backbone.max_sequence_length)
+        return [self.model, knobs, backbone.dtype, str(backbone.autocast), text]
 
 
 def enter(config: Config) -> list[Entrant]:

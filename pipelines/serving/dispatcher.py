@@ -219,7 +219,9 @@ class Dispatcher:
             if self.num_jobs()["queued"] >= self._max_queued:
                 raise QueueFullError
             marks = (request_id, idempotency_key, request_hash)
-            job = earlier or await asyncio.to_thread(self._store.create, spec, *marks)
+            job = earlier
+            if job is None:
+                job = await asyncio.to_thread(self._store.create, spec, *marks)
             if files:
                 await self._keep(job.id, files)
             self._submit(job)

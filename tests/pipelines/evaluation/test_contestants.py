@@ -71,7 +71,7 @@ def test_a_run_that_trains_is_its_newest_checkpoint_and_another_run_in_its_place
     monkeypatch.setattr("pipelines.training.export.export_branch", export)
     run = tmp_path / "trained"
     store = FolderStore(str(RunFolder(run).checkpoints))
-    contestants = {"mine": {"checkpoint": str(run)}}
+    contestants: dict[str, dict[str, object]] = {"mine": {"checkpoint": str(run)}}
     save(1.0)
     [first], [again] = entered(tmp_path, contestants), entered(tmp_path, contestants)
     assert first.config.checkpoint == again.config.checkpoint and exported == [1.0]
