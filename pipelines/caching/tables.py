@@ -183,7 +183,7 @@ def check_written(files: Collection[str], folders: Sequence[Place]) -> None:
 
     Args:
         files: their names.
-        folders: of the tables.
+        folders: the tables'.
 
     Raises:
         ProPhyError: some are not: a node has something else where the cache is.
