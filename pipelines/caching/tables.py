@@ -183,7 +183,7 @@ def check_written(files: Collection[str], folders: Sequence[Place]) -> None:
 
     Args:
         files: their names.
-        folders: where the tables lie.
+        folders: the tables'.
 
     Raises:
         ProPhyError: some are not: a node has something else where the cache is.
