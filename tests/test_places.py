@@ -121,7 +121,7 @@ def test_what_cannot_be_removed_is_told(bucket: S3FileSystem) -> None:
 
 
 def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, put, waits = open_place() / "a", S3FileSystem.call_s3, list[float]()
+    file, put, waits = S3Path(f"{URL}/a", "some.key"), S3FileSystem.call_s3, list[float]()
     monkeypatch.setattr(time, "sleep", waits.append)
     conflicts = iter(range(2))
 
