@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
-from s3fs.errors import translate_boto_error
 
 from prophy.errors import ProPhyError
 from prophy.places import (
@@ -120,6 +118,12 @@ def test_what_cannot_be_removed_is_told(bucket: S3FileSystem) -> None:
     bucket.call_s3("delete_bucket_policy", Bucket="bucket")
 
 
+class Conflict(Exception):
+    """What S3 answers while another conditional PUT is under way, as s3fs gets it."""
+
+    response = {"Error": {"Code": "ConditionalRequestConflict"}}
+
+
 def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     file, put, waits = S3Path(f"{URL}/a", "some.key"), S3FileSystem.call_s3, list[float]()
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -127,8 +131,7 @@ def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: py
 
     def conflicting(store: S3FileSystem, method: str, **arguments: Any) -> Any:
         if method == "put_object" and next(conflicts, None) is not None:
-            about = {"Error": {"Code": "ConditionalRequestConflict"}}
-            raise translate_boto_error(ClientError(about, "PutObject"))
+            raise OSError("ConditionalRequestConflict") from Conflict()
         return put(store, method, **arguments)
 
     monkeypatch.setattr(S3FileSystem, "call_s3", conflicting)
