@@ -4,7 +4,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
@@ -118,20 +118,20 @@ def test_what_cannot_be_removed_is_told(bucket: S3FileSystem) -> None:
     bucket.call_s3("delete_bucket_policy", Bucket="bucket")
 
 
-class ConflictError(Exception):
-    """What botocore raises, as far as it is looked at."""
+class Conflict(Exception):
+    """What S3 answers while another conditional PUT is under way, as s3fs gets it."""
 
-    response: ClassVar = {"Error": {"Code": "ConditionalRequestConflict"}}
+    response = {"Error": {"Code": "ConditionalRequestConflict"}}
 
 
 def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, put, waits = S3Path(URL, "some.key") / "a", S3FileSystem.call_s3, list[float]()
+    file, put, waits = S3Path(f"{URL}/a", "some.key"), S3FileSystem.call_s3, list[float]()
     monkeypatch.setattr(time, "sleep", waits.append)
     conflicts = iter(range(2))
 
     def conflicting(store: S3FileSystem, method: str, **arguments: Any) -> Any:
         if method == "put_object" and next(conflicts, None) is not None:
-            raise OSError("ConditionalRequestConflict") from ConflictError()
+            raise OSError("ConditionalRequestConflict") from Conflict()
         return put(store, method, **arguments)
 
     monkeypatch.setattr(S3FileSystem, "call_s3", conflicting)

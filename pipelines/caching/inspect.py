@@ -64,10 +64,7 @@ def inspect(config: Config, num_clips: int, sheet: Path) -> None:
         if (folder / INDEX).is_file():
             with open_file(folder / INDEX) as file:
                 samples = file.metadata.num_rows
-        files, of_files = (
-            file_names(folder),
-            sizes(folder),
-        )  # `prophy cache` may write and remove some between
+        files, of_files = file_names(folder), sizes(folder)  # `prophy cache` may be at work between
         num_bytes = [of_files[file] for file in files if file in of_files]
         grid.add_row(name, str(samples), str(len(num_bytes)), f"{sum(num_bytes) / 1e6:.1f}")
     console.print(grid)

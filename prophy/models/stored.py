@@ -82,6 +82,7 @@ def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _download(url: str, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     partial = Path(f"{folder}{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed while this one waited
     needed = sum(about["size"] for about in files.values())
     check_room(url, needed, folder.parent)
     logger.info("%d files, %.2f GB, are copied from %s to %s", len(files), needed / 1e9, url, folder)
