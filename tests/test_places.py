@@ -4,7 +4,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from s3fs import S3FileSystem
@@ -118,10 +118,10 @@ def test_what_cannot_be_removed_is_told(bucket: S3FileSystem) -> None:
     bucket.call_s3("delete_bucket_policy", Bucket="bucket")
 
 
-class Conflict(Exception):
+class ConflictError(Exception):
     """What S3 answers while another conditional PUT is under way, as s3fs gets it."""
 
-    response = {"Error": {"Code": "ConditionalRequestConflict"}}
+    response: ClassVar = {"Error": {"Code": "ConditionalRequestConflict"}}
 
 
 def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_put_waits_for_another_under_way(bucket: S3FileSystem, monkeypatch: py
 
     def conflicting(store: S3FileSystem, method: str, **arguments: Any) -> Any:
         if method == "put_object" and next(conflicts, None) is not None:
-            raise OSError("ConditionalRequestConflict") from Conflict()
+            raise OSError("ConditionalRequestConflict") from ConflictError()
         return put(store, method, **arguments)
 
     monkeypatch.setattr(S3FileSystem, "call_s3", conflicting)
