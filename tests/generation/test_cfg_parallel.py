@@ -160,6 +160,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return on_ranks(4, alone_and_together, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_each_process_computes_one_pass_of_the_video_of_one(four_ranks: Result, case: str) -> None:

@@ -95,6 +95,7 @@ def test_encodings_in_several_shapes_are_what_the_pipeline_takes(ray_cluster: No
     assert verify(Path(config.cache.output)) == []
 
 
+@pytest.mark.slow
 def test_from_clips_to_a_video(tiny_cache: Config, tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path / "run",

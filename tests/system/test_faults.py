@@ -240,6 +240,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_deadly_clip_and_a_video_that_vanishes_do_not_end_the_run(
     ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def as_user(token: str, command: str, *arguments: str | Path) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_submitted_cache_job_runs_and_wants_the_token(cluster: str, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", "simulate.num_clips=3")
     simulate.run(config)

@@ -20,6 +20,7 @@ def nodes() -> Iterator[Nodes]:
         yield found
 
 
+@pytest.mark.slow
 def test_a_killed_command_is_followed_by_the_same_one(nodes: Nodes, tmp_path: Path) -> None:
     server = Server(tmp_path, nodes)
     url, ids = server.client.base_url, server.burst(4)

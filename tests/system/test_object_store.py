@@ -36,6 +36,7 @@ def put_video(store: S3FileSystem, name: str, scratch: Path, num_frames: int) ->
     store.put_file(str(scratch / "video.mp4"), name)
 
 
+@pytest.mark.slow
 def test_a_prefix_is_cached_and_what_changes_in_it_is_seen(
     store: S3FileSystem, ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -248,6 +248,7 @@ def test_manifests_give_captions_and_labels(tiny_cache: Config) -> None:
         assert prior["maps_shape"][0] == len(video["labels"]) + 1
 
 
+@pytest.mark.slow
 def test_what_changes_in_a_list_or_in_the_limits_is_done_anew_and_nothing_else(
     ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_the_rows_differ_in_nothing_but_what_they_are_called_after(tmp_path: Pat
     assert unaligned.semantic_alignment == 0 and unaligned.load_balancing == 0.01
 
 
+@pytest.mark.slow
 def test_rows_are_trained_and_compared(
     tiny_cache: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def both(first: tuple[Config, Made]) -> Both:
     return config, html, pq.read_table(config.evaluate.output / "scores.parquet").to_pylist()
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_and_takes_in_a_contestant(first: tuple[Config, Made], both: Both) -> None:
     (_, made), (config, _, _) = first, both
     after = files(config)
@@ -68,6 +69,7 @@ def test_a_comparison_goes_on_and_takes_in_a_contestant(first: tuple[Config, Mad
     assert files(config) == after
 
 
+@pytest.mark.slow
 def test_the_contestants_are_measured_on_the_same(both: Both) -> None:
     _, html, rows = both
     losses = {
@@ -86,6 +88,7 @@ def test_the_contestants_are_measured_on_the_same(both: Both) -> None:
     assert "minus without" in html and "Routing: where, and which" in html and "Semantic experts" in html
 
 
+@pytest.mark.slow
 def test_videos_are_judged(both: Both) -> None:
     config, html, rows = both
     shapes = {

@@ -157,6 +157,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return on_ranks(RANKS, train_all, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_two_groups_of_two_ranks_train_as_one_process(four_ranks: Result, case: str) -> None:
