@@ -7,6 +7,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -21,6 +22,7 @@ from pipelines.caching.sources import find_videos
 from pipelines.config import Config, is_url
 from pipelines.resources import Work, needs_of, place
 from pipelines.runtime import ray_session, versions
+from pipelines.serving.database import InUseError
 from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
 from prophy.stores import asking, open_store, try_writing
@@ -83,7 +85,7 @@ def _checks(config: Config) -> Iterator[tuple[str, str]]:
         yield f"videos in {config.cache.input}", str(error)
     if not any(shared.values()):
         yield from _nodes([*shared], videos, _urls(config))
-    yield f"job database {config.serve.database_url}", _said(lambda: _try_database(config))
+    yield f"job database {config.serve.database_url}", _said(partial(try_database, config))
 
 
 def _said(attempt: Callable[[], None]) -> str:
@@ -110,9 +112,16 @@ def _try_files(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _try_database(config: Config) -> None:
+def try_database(config: Config) -> None:
+    """Opens the job database, if no server does so that runs.
+
+    Raises:
+        OSError: its folder cannot be made.
+        ProPhyError: it cannot be used.
+    """
     config.serve.output.mkdir(parents=True, exist_ok=True)
-    JobStore(config.serve.database_url).close()
+    with suppress(InUseError):
+        JobStore(config.serve.database_url, waits_s=0).close()
 
 
 def _shared_folders(config: Config) -> list[Path]:

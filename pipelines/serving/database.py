@@ -33,6 +33,10 @@ class _Schema(Base):
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
+class InUseError(ProPhyError):
+    """Another process has the right to change the database."""
+
+
 class OwnDatabase:
     """A database with the tables of `Base`, and the right to change it, which one process has at a time.
 
@@ -41,13 +45,15 @@ class OwnDatabase:
 
     Args:
         url: the database's, as SQLAlchemy writes it.
+        waits_s: how long for another process, which may be about to end.
 
     Raises:
-        ProPhyError: there is no such database, it cannot be written, another process owns it, or another
-            program or version made its tables.
+        InUseError: another process owns it.
+        ProPhyError: there is no such database, it cannot be written, or another program or version made its
+            tables.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, waits_s: float = OWNER_TIMEOUT_S) -> None:
         self._url = url
         try:
             parsed = make_url(url)
@@ -57,7 +63,7 @@ class OwnDatabase:
             self._engine = create_engine(url, pool_pre_ping=True, connect_args=_connect_args(parsed))
             with ExitStack() as stack:
                 stack.callback(self._engine.dispose)
-                self._owner = stack.enter_context(_own(self._engine, url))
+                self._owner = stack.enter_context(_own(self._engine, url, waits_s))
                 with self._engine.connect() as connection:
                     self._create_tables(connection)
                     connection.commit()
@@ -137,30 +143,30 @@ class OwnDatabase:
 
 
 @contextmanager
-def _own(engine: Engine, url: str) -> Iterator[Connection | None]:
+def _own(engine: Engine, url: str, waits_s: float) -> Iterator[Connection | None]:
     """Holds the one right to change the database; the death of the process gives it back.
 
     Yields:
         The connection that the right hangs on, if it is not a file.
 
     Raises:
-        ProPhyError: another process holds it.
+        InUseError: another process holds it.
     """
-    taken = ProPhyError(
+    taken = InUseError(
         f"another server uses the job database {url}; stop it, or choose another serve.output or "
         "serve.database"
     )
     if engine.dialect.name == "sqlite":
         lock = FileLock(f"{engine.url.database}.lock", thread_local=False)
         try:
-            lock.acquire(timeout=OWNER_TIMEOUT_S)
+            lock.acquire(timeout=waits_s)
         except Timeout:
             raise taken from None
         yield None
         lock.release()
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        deadline = time.monotonic() + OWNER_TIMEOUT_S
+        deadline = time.monotonic() + waits_s
         while not _try_lock(connection):
             if time.monotonic() > deadline:
                 raise taken

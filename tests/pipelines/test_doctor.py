@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from sqlalchemy import make_url
 
 from pipelines import doctor
+from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
 from tests.object_store import object_store
@@ -115,3 +117,14 @@ def test_a_folder_that_cannot_be_used_is_named(
         f"[Errno 20] Not a directory: '{config.run_dir}'",
         f"[Errno 20] Not a directory: '{config.serve.output}'",
     ]
+
+
+def test_the_database_of_a_server_that_runs_is_well(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    doctor.try_database(config)
+    with JobStore(config.serve.database_url):
+        doctor.try_database(config)
+    path = Path(make_url(config.serve.database_url).database or "")
+    path.write_text("no database" * 100)
+    with pytest.raises(ProPhyError, match="cannot open the job database"):
+        doctor.try_database(config)

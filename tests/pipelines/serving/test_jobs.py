@@ -14,7 +14,7 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
-from pipelines.serving import database
+from pipelines.serving.database import InUseError
 from pipelines.serving.jobs import JobStore
 from prophy.errors import ProPhyError
 from tests.databases import new_database
@@ -115,8 +115,7 @@ def test_next_owner_finds_every_accepted_job_of_one_that_was_killed(url: str) ->
         assert [status_of(store, job_id) for job_id in run.stdout.split()] == ["queued", "queued"]
 
 
-def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
+def test_an_owner_whose_connection_breaks(postgres: Path) -> None:
     url = new_database(postgres)
     server = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
 
@@ -132,16 +131,15 @@ def test_an_owner_whose_connection_breaks(postgres: Path, monkeypatch: pytest.Mo
         assert store.is_owner()
         break_connection()
         assert store.is_owner() and store.is_owner(), "nobody else has come"
-        with pytest.raises(ProPhyError, match="another server uses"):
-            JobStore(url)
+        with pytest.raises(InUseError, match="another server uses"):
+            JobStore(url, waits_s=0.2)
         break_connection()
         with JobStore(url):
             assert not store.is_owner()
 
 
-def test_an_owner_whose_database_was_away(postgres: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_whose_database_was_away(postgres: Path) -> None:
     """The right went with the connection, and is asked for when there is one again."""
-    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
     url = new_database(postgres)
     name = make_url(url).database
     system = make_url(url).set(database="postgres")
@@ -163,8 +161,8 @@ def test_an_owner_whose_database_was_away(postgres: Path, monkeypatch: pytest.Mo
                 store.is_owner()
         let_in(True)
         assert store.is_owner()
-        with pytest.raises(ProPhyError, match="another server uses"):
-            JobStore(url)
+        with pytest.raises(InUseError, match="another server uses"):
+            JobStore(url, waits_s=0.2)
     JobStore(url).close()
 
 
@@ -195,10 +193,9 @@ def test_options_of_the_url_are_kept(postgres: Path) -> None:
         assert session.connection().exec_driver_sql("SHOW statement_timeout").scalar() == "77s"
 
 
-def test_one_owner(store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "OWNER_TIMEOUT_S", 0.2)
-    with pytest.raises(ProPhyError, match="another server uses the job database"):
-        JobStore(url)
+def test_one_owner(store: JobStore, url: str) -> None:
+    with pytest.raises(InUseError, match="another server uses the job database"):
+        JobStore(url, waits_s=0)
     store.close()
     JobStore(url).close()
 
