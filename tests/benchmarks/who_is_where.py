@@ -30,6 +30,7 @@ from prophy.tiny import bundled
 
 NUM_SEEDS, NUM_STEPS = 3, 200
 NUM_CLIPS, BACKBONE_STEPS, BATCH = 600, 300, 16
+NUM_MEASURED = 64  # held-out clips, of which half are of two phenomena
 LEVELS = [0.98, 0.99]
 SWAPPED = "sides, two things"
 ARMS = {
@@ -44,7 +45,9 @@ Scores = Mapping[tuple[str, str, float], Mapping[str, tuple[float, float | None]
 def prophy(*arguments: str, **keys: object) -> None:
     """A command of the product, with keys of the configuration: `a__b` is `a.b`."""
     settings = [f"--set={name.replace('__', '.')}={value}" for name, value in keys.items()]
-    subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments, *settings], check=True)
+    ended = subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments, *settings], check=False)
+    if ended.returncode:  # the command has said why
+        sys.exit(ended.returncode)
 
 
 def backbone_of_plain_text(folder: Path) -> Path:
@@ -80,7 +83,7 @@ def train(folder: Path, arm: str, seed: int, steps: Sequence[int], **keys: objec
     if not all(export.is_dir() for export in exports.values()):
         keys |= {f"train__loss_weights__{name}": value for name, value in ARMS[arm].items()}
         keys |= {"run_dir": run.path, "train__seed": seed, "train__num_steps": steps[-1]}
-        prophy("train", train__save_every=steps[0], train__num_to_keep=len(steps), **keys)
+        prophy("train", train__save_every=steps[0], train__num_to_keep=steps[-1] // steps[0], **keys)
         for step, export in exports.items():
             if not export.is_dir():
                 prophy("export", str(export), "--step", str(step), **keys)
@@ -155,7 +158,7 @@ def main() -> None:
         "evaluate": {
             "contestants": contestants,
             "measures": ["loss", "captions", "routing"],
-            "num_clips": 64,
+            "num_clips": NUM_MEASURED,
             "noise_levels": LEVELS,
         },
     }
