@@ -39,6 +39,8 @@ def open_store(location: str, **options: object) -> tuple[AbstractFileSystem, st
         return fsspec.filesystem("file"), location
     try:
         if is_in_s3(location):  # where `::` may be in a key
+            if "?versionId=" in location:  # a list may name a version of a video
+                options = {"version_aware": True, **options}
             return fsspec.filesystem("s3", **options), location.removeprefix("s3://").rstrip("/")
         return fsspec.url_to_fs(location, **options)
     except (ImportError, ValueError) as error:

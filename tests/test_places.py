@@ -3,6 +3,7 @@
 import pickle
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from prophy.places import (
     sizes,
     write_whole,
 )
-from prophy.stores import files_below
+from prophy.stores import files_below, open_store
 from tests.object_store import refuse, refuse_puts
 
 URL = "s3://bucket/deep/files"
@@ -116,6 +117,18 @@ def test_what_cannot_be_removed_is_told(bucket: S3FileSystem) -> None:
     with pytest.raises(ProPhyError, match=f"cannot use {URL}: deep/files/a cannot be removed: AccessDenied"):
         remove_all(open_place())
     bucket.call_s3("delete_bucket_policy", Bucket="bucket")
+
+
+def test_a_list_may_name_a_version_of_a_file(bucket: S3FileSystem) -> None:
+    bucket.call_s3("put_bucket_versioning", Bucket="bucket", VersioningConfiguration={"Status": "Enabled"})
+    put = partial(bucket.call_s3, "put_object", Bucket="bucket", Key="a.mp4")
+    first, _ = put(Body=b"first"), put(Body=b"second")
+    store, path = open_store(f"s3://bucket/a.mp4?versionId={first['VersionId']}")
+    assert store.cat_file(path) == b"first"
+    store, path = open_store("s3://bucket/a.mp4")
+    assert store.cat_file(path) == b"second"
+    for version in bucket.call_s3("list_object_versions", Bucket="bucket")["Versions"]:
+        bucket.call_s3("delete_object", Bucket="bucket", Key="a.mp4", VersionId=version["VersionId"])
 
 
 class ConflictError(Exception):

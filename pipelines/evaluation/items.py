@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.caching.list_files import SUFFIXES, Row, read_rows
@@ -202,32 +203,42 @@ def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
     )
     if len(samples) < config.evaluate.num_clips:
         logger.warning("evaluate.num_clips is %d, and there are %d", config.evaluate.num_clips, len(samples))
-    captions = dict(zip(cache.sample_ids.to_pylist(), cache.captions().to_pylist(), strict=True))
-    shapes = {sample: shape for shape, ids in cache.by_shape(chosen).items() for sample in ids.to_pylist()}
-
-    def is_wrong(other: str, sample: str) -> bool:
-        """Whether a clip of the same shape is of another video, with another caption."""
-        own, others = ((shapes[each], captions[each], videos[each]) for each in (sample, other))
-        return own[0] == others[0] and own[1] != others[1] and own[2] != others[2]
-
-    num_without = 0
-    for index, sample in enumerate(samples):
-        in_order = (*samples[index + 1 :], *samples[:index])
-        other = next((other for other in (*in_order, *videos) if is_wrong(other, sample)), None)
-        num_without += other is None
-        wrong = [_of_cache(cache, other)] if other and "captions" in wanted else []
+    others = _others(cache, samples, videos) if "captions" in wanted else {}
+    for sample in samples:
+        wrong = [_of_cache(cache, others[sample])] if sample in others else []
         yield Item(
             unit=videos[sample],
             clip=_of_cache(cache, sample),
             wrong=tuple(Wrong(measure="captions", kind="another clip's", clip=clip) for clip in wrong),
             is_measured=bool(wanted & {"loss", "routing"}),
         )
-    if num_without and "captions" in wanted:
+
+
+def _others(cache: "PriorCache", samples: Sequence[str], videos: Mapping[str, str]) -> dict[str, str]:
+    """For each sample one of its shape, of another video, with another caption; says how many have none.
+
+    Args:
+        cache: where they are.
+        samples: whose are wanted; those behind each are looked at first.
+        videos: the video of each sample that may be taken.
+    """
+    captions = dict(zip(cache.sample_ids.to_pylist(), cache.captions().to_pylist(), strict=True))
+    by_shape = cache.by_shape(pa.array(videos))
+    shapes = {sample: shape for shape, ids in by_shape.items() for sample in ids.to_pylist()}
+    found = {}
+    for index, sample in enumerate(samples):
+        for other in (*samples[index + 1 :], *samples[:index], *videos):
+            is_alike = captions[other] == captions[sample] or videos[other] == videos[sample]
+            if shapes[other] == shapes[sample] and not is_alike:
+                found[sample] = other
+                break
+    if len(found) < len(samples):
         logger.warning(
             "%d of %d clips have no wrong caption: no other video of their shape has another caption",
-            num_without,
+            len(samples) - len(found),
             len(samples),
         )
+    return found
 
 
 def _in_turn(videos: Mapping[str, str]) -> list[str]:
