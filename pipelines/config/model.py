@@ -1,8 +1,8 @@
 """The models of a run: the backbone, the VLM that teaches, the Physical Branch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.config.base import How, NonNegativeInt, Pretrained, Section
 from prophy.backbones.families import FAMILIES
@@ -20,6 +20,16 @@ FamilyName = Annotated[
     AfterValidator(_known_family),
     Field(json_schema_extra=lambda schema: schema.update(enum=[*FAMILIES])),
 ]
+
+
+def _check_size(section: "BackboneConfig | VlmConfig") -> None:
+    size = (section.height, section.width)
+    if size not in section.frame_shapes:
+        raise ValueError(
+            f"clips are made in the shapes of aspect_buckets, and height and width ({list(size)}) are none "
+            f"of {[list(shape) for shape in section.frame_shapes]}; set them to one of these, or set "
+            "aspect_buckets too, to null for one shape"
+        )
 
 
 class BackboneConfig(Section):
@@ -92,7 +102,8 @@ class BackboneConfig(Section):
     aspect_buckets: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)] | None = None
     """Shapes (height, width) in pixels that clips are cached and trained in. Null: `height` and `width`.
 
-    A clip takes the one nearest to what the VLM sees of it; each needs a shape of about its aspect ratio in
+    `height` and `width` are one of them, which videos are made in where nothing else is asked for. A clip
+    takes the one nearest to what the VLM sees of it; each needs a shape of about its aspect ratio in
     vlm.aspect_buckets.
     """
 
@@ -100,6 +111,11 @@ class BackboneConfig(Section):
     def frame_shapes(self) -> list[tuple[int, int]]:
         """(height, width) of every shape that a cached clip may have."""
         return self.aspect_buckets or [(self.height, self.width)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_size(self)
+        return self
 
 
 class VlmConfig(Section):
@@ -132,8 +148,8 @@ class VlmConfig(Section):
     aspect_buckets: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)] | None = None
     """Shapes (height, width) in pixels that the VLM sees clips in. Null: `height` and `width` alone.
 
-    A clip is cut at its centre to the aspect ratio of the nearest; the backbone gets the same part, in a
-    shape of about this aspect ratio.
+    `height` and `width` are one of them. A clip is cut at its centre to the aspect ratio of the nearest; the
+    backbone gets the same part, in a shape of about this aspect ratio.
     """
 
     layers: list[NonNegativeInt] | None = None
@@ -149,6 +165,11 @@ class VlmConfig(Section):
     def frame_shapes(self) -> list[tuple[int, int]]:
         """(height, width) of every shape that the VLM sees clips in."""
         return self.aspect_buckets or [(self.height, self.width)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_size(self)
+        return self
 
 
 class PhysicsConfig(physics_config.PhysicsConfig, Section):

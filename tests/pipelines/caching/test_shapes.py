@@ -1,5 +1,6 @@
 """What shapes take from pictures: refused where they stretch, told where they cut."""
 
+import json
 from dataclasses import astuple
 
 import pyarrow as pa
@@ -31,7 +32,12 @@ def clips(*pictures: tuple[int, int]) -> pa.Table:
 
 
 def shaped(vlm: str, backbone: str) -> Config:
-    return load_config("tiny", [f"vlm.aspect_buckets={vlm}", f"backbone.aspect_buckets={backbone}"])
+    overrides = list[str]()
+    for section, shapes in {"vlm": vlm, "backbone": backbone}.items():
+        height, width = json.loads(shapes)[0]
+        overrides += [f"{section}.height={height}", f"{section}.width={width}"]
+        overrides.append(f"{section}.aspect_buckets={shapes}")
+    return load_config("tiny", overrides)
 
 
 @pytest.mark.parametrize("preset", preset_names())

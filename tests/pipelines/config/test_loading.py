@@ -224,6 +224,16 @@ def test_precisions_that_do_not_go_together() -> None:
     assert load_config("tiny", [*mixed, "train.backbone=full"]).backbone.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("section", ["backbone", "vlm"])
+def test_a_size_that_no_clip_is_cut_to_is_refused(section: str) -> None:
+    size = [f"{section}.height=728", f"{section}.width=1288"]
+    with pytest.raises(ProPhyError, match=rf"'{section}' .*\[728, 1288\].* set aspect_buckets too, to null"):
+        load_config("wan2.1-14b", size)
+    for buckets in ("null", "[[728, 1288], [616, 616]]"):
+        changed = load_config("wan2.1-14b", [*size, f"{section}.aspect_buckets={buckets}"])
+        assert (728, 1288) in getattr(changed, section).frame_shapes
+
+
 def test_missing_file_lists_the_presets() -> None:
     with pytest.raises(ProPhyError, match="no configuration 'tinny'.*tiny"):
         load_config("tinny")
