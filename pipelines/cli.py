@@ -401,7 +401,7 @@ def evaluate(
     `prophy config evaluate` explains all keys. Your own clips are `evaluate.clips=cache` and
     `evaluate.pairs=LIST`.
     """
-    resolved = _configure("train" if ablation else "evaluate", config, set_, print_config)
+    resolved = _configure(f"evaluate{' --ablation' * ablation}", config, set_, print_config)
     if ablation:
         from pipelines.evaluation import ablation as rows
 

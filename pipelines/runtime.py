@@ -60,14 +60,15 @@ def open_run(config: Config, command: str) -> Path:
     Writes `<command>.yaml` (the resolved configuration) and `versions.yaml`.
 
     Raises:
-        ProPhyError: the folder holds a run that does not fit this configuration, or cannot be written.
+        ProPhyError: the folder holds a run that does not fit this configuration, or something else under
+            the name of its configuration, or cannot be written.
     """
     folder = config.run_dir
     places = RunFolder(folder)
     saved = places.config(command)
     partial = saved.with_name(f"{saved.name}.{os.getpid()}")
     if saved.exists():
-        _check_same_run(yaml.safe_load(saved.read_text()), config, command)
+        _check_same_run(_read_saved(saved, command), config, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(to_yaml(config))
@@ -80,12 +81,26 @@ def open_run(config: Config, command: str) -> Path:
     return folder
 
 
+def _read_saved(saved: Path, command: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(saved.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    sections = _SECTIONS.get(command, ())
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in sections):
+        raise ProPhyError(
+            f"{saved} is not what `prophy {command}` writes there, the configuration of the run; remove it "
+            "or give it another name, or choose another run_dir"
+        )
+    return values
+
+
 def _check_same_run(saved: dict[str, Any], config: Config, command: str) -> None:
     current = config.model_dump(mode="json")
     for section in _SECTIONS.get(command, ()):
         free = how_keys(type(getattr(config, section)))
         for key, value in current[section].items():
-            before = saved.get(section, {}).get(key)
+            before = saved[section].get(key)
             if key not in free and before != value:
                 raise ProPhyError(
                     f"{config.run_dir} belongs to another run: {section}.{key} is {before!r} there "

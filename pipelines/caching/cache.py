@@ -82,8 +82,8 @@ def run(config: Config) -> CacheSummary:
     _check_clips(config)
     taxonomy = load_taxonomy(config.taxonomy)
     found = find_videos(config.cache.input, taxonomy.names)
-    open_run(config, "cache")
     with exclusive(config.cache.folder), FileTasks(config) as tasks:
+        open_run(config, "cache")
         summary = _fill(_pinned(config), taxonomy, found, tasks)
     if not summary.num_priors:
         first = "".join(f"; the first: {message}" for message in summary.quarantined[:1])

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipelines.config.run import Config
+from pipelines.config.run import WRITES, Config
+from pipelines.layout import RunFolder
 from prophy.errors import ProPhyError
 
 PRESETS = Path(str(resources.files("pipelines.config"))) / "presets"
@@ -42,7 +43,8 @@ def load_config(name_or_path: str, overrides: list[str] | None = None, command: 
 
     Raises:
         ProPhyError: no such file, not YAML, it extends itself, an unknown key (names the nearest one and the
-            file it stands in), a bad value, or a section that the command needs is missing.
+            file it stands in), a bad value, a section that the command needs is missing, or the command would
+            overwrite a file that was read.
     """
     layers = _read(_find(name_or_path))
     path = next(iter(layers))
@@ -62,7 +64,18 @@ def load_config(name_or_path: str, overrides: list[str] | None = None, command: 
             f"`prophy {command}` needs {sections} {', '.join(missing)}, which {path} does not have; add what "
             "is missing, or let the file extend a preset, such as with `extends: tiny`"
         )
+    _check_kept([Path(name) for name in layers if name != _COMMAND_LINE], config, command)
     return config
+
+
+def _check_kept(files: list[Path], config: Config, command: str | None) -> None:
+    for name in WRITES.get(command or "", ()):
+        written = RunFolder(config.run_dir).config(name)
+        if written.exists() and any(file.samefile(written) for file in files):
+            raise ProPhyError(
+                f"`prophy {command}` would overwrite {written}, which was read, with all values that it runs "
+                "with; give that file another name, or choose another run_dir"
+            )
 
 
 def _parse(overrides: list[str]) -> DictConfig:

@@ -28,12 +28,21 @@ NEEDS = {
     "export": ("backbone",),
     "generate": ("backbone",),
     "evaluate": ("backbone",),
+    "evaluate --ablation": ("backbone", "vlm", "physics", "cache", "train"),
     "serve": ("backbone",),
     "pretrain": (),
     "pretrain branch": ("backbone", "vlm", "physics", "simulate", "cache", "train"),
     "demo": ("backbone", "vlm", "physics", "simulate", "cache", "train"),
 }
 """The sections that each command needs, of those that a configuration may lack."""
+
+WRITES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("simulate", "cache", "train", "generate", "evaluate", "serve", "pretrain")},
+    "evaluate --ablation": ("evaluate",),
+    "pretrain branch": ("simulate", "cache", "train"),
+    "demo": ("simulate", "cache", "train", "generate", "serve"),
+}
+"""Under which names each command keeps its configuration in the run folder."""
 
 # Values of sections that a configuration may lack; reading one that it lacks is an error, see `Config`.
 _LEFT_OUT: Any = None

@@ -38,8 +38,8 @@ def run(config: Config) -> Path:
     films = Filming(config, entrants) if "videos" in measures else None
     if films is not None:
         work.append(films)
-    open_run(config, "evaluate")
     with exclusive(output, OUTPUT):
+        open_run(config, "evaluate")
         with writing(output, OUTPUT):
             for folder in ("encodings", "scores", "videos"):
                 (output / folder).mkdir(parents=True, exist_ok=True)

@@ -85,9 +85,10 @@ def run(config: Config) -> Path:
 
     check_sharing(pinned)
     _ = build_dataset(pinned, cache, rank=0)[0]
-    places = RunFolder(open_run(config, "train"))
+    places = RunFolder(config.run_dir)
     root = places.training
     with alone(root), nullcontext() if config.train.checkpoints is None else store.alone():
+        open_run(config, "train")
         step = store.set_damaged_aside()  # before one of them is evaluated
         with ray_session(config), tracking(pinned, root), evaluating(pinned, cache, root):
             if step is None or step < config.train.num_steps:
@@ -112,15 +113,19 @@ def alone(root: Path) -> Iterator[None]:
     """Holds the folder of training for one run: two would remove each other's unfinished checkpoints.
 
     Raises:
-        ProPhyError: another run holds it.
+        ProPhyError: another run holds it, or it cannot be written.
     """
-    root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".lock", timeout=0)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ProPhyError(
             f"another run trains in {root.parent}; wait for it, or choose another run_dir"
+        ) from None
+    except OSError as error:
+        raise ProPhyError(
+            f"cannot write to run_dir {root.parent}: {error.strerror}; choose another run_dir"
         ) from None
     try:
         yield

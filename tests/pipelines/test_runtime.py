@@ -34,6 +34,19 @@ def test_same_run_may_change_how_but_not_what(tmp_path: Path) -> None:
         open_run(tiny_config(tmp_path, "train.loss_weights.semantic_alignment=0.3"), "train")
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "a: b: c", "\x00", "extends: tiny", "train: 5", "train:"])
+def test_what_no_command_wrote_is_neither_compared_nor_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / "train.yaml").write_text(text)
+    said = f"{tmp_path}/train.yaml is not what `prophy train` writes there, .*; remove it"
+    with pytest.raises(ProPhyError, match=said):
+        open_run(tiny_config(tmp_path), "train")
+    assert (tmp_path / "train.yaml").read_text() == text
+    if text in ("", "[1]"):
+        (tmp_path / "cache.yaml").write_text(text)
+        with pytest.raises(ProPhyError, match="is not what `prophy cache` writes there"):
+            open_run(tiny_config(tmp_path), "cache")
+
+
 def test_every_key_that_is_free_in_a_run_folder_is_marked() -> None:
     assert {"num_steps", "num_workers", "zero_stage", "sample_prompts"} <= how_keys(TrainConfig)
     assert not {"learning_rate", "recipe", "seed", "num_held_out"} & how_keys(TrainConfig)

@@ -15,6 +15,7 @@ import torch
 from pipelines.caching import cache
 from pipelines.caching.progress import GraphReport
 from pipelines.caching.sources import find_videos
+from pipelines.caching.tables import exclusive
 from pipelines.config import Config, load_config
 from prophy.backbones.encoding import VideoEncoder
 from prophy.backbones.pretrained import resolve_pretrained
@@ -406,3 +407,13 @@ def test_the_tables_join_on_their_indices(tiny_cache: Config) -> None:
     joined = priors.select(["sample_id", "fps"]).join(encodings.select(["sample_id", "caption"]), "sample_id")
     assert len(joined) == 12
     assert pc.all(pc.is_valid(joined["caption"])).as_py()
+
+
+def test_a_run_that_has_to_wait_leaves_the_configuration_of_the_other(tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "a.mp4").write_bytes(b"")
+    config = tiny_config(tmp_path / "run", f"cache.input={clips}")
+    with exclusive(config.cache.folder), pytest.raises(ProPhyError, match="another run writes to"):
+        cache.run(config)
+    assert not (config.run_dir / "cache.yaml").exists()

@@ -234,6 +234,19 @@ def test_a_size_that_no_clip_is_cut_to_is_refused(section: str) -> None:
         assert (728, 1288) in getattr(changed, section).frame_shapes
 
 
+def test_a_file_that_was_read_is_not_overwritten(tmp_path: Path) -> None:
+    written = write(tmp_path, cache=f"extends: tiny\nrun_dir: {tmp_path}\n")
+    mine = write(tmp_path, mine="extends: cache.yaml\n")
+    for path in (written, mine):
+        for command in ("cache", "pretrain branch", "demo"):
+            said = f"`prophy {command}` would overwrite {written}, which was read, .*; give that file another"
+            with pytest.raises(ProPhyError, match=said):
+                load_config(path, command=command)
+        for command in ("train", "plan", "cache verify", "evaluate --ablation", None):
+            load_config(path, command=command)
+        load_config(path, [f"run_dir={tmp_path / 'elsewhere'}"], "cache")
+
+
 def test_missing_file_lists_the_presets() -> None:
     with pytest.raises(ProPhyError, match="no configuration 'tinny'.*tiny"):
         load_config("tinny")

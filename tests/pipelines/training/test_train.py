@@ -30,7 +30,7 @@ from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.json_lines import read_rows
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.model import build_module
-from pipelines.training.train import run
+from pipelines.training.train import alone, run
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.pretrained import resolve_pretrained
 from prophy.errors import ProPhyError
@@ -347,6 +347,14 @@ def test_another_process_writes_checkpoints_there(tiny_cache: Config, tmp_path: 
     said = f"another run writes to {place}; wait for it, or choose another train.checkpoints"
     with FolderStore(str(place)).alone(), pytest.raises(ProPhyError, match=said):
         run(config)
+    assert not (tmp_path / "run" / "train.yaml").exists()  # a run at work keeps its own
+
+
+def test_a_run_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "train"
+    with pytest.raises(ProPhyError, match=f"cannot write to run_dir {root.parent}: .*"), alone(root):
+        pass
 
 
 def test_no_cache(config: Config) -> None:
