@@ -94,6 +94,20 @@ def test_each_cluster_is_closed_runs_as_nobody_and_says_this_ray(objects: list[d
         }
 
 
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: "/".join(path.parts[-2:]))
+def test_a_budget_counts_the_pods_of_one_cluster(path: Path) -> None:
+    """A RayCluster has no scale, by which `maxUnavailable` and shares are counted: no pod may go then."""
+    objects = built(path)
+    clusters = {found["metadata"]["name"] for found in objects if found["kind"] == "RayCluster"}
+    budgets = [found["spec"] for found in objects if found["kind"] == "PodDisruptionBudget"]
+    assert bool(budgets) == bool(clusters)
+    for budget in budgets:
+        assert budget.keys() == {"minAvailable", "selector"}
+        assert isinstance(budget["minAvailable"], int)
+        assert budget["selector"]["matchLabels"]["ray.io/cluster"] in clusters
+        assert budget["selector"]["matchLabels"]["ray.io/node-type"] == "head"
+
+
 def test_all_pods_of_one_kind_are_the_same_pod_but_for_ports() -> None:
     places = [built(overlay) for overlay in OVERLAYS] + [[yaml.safe_load(RAY_JOB.read_text())]]
     clusters = [cluster for objects in places for found in objects for cluster in ray_clusters(found)]
