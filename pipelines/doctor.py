@@ -1,6 +1,7 @@
 """`prophy doctor`: what a run would miss on this cluster, found in a minute instead of hours into the work.
 
-Each check is one line. The same checks of room are made by every command before it starts.
+Each check is one line. The same checks of room are made by every command before it starts; where an
+autoscaler adds nodes, room that is not there yet is no fault.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from rich.markup import escape
 
 from pipelines.caching.sources import find_videos
 from pipelines.config import Config, is_url
-from pipelines.resources import Work, needs_of, place
+from pipelines.resources import Work, is_autoscaling_enabled, needs_of, place
 from pipelines.runtime import ray_session, versions
 from pipelines.serving.database import InUseError
 from pipelines.serving.jobs import JobStore
@@ -74,7 +75,11 @@ def _checks(config: Config) -> Iterator[tuple[str, str]]:
             needs = needs_of(config, work)
         except ProPhyError:  # it needs a section that this configuration leaves out
             continue
-        yield f"room for {work}", place(needs)[1]
+        told = place(needs)[1]
+        if told and is_autoscaling_enabled():
+            yield f"room for {work}: none yet; the command asks the autoscaler for nodes", ""
+        else:
+            yield f"room for {work}", told
     shared = {folder: _said(partial(_try_files, folder)) for folder in _shared_folders(config)}
     for folder, unusable in shared.items():
         yield f"rename, lock and append in {folder}", unusable
@@ -162,6 +167,10 @@ def _urls(config: Config) -> dict[str, str]:
     if not config.lacking("train"):
         places["train.start_from"] = config.train.start_from
         places["train.checkpoints"] = config.train.checkpoints
+    for name, contestant in config.evaluate.contestants.items():
+        for key in ("checkpoint", "pretrained"):
+            places[f"evaluate.contestants.{name}.{key}"] = getattr(contestant, key)
+    places["evaluate.pairs"] = config.evaluate.pairs
     return {key: str(place) for key, place in places.items() if is_url(str(place))}
 
 

@@ -36,6 +36,17 @@ def test_what_is_missing_is_named(
     assert stored.startswith(f"no  job database {database}: ")
 
 
+def test_room_that_an_autoscaler_makes_is_not_missing(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where workers come with demand, and the head alone is there."""
+    monkeypatch.setattr(doctor, "is_autoscaling_enabled", lambda: True)
+    doctor.run(tiny_config(tmp_path / "run", "train.gpus_per_worker=1"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "ok  room for train: none yet; the command asks the autoscaler for nodes" in lines
+    assert sum("autoscaler" in line for line in lines) == 1
+
+
 def test_gpus_that_all_tasks_see_are_named(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,13 +71,21 @@ def test_a_store_that_nodes_cannot_use_is_named(
         keys |= {"generate.output": "s3://bucket/videos", "checkpoint": "s3://bucket/clips"}
         keys |= {"serve.videos": "s3://nobodys/videos"}
         keys["train.checkpoints"] = "s3://bucket/run"
-        with pytest.raises(ProPhyError, match="^1 of 16 checks do not hold$"):
+        keys["evaluate.pairs"] = "s3://bucket/clips/a.mp4"
+        keys["evaluate.contestants"] = "{mine: {checkpoint: s3://nobodys/model}}"
+        with pytest.raises(ProPhyError, match="^2 of 18 checks do not hold$"):
             doctor.run(tiny_config(tmp_path / "run", *(f"{key}={url}" for key, url in keys.items())))
         assert store.find("bucket") == ["bucket/clips/a.mp4"]
     lines = capsys.readouterr().out.splitlines()
-    [wrong] = [line for line in lines if line.startswith("no  ")]
-    assert "can use serve.videos s3://nobodys/videos: " in wrong and "bucket does not exist" in wrong
-    assert sum(" can use " in line for line in lines) == 6
+    wrong = [line for line in lines if line.startswith("no  ")]
+    for line, key in zip(
+        wrong,
+        ("serve.videos s3://nobodys/videos", "evaluate.contestants.mine.checkpoint s3://nobodys/model"),
+        strict=True,
+    ):
+        assert f"can use {key}: " in line
+    assert "bucket does not exist" in wrong[0]
+    assert sum(" can use " in line for line in lines) == 8
 
 
 def test_a_folder_of_checkpoints_is_tried_too(
