@@ -1,6 +1,7 @@
 """What training and caching tell Prometheus: each node's Ray exports it, with `ray_` before the name."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from ray.util.metrics import Counter, Gauge
 
@@ -28,16 +29,16 @@ class TrainingMetrics:
     """Gauges of the newest step that was logged; they go when their process ends.
 
     Args:
-        run: what tells runs apart.
+        run_dir: tells runs apart; the last names of two may be the same.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self._gauges = {
             name: Gauge(f"prophy_train_{name}", description, ("run",))
             for name, description in TRAINING.items()
         }
         for gauge in self._gauges.values():
-            gauge.set_default_tags({"run": run})
+            gauge.set_default_tags({"run": str(run_dir)})
 
     def show(self, row: Mapping[str, float]) -> None:
         """Shows those metrics that the row has."""

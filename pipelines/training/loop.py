@@ -98,7 +98,7 @@ def _train(loop_config: dict[str, Any]) -> None:
     with writing("write the metrics"):
         if rank == 0:
             log = MetricsLog(root, first_step, train, flops, peak)
-            shown = TrainingMetrics(config.run_dir.name)
+            shown = TrainingMetrics(config.run_dir)
 
     # 2. Steps; a process of its own reads ahead
     loader = read_ahead(dataset, range(first_step, train.num_steps))

@@ -5,12 +5,16 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipelines import metrics
+from pipelines.config import load_config
 from pipelines.metrics import CACHING, TRAINING, CachingMetrics, TrainingMetrics
 from pipelines.serving.metrics import Metrics
 from tests.cluster.manifests import ROOT, built, ray_clusters, templates
@@ -46,25 +50,43 @@ def test_the_file_is_what_the_script_makes() -> None:
 
 
 def test_each_metric_of_the_endpoint_is_shown_by_labels_that_it_has() -> None:
-    metrics = Metrics()
-    metrics.observe_stages({"denoise": 1.0}, 1)
-    metrics.failures.labels("internal_error")
-    metrics.http.labels("GET", "/v1/videos", "200").observe(1.0)
-    metrics.errors.labels("not_found")
-    exported = labels_of(metrics.render({"queued": 1}, 1).decode())
+    endpoint = Metrics()
+    endpoint.observe_stages({"denoise": 1.0}, 1)
+    endpoint.failures.labels("internal_error")
+    endpoint.http.labels("GET", "/v1/videos", "200").observe(1.0)
+    endpoint.errors.labels("not_found")
+    exported = labels_of(endpoint.render({"queued": 1}, 1).decode())
     lines = [(name, by - {"le"}) for name, by in shown() if not name.startswith("ray_")]
     assert {name for name, _ in lines} == exported.keys()
     assert all(by <= exported[name] for name, by in lines)
 
 
 def test_each_metric_that_ray_s_agents_export_is_shown_by_labels_that_it_has(ray_cluster: None) -> None:
-    training, caching = TrainingMetrics("run"), CachingMetrics("priors")
+    training, caching = TrainingMetrics(Path("run")), CachingMetrics("priors")
     training.show(dict.fromkeys(TRAINING, 1.0))
     caching.count(3, 1)
     lines = [(name, by) for name, by in shown() if name.startswith("ray_")]
     exported = scrape(len(TRAINING) + len(CACHING))
     assert {name for name, _ in lines} == exported.keys()
     assert all(by <= exported[name] for name, by in lines)
+
+
+def test_runs_whose_folders_have_the_same_last_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = list[dict[str, str]]()
+
+    class Gauge:
+        def __init__(self, *_: object) -> None: ...
+
+        def set_default_tags(self, told: dict[str, str]) -> None:
+            tags.append(told)
+
+    monkeypatch.setattr(metrics, "Gauge", Gauge)
+    for preset in ("wan2.2-t2v-a14b", "wan2.2-i2v-a14b"):
+        TrainingMetrics(load_config(preset).run_dir)
+    assert {tag["run"] for tag in tags} == {
+        "/mnt/shared/runs/wan2.2-t2v-a14b/high_noise",
+        "/mnt/shared/runs/wan2.2-i2v-a14b/high_noise",
+    }
 
 
 def scrape(count: int) -> dict[str, set[str]]:
