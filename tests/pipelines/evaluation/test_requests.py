@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config import load_config
 from pipelines.evaluation.requests import requests_of, spec_of, unit_of
 from prophy.errors import ProPhyError
 from tests.conftest import tiny_config
@@ -23,8 +24,13 @@ def test_things_alone_pairs_and_falls_come_in_turn(tmp_path: Path) -> None:
     assert spec_of(config, requests[4]).prompt == requests[4].prompt
 
 
+def test_a_preset_of_two_transformers_compares_videos_of_square_frames() -> None:
+    """It compares nothing else: videos cannot be left out."""
+    requests_of(load_config("wan2.2-t2v-a14b", ["backbone.height=624", "backbone.width=624"]))
+
+
 def test_what_cannot_be_asked_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ProPhyError, match=r"evaluate\.num_prompts is 5000, and there are \d+ such prompts"):
         requests_of(tiny_config(tmp_path, "evaluate.num_prompts=5000"))
-    with pytest.raises(ProPhyError, match=r"are 80x64; leave videos out of evaluate\.measures"):
+    with pytest.raises(ProPhyError, match=r"are 80x64; set backbone\.height and .* one value, .*, or leave"):
         requests_of(tiny_config(tmp_path, "backbone.width=80"))
