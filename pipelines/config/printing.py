@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
@@ -100,9 +101,24 @@ def _field(section: Section, name: str, depth: int) -> Iterator[str]:
         yield line
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes texts so that OmegaConf, whose numbers are not those of YAML 1.1, reads them back."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # What stands for itself, and is no reference; backslashes before it are doubled.
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    # `12e4567` is a number to OmegaConf, and the breaks of lines that are not \n become spaces.
+    style = '"' if re.search(r"^[-+.]?\d|[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _inline(value: Any) -> str:
     """A value as YAML on one line."""
-    text: str = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)
+    text: str = yaml.dump([value], None, _Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.strip()[1:-1]
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -50,14 +51,21 @@ def test_every_key_is_printed_with_its_description() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["a: b # c", "'quoted'", "two\nlines", "ends with a space ", "", "null", "é" * 200]
+    "value",
+    [
+        *["a: b # c", "'quoted'", "two\nlines", "ends with a space ", "", "null", "é" * 200],
+        *["12e4567", "1e5", "-1e5", "+1e5", ".5e1", "1_0e5", "0x1f", "010", "1:30", "2024-01-01", ".inf"],
+        *["${x}", "a ${x} b", "\\${x}", "\\\\${x}\\", "a\x85b", "a\u2028b", "a\u2029b", "\t", "yes", "1e"],
+    ],
 )
-def test_texts_are_read_back_as_they_were(value: str) -> None:
+def test_texts_are_read_back_as_they_were(value: str, tmp_path: Path) -> None:
     config = load_config("tiny")
     sampling = config.sampling.model_copy(update={"negative_prompt": value})
     train = config.train.model_copy(update={"sample_prompts": [value, value]})
-    changed = config.model_copy(update={"sampling": sampling, "train": train})
-    assert Config.model_validate(yaml.safe_load(to_yaml(changed))) == changed
+    backbone = config.backbone.model_copy(update={"revision": value})
+    changed = config.model_copy(update={"sampling": sampling, "train": train, "backbone": backbone})
+    (tmp_path / "printed.yaml").write_text(to_yaml(changed))
+    assert load_config(str(tmp_path / "printed.yaml")) == changed
 
 
 @pytest.mark.parametrize(
