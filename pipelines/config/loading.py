@@ -20,6 +20,8 @@ PRESETS = Path(str(resources.files("pipelines.config"))) / "presets"
 _COMMAND_LINE = "the command line"
 # What presets have in common; no run of its own.
 _PARTS = ("base",)
+# What stands there by mistake may be a key itself, and messages go to the logs of jobs.
+_SECRET = ("serve", "api_keys")
 # As YAML writes it.
 _NULLS = ("~", "null")
 
@@ -79,7 +81,7 @@ def _check_kept(files: list[Path], config: Config, command: str | None) -> None:
 
 
 def _parse(overrides: list[str]) -> DictConfig:
-    given = OmegaConf.create()
+    given, key = OmegaConf.create(), ""
     try:
         for override in overrides:
             key, sign, text = override.partition("=")
@@ -93,6 +95,8 @@ def _parse(overrides: list[str]) -> DictConfig:
             else:
                 given.merge_with_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        if key == ".".join(_SECRET):
+            raise ProPhyError(f"{key} on {_COMMAND_LINE} is no list; write {key}=[HASH]") from None
         raise _invalid(f"what {_COMMAND_LINE} sets", error) from None
     return given
 
@@ -164,7 +168,8 @@ def _explain(error: ValidationError, layers: dict[str, DictConfig]) -> str:
     if isinstance(first["input"], dict):  # values that do not go together; the message says which
         section = f" for {key!r}" if key else ""
         return f"bad values{section} in {_name(layers)}: {message}"
-    return f"bad value for {key!r} {where}: {message} (got {first['input']!r})"
+    got = "" if location[:2] == _SECRET else f" (got {first['input']!r})"
+    return f"bad value for {key!r} {where}: {message}{got}"
 
 
 def _holds(tree: Any, location: tuple[int | str, ...]) -> bool:

@@ -247,6 +247,13 @@ def test_a_file_that_was_read_is_not_overwritten(tmp_path: Path) -> None:
         load_config(path, [f"run_dir={tmp_path / 'elsewhere'}"], "cache")
 
 
+@pytest.mark.parametrize("given", ["my-secret", "[[my-secret]]", "{my-secret: 1}", "[my-secret"])
+def test_a_key_in_the_place_of_its_hash_is_not_shown(given: str) -> None:
+    with pytest.raises(ProPhyError, match=r"serve.api_keys") as caught:
+        load_config("tiny", [f"serve.api_keys={given}"])
+    assert "my-secret" not in str(caught.value)
+
+
 def test_missing_file_lists_the_presets() -> None:
     with pytest.raises(ProPhyError, match="no configuration 'tinny'.*tiny"):
         load_config("tinny")
