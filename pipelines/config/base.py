@@ -1,10 +1,20 @@
 """What all sections of a configuration share: the strict model and the types of its values."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 from prophy.errors import ProPhyError
 from prophy.taxonomy import built_in_taxonomies, load_taxonomy
@@ -92,9 +102,34 @@ TaxonomyName = Annotated[str, AfterValidator(_taxonomy)]
 
 
 class Section(BaseModel):
-    """Base of every part: frozen, a key that it does not know is an error, and every key is described."""
+    """Base of every part: frozen, a key that it does not know is an error, and every key is described.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    No number is infinite: what has no bound is null.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_is_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """Python would take `yes` for 1."""
+        kinds = [*_kinds(cls.model_fields[info.field_name or ""].annotation)]
+        if (int in kinds or float in kinds) and bool not in kinds and _holds_bool(value):
+            raise ValueError("give a number; YAML reads yes, no, on, off, true and false as none")
+        return value
+
+
+def _holds_bool(value: object) -> bool:
+    if isinstance(value, dict):
+        return _holds_bool([*value.values()])
+    return any(map(_holds_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of, types among it."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def how_keys(section: type[Section]) -> set[str]:

@@ -1,7 +1,9 @@
 """Reads a configuration: a preset or any YAML file, with what it extends, and overrides; checks all of it."""
 
 import difflib
+import re
 import types
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -52,6 +54,7 @@ def load_config(name_or_path: str, overrides: list[str] | None = None, command: 
     path = next(iter(layers))
     if overrides:
         layers = {_COMMAND_LINE: _parse(overrides)} | layers
+    _check_given(layers)
     try:
         values = OmegaConf.to_container(OmegaConf.merge(*reversed(layers.values())), resolve=True)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
@@ -68,6 +71,31 @@ def load_config(name_or_path: str, overrides: list[str] | None = None, command: 
         )
     _check_kept([Path(name) for name in layers if name != _COMMAND_LINE], config, command)
     return config
+
+
+def _check_given(layers: dict[str, DictConfig]) -> None:
+    """OmegaConf would pass over `???`, its mark of what is to be given, where another layer has a value."""
+    above = list[Any]()
+    for name, tree in layers.items():
+        values = OmegaConf.to_container(tree)
+        for location in _missing(values):
+            if not any(_holds(given, location) for given in above):
+                key = ".".join(map(str, location))
+                raise ProPhyError(
+                    f"{key} is ??? {_where(name)}, which stands for a value that is to be given; give it one"
+                )
+        above.append(values)
+
+
+def _missing(values: Any) -> Iterator[tuple[int | str, ...]]:
+    """Where in a tree, references in which may lead out of it, a value is to be given."""
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if isinstance(values, dict):
+        for key, inner in values.items():
+            yield from ((key, *location) for location in _missing(inner))
+    elif values == "???":
+        yield ()
 
 
 def _check_kept(files: list[Path], config: Config, command: str | None) -> None:
@@ -93,6 +121,7 @@ def _parse(overrides: list[str]) -> DictConfig:
             if is_text and not (may_be_null and text in _NULLS):
                 OmegaConf.update(given, key, text)
             else:
+                _check_numbers(text)
                 given.merge_with_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         if key == ".".join(_SECRET):
@@ -108,6 +137,7 @@ def _read(path: Path, after: tuple[Path, ...] = ()) -> dict[str, DictConfig]:
         raise ProPhyError(f"{circle}; no file may extend itself")
     try:
         tree = OmegaConf.load(path)
+        _check_numbers(path.read_text("utf-8"))
         if not isinstance(tree, DictConfig):
             raise TypeError("it holds no keys at the top")
         base = tree.pop("extends", None)
@@ -118,6 +148,16 @@ def _read(path: Path, after: tuple[Path, ...] = ()) -> dict[str, DictConfig]:
     if not isinstance(base, str):
         raise ProPhyError(f"{path} extends {base!r}; give the name of a preset, or the path of a YAML file")
     return {str(path): tree} | _read(_find(base, path), (*after, path))
+
+
+def _check_numbers(text: str) -> None:
+    for event in yaml.parse(text):
+        plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
+        if plain and re.fullmatch(r"[-+]?0[0-7_]+", event.value):
+            raise ValueError(
+                f"YAML reads {event.value} as a number of base 8; write it without the 0 before it, or in "
+                "quotes if it is a text"
+            )
 
 
 def _takes_text(key: str) -> tuple[bool, bool]:
@@ -153,6 +193,10 @@ def _name(layers: dict[str, DictConfig]) -> str:
     return f"{files} with what {_COMMAND_LINE} adds" if _COMMAND_LINE in layers else files
 
 
+def _where(layer: str) -> str:
+    return f"on {layer}" if layer == _COMMAND_LINE else f"in {layer}"
+
+
 def _explain(error: ValidationError, layers: dict[str, DictConfig]) -> str:
     """One sentence about the first thing that is wrong, and where it stands."""
     first = error.errors()[0]
@@ -160,7 +204,7 @@ def _explain(error: ValidationError, layers: dict[str, DictConfig]) -> str:
     key, message = ".".join(str(part) for part in location), first["msg"].removeprefix("Value error, ")
     holders = (name for name, tree in layers.items() if _holds(OmegaConf.to_container(tree), location))
     place = next(holders, next(name for name in layers if name != _COMMAND_LINE))
-    where = f"on {place}" if place == _COMMAND_LINE else f"in {place}"
+    where = _where(place)
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r} {where}; {key_advice(Config, location)}"
     if first["type"] == "missing":

@@ -254,6 +254,51 @@ def test_a_key_in_the_place_of_its_hash_is_not_shown(given: str) -> None:
     assert "my-secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["run_dir", "train.num_steps", "vlm.layers", "sampling.negative_prompt"])
+def test_a_value_that_is_to_be_given_is_missed(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=f"^{key} is \\?\\?\\? on the command line, .*; give it one$"):
+        load_config("tiny", [f"{key}=???"])
+    section, _, name = key.rpartition(".")
+    line = f"{section}: {{{name}: '???'}}" if section else f"{name}: ???"
+    template = write(tmp_path, template=f"extends: tiny\n{line}\n")
+    with pytest.raises(ProPhyError, match=rf"^{key} is \?\?\? in .*/template.yaml, "):
+        load_config(template)
+    load_config(template, [f"{key}={[5] if name == 'layers' else 5}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_steps=010", "YAML reads 010 as a number of base 8; write it without the 0"),
+        ("vlm.layers=[1, 07]", "YAML reads 07 as a number of base 8"),
+        ("train.num_workers=yes", r"'train.num_workers' .*: give a number; YAML reads yes, no, .*got True"),
+        ("train.learning_rate=on", "'train.learning_rate' .*give a number"),
+        ("vlm.layers=[1, no]", "'vlm.layers' .*give a number"),
+        ("vlm.aspect_buckets=[[64, 64], [yes, 64]]", "'vlm.aspect_buckets' .*give a number"),
+        ("evaluate.contestants={a: {strength: {collision: on}}}", "contestants.a.strength' .*give a number"),
+        ("serve.expire_after_s=off", "'serve.expire_after_s' .*give a number"),
+        ("train.learning_rate=.inf", "'train.learning_rate' .*finite number"),
+        ("sampling.guidance_scale=.inf", "'sampling.guidance_scale' .*finite number"),
+        ("sampling.guidance_scale=.nan", "'sampling.guidance_scale' .*finite number"),
+        ("train.cpus_per_worker=.inf", "'train.cpus_per_worker' .*finite number"),
+        ("evaluate.contestants={a: {strength: {collision: .inf}}}", "finite number|less than or equal"),
+    ],
+)
+def test_what_is_no_number_of_ours_is_not_taken_for_one(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=message):
+        load_config("tiny", [override])
+    section, _, rest = override.partition(".")
+    path = write(tmp_path, mine=f"extends: tiny\n{section}: {{{rest.replace('=', ': ', 1)}}}\n")
+    with pytest.raises(ProPhyError, match=message):
+        load_config(path)
+
+
+def test_texts_of_digits_and_words_stay_texts(tmp_path: Path) -> None:
+    assert load_config("tiny", ["backbone.revision=0123456"]).backbone.revision == "0123456"
+    path = write(tmp_path, mine="extends: tiny\nbackbone: {revision: '0123456'}\ntrain: {seed: 0}\n")
+    assert load_config(path).backbone.revision == "0123456"
+
+
 def test_missing_file_lists_the_presets() -> None:
     with pytest.raises(ProPhyError, match="no configuration 'tinny'.*tiny"):
         load_config("tinny")
