@@ -45,7 +45,11 @@ class BackboneConfig(Section):
     """Commit, branch or tag on the hub. Null is the newest when a run begins; the run then keeps it."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the weights in memory. bfloat16 is what the published weights were trained in."""
+    """Precision of the weights in memory.
+
+    bfloat16 is what the published weights were trained in, but for CogVideoX-2b's, which are of float16: in
+    bfloat16 they lose 3 of 10 binary digits.
+    """
 
     autocast: Literal["bfloat16"] | None = None
     """Precision that forward passes compute in, if not that of the weights.
