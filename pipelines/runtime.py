@@ -15,7 +15,7 @@ from ray.data import DataContext
 from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
-from pipelines.config import Config, how_keys, to_yaml
+from pipelines.config import RESOLVED, Config, how_keys, to_yaml
 from pipelines.layout import RunFolder
 from prophy.errors import ProPhyError
 from prophy.hashing import home
@@ -71,7 +71,7 @@ def open_run(config: Config, command: str) -> Path:
         _check_same_run(_read_saved(saved, command), config, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(to_yaml(config))
+        partial.write_text(RESOLVED + to_yaml(config))
         partial.replace(saved)
         places.versions.write_text(yaml.safe_dump(versions(), sort_keys=False))
     except OSError as error:

@@ -9,7 +9,7 @@ from pipelines.config.base import PoolConfig, folder_or_s3, how_keys, is_url
 from pipelines.config.caching import CacheConfig, VideoLimits
 from pipelines.config.evaluation import Contestant, EvaluateConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
-from pipelines.config.loading import key_advice, load_config, preset_names
+from pipelines.config.loading import RESOLVED, key_advice, load_config, preset_names
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
 from pipelines.config.printing import json_schema, section_to_yaml, to_yaml
 from pipelines.config.run import Config, RayConfig
@@ -18,6 +18,7 @@ from pipelines.config.serving import ServeConfig
 from pipelines.config.training import LossWeights, TrainConfig
 
 __all__ = [
+    "RESOLVED",
     "BackboneConfig",
     "CacheConfig",
     "Config",

@@ -24,6 +24,9 @@ _COMMAND_LINE = "the command line"
 _PARTS = ("base",)
 # What stands there by mistake may be a key itself, and messages go to the logs of jobs.
 _SECRET = ("serve", "api_keys")
+RESOLVED = "# All values of a run, written by its command: what is changed here is lost.\n"
+"""How the file begins that a command writes into its run folder."""
+
 # As YAML writes it.
 _NULLS = ("~", "null")
 
@@ -101,7 +104,8 @@ def _missing(values: Any) -> Iterator[tuple[int | str, ...]]:
 def _check_kept(files: list[Path], config: Config, command: str | None) -> None:
     for name in WRITES.get(command or "", ()):
         written = RunFolder(config.run_dir).config(name)
-        if written.exists() and any(file.samefile(written) for file in files):
+        own = written.exists() and not written.read_text().startswith(RESOLVED)
+        if own and any(file.samefile(written) for file in files):
             raise ProPhyError(
                 f"`prophy {command}` would overwrite {written}, which was read, with all values that it runs "
                 "with; give that file another name, or choose another run_dir"

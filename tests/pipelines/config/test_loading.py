@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import Config, load_config, preset_names, to_yaml
+from pipelines.config import RESOLVED, Config, load_config, preset_names, to_yaml
 from prophy.errors import ProPhyError
 
 
@@ -245,6 +245,8 @@ def test_a_file_that_was_read_is_not_overwritten(tmp_path: Path) -> None:
         for command in ("train", "plan", "cache verify", "evaluate --ablation", None):
             load_config(path, command=command)
         load_config(path, [f"run_dir={tmp_path / 'elsewhere'}"], "cache")
+    Path(written).write_text(RESOLVED + Path(written).read_text())  # as a command leaves it
+    load_config(written, command="cache")
 
 
 @pytest.mark.parametrize("given", ["my-secret", "[[my-secret]]", "{my-secret: 1}", "[my-secret"])
