@@ -1,5 +1,6 @@
 """The report of a comparison: figures with their intervals, and nothing that has none."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from pipelines.config import Config
 from pipelines.evaluation.films import films_section
 from pipelines.evaluation.items import CORRELATED
 from pipelines.evaluation.tables import whole_file
-from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures
+from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures, only_finite
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.evaluation.statistics import CONFIDENCE, FEWEST_UNITS, Difference, Estimate
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
@@ -20,17 +23,28 @@ def write(
     contestants: Sequence[str],
     scores: Sequence[Mapping[str, Any]],
     videos: Mapping[str, Mapping[str, Path]],
+    notes: Sequence[str] = (),
 ) -> Path:
     """Writes `report.html` into the folder of the comparison.
+
+    A unit whose loss is not finite is in no figure of that contestant; the report and the log say so.
 
     Args:
         config: the run.
         contestants: their names; the others are compared with the first.
         scores: all of them.
         videos: the file of each unit, for each contestant that made any.
+        notes: sentences on what was compared.
     """
     path = config.evaluate.output / REPORT
-    sections = [_summary(contestants)]
+    scores, left_out = only_finite(scores)
+    unusable = [
+        f"contestant {name!r} gives no finite loss on {number} of {whole} clips (left out)"
+        for name, (number, whole) in left_out.items()
+    ]
+    for note in unusable:
+        logger.warning("%s", note)
+    sections = [_summary(contestants, [*notes, *unusable])]
     for kind in config.evaluate.measures:
         for measure in MEASURES.get(kind, ()):
             sections += _section(measure, figures(measure, scores, contestants), contestants)
@@ -43,16 +57,18 @@ def write(
     return path
 
 
-def _summary(contestants: Sequence[str]) -> Section:
-    others = ", ".join(contestants[1:])
-    said = f"Compared with {contestants[0]}: {others}. " if others else ""
+def _summary(contestants: Sequence[str], notes: Sequence[str]) -> Section:
+    first, *others = (f'"{name}"' for name in contestants)
+    said = f"Compared with {first}: {', '.join(others)}. " if others else ""
+    noted = "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
     return Section(
         title="How to read this",
         text=f"{said}All saw the same clips, captions, prompts, seeds and noise. In brackets is the interval "
-        f"of {CONFIDENCE:.0%}: Wilson's for a share of yes, else by bootstrap over the clips or prompts. A "
-        "difference is the mean of paired ones; p is McNemar's exact test for yes or no, else a permutation "
-        "test. The last column says which true difference this many pairs would have shown in four of five "
-        f"comparisons. What fewer than {FEWEST_UNITS} clips or prompts say is left out.",
+        f"of {CONFIDENCE:.0%}: Wilson's for a share of yes, else by means of random subsets of the clips or "
+        "prompts. A difference is the mean of paired ones, with Tango's interval and McNemar's exact p for "
+        "yes or no, else with random subsets and the sign-flip test that goes with them. The last column "
+        "says which true difference this many pairs would have shown in four of five comparisons, and is "
+        f"empty where none. What fewer than {FEWEST_UNITS} clips or prompts say is left out.{noted}",
     )
 
 
@@ -85,7 +101,7 @@ def _difference(difference: Difference | None) -> list[str]:
         interval(difference, signed=True),
         p_value,
         str(difference.num_units),
-        number(difference.detectable),
+        "" if difference.detectable is None else number(difference.detectable),
     ]
 
 

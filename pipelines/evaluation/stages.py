@@ -299,8 +299,10 @@ def _routing(
     masks: dict[str, np.ndarray],
     transformer: PhysicsTransformer,
 ) -> Iterator[dict[str, Any]]:
-    """Mean AUROC of the clip's phenomena; nothing without a branch that has maps."""
+    """Mean AUROC of the clip's phenomena; nothing without a branch that has maps, or that are all numbers."""
     if answer.routing is None or answer.routing.phenomenon_maps is None:
+        return
+    if not answer.routing.phenomenon_maps.isfinite().all():
         return
     names, grid = transformer.physics.phenomena, answer.error.shape
     found = answer.routing.phenomenon_maps[0].unflatten(0, tuple(grid)).numpy()

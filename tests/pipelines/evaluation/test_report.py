@@ -1,10 +1,13 @@
 """The report of made-up scores: no figure without its interval."""
 
+import logging
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pipelines.config import Config
 from pipelines.evaluation import report
@@ -57,7 +60,8 @@ def test_every_figure_has_its_interval(config: Config) -> None:
                 assert not difference
             else:
                 assert re.fullmatch(INTERVAL, difference), cells
-                assert cells["pairs"].isdecimal() and float(cells["detectable"]) > 0
+                assert cells["pairs"].isdecimal()
+                assert not cells["detectable"] or float(cells["detectable"]) > 0
 
 
 def test_what_has_no_interval_is_not_in_the_report(config: Config) -> None:
@@ -65,6 +69,32 @@ def test_what_has_no_interval_is_not_in_the_report(config: Config) -> None:
     path = report.write(config, ["first"], scores(["first"], 5), {})
     assert not tables(path)
     assert "0." not in re.sub(r"<style>.*?</style>", "", path.read_text(), flags=re.DOTALL)
+
+
+def test_what_is_no_number_is_named_once_in_report_and_log(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.evaluate.output.mkdir(parents=True)
+    rows = scores(["first", "second"], 12)
+    for row in rows:
+        if row["contestant"] == "second" and row["unit"] in ("clip 3", "clip 5"):
+            row["value"] = float("nan")
+    with caplog.at_level(logging.WARNING):
+        path = report.write(config, ["first", "second"], rows, {})
+    said = "contestant 'second' gives no finite loss on 2 of 12 clips (left out)"
+    assert caplog.text.count(said) == 1
+    html = unescape(path.read_text())
+    assert html.count(said.removeprefix("c")) == 1 and "nan" not in "".join(map(str, tables(path)))
+    for header, *found in tables(path):
+        clips = {row[header.index("contestant")]: row[header.index("clips")] for row in found}
+        assert clips == {"first": "12", "second": "10"}
+
+
+def test_names_with_commas_are_told_apart(config: Config) -> None:
+    config.evaluate.output.mkdir(parents=True)
+    names = ["backbone", "LoRA", "LoRA, SEB"]
+    html = unescape(report.write(config, names, scores(names, 6), {}).read_text())
+    assert 'Compared with "backbone": "LoRA", "LoRA, SEB".' in html
 
 
 def test_figures_have_three_digits() -> None:
