@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config
 from pipelines.evaluation.films import films_section
-from pipelines.evaluation.items import CORRELATED
+from pipelines.evaluation.items import CORRELATED, num_held_out_of
 from pipelines.evaluation.tables import whole_file
-from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures, only_finite
+from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures, only_finite, ties
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.evaluation.statistics import CONFIDENCE, FEWEST_UNITS, Difference, Estimate
 
@@ -27,14 +28,14 @@ def write(
 ) -> Path:
     """Writes `report.html` into the folder of the comparison.
 
-    A unit whose loss is not finite is in no figure of that contestant; the report and the log say so.
+    A unit whose loss is not finite is in no figure of that contestant. Notes are in report and log.
 
     Args:
         config: the run.
         contestants: their names; the others are compared with the first.
         scores: all of them.
         videos: the file of each unit, for each contestant that made any.
-        notes: sentences on what was compared.
+        notes: sentences on what was compared, without a full stop.
     """
     path = config.evaluate.output / REPORT
     scores, left_out = only_finite(scores)
@@ -42,11 +43,13 @@ def write(
         f"contestant {name!r} gives no finite loss on {number} of {whole} clips (left out)"
         for name, (number, whole) in left_out.items()
     ]
-    for note in unusable:
+    notes = [*notes, *unusable, *_tied(config, scores)]
+    for note in notes:
         logger.warning("%s", note)
-    sections = [_summary(contestants, [*notes, *unusable])]
+    sections = [_summary(contestants, notes)]
     for kind in config.evaluate.measures:
         for measure in MEASURES.get(kind, ()):
+            measure = _of_clips(config, measure)
             sections += _section(measure, figures(measure, scores, contestants), contestants)
     if "routing" in config.evaluate.measures:
         sections += _correlation_section(correlations(scores, contestants, CORRELATED))
@@ -70,6 +73,32 @@ def _summary(contestants: Sequence[str], notes: Sequence[str]) -> Section:
         "says which true difference this many pairs would have shown in four of five comparisons, and is "
         f"empty where none. What fewer than {FEWEST_UNITS} clips or prompts say is left out.{noted}",
     )
+
+
+def _of_clips(config: Config, measure: Measure) -> Measure:
+    """Says of losses which clips they are of."""
+    if measure.source != "loss":
+        return measure
+    number = num_held_out_of(config)
+    if config.evaluate.clips == "sandbox":
+        title, said = "Loss of clips never trained on", "They are simulated, of combinations never trained."
+    elif number:
+        title = "Loss of held-out clips"
+        said = f"They are of the cache, of the {number} videos that train.num_held_out keeps from training."
+    else:
+        title, said = "Loss of clips of the cache", "These may have been trained on: train.num_held_out is 0."
+    return replace(measure, title=title, text=f"{said} {measure.text}")
+
+
+def _tied(config: Config, scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    same, number = ties(scores)
+    if not same:
+        return []
+    length = config.backbone.max_sequence_length
+    return [
+        f"{same} of {number} wrong captions and clips are the same as the right one to the model, and count "
+        f"as half: a text is cut after {length} tokens (backbone.max_sequence_length)"
+    ]
 
 
 def _section(measure: Measure, found: Sequence[Figure], contestants: Sequence[str]) -> list[Section]:

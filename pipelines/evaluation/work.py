@@ -17,6 +17,8 @@ from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Item, find_items
 from pipelines.resources import guard, needs_of, room_for
+from prophy.backbones.pretrained import encoders_fingerprint
+from prophy.errors import ProPhyError
 from prophy.hashing import sources_sha256
 from prophy.video import FRAMES_VERSION
 
@@ -48,15 +50,22 @@ class Denoising:
 
     Attributes:
         files: (entrant, path) of each file of scores.
+        videos: names of those of the cache that are denoised.
 
     Args:
         config: the run.
         entrants: what is compared.
+
+    Raises:
+        ProPhyError: as `find_items`; or clips are the cache's, and a contestant has encoders of its own.
     """
 
     def __init__(self, config: Config, entrants: Sequence[Entrant]) -> None:
         self._config, self._entrants = config, entrants
         evaluate, items = config.evaluate, find_items(config)
+        if evaluate.clips == "cache":
+            _check_encoders(config, entrants)
+        self.videos = {item.unit for item in items if item.clip is not None and item.clip.sample is not None}
         code = sources_sha256(*_DENOISE)
         self._encode_code, self._sandbox_code = sources_sha256(*_ENCODE), sources_sha256(*_SANDBOX)
         self._rows: list[dict[str, Any]] = []
@@ -133,6 +142,18 @@ class Denoising:
         if item.clip is not None and item.clip.sample is not None:
             return f"sample {key} {self._config.train.recipe}"
         return str(self._config.evaluate.output / "encodings" / f"{key}.safetensors")
+
+
+def _check_encoders(config: Config, entrants: Sequence[Entrant]) -> None:
+    backbone = config.backbone
+    own = encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision)
+    for entrant in entrants:
+        if entrant.encoders != own:
+            raise ProPhyError(
+                f"the contestant {entrant.name!r} of evaluate.contestants has another VAE or text encoder "
+                "than backbone.pretrained, which encoded the cache; set its pretrained to a model with the "
+                "same ones, or evaluate.clips to 'sandbox'"
+            )
 
 
 class Filming:

@@ -78,6 +78,19 @@ def only_finite(scores: Iterable[Row]) -> tuple[list[Row], dict[str, tuple[int, 
     return left, {name: (len(found), len(units[name])) for name, found in broken.items()}
 
 
+def ties(scores: Iterable[Row]) -> tuple[int, int]:
+    """How many wrong captions and clips are, at every level, the very right one to a contestant; of how many.
+
+    Those of one unit in one group count as one.
+    """
+    same: dict[tuple[str, str, str], bool] = {}
+    for row in scores:
+        if row["wrong"] is not None:
+            place = row["measure"], row["group"], row["unit"]
+            same[place] = same.get(place, True) and row["wrong"] == row["value"]
+    return sum(same.values()), len(same)
+
+
 def _of_unit(row: Row) -> tuple[str, str, str]:
     return row["contestant"], row["measure"], row["unit"]
 
@@ -171,7 +184,7 @@ def _gap(rows: Sequence[Row]) -> float:
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "loss": (
         Measure(
-            "Loss of clips never trained on",
+            "Loss of clips",
             "Mean squared error of the prediction, by level of noise. Lower is better.",
             "loss",
             _value,

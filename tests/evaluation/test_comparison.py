@@ -11,6 +11,7 @@ from prophy.evaluation.comparison import (
     correlations,
     figures,
     only_finite,
+    ties,
 )
 
 [LOSS] = MEASURES["loss"]
@@ -114,6 +115,15 @@ def test_the_same_loss_is_half_a_preference() -> None:
     scores += [row("first", unit, 1.0, measure="captions", wrong=1.0) for unit in range(8)]
     for measure in (PREFERS, RIGHT):
         assert {figure.estimate.mean for figure in figures(measure, scores, ["first"])} == {0.5}
+
+
+def test_what_is_the_same_at_every_level_is_a_tie() -> None:
+    scores = [
+        row("first", unit, 1.0, measure="captions", level=level, wrong=wrong[unit])
+        for level, wrong in ((0.6, (1.0, 1.0, 2.0)), (0.9, (1.0, 2.0, 2.0)))
+        for unit in range(3)
+    ]
+    assert ties([*scores, row("first", 3, 1.0)]) == (1, 3)
 
 
 def test_correlation_is_of_the_weights_of_two_phenomena() -> None:

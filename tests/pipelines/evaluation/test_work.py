@@ -1,6 +1,7 @@
 """The names of files of a comparison: another code of what decides their content is another file."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from pipelines.config import Config, load_config
 from pipelines.evaluation import work
 from pipelines.evaluation.contestants import Entrant, enter
 from pipelines.evaluation.work import Denoising, Filming
+from prophy.errors import ProPhyError
 from prophy.hashing import sources_sha256
 
 Names = tuple[set[Path], set[Path], set[Path]]
@@ -58,11 +60,25 @@ def test_another_code_has_other_files(
     before = names_of()
 
     def edited(*places: Path) -> str:
-        return sources_sha256(*places) + str(any(str(place).endswith(changed) for place in places))
+        return sources_sha256(*places) + "edited" * any(str(place).endswith(changed) for place in places)
 
-    monkeypatch.setattr(work, "sources_sha256", edited if changed != "prophy/nothing" else sources_sha256)
+    monkeypatch.setattr(work, "sources_sha256", edited)
     after = names_of()
     assert tuple(not ours & theirs for ours, theirs in zip(before, after, strict=True)) == are_others
+
+
+def test_a_contestant_with_encoders_of_its_own_cannot_read_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "find_items", lambda config: [])
+    config = load_config("tiny", [f"run_dir={tmp_path}", "evaluate.clips=cache"])
+    [own, _] = enter(config)
+    assert not Denoising(config, [own]).files
+    other = replace(own, name="other", encoders="others")
+    with pytest.raises(
+        ProPhyError, match="the contestant 'other' of .* has another VAE or text encoder than"
+    ):
+        Denoising(config, [own, other])
 
 
 def test_files_that_would_be_read_otherwise_are_encoded_again(
