@@ -248,7 +248,9 @@ class DenoiseItems:
                 yield score(wrong.measure, wrong.kind, item.unit, value, level, other)
 
 
-def _is_same(ours: tuple[torch.Tensor, dict[str, torch.Tensor]], theirs: tuple) -> bool:
+def _is_same(
+    ours: tuple[torch.Tensor, dict[str, torch.Tensor]], theirs: tuple[torch.Tensor, dict[str, torch.Tensor]]
+) -> bool:
     """Whether two clips with their texts are equal to the last bit, as texts are that differ where cut."""
     latents, text = theirs
     return torch.equal(ours[0], latents) and all(torch.equal(ours[1][name], text[name]) for name in text)

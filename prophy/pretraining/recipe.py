@@ -166,8 +166,8 @@ def fit(
         for name, digest in sources.items():
             if before.get(name) != digest:
                 raise ProPhyError(
-                    f"{checkpoint} was trained with another {name} than there is now; choose another run_dir, "
-                    "or remove this file to train anew"
+                    f"{checkpoint} was trained with another {name} than there is now; choose another run_dir "
+                    "or remove this file, to train anew"
                 )
         progress = Progress(**{"num_steps": num_steps} | saved.pop("progress"))
         if progress.num_steps != num_steps:

@@ -133,7 +133,7 @@ def main() -> None:
     trained = [int(place.name.rpartition("-")[2]) for place in folder.glob("*/after-*")]
     if trained and max(trained) not in steps:
         parser.error(
-            f"{folder} holds models of {max(trained)} steps; choose NUM_STEPS as many, or twice or four times "
+            f"{folder} holds models of {max(trained)} steps; choose NUM_STEPS as many, twice or four times "
             "as many"
         )
 
