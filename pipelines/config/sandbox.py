@@ -21,7 +21,7 @@ class SimulateConfig(Section):
     seed: Seed = 0
     """Seed of what the clips show; the same seed gives the same clips."""
 
-    num_frames: Annotated[int, Field(ge=2)]
+    num_frames: PositiveInt
     """Frames of a clip, 2 or more; those of the backbone, so that nothing is resampled."""
 
     fps: PositiveFloat

@@ -149,7 +149,7 @@ def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def _correlations(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Of each row of `ours` with that row of `theirs`."""
+    """How each row of `ours` correlates with that row of `theirs`."""
     centred = [rows - rows.mean(1, keepdims=True) for rows in (ours, theirs)]
     sizes = [np.linalg.norm(rows, axis=1) for rows in centred]
     return (centred[0] * centred[1]).sum(1) / (sizes[0] * sizes[1])

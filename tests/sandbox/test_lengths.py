@@ -1,9 +1,12 @@
 """What is true of a clip stays true however long it is, and as short as two frames."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from prophy.sandbox import FLOOR_M, SCENES, Law, Part, Scene, SimulatedClip, play_parts
+from prophy.errors import ProPhyError
+from prophy.sandbox import FLOOR_M, SCENES, Law, Part, Scene, SimulatedClip, play_parts, write_dataset
 from tests.sandbox.stage import SCENES_BY_NAME
 
 LONG_S = 10.0
@@ -26,9 +29,12 @@ def test_constants_and_tracks_of_any_length_are_numbers(scene: Scene, num_frames
     assert all(np.isfinite(track.position_m).all() for track in made.tracks)
 
 
-def test_one_frame_is_refused() -> None:
+def test_one_frame_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a clip has 2 frames or more, not 1: in one nothing happens"):
         clip(SCENES[0], 1, 8.0)
+    with pytest.raises(ProPhyError, match="num_frames is 1, and a clip has 2 frames or more, .*; raise it"):
+        write_dataset(tmp_path, num_clips=1, seed=0, num_frames=1, fps=8.0, size=32)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", HEAT)

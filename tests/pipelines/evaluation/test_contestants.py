@@ -122,8 +122,8 @@ def test_who_may_have_been_trained_on_measured_videos_is_named(tmp_path: Path) -
     }
     entrants = entered(tmp_path, contestants | {"backbone": {}})
     assert notes_on_training(entrants, {"a", "b", "c"}) == [
-        "contestant 'seen' may have been trained on 2 of these 3 videos: its run did not hold them out",
         "it is not known whether contestant 'old' was trained on these clips",
+        "contestant 'seen' may have been trained on 2 of these 3 videos: its run did not hold them out",
     ]
     assert notes_on_training(entrants, set()) == []
 
