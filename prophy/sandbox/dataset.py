@@ -109,7 +109,7 @@ def held_clips(
     """
     if num_frames < FEWEST_FRAMES:
         raise ProPhyError(
-            f"num_frames is {num_frames}, and a clip has {FEWEST_FRAMES} frames or more, since in one nothing "
+            f"num_frames is {num_frames}, and a clip has {FEWEST_FRAMES} frames or more, as in one nothing "
             "happens; raise it"
         )
     manifest, seeds = folder / MANIFEST, _seeds(seed, num_clips)

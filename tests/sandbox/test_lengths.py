@@ -43,8 +43,8 @@ def test_what_a_long_clip_is_about_lasts_to_its_end(name: str, seed: int) -> Non
     made = clip(SCENES_BY_NAME[name], 41, 4.0, seed)
     [mask] = made.masks.values()
     assert mask[-4:].any((1, 2)).all()
-    moved = (np.abs(np.diff(made.frames.astype(int), axis=0)) > 20).any((1, 2, 3))
-    assert moved[-8:].any(), "it still happens"
+    change = np.abs(np.diff(made.frames[-9:].astype(int), axis=0))
+    assert change.max() > 20, "it still happens"
 
 
 @pytest.mark.parametrize("seed", range(3))
