@@ -42,6 +42,14 @@ def file_sha256(path: Path) -> str:
     return digest
 
 
+def sources_sha256(*places: Path) -> str:
+    """One SHA-256, in hexadecimal, of the content of Python files: of these, and of all in these folders."""
+    files = [
+        file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])
+    ]
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
 def _note(path: Path, status: os.stat_result) -> Path:
     # The inode's time of change moves with every write, also where the modification time is put back.
     identity = [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

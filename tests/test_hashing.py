@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prophy import hashing
-from prophy.hashing import file_sha256, home
+from prophy.hashing import file_sha256, home, sources_sha256
 
 LARGE = bytes(2 << 20)
 
@@ -77,3 +77,17 @@ def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(LARGE)
     assert file_sha256(path) == hashlib.sha256(LARGE).hexdigest()
+
+
+def test_the_digest_of_sources_is_that_of_their_content(tmp_path: Path) -> None:
+    first, alone = tmp_path / "package" / "a.py", tmp_path / "alone.py"
+    first.parent.mkdir()
+    first.write_text("a = 1\n")
+    alone.write_text("b = 1\n")
+    before = sources_sha256(first.parent, alone)
+    (first.parent / "notes.txt").write_text("no code")
+    assert sources_sha256(first.parent, alone) == before
+    alone.write_text("b = 2\n")
+    other = sources_sha256(first.parent, alone)
+    first.write_text("a = 2\n")
+    assert len({before, other, sources_sha256(first.parent, alone)}) == 3

@@ -166,7 +166,7 @@ class _Reader:
             raise RowError(f"'phenomena' has an {error}") from None
         return {
             "source": self._location("path", path),
-            "caption": _caption(values, "caption"),
+            "caption": said_text(values, "caption"),
             "labels": labels,
         }
 
@@ -182,7 +182,7 @@ class _Reader:
         labels = None
         if said:
             labels = [*parse_phenomena(self._known(itertools.chain(*said)), self.names)]
-        caption = _caption(values, "captions") or _caption(values, "en_caption")
+        caption = said_text(values, "captions") or said_text(values, "en_caption")
         return {
             "source": self._location(column, name, search="/" not in name),
             "caption": caption,
@@ -256,7 +256,12 @@ def text_of(values: dict[str, Any], column: str) -> str | None:
     return value if value.strip() else None
 
 
-def _caption(values: dict[str, Any], column: str) -> str | None:
+def said_text(values: dict[str, Any], column: str) -> str | None:
+    """As `text_of`; None too for what programs write where there is nothing.
+
+    Raises:
+        RowError: it is no text.
+    """
     text = text_of(values, column)
     return None if text is None or text.strip().lower() in {*_UNSAID, "none"} else text
 

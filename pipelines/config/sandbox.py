@@ -22,7 +22,7 @@ class SimulateConfig(Section):
     """Seed of what the clips show; the same seed gives the same clips."""
 
     num_frames: PositiveInt
-    """Frames of a clip; those of the backbone, so that nothing is resampled."""
+    """Frames of a clip, 2 or more; those of the backbone, so that nothing is resampled."""
 
     fps: PositiveFloat
     """Frames per second of a clip; those of the backbone, so that nothing is resampled."""

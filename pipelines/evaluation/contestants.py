@@ -1,5 +1,7 @@
 """What is compared: which model, with which knobs. Imports no networks unless a checkpoint is exported."""
 
+import logging
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +9,19 @@ from pipelines.config import Config, Contestant
 from pipelines.generation.limits import check_model, model_fingerprint
 from pipelines.generation.spec import PhysicsSpec
 from pipelines.layout import RunFolder, checkpoint_name
-from prophy.backbones.pretrained import encoders_fingerprint, load_experts, takes_images
+from pipelines.training.record import Training, find_training, read_training
+from prophy.backbones.pretrained import (
+    branch_configs,
+    encoders_fingerprint,
+    load_experts,
+    takes_images,
+)
 from prophy.errors import ProPhyError
 from prophy.models.description import phenomena_of
 from prophy.models.stored import local_folder
 from prophy.stores import is_in_s3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Entrant:
         knobs: the branch's; None where there is no branch.
         model: fingerprint of the model.
         encoders: fingerprint of VAE and text encoder.
+        trained: how it was trained; None where that is not written beside it, or nothing was.
     """
 
     name: str
@@ -31,6 +42,7 @@ class Entrant:
     knobs: PhysicsSpec | None
     model: str
     encoders: str
+    trained: Training | None
 
     @property
     def identity(self) -> list[str]:
@@ -81,10 +93,11 @@ def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
         knobs = {"scale": contestant.scale, "strength": contestant.strength}
         knobs["invert_refinement"] = contestant.invert_refinement
         spec = PhysicsSpec.model_validate(knobs)
-        if checkpoint is None and contestant.pretrained is None and spec != PhysicsSpec():
-            raise ProPhyError("it has knobs of a branch and no branch; give it a checkpoint")
-        if checkpoint is not None:
-            _check_strengths(spec, phenomena_of(local_folder(checkpoint)))
+        if spec != PhysicsSpec():
+            _check_knobs(spec, own)
+        trained = find_training(own)
+        if trained is not None:
+            logger.info("the contestant %r was trained for %d steps", name, trained.step)
     except ProPhyError as error:
         raise ProPhyError(f"the contestant {name!r} of evaluate.contestants: {error}") from None
     return Entrant(
@@ -93,10 +106,39 @@ def _enter(name: str, contestant: Contestant, config: Config) -> Entrant:
         spec if spec != PhysicsSpec() else None,
         model_fingerprint(own),
         encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision),
+        trained,
     )
 
 
-def _check_strengths(knobs: PhysicsSpec, phenomena: list[str]) -> None:
+def notes_on_training(entrants: Sequence[Entrant], videos: Set[str]) -> list[str]:
+    """Whose run did not hold out all of these videos of the cache, or does not say so: a sentence each."""
+    notes = []
+    for entrant in entrants:
+        backbone = entrant.config.backbone
+        if entrant.config.checkpoint is None and not branch_configs(
+            backbone.family, backbone.pretrained, backbone.revision
+        ):
+            continue
+        held_out = None if entrant.trained is None else entrant.trained.held_out
+        if held_out is None:
+            notes.append(f"it is not known whether contestant {entrant.name!r} was trained on these clips")
+        elif seen := videos - set(held_out):
+            notes.append(
+                f"contestant {entrant.name!r} may have been trained on {len(seen)} of these {len(videos)} "
+                "videos: its run did not hold them out"
+            )
+    return notes if videos else []
+
+
+def _check_knobs(knobs: PhysicsSpec, config: Config) -> None:
+    backbone = config.backbone
+    if config.checkpoint is not None:
+        phenomena = phenomena_of(local_folder(config.checkpoint))
+    else:
+        branches = branch_configs(backbone.family, backbone.pretrained, backbone.revision)
+        if not branches:
+            raise ProPhyError("it has knobs of a branch and no branch; give it a checkpoint")
+        phenomena = branches[0]["phenomena"]
     for phenomenon in knobs.strength:
         if phenomenon not in phenomena:
             raise ProPhyError(
@@ -108,17 +150,20 @@ def _check_strengths(knobs: PhysicsSpec, phenomena: list[str]) -> None:
 def _model_of(folder: Path, output: Path) -> Path:
     """The folder of a trained branch: itself, or what a run has trained.
 
-    While a run trains, its newest checkpoint is exported into the folder of the comparison.
+    Of a run whose newest checkpoint its `model` does not hold, that is exported into the folder of the
+    comparison.
     """
     places = RunFolder(folder)
-    if (places.model).is_dir():
-        return places.model
     if not places.training.is_dir():
-        return folder
+        return places.model if places.model.is_dir() else folder
     from pipelines.training.checkpoint_places import checkpoints_of
     from pipelines.training.export import export_branch, writing_model
 
     store = checkpoints_of(folder)
+    if places.model.is_dir():
+        newest, exported = store.newest_run(), read_training(places.model)
+        if newest is None or (exported is not None and newest[0] <= exported.step):
+            return places.model
     with store.latest() as checkpoint:
         if checkpoint is None:
             raise ProPhyError(f"{store.location} holds no whole checkpoint yet; wait for the first")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines.caching.tables import exclusive, writing
 from pipelines.config import Config
-from pipelines.evaluation.contestants import Entrant, enter
+from pipelines.evaluation.contestants import Entrant, enter, notes_on_training
 from pipelines.evaluation.tables import OUTPUT, SCORES, whole_file
 from pipelines.evaluation.work import Denoising, Filming
 from pipelines.runtime import open_run, ray_session
@@ -33,8 +33,11 @@ def run(config: Config) -> Path:
     output, measures = config.evaluate.output, {*config.evaluate.measures}
     entrants = enter(config)
     work: list[Denoising | Filming] = []
+    notes: list[str] = []
     if measures - {"videos"}:
-        work.append(Denoising(config, entrants))
+        denoising = Denoising(config, entrants)
+        notes = notes_on_training(entrants, denoising.videos)
+        work.append(denoising)
     films = Filming(config, entrants) if "videos" in measures else None
     if films is not None:
         work.append(films)
@@ -58,7 +61,7 @@ def run(config: Config) -> Path:
 
     names = [entrant.name for entrant in entrants]
     videos = {} if films is None else dict(zip(names, films.videos, strict=True))
-    report = write(config, names, scores.to_pylist(), videos)
+    report = write(config, names, scores.to_pylist(), videos, notes)
     logger.info("all scores are in %s, and the report is %s", output / "scores.parquet", report.resolve())
     return report
 

@@ -1,5 +1,6 @@
 """Videos of two contestants side by side: the prompts at which one wins or loses most."""
 
+import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from prophy.evaluation.pictures import mp4_uri
 from prophy.evaluation.report import Picture, Section
 from prophy.video import read_frames, write_video
 
+logger = logging.getLogger(__name__)
+
 _COUNTED = ("video: what", "video: what and where", "video: all right", "video: shape")
 _GAP = 4  # white columns between two videos
 
@@ -24,6 +27,8 @@ def films_section(
     videos: Mapping[str, Mapping[str, Path]],
 ) -> list[Section]:
     """The largest losses and wins of the second against the first; none where no score differs.
+
+    A prompt of which a video is no longer there is left out, and the log says how many.
 
     Args:
         config: the run.
@@ -37,10 +42,19 @@ def films_section(
             totals[row["unit"]][row["contestant"]] += row["value"]
     first, second = contestants
     gains = {unit: total[second] - total[first] for unit, total in totals.items()}
-    ranked = sorted((unit for unit in gains if gains[unit]), key=gains.__getitem__)
-    half = config.evaluate.shown // 2
-    losses = [unit for unit in ranked[:half] if gains[unit] < 0]
-    wins = [unit for unit in ranked[::-1][:half] if gains[unit] > 0]
+    differ = [unit for unit in gains if gains[unit]]
+    # Scores outlive videos, which someone may have removed to free the disk.
+    there = [unit for unit in differ if all(videos[name][unit].exists() for name in contestants)]
+    if len(there) < len(differ):
+        logger.warning(
+            "%d of %d prompts cannot be shown: their videos were removed",
+            len(differ) - len(there),
+            len(differ),
+        )
+    ranked = sorted(there, key=gains.__getitem__)
+    shown = config.evaluate.shown
+    losses = [unit for unit in ranked[: shown // 2] if gains[unit] < 0]
+    wins = [unit for unit in ranked[::-1][: (shown + 1) // 2] if gains[unit] > 0]
     if not losses and not wins:
         return []
     pictures = [

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.caching.list_files import SUFFIXES, Row, read_rows
-from pipelines.caching.manifests import RowError, locate, sentence_about, tell_unused, text_of
+from pipelines.caching.manifests import RowError, locate, said_text, sentence_about, tell_unused
 from pipelines.caching.video_files import sources_of
 from pipelines.config import Config
 from prophy.errors import ProPhyError
@@ -68,7 +68,8 @@ class Item(BaseModel):
     """A clip with its caption, or a caption alone.
 
     Attributes:
-        unit: what is counted, and whose noise it is: a clip, or all clips of a video in the cache.
+        unit: what is counted, and whose noise it is: a clip, all clips of a video in the cache, or all rows
+            of a clip in a list.
         clip: None where only the semantic router is asked.
         caption: None where the cache has it.
         wrong: what the same noise is denoised by, or in, for comparison.
@@ -109,6 +110,11 @@ def find_items(config: Config) -> list[Item]:
         logger.warning("no law is broken in clips of the cache: the measure laws needs evaluate.pairs")
     if config.evaluate.pairs is not None:
         items += read_pairs(config.evaluate.pairs)
+    if not items and config.evaluate.clips == "sandbox":
+        raise ProPhyError(
+            "there is nothing to denoise: evaluate.clips_per_law is 0, and 'laws' alone is measured; raise "
+            "it, or set evaluate.pairs"
+        )
     if not items:
         raise ProPhyError(
             "there is nothing to denoise: with evaluate.clips 'cache' the measure 'laws' needs a list of "
@@ -119,13 +125,27 @@ def find_items(config: Config) -> list[Item]:
 
 def _sandbox(config: Config, wanted: set[str]) -> Iterator[Item]:
     from prophy.evaluation.captions import wrong_captions
-    from prophy.sandbox import COLOURS, SCENES, SIDES, Law, Part, describe, held_out_combinations
+    from prophy.sandbox import (
+        COLOURS,
+        FEWEST_FRAMES,
+        SCENES,
+        SIDES,
+        Law,
+        Part,
+        describe,
+        held_out_combinations,
+    )
 
     backbone = config.backbone
     if backbone.height != backbone.width:
         raise ProPhyError(
             f"the sandbox simulates square clips, and the backbone's are {backbone.width}x{backbone.height}; "
             "set evaluate.clips to 'cache'"
+        )
+    if backbone.num_frames < FEWEST_FRAMES:
+        raise ProPhyError(
+            "the sandbox simulates what happens, and backbone.num_frames is 1; raise it, or set "
+            "evaluate.clips to 'cache'"
         )
     if wanted & {"loss", "captions", "routing"}:
         combinations = held_out_combinations()
@@ -182,6 +202,11 @@ def _simulated(parts: Sequence, seed: tuple[int, ...], broken: str | None = None
     return Clip(parts=named, seed=seed, broken=broken)
 
 
+def num_held_out_of(config: Config) -> int:
+    """`train.num_held_out`; 0 where a run has no training."""
+    return config.train.num_held_out if "train" in config.__dict__ else 0
+
+
 def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
     if not wanted & {"loss", "captions", "routing"}:
         return
@@ -190,7 +215,7 @@ def _cached(config: Config, wanted: set[str]) -> Iterator[Item]:
 
     cache = open_cache(config)()
     cache.tell_staging()
-    num_held_out = config.train.num_held_out if "train" in config.__dict__ else 0
+    num_held_out = num_held_out_of(config)
     if not num_held_out:
         logger.warning("train.num_held_out is 0: these clips of the cache may have been trained on")
     chosen = held_out(cache.sample_ids, num_held_out) if num_held_out else cache.sample_ids
@@ -283,6 +308,8 @@ def read_pairs(location: str) -> list[Item]:
         raise ProPhyError("; ".join(sentence_about(location, *reason) for reason in refused.items()))
     if not items:
         raise ProPhyError(f"{location} lists no pair; give each a row with 'path' and 'caption'")
+    clips = len({item.unit for item in items})
+    logger.info("%s: %d rows of %d clips; those of one clip count as one", location, len(items), clips)
     return items
 
 
@@ -290,20 +317,24 @@ def _pair(location: str, row: Row) -> Item:
     """Raises `RowError`."""
     if row.error:
         raise RowError(row.error, row.detail)
-    values = {name: text for name in _PAIR_COLUMNS if (text := text_of(row.values, name)) is not None}
+    values = {name: text for name in _PAIR_COLUMNS if (text := said_text(row.values, name)) is not None}
     if not {"path", "caption"} <= values.keys():
         raise RowError("it has no 'path' or no 'caption'; give both, and wrong_caption or wrong_path")
-    wrong = []
+    clip, wrong = _file(location, "path", values), []
     if "wrong_caption" in values:
+        if values["wrong_caption"].split() == values["caption"].split():
+            raise RowError("its wrong_caption is its caption; give it one with something wrong")
         kind = values.get("kind", "your captions")
         wrong.append(Wrong(measure="captions", kind=kind, caption=values["wrong_caption"]))
     if "wrong_path" in values:
-        clip = _file(location, "wrong_path", values)
-        wrong.append(Wrong(measure="laws", kind=values.get("kind", "your videos"), clip=clip))
+        broken = _file(location, "wrong_path", values)
+        if broken.path == clip.path:
+            raise RowError("its wrong_path is its path; give it a video with something wrong")
+        wrong.append(Wrong(measure="laws", kind=values.get("kind", "your videos"), clip=broken))
     if not wrong:
         raise RowError("it names nothing that is wrong; give it wrong_caption or wrong_path")
-    clip = _file(location, "path", values)
-    unit = f"row {row.number}: {clip.path}"
+    # As it is written: in another folder it is the same clip in the same noise.
+    unit = values["path"] if "://" in values["path"] else str(PurePosixPath(values["path"]))
     return Item(unit=unit, clip=clip, caption=values["caption"], wrong=tuple(wrong))
 
 

@@ -1,16 +1,20 @@
 """The report of a comparison: figures with their intervals, and nothing that has none."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config
 from pipelines.evaluation.films import films_section
-from pipelines.evaluation.items import CORRELATED
+from pipelines.evaluation.items import CORRELATED, num_held_out_of
 from pipelines.evaluation.tables import whole_file
-from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures
+from prophy.evaluation.comparison import MEASURES, Figure, Measure, correlations, figures, only_finite, ties
 from prophy.evaluation.report import Section, Table, write_report
 from prophy.evaluation.statistics import CONFIDENCE, FEWEST_UNITS, Difference, Estimate
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
@@ -20,19 +24,32 @@ def write(
     contestants: Sequence[str],
     scores: Sequence[Mapping[str, Any]],
     videos: Mapping[str, Mapping[str, Path]],
+    notes: Sequence[str] = (),
 ) -> Path:
     """Writes `report.html` into the folder of the comparison.
+
+    A unit whose loss is not finite is in no figure of that contestant. Notes are in report and log.
 
     Args:
         config: the run.
         contestants: their names; the others are compared with the first.
         scores: all of them.
         videos: the file of each unit, for each contestant that made any.
+        notes: sentences on what was compared, without a full stop.
     """
     path = config.evaluate.output / REPORT
-    sections = [_summary(contestants)]
+    scores, left_out = only_finite(scores)
+    unusable = [
+        f"contestant {name!r} gives no finite loss on {number} of {whole} clips (left out)"
+        for name, (number, whole) in left_out.items()
+    ]
+    notes = [*notes, *unusable, *_tied(config, scores)]
+    for note in notes:
+        logger.warning("%s", note)
+    sections = [_summary(contestants, notes)]
     for kind in config.evaluate.measures:
         for measure in MEASURES.get(kind, ()):
+            measure = _of_clips(config, measure)
             sections += _section(measure, figures(measure, scores, contestants), contestants)
     if "routing" in config.evaluate.measures:
         sections += _correlation_section(correlations(scores, contestants, CORRELATED))
@@ -43,17 +60,45 @@ def write(
     return path
 
 
-def _summary(contestants: Sequence[str]) -> Section:
-    others = ", ".join(contestants[1:])
-    said = f"Compared with {contestants[0]}: {others}. " if others else ""
+def _summary(contestants: Sequence[str], notes: Sequence[str]) -> Section:
+    first, *others = (f'"{name}"' for name in contestants)
+    said = f"Compared with {first}: {', '.join(others)}. " if others else ""
+    noted = "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
     return Section(
         title="How to read this",
         text=f"{said}All saw the same clips, captions, prompts, seeds and noise. In brackets is the interval "
-        f"of {CONFIDENCE:.0%}: Wilson's for a share of yes, else by bootstrap over the clips or prompts. A "
-        "difference is the mean of paired ones; p is McNemar's exact test for yes or no, else a permutation "
-        "test. The last column says which true difference this many pairs would have shown in four of five "
-        f"comparisons. What fewer than {FEWEST_UNITS} clips or prompts say is left out.",
+        f"of {CONFIDENCE:.0%}: Wilson's for a share of yes, else by means of random subsets of the clips or "
+        "prompts. A difference is the mean of paired ones, with Tango's interval and McNemar's exact p for "
+        "yes or no, else with random subsets and the sign-flip test that goes with them. The last column "
+        "says which true difference this many pairs would have shown in four of five comparisons, and is "
+        f"empty where none. What fewer than {FEWEST_UNITS} clips or prompts say is left out.{noted}",
     )
+
+
+def _of_clips(config: Config, measure: Measure) -> Measure:
+    """Says of losses which clips they are of."""
+    if measure.source != "loss":
+        return measure
+    number = num_held_out_of(config)
+    if config.evaluate.clips == "sandbox":
+        title, said = "Loss of clips never trained on", "They are simulated, of combinations never trained."
+    elif number:
+        title = "Loss of held-out clips"
+        said = f"They are of the cache, of the {number} videos that train.num_held_out keeps from training."
+    else:
+        title, said = "Loss of clips of the cache", "These may have been trained on: train.num_held_out is 0."
+    return replace(measure, title=title, text=f"{said} {measure.text}")
+
+
+def _tied(config: Config, scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    same, number = ties(scores)
+    if not same:
+        return []
+    length = config.backbone.max_sequence_length
+    return [
+        f"{same} of {number} wrong captions and clips are the same as the right one to the model, and count "
+        f"as half: a text is cut after {length} tokens (backbone.max_sequence_length)"
+    ]
 
 
 def _section(measure: Measure, found: Sequence[Figure], contestants: Sequence[str]) -> list[Section]:
@@ -85,7 +130,7 @@ def _difference(difference: Difference | None) -> list[str]:
         interval(difference, signed=True),
         p_value,
         str(difference.num_units),
-        number(difference.detectable),
+        "" if difference.detectable is None else number(difference.detectable),
     ]
 
 

@@ -10,15 +10,37 @@ from typing import Any, TypeVar
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+import prophy
 from pipelines.caching.cache import open_cache
 from pipelines.caching.progress import show_progress
 from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Item, find_items
 from pipelines.resources import guard, needs_of, room_for
+from prophy.backbones.pretrained import encoders_fingerprint
+from prophy.errors import ProPhyError
+from prophy.hashing import sources_sha256
+from prophy.video import FRAMES_VERSION
 
-_VERSION = 1  # raise it when the same clips, videos and models would give other scores
 _ITEMS_PER_FILE = 8
+_METHOD, _OWN = Path(prophy.__file__).parent, Path(__file__).parent
+# The code that decides what lies in each kind of file.
+_SANDBOX = (_METHOD / "sandbox",)
+_ENCODE = (_OWN / "stages.py", _METHOD / "backbones/encoding.py", _METHOD / "evaluation/localization.py")
+_DENOISE = (
+    _OWN / "stages.py",
+    _METHOD / "evaluation/denoising.py",
+    _METHOD / "evaluation/localization.py",
+    _METHOD / "models",
+    _METHOD / "priors/grounding.py",
+    _METHOD / "training/objectives.py",
+)
+_SAMPLE = (_OWN.parent / "generation/sampler.py", _METHOD / "generation", _METHOD / "models")
+_JUDGE = (
+    _OWN / "videos.py",
+    *_SANDBOX,
+    *(_METHOD / f"evaluation/{name}.py" for name in ("motion", "semantics", "shapes")),
+)
 
 T = TypeVar("T")
 
@@ -28,21 +50,30 @@ class Denoising:
 
     Attributes:
         files: (entrant, path) of each file of scores.
+        videos: names of those of the cache that are denoised.
 
     Args:
         config: the run.
         entrants: what is compared.
+
+    Raises:
+        ProPhyError: as `find_items`; or clips are the cache's, and a contestant has encoders of its own.
     """
 
     def __init__(self, config: Config, entrants: Sequence[Entrant]) -> None:
         self._config, self._entrants = config, entrants
         evaluate, items = config.evaluate, find_items(config)
+        if evaluate.clips == "cache":
+            _check_encoders(config, entrants)
+        self.videos = {item.unit for item in items if item.clip is not None and item.clip.sample is not None}
+        code = sources_sha256(*_DENOISE)
+        self._encode_code, self._sandbox_code = sources_sha256(*_ENCODE), sources_sha256(*_SANDBOX)
         self._rows: list[dict[str, Any]] = []
         for index, entrant in enumerate(entrants):
             encodings = [self._encoding(entrant, item) for item in items]
             for batch in _batches(range(len(items)), _ITEMS_PER_FILE):
                 tensors = [encodings[place] for place in batch]
-                identity = [_VERSION, entrant.identity, evaluate.noise_levels, tensors]
+                identity = [code, entrant.identity, evaluate.noise_levels, tensors]
                 self._rows.append(
                     {
                         "entrant": index,
@@ -102,10 +133,27 @@ class Denoising:
         """The file of an item's tensors; of the cache's samples, what the sample is."""
         backbone = entrant.config.backbone
         settings = backbone.model_dump(mode="json", exclude={"pretrained", "revision"})
-        key = item.key([_VERSION, entrant.encoders, settings])
+        made_by: list[object] = [self._encode_code, entrant.encoders, settings]
+        if item.clip is not None and item.clip.parts:
+            made_by.append(self._sandbox_code)
+        if item.clip is not None and item.clip.path is not None:
+            made_by.append(FRAMES_VERSION)
+        key = item.key(made_by)
         if item.clip is not None and item.clip.sample is not None:
             return f"sample {key} {self._config.train.recipe}"
         return str(self._config.evaluate.output / "encodings" / f"{key}.safetensors")
+
+
+def _check_encoders(config: Config, entrants: Sequence[Entrant]) -> None:
+    backbone = config.backbone
+    own = encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision)
+    for entrant in entrants:
+        if entrant.encoders != own:
+            raise ProPhyError(
+                f"the contestant {entrant.name!r} of evaluate.contestants has another VAE or text encoder "
+                "than backbone.pretrained, which encoded the cache; set its pretrained to a model with the "
+                "same ones, or evaluate.clips to 'sandbox'"
+            )
 
 
 class Filming:
@@ -130,12 +178,13 @@ class Filming:
         alone = step_cache.first_block is not None or step_cache.sea is not None
         self._rows: list[dict[str, Any]] = []
         self.videos: list[dict[str, Path]] = []
+        sampled, judged = sources_sha256(*_SAMPLE), [sources_sha256(*_JUDGE), FRAMES_VERSION]
         for index, entrant in enumerate(entrants):
             specs = [
                 spec_of(config, request).model_copy(update={"physics": entrant.knobs}).model_dump_json()
                 for request in requests
             ]
-            names = [_digest([_VERSION, entrant.identity, spec]) for spec in specs]
+            names = [_digest([sampled, entrant.identity, spec]) for spec in specs]
             videos = [str(evaluate.output / "videos" / f"{name}.mp4") for name in names]
             self.videos.append(dict(zip(map(unit_of, requests), map(Path, videos), strict=True)))
             for batch in _batches(range(len(requests)), 1 if alone else evaluate.batch_size):
@@ -146,7 +195,7 @@ class Filming:
                         "requests": list(batch),
                         "specs": [specs[place] for place in batch],
                         "videos": own,
-                        "path": str(evaluate.output / "scores" / f"{_digest([_VERSION, own])}.parquet"),
+                        "path": str(evaluate.output / "scores" / f"{_digest([judged, own])}.parquet"),
                     }
                 )
         self.files = [(row["entrant"], Path(row["path"])) for row in self._rows]

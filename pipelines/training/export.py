@@ -25,6 +25,7 @@ from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.checkpoint_places import checkpoints_of, open_checkpoints
 from pipelines.training.model_card import TRANSFORMER, backbone_says, model_card, pipeline_class
+from pipelines.training.record import write_training
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import (
     check_unchanged,
@@ -164,6 +165,7 @@ def export_branch(checkpoint: Checkpoint, folder: Path) -> None:
         trained.shapes,
         trained.read,
     )
+    write_training(folder, checkpoint.step, checkpoint.run)
 
 
 @contextmanager
@@ -283,6 +285,7 @@ def _export_pipeline(
         model_index[component] = [ours.__module__, ours.__name__]
     _write_json(output / "model_index.json", model_index)
     (output / "README.md").write_text(model_card(config, checkpoint, len(trained)))
+    write_training(output, checkpoint.step, checkpoint.run)
 
 
 def _write_weights(trained: _Trained, source: Path, folder: Path) -> None:

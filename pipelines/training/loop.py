@@ -34,7 +34,7 @@ from pipelines.training.engine import (
 )
 from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.training.model import build_module, share_samples
-from pipelines.training.samples import describe_samples
+from pipelines.training.samples import describe_samples, held_out_videos
 from pipelines.training.saving import EveryRankError, Save, latest_on_every_rank, writing
 from prophy.backbones.families import FAMILIES
 from prophy.device import default_device, has_bfloat16, peak_flops
@@ -108,6 +108,7 @@ def _train(loop_config: dict[str, Any]) -> None:
         transformer = engine.module.transformer
         run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
         run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
+        run["held_out"] = held_out_videos(config, cache)
         return begin_save(engine, ema, store, run)
 
     saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, begin)

@@ -31,6 +31,11 @@ def held_out(sample_ids: pa.Array, num_videos: int) -> pa.Array:
     return sample_ids.filter(pc.is_in(videos, videos.unique().sort()[:num_videos]))
 
 
+def held_out_videos(config: Config, cache: PriorCache) -> list[str]:
+    """The names of the videos that a run holds out."""
+    return videos_of(held_out(cache.sample_ids, config.train.num_held_out)).unique().to_pylist()
+
+
 def videos_of(sample_ids: pa.Array) -> pa.Array:
     """The name of each sample's video, with which its own begins."""
     return pc.replace_substring_regex(sample_ids, "-.*", "")

@@ -1,7 +1,7 @@
 """From scores to figures: what each contestant reaches, and how it differs from the first, unit by unit."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -55,12 +55,52 @@ class Figure:
     difference: Difference | None
 
 
+def only_finite(scores: Iterable[Row]) -> tuple[list[Row], dict[str, tuple[int, int]]]:
+    """Leaves a unit out of every figure of a measure for whose contestant one of its losses is not finite.
+
+    Returns:
+        The scores that are left; and for each contestant that lost any, how many of its clips are concerned
+        in some measure, and how many it has.
+    """
+    rows = list(scores)
+    units: dict[str, set[str]] = defaultdict(set)
+    broken: dict[str, set[str]] = defaultdict(set)
+    out = set()
+    for row in rows:
+        is_finite = all(np.isfinite(row[key]) for key in ("value", "wrong") if row[key] is not None)
+        if not is_finite:
+            out.add(_of_unit(row))
+        if row["level"] is not None:  # a clip is denoised at levels; captions alone and prompts have none
+            units[row["contestant"]].add(row["unit"])
+            if not is_finite:
+                broken[row["contestant"]].add(row["unit"])
+    left = [row for row in rows if _of_unit(row) not in out]
+    return left, {name: (len(found), len(units[name])) for name, found in broken.items()}
+
+
+def ties(scores: Iterable[Row]) -> tuple[int, int]:
+    """How many wrong captions and clips are, at every level, the very right one to a contestant; of how many.
+
+    Those of one unit in one group count as one.
+    """
+    same: dict[tuple[str, str, str], bool] = {}
+    for row in scores:
+        if row["wrong"] is not None:
+            place = row["measure"], row["group"], row["unit"]
+            same[place] = same.get(place, True) and row["wrong"] == row["value"]
+    return sum(same.values()), len(same)
+
+
+def _of_unit(row: Row) -> tuple[str, str, str]:
+    return row["contestant"], row["measure"], row["unit"]
+
+
 def figures(measure: Measure, scores: Sequence[Row], contestants: Sequence[str]) -> list[Figure]:
     """The figures of one measure; none where there are too few units for an interval.
 
     Args:
         measure: what scores say.
-        scores: the rows of all measures.
+        scores: the rows of all measures, all finite.
         contestants: names, the one first that the others are compared with.
     """
     cells: dict[tuple[str, float | None], dict[str, dict[str, list[Row]]]] = {}
@@ -125,11 +165,12 @@ def _value(rows: Sequence[Row]) -> float:
 
 
 def _prefers_right(rows: Sequence[Row]) -> float:
-    return float(_value(rows) < _wrong(rows))
+    """1 or 0; 0.5 where both losses are the same number."""
+    return (1 + float(np.sign(_wrong(rows) - _value(rows)))) / 2
 
 
 def _prefers_wrong(rows: Sequence[Row]) -> float:
-    return float(_value(rows) >= _wrong(rows))
+    return 1 - _prefers_right(rows)
 
 
 def _wrong(rows: Sequence[Row]) -> float:
@@ -143,7 +184,7 @@ def _gap(rows: Sequence[Row]) -> float:
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "loss": (
         Measure(
-            "Loss of clips never trained on",
+            "Loss of clips",
             "Mean squared error of the prediction, by level of noise. Lower is better.",
             "loss",
             _value,
@@ -155,7 +196,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
             "The right caption is preferred",
             "Share of clips whose right caption gives a lower loss than the same words with one thing wrong, "
             "or in a cache than the caption of another video, in the same noise; clips of one video count as "
-            "one. Who does not read the text is at 0.5. Higher is better.",
+            "one, and the same loss as a half. Who does not read the text is at 0.5. Higher is better.",
             "captions",
             _prefers_right,
         ),
@@ -170,8 +211,8 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
         Measure(
             "A broken law is preferred",
             "Plausibility preference error (LikePhys): share of pairs in which the clip that breaks the law "
-            "gives no higher loss than its true twin, in the same noise, over all levels. Chance is 0.5. "
-            "Lower is better.",
+            "gives a lower loss than its true twin, in the same noise, over all levels; the same loss counts "
+            "as a half. Chance is 0.5. Lower is better.",
             "laws",
             _prefers_wrong,
             lower_is_better=True,

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from prophy import sandbox
-from prophy.hashing import file_sha256
+from prophy.hashing import sources_sha256
 from prophy.sandbox import BACKGROUND, COLOURS, SCENES, SIDES, Part, Scene, play_parts
 from prophy.tiny import build_once
+
+SOURCES = (Path(sandbox.__file__).parent, Path(__file__))
+"""What decides how examples look, and verdicts by them."""
 
 _EXAMPLES = 8  # of each scene in each colour
 _EXAMPLES_FILE = "examples.npz"
@@ -54,7 +57,9 @@ class ClipJudge:
     def __init__(self, num_frames: int, fps: float, size: int) -> None:
         self._looks = [Sighting(scene, colour) for scene in SCENES for colour in COLOURS]
         shape: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "size": size}
-        folder = build_once("clip-judge", json.dumps([shape, _sources()]), partial(_write_examples, **shape))
+        folder = build_once(
+            "clip-judge", json.dumps([shape, sources_sha256(*SOURCES)]), partial(_write_examples, **shape)
+        )
         with np.load(folder / _EXAMPLES_FILE) as examples:
             self._pictures, self._votes = examples["pictures"], examples["votes"]
 
@@ -82,12 +87,6 @@ class ClipJudge:
         differences = np.abs(self._votes - _colour_votes(half)).sum(1)
         of_scene = [index for index, look in enumerate(self._looks) if look.scene is scene]
         return self._looks[min(of_scene, key=differences.__getitem__)]
-
-
-def _sources() -> list[str]:
-    """What decides how examples look: the code of the sandbox, and of this module."""
-    files = [*sorted(Path(sandbox.__file__).parent.glob("*.py")), Path(__file__)]
-    return [file_sha256(file) for file in files]
 
 
 def _write_examples(folder: Path, *, num_frames: int, fps: float, size: int) -> None:

@@ -27,14 +27,18 @@ from prophy.evaluation.generated import Request, Sampling, make_videos
 from prophy.pretraining.muon import Muon
 from prophy.pretraining.recipe import (
     FPS,
+    MADE_FROM,
     NUM_FRAMES,
     SIZE,
     Progress,
     TrainingClips,
     fit,
+    folder_sha256,
     held_out_clips,
+    made_from,
     round_to_bfloat16,
     set_learning_rate,
+    simulator,
     training_clips,
     trapezoid,
 )
@@ -110,7 +114,8 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
     `transformer.pt` there.
 
     Raises:
-        ProPhyError: the VAE or the text encoder has not been trained in this folder.
+        ProPhyError: the VAE or the text encoder has not been trained in this folder, or training began with
+            others, or with another sandbox.
     """
     transformer = _begin(folder, recipe)
     encoder = VideoEncoder(
@@ -146,7 +151,11 @@ def pretrain_backbone(folder: Path, recipe: BackboneRecipe) -> Progress:
         return measured
 
     state = {"transformer": transformer, "average": average, "muon": optimisers[0], "adamw": optimisers[1]}
-    progress = fit(take_step, state, folder / "transformer.pt", recipe.num_steps)
+    sources = simulator() | {
+        "VAE": folder_sha256(folder / "vae"),
+        "text encoder": folder_sha256(folder / "text_encoder"),
+    }
+    progress = fit(take_step, state, folder / "transformer.pt", recipe.num_steps, sources)
 
     average.copy_to(transformer.parameters())
     round_to_bfloat16(transformer)
@@ -224,9 +233,10 @@ def _encode(
 ) -> tuple[torch.Tensor, Tensors]:
     """Training latents `[N, C, T, H, W]` in half precision, and what `_losses` takes of held-out clips.
 
-    Clips are encoded on first use, file by file.
+    Clips are encoded on first use, file by file, and again where they or the VAE changed.
     """
-    (folder / "encodings").mkdir(exist_ok=True)
+    sources = {"VAE": folder_sha256(folder / "vae"), "clips": (folder / "clips" / MADE_FROM).read_text()}
+    made_from(folder / "encodings", {**sources, "held out": recipe.num_held_out})
     latents = []
     for start in range(0, recipe.num_clips, _CLIPS_PER_FILE):
         path = folder / "encodings" / f"{start:06d}.safetensors"

@@ -3,6 +3,7 @@
 It does not know what is trained.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -16,12 +17,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from prophy import sandbox
+from prophy.errors import ProPhyError
+from prophy.hashing import file_sha256, sources_sha256
 from prophy.sandbox import SCENES, Part, SimulatedClip, simulate_clip
 
 logger = logging.getLogger(__name__)
 
 NUM_FRAMES, FPS, SIZE = 17, 8.0, 64
 """What the embedded default makes: frames, frames per second, height and width in pixels."""
+
+MADE_FROM = "made_from.json"
+"""In a folder of what can be made again: digests of what it was made from."""
 
 _FIRST_HELD_OUT_SEED = 10**9
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -43,12 +50,36 @@ class TrainingClips:
     parts: list[tuple[Part, ...]]
 
 
+def simulator() -> dict[str, str]:
+    """The digest of what makes clips, by what it is called."""
+    return {"sandbox": sources_sha256(Path(sandbox.__file__).parent)}
+
+
+def folder_sha256(folder: Path) -> str:
+    """One SHA-256, in hexadecimal, of the names and the content of all files in a folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    content = [f"{file.relative_to(folder)} {file_sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+
+def made_from(folder: Path, sources: Mapping[str, object]) -> None:
+    """Removes the files of a folder that were made from something else, and notes what they are made from."""
+    note, said = folder / MADE_FROM, json.dumps(sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    if note.exists() and note.read_text() == said:
+        return
+    for file in folder.iterdir():
+        logger.info("%s was made from something else, and is made again", file)
+        file.unlink()
+    note.write_text(said)
+
+
 def training_clips(folder: Path, num_clips: int, seed: int) -> TrainingClips:
-    """The clips of the train split in `folder`; simulated there on first use."""
+    """The clips of the train split in `folder`; simulated on first use, and where the sandbox changed."""
+    made_from(folder, {**simulator(), "clips": num_clips, "seed": seed})
     paths = {name: folder / f"{name}.npy" for name in ("frames", "masks")}
     parts_path = folder / "parts.json"
     if not parts_path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         shape = (num_clips, NUM_FRAMES, SIZE, SIZE)
         frames = np.lib.format.open_memmap(paths["frames"], "w+", np.uint8, (*shape, 3))
         masks = np.lib.format.open_memmap(paths["masks"], "w+", np.bool_, shape)
@@ -113,6 +144,7 @@ def fit(
     state: Mapping[str, Stateful],
     checkpoint: Path,
     num_steps: int,
+    sources: Mapping[str, str],
 ) -> Progress:
     """Takes steps 0 to `num_steps` - 1, or those that are left after the checkpoint.
 
@@ -121,11 +153,22 @@ def fit(
         state: what changes in a step.
         checkpoint: file that is replaced about once a minute and at the end.
         num_steps: steps in all.
+        sources: digests of what is learned from, by what it is called.
+
+    Raises:
+        ProPhyError: the checkpoint learned from something else.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # `taskset` keeps it to some cores
     progress = Progress(num_steps)
     if checkpoint.exists():
         saved = torch.load(checkpoint)
+        before = saved.pop("sources", {})
+        for name, digest in sources.items():
+            if before.get(name) != digest:
+                raise ProPhyError(
+                    f"{checkpoint} was trained with another {name} than there is now; choose another run_dir "
+                    "or remove this file, to train anew"
+                )
         progress = Progress(**{"num_steps": num_steps} | saved.pop("progress"))
         if progress.num_steps != num_steps:
             logger.warning(
@@ -152,7 +195,8 @@ def fit(
             logger.info("step %d of %d, %.0f s: %s", step + 1, num_steps, progress.seconds, means)
         if done or time.monotonic() > saved_at + _SECONDS_BETWEEN_CHECKPOINTS:
             saved_at = time.monotonic()
-            _save(checkpoint, {name: part.state_dict() for name, part in state.items()}, progress)
+            states = {name: part.state_dict() for name, part in state.items()}
+            _save(checkpoint, {"sources": dict(sources), **states}, progress)
     return progress
 
 

@@ -26,6 +26,7 @@ from prophy.pretraining.recipe import (
     fit,
     round_to_bfloat16,
     set_learning_rate,
+    simulator,
     trapezoid,
 )
 from prophy.sandbox import COLOURS, HELD_OUT_PAIRS, SCENES, Part, Split, describe, draw_parts
@@ -192,9 +193,8 @@ def pretrain_text(folder: Path, recipe: TextRecipe) -> Progress:
         optimiser.step()
         return {name: loss.item() for name, loss in losses.items()}
 
-    progress = fit(
-        take_step, {"lesson": lesson, "optimiser": optimiser}, folder / "text_encoder.pt", recipe.num_steps
-    )
+    state = {"lesson": lesson, "optimiser": optimiser}
+    progress = fit(take_step, state, folder / "text_encoder.pt", recipe.num_steps, simulator())
     round_to_bfloat16(encoder)
     measured = {
         "recipe": asdict(recipe),

@@ -25,6 +25,7 @@ from prophy.pretraining.recipe import (
     held_out_clips,
     round_to_bfloat16,
     set_learning_rate,
+    simulator,
     training_clips,
     trapezoid,
 )
@@ -110,7 +111,7 @@ def pretrain_vae(folder: Path, recipe: VaeRecipe) -> Progress:
         return measured
 
     state = {"vae": vae, "muon": optimisers[0], "adamw": optimisers[1]}
-    progress = fit(take_step, state, folder / "vae.pt", recipe.num_steps)
+    progress = fit(take_step, state, folder / "vae.pt", recipe.num_steps, simulator())
 
     vae.eval()
     round_to_bfloat16(vae)

@@ -26,6 +26,7 @@ from prophy.pretraining.recipe import (
     held_out_clips,
     round_to_bfloat16,
     set_learning_rate,
+    simulator,
     trapezoid,
 )
 from prophy.priors.extractor import Clip, PriorExtractor
@@ -122,7 +123,7 @@ def pretrain_vlm(folder: Path, recipe: VlmRecipe, taxonomy: Taxonomy) -> Progres
         return measured
 
     state = {"model": model, "muon": optimisers[0], "adamw": optimisers[1]}
-    progress = fit(take_step, state, folder / "vlm.pt", recipe.num_steps)
+    progress = fit(take_step, state, folder / "vlm.pt", recipe.num_steps, simulator())
     round_to_bfloat16(model)
     model.to(torch.bfloat16).save_pretrained(folder / "vlm")
     measured = {

@@ -1,6 +1,7 @@
 """Simulated physics: clips with exact captions, masks, tracks and constants. Training data, and a ruler."""
 
 from prophy.sandbox.clip import (
+    FEWEST_FRAMES,
     SCENES,
     ClipTruth,
     SimulatedClip,
@@ -22,6 +23,7 @@ from prophy.sandbox.splits import HELD_OUT_PAIRS, HELD_OUT_TRIPLES, Split
 __all__ = [
     "BACKGROUND",
     "COLOURS",
+    "FEWEST_FRAMES",
     "FLOOR_M",
     "HELD_OUT_PAIRS",
     "HELD_OUT_TRIPLES",

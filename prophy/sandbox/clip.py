@@ -14,6 +14,8 @@ from prophy.sandbox.splits import Split, split_of
 
 SCENES: tuple[Scene, ...] = dynamics.SCENES + matter.SCENES + thermodynamics.SCENES + optics.SCENES
 
+FEWEST_FRAMES = 2
+
 _ARRANGEMENTS = (("left",), ("right",), ("middle",), ("left", "right"))
 _ARRANGEMENT_SHARES = (0.2, 0.2, 0.1, 0.5)
 
@@ -123,7 +125,14 @@ def play_parts(
         fps: frame rate.
         size: height and width in pixels.
         broken: a law that these scenes break; from the same `rng` comes the same clip but for that law.
+
+    Raises:
+        ValueError: there are fewer than `FEWEST_FRAMES`.
     """
+    if num_frames < FEWEST_FRAMES:
+        raise ValueError(
+            f"a clip has {FEWEST_FRAMES} frames or more, not {num_frames}: in one nothing happens"
+        )
     times_s = np.arange(num_frames) / fps
     top, bottom = rng.uniform(*BACKGROUND, 3), rng.uniform(*BACKGROUND, 3)
     gradient = np.linspace(top, bottom, size, dtype=np.float32)[:, None]

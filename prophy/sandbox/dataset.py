@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prophy.errors import ProPhyError
-from prophy.sandbox.clip import SCENES, ClipTruth, SimulatedClip, Track, simulate_clip
+from prophy.sandbox.clip import FEWEST_FRAMES, SCENES, ClipTruth, SimulatedClip, Track, simulate_clip
 from prophy.sandbox.phenomena import Phenomenon
 from prophy.sandbox.scene import Part, describe
 from prophy.sandbox.splits import Split
@@ -78,7 +78,7 @@ def write_dataset(
         The path of the manifest.
 
     Raises:
-        ProPhyError: the manifest holds other clips than these, or more of them.
+        ProPhyError: the manifest holds other clips than these, or more of them, or clips are of one frame.
         OSError: the folder cannot be written to.
     """
     held = held_clips(
@@ -107,6 +107,11 @@ def held_clips(
 
     The arguments and the errors are those of `write_dataset`.
     """
+    if num_frames < FEWEST_FRAMES:
+        raise ProPhyError(
+            f"num_frames is {num_frames}, and a clip has {FEWEST_FRAMES} frames or more, as in one nothing "
+            "happens; raise it"
+        )
     manifest, seeds = folder / MANIFEST, _seeds(seed, num_clips)
     if not manifest.exists():
         return _COLUMNS.empty_table()

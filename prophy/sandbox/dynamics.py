@@ -7,7 +7,7 @@ from prophy.sandbox.drawing import DARK, FLOOR_M, GREY, WHITE, Canvas, Colour, L
 from prophy.sandbox.engine import add_ball, add_walls, new_space, record
 from prophy.sandbox.laws import Law
 from prophy.sandbox.phenomena import Phenomenon
-from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, gravity_m_s2, scene
+from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, gravity_m_s2, scene, slowness
 
 
 def _paint_ball(
@@ -19,9 +19,13 @@ def _paint_ball(
     canvas.paint(shine, mix(colour, WHITE, 0.5), opacity)
 
 
-def _stop(arbiter: pymunk.Arbiter) -> None:
-    for body in arbiter.bodies:
-        body.velocity = (0, 0)
+def _turn_back(arbiter: pymunk.Arbiter) -> None:
+    """Turns the common motion of two bodies that meet around; how fast they part stays as it is."""
+    if arbiter.is_first_contact:
+        one, other = arbiter.bodies
+        common = (one.mass * one.velocity + other.mass * other.velocity) / (one.mass + other.mass)
+        for body in arbiter.bodies:
+            body.velocity -= 2 * common
 
 
 @scene(
@@ -47,7 +51,11 @@ def bouncing_ball(canvas: Canvas, rng: np.random.Generator, colour: Colour, brok
     later_s = np.maximum(canvas.times_s - canvas.times_s[-1] / 2, 0)  # since it vanished, or became two
     seen = np.where((later_s > 0) & (broken is Law.PERMANENCE), 0.0, 1.0)
     if broken is Law.ONENESS:
-        size, apart = np.where(later_s > 0, np.sqrt(0.5), 1) * radius, 1.5 * later_s[:, None] * [1.0, 0.0]
+        apart_m_s = 1.5 / slowness(canvas.times_s)
+        size, apart = (
+            np.where(later_s > 0, np.sqrt(0.5), 1) * radius,
+            apart_m_s * later_s[:, None] * [1.0, 0.0],
+        )
         _paint_ball(canvas, track - apart, size, colour)
         _paint_ball(canvas, track + apart, size, colour, opacity=later_s > 0)
     else:
@@ -84,7 +92,7 @@ def striking_ball(canvas: Canvas, rng: np.random.Generator, colour: Colour, brok
     ]
     balls[0].velocity = (0, way * speed)
     if broken is Law.MOMENTUM:
-        space.on_collision(post_solve=lambda arbiter, *_: _stop(arbiter))
+        space.on_collision(post_solve=lambda arbiter, *_: _turn_back(arbiter))
     tracks = record(space, canvas.times_s, lambda: [ball.position for ball in balls]).swapaxes(0, 1)
 
     for track, radius, tint in zip(tracks, radii, (colour, WHITE), strict=True):
@@ -172,7 +180,7 @@ def block_on_spring(canvas: Canvas, rng: np.random.Generator, colour: Colour, br
     size, mass, period = rng.uniform(1.7, 2.2), rng.uniform(1.0, 3.0), rng.uniform(0.9, 1.4)
     stiffness, top, natural = mass * (2 * np.pi / period) ** 2, 9.2, 3.0
     rest = top - natural - mass * GRAVITY_M_S2 / stiffness
-    damping = -1.2 * mass if broken is Law.ENERGY else 0.0  # twice as wide after 1.2 s
+    damping = -1.2 * mass / slowness(canvas.times_s) if broken is Law.ENERGY else 0.0  # twice after 1.2 s
     x = rng.uniform(-0.15, 0.15) * canvas.half_width
     space = new_space()
     block = pymunk.Body(mass, float("inf"))

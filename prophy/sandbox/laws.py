@@ -26,7 +26,7 @@ class Law(StrEnum):
 WHEN_BROKEN: dict[Law, str] = {
     Law.GRAVITY: "falls with 0.4 g",
     Law.RESTITUTION: "a bounce gives more speed than came in",
-    Law.MOMENTUM: "two balls stop dead when they meet",
+    Law.MOMENTUM: "two balls that meet go back together, as if pushed",
     Law.ROLLING: "a wheel turns against its way",
     Law.ENERGY: "a swing widens by itself",
     Law.VOLUME: "matter gets less, or goes nowhere",

@@ -24,12 +24,18 @@ GRAVITY_M_S2 = 9.81
 SIDES: dict[str, tuple[float, float]] = {"left": (0.0, 0.5), "right": (0.5, 1.0), "middle": (0.0, 1.0)}
 """Where a scene can happen: from and to which share of the frame's width."""
 
+_UNSLOWED_S = 3.0
 _SIDE_WORDS = {"left": " on the left", "right": " on the right", "middle": ""}
 
 
 def gravity_m_s2(broken: Law | None) -> float:
     """The g of a clip that breaks this law, or none."""
     return 0.4 * GRAVITY_M_S2 if broken is Law.GRAVITY else GRAVITY_M_S2
+
+
+def slowness(times_s: np.ndarray) -> float:
+    """How much slower what ends goes in a clip of more than 3 s, so that it ends after the clip; else 1."""
+    return max(1.0, float(times_s[-1]) / _UNSLOWED_S)
 
 
 @dataclass(frozen=True)

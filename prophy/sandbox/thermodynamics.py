@@ -5,7 +5,7 @@ import numpy as np
 from prophy.sandbox.drawing import DARK, FLOOR_M, GREY, ICE, WHITE, Canvas, Colour, mix, over_time
 from prophy.sandbox.laws import Law
 from prophy.sandbox.phenomena import Phenomenon
-from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, gravity_m_s2, scene
+from prophy.sandbox.scene import GRAVITY_M_S2, Outcome, gravity_m_s2, scene, slowness
 
 FLAME: tuple[Colour, ...] = ((240, 110, 20), (255, 190, 40), (255, 240, 170))
 """Colours of a flame from its edge to its core."""
@@ -30,7 +30,7 @@ def _paint_flame(canvas: Canvas, x: float, bottom: np.ndarray, height: np.ndarra
 )
 def candle(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """A candle of diameter D burns down at a constant speed; its flame puffs at 1.5 / sqrt(D) (fires)."""
-    diameter, burn_speed = rng.uniform(1.6, 2.0), rng.uniform(0.4, 0.7)
+    diameter, burn_speed = rng.uniform(1.6, 2.0), rng.uniform(0.4, 0.7) / slowness(canvas.times_s)
     height, flame = rng.uniform(3.6, 4.6), rng.uniform(2.8, 3.4)
     frequency, phase = 1.5 / np.sqrt(diameter), rng.uniform(0, 2 * np.pi)
     x = rng.uniform(-0.15, 0.15) * canvas.half_width
@@ -69,7 +69,8 @@ def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour, brok
     The block keeps its shape; the puddle is half an ellipse, a third as high as wide, both a metre deep.
     """
     width, height = rng.uniform(2.2, 2.6), rng.uniform(2.8, 3.3)
-    share = 1 - canvas.times_s / rng.uniform(3.2, 4.2)
+    melting_s = rng.uniform(3.2, 4.2) * slowness(canvas.times_s)
+    share = 1 - canvas.times_s / melting_s
     share = share[::-1] if broken is Law.TIME else share
     solid = width * height * np.maximum(share, 0)
     melted = width * height - solid
@@ -90,7 +91,7 @@ def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour, brok
     return {"block_top": np.stack([np.full_like(top, x), top], 1)}, {
         "block_volume_m3": width * height,
         "block_height_m": height,
-        "melting_rate_m3_s": float((melted[-1] - melted[0]) / canvas.times_s[-1]),
+        "melting_rate_m3_s": width * height / melting_s * (-1 if broken is Law.TIME else 1),
     }
 
 
@@ -104,7 +105,8 @@ def melting_block(canvas: Canvas, rng: np.random.Generator, colour: Colour, brok
 def freezing_tank(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken: Law | None) -> Outcome:
     """Cold from below: the ice grows as s = sqrt(2 k dT t / (density x latent heat)) = K sqrt(t) (Stefan)."""
     half = min(0.84 * canvas.half_width, 2.6) * rng.uniform(0.85, 1.0)
-    level, growth = FLOOR_M + rng.uniform(4.2, 5.6), rng.uniform(2.0, 2.6)
+    level = FLOOR_M + rng.uniform(4.2, 5.6)
+    growth = rng.uniform(2.0, 2.6) / np.sqrt(slowness(canvas.times_s))
     ice = FLOOR_M + growth * np.sqrt(canvas.times_s)
     ice = ice[::-1] if broken is Law.TIME else ice
     ripple = 0.15 * np.sin(2.2 * canvas.x + over_time(5.0 * canvas.times_s) + rng.uniform(0, 2 * np.pi))
@@ -119,7 +121,8 @@ def freezing_tank(canvas: Canvas, rng: np.random.Generator, colour: Colour, brok
     canvas.paint(np.maximum(frozen, cracks), mix(colour, WHITE, 0.9))
     canvas.tank(half, level + 1.2)
     canvas.paint(canvas.box(-half - 0.3, half + 0.3, FLOOR_M - 0.7, FLOOR_M), mix(ICE, (90, 150, 220), 0.4))
-    return {"ice_front": np.stack([np.zeros_like(ice), ice], 1)}, {"ice_growth_m_per_sqrt_s": growth}
+    front = np.minimum(ice, level)
+    return {"ice_front": np.stack([np.zeros_like(front), front], 1)}, {"ice_growth_m_per_sqrt_s": growth}
 
 
 @scene(
@@ -135,14 +138,15 @@ def boiling_pot(canvas: Canvas, rng: np.random.Generator, colour: Colour, broken
     Bubbles of radius r rise at (2/3) sqrt(g r) (Davies and Taylor); the steam above spreads as it rises.
     """
     half = min(0.78 * canvas.half_width, 2.4) * rng.uniform(0.85, 1.0)
-    start, fall_speed, bottom = rng.uniform(4.4, 5.2), rng.uniform(0.5, 0.8), 1.8
+    slow = slowness(canvas.times_s)
+    start, fall_speed, bottom = rng.uniform(4.4, 5.2), rng.uniform(0.5, 0.8) / slow, 1.8
     level = start - fall_speed * (canvas.times_s[::-1] if broken is Law.TIME else canvas.times_s)
     time = canvas.times_s[:, None]
     inside = canvas.box(-half, half, bottom, 10)
     boil = 0.12 * np.sin(3.1 * canvas.x + over_time(11 * canvas.times_s))
     surface = np.maximum(inside, canvas.y - over_time(level) - boil)
 
-    steam_s = 0.07 * np.arange(-12, 30)
+    steam_s = 0.07 * np.arange(-12, 30 if slow == 1 else np.ceil(canvas.times_s[-1] / 0.07))
     age_s = np.maximum(time - steam_s, 0)
     puffs = np.stack(
         [rng.uniform(-0.7, 0.7, len(steam_s)) * half * (1 + 0.3 * age_s), level[:, None] + 0.3 + 2.4 * age_s],
@@ -194,13 +198,16 @@ def condensing_vapor(canvas: Canvas, rng: np.random.Generator, colour: Colour, b
     mist = np.stack([rng.uniform(-0.6, 0.6, 14) * half, rng.uniform(4.5, 7.6, 14)], 1)
     drift = 0.3 * np.sin(canvas.times_s[:, None, None] * 2 + rng.uniform(0, 6, (14, 2)))
     density = canvas.blobs(mist + drift, 0.8, 0.9, 0.16)
-    canvas.blend((1 - np.exp(-density)) * over_time(np.exp(-0.45 * canvas.times_s)), mix(colour, WHITE, 0.35))
+    slow = slowness(canvas.times_s)
+    thinning = over_time(np.exp(-0.45 / slow * canvas.times_s))
+    canvas.blend((1 - np.exp(-density)) * thinning, mix(colour, WHITE, 0.35))
 
     canvas.paint(canvas.box(-half, half, plate, plate + 0.7), ICE)
     canvas.paint(canvas.box(-half, half, plate + 0.7, plate + 1.2), mix(ICE, (90, 150, 220), 0.6))
     tracks = {}
+    generations = 3 if slow == 1 else int(np.ceil(canvas.times_s[-1] / growing_s)) + 1
     for index, (x, already_s) in enumerate(zip(places, head_start, strict=True)):
-        for generation in range(3):
+        for generation in range(generations):
             age_s = canvas.times_s + already_s - generation * growing_s
             radius = critical * np.cbrt(np.clip(age_s / growing_s, 0, 1))
             y = plate - 0.8 * radius - 0.5 * gravity * np.maximum(age_s - growing_s, 0) ** 2

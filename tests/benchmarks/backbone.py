@@ -1,11 +1,11 @@
 """Is what the embedded default generates what was asked for, and does it fall as things fall?
 
-    python tests/benchmarks/backbone.py [NUM_FALLS]
+    python tests/benchmarks/backbone.py [NUM_FALLS NUM_WORDINGS]
 
 By rules on pixels. Prompts for combinations of phenomenon, colour and side that were never trained; for pairs
 of phenomena that were never trained together; paraphrases that no caption holds; bouncing balls, whose
-acceleration is fitted. Beside them the same rulers on true clips and on the VAE's reconstructions of them:
-the ceiling.
+acceleration is fitted. Intervals are of 95 %, over videos. Beside them the same rulers on true clips and on
+the VAE's reconstructions of them: the ceiling.
 """
 
 import argparse
@@ -30,13 +30,14 @@ from prophy.evaluation.generated import (
     measure_falls,
 )
 from prophy.evaluation.semantics import PartVerdict
+from prophy.evaluation.statistics import estimate
 from prophy.pretraining.backbone import SAMPLING
 from prophy.pretraining.vae import reconstruct
 from prophy.sandbox import PHENOMENA, SCENES, WORLD_M, Part, play_parts
 from prophy.sandbox.scene import GRAVITY_M_S2
 
 NUM_FALLS = 48
-NUM_WORDINGS = 4  # prompts of each combination
+NUM_WORDINGS = 4  # prompts of each combination, or all where it has fewer
 FALLS_HEADER = (
     "falls",
     "fitted",
@@ -81,13 +82,20 @@ def true_videos(requests: Sequence[Request], sampling: Sampling) -> list[np.ndar
 
 def rates(verdicts: Sequence[Sequence[PartVerdict]]) -> list[str]:
     """Shares of parts with the right phenomenon on the right side, the right colour there, and both."""
-    parts = [part for video in verdicts for part in video]
-    shares = [
-        np.mean([part.phenomenon for part in parts]),
-        np.mean([part.colour for part in parts]),
-        np.mean([part.phenomenon and part.colour for part in parts]),
+    right = [
+        [(part.phenomenon, part.colour, part.phenomenon and part.colour) for part in video]
+        for video in verdicts
     ]
-    return [str(len(parts)), *(f"{100 * share:.1f} %" for share in shares)]
+    # All videos of a row have as many parts.
+    of_videos = np.array([np.mean(video, axis=0) for video in right]).T
+    return [str(sum(map(len, right))), *map(_share, of_videos)]
+
+
+def _share(values: np.ndarray) -> str:
+    """A mean in per cent, with its interval where there are enough videos for one."""
+    found = estimate(values)
+    between = "" if found is None else f" ({100 * found.low:.0f} to {100 * found.high:.0f})"
+    return f"{100 * values.mean():.1f} %{between}"
 
 
 def falls_row(videos: Sequence[np.ndarray], requests: Sequence[Request], sampling: Sampling) -> list[str]:
@@ -110,10 +118,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("num_falls", nargs="?", type=int, default=NUM_FALLS)
-    num_falls = parser.parse_args().num_falls
+    parser.add_argument("num_wordings", nargs="?", type=int, default=NUM_WORDINGS)
+    given = parser.parse_args()
     console = Console(width=110)
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)
-    requests = held_out_requests(NUM_WORDINGS)
+    requests = held_out_requests(given.num_wordings)
     began = time.perf_counter()
     videos = list(make_videos(pipeline, requests, SAMPLING))
     console.print(
@@ -137,7 +146,9 @@ def main() -> None:
     table.add_row("all of these, alone in a video", *rates(alone))
     table.add_row("two in a video, a pair never trained", *rates(in_pairs))
     true = judge_videos(true_videos(requests, SAMPLING), requests, SAMPLING)
-    table.add_row("true clips (the judge itself)", *rates(true))
+    for number, said in ((1, "alone"), (2, "two")):
+        of_number = [video for video in true if len(video) == number]
+        table.add_row(f"true clips (the judge itself), {said} in a video", *rates(of_number))
     said = judge_videos(list(make_videos(pipeline, paraphrases, SAMPLING)), paraphrases, SAMPLING)
     table.add_row("paraphrases", *rates(said))
     console.print(table)
@@ -145,7 +156,7 @@ def main() -> None:
         if not (part.phenomenon and part.colour):
             console.print(f"  not right: {request.prompt!r}")
 
-    falls = fall_requests(num_falls)
+    falls = fall_requests(given.num_falls)
     truth = true_videos(falls, SAMPLING)
     table = Table(*FALLS_HEADER, title="gravity")
     table.add_row("true clips", *falls_row(truth, falls, SAMPLING))

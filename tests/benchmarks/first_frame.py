@@ -2,7 +2,8 @@
 
     python tests/benchmarks/first_frame.py [FOLDER NUM_CLIPS]
 
-Videos are kept in FOLDER (runs/first_frame), and the same command goes on with them. Two sets of clips of
+Videos are kept in FOLDER (runs/first_frame), below a name of the weights and the sandbox, and the same
+command goes on with them. Two sets of clips of
 combinations that were never trained: of every phenomenon, for which what is drawn is held against the true
 clip, and of one coloured body alone, whose place is followed. Beside the videos of first frame and caption:
 those of the caption alone, the first frame repeated, and the true clip through the VAE, which is the most
@@ -10,6 +11,7 @@ that can be reached.
 """
 
 import argparse
+import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prophy.backbones.loading import load_pipeline
+from prophy.backbones.pretrained import fingerprint
 from prophy.device import autocast
 from prophy.evaluation.generated import Request, make_videos
 from prophy.evaluation.motion import follow
@@ -27,7 +30,7 @@ from prophy.evaluation.shapes import drawn
 from prophy.evaluation.statistics import Estimate, compare, estimate
 from prophy.generation.physics_pipeline import PhysicsPipeline
 from prophy.pretraining.backbone import SAMPLING
-from prophy.pretraining.recipe import held_out_clips
+from prophy.pretraining.recipe import held_out_clips, simulator
 from prophy.pretraining.vae import reconstruct
 from prophy.sandbox import HELD_OUT_TRIPLES, SCENES, WORLD_M, Part, SimulatedClip, play_parts
 
@@ -87,6 +90,12 @@ def continued(pipeline: PhysicsPipeline, clips: Clips, seed: int) -> list[np.nda
     return list((np.clip(made, 0, 1) * 255).round().astype(np.uint8))
 
 
+def sources_of(num_clips: int) -> str:
+    """Names all that decides videos: the weights, and the clips that they begin with."""
+    made_of = [fingerprint("tiny", None), *simulator().values(), str(num_clips)]
+    return hashlib.sha256(" ".join(made_of).encode()).hexdigest()[:12]
+
+
 def kept(folder: Path, name: str, clips: Clips, make: Make) -> list[np.ndarray]:
     """The videos of clips, a few at a time; those that are in the folder are read."""
     videos: list[np.ndarray] = []
@@ -135,6 +144,7 @@ def main() -> None:
     parser.add_argument("num_clips", nargs="?", type=int, default=NUM_CLIPS)
     given = parser.parse_args()
     pipeline = load_pipeline("wan", "tiny", None, torch.float32, None)
+    folder = given.folder / sources_of(given.num_clips)
 
     def of_text(clips: Clips, seed: int) -> list[np.ndarray]:
         requests = [Request(clip.caption, clip.parts, seed + index) for index, clip in enumerate(clips)]
@@ -152,7 +162,7 @@ def main() -> None:
     }
     sets = {"all": held_out_clips(given.num_clips), "bodies": bodies(given.num_clips)}
     videos = {
-        (name, way): kept(given.folder / way.replace(" ", "_"), name, clips, make)
+        (name, way): kept(folder / way.replace(" ", "_"), name, clips, make)
         for way, make in ways.items()
         for name, clips in sets.items()
     }

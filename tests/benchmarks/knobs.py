@@ -6,7 +6,7 @@ On true clips of two phenomena that were never trained together: how much larger
 branch injects, beside the stream; how far each knob moves the prediction, inside the mask of its phenomenon
 against the rest of the frame, and against the knob of the other phenomenon there. Then on generated videos,
 each beside the same seed without the knob: by how much the half changes where the phenomenon is, and the
-other half. Intervals are of 95 %, by bootstrap over clips.
+other half. Intervals are of 95 %, by random subsets of clips.
 """
 
 import argparse

@@ -127,7 +127,15 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    if given.num_steps % 4:
+        parser.error(f"NUM_STEPS is {given.num_steps}; choose a multiple of 4: a quarter and a half are kept")
     steps = [given.num_steps // 4, given.num_steps // 2, given.num_steps]
+    trained = [int(place.name.rpartition("-")[2]) for place in folder.glob("*/after-*")]
+    if trained and max(trained) not in steps:
+        parser.error(
+            f"{folder} holds models of {max(trained)} steps; choose NUM_STEPS as many, twice or four times "
+            "as many"
+        )
 
     pipeline = backbone_of_plain_text(folder)
     clips = RunFolder(folder / "clips")

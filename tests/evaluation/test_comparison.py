@@ -4,10 +4,19 @@ from typing import Any
 
 import pytest
 
-from prophy.evaluation.comparison import EVERYTHING, MEASURES, SEMANTIC_WEIGHT, correlations, figures
+from prophy.evaluation.comparison import (
+    EVERYTHING,
+    MEASURES,
+    SEMANTIC_WEIGHT,
+    correlations,
+    figures,
+    only_finite,
+    ties,
+)
 
 [LOSS] = MEASURES["loss"]
 PREFERS, COSTS = MEASURES["laws"]
+RIGHT, _ = MEASURES["captions"]
 
 
 def row(contestant: str, unit: int, value: float, **others: Any) -> dict[str, Any]:
@@ -64,6 +73,57 @@ def test_a_broken_law_is_preferred_where_its_loss_over_all_levels_is_not_higher(
     costs = {figure.group: figure.estimate.mean for figure in figures(COSTS, scores, ["first"])}
     assert costs["gravity"] == pytest.approx(25.0)
     assert costs["volume"] == pytest.approx(-5.0)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_in_no_figure_of_its_measure(broken: float) -> None:
+    scores = [
+        row(name, unit, 1.0 + unit, measure=measure, wrong=wrong, level=level)
+        for name in ("first", "second")
+        for unit in range(8)
+        for measure, wrong in (("loss", None), ("laws", 2.0 + unit))
+        for level in (0.6, 0.9)
+    ]
+    for score in scores:
+        place = score["contestant"], score["unit"], score["level"]
+        if place == ("second", "clip 3", 0.6):
+            score["value"] = broken
+        if place == ("second", "clip 4", 0.9) and score["measure"] == "laws":
+            score["wrong"] = broken
+    left, told = only_finite(scores)
+    assert told == {"second": (2, 8)}
+    numbers = {
+        (figure.contestant, figure.level): figure.estimate.num_units
+        for figure in figures(LOSS, left, ["first", "second"])
+    }
+    assert numbers == {("first", 0.6): 8, ("first", 0.9): 8, ("second", 0.6): 7, ("second", 0.9): 7}
+    _, preferred = figures(
+        PREFERS, [each for each in left if each["group"] == "everywhere"], ["first", "second"]
+    )[:2]
+    assert (preferred.contestant, preferred.estimate.num_units, preferred.estimate.mean) == ("second", 6, 0.0)
+
+
+def test_a_contestant_without_any_number_has_no_figure() -> None:
+    scores = [row("first", unit, float("nan"), measure="laws", wrong=float("nan")) for unit in range(8)]
+    left, told = only_finite(scores)
+    assert told == {"first": (8, 8)}
+    assert figures(PREFERS, left, ["first"]) == [] == figures(COSTS, left, ["first"])
+
+
+def test_the_same_loss_is_half_a_preference() -> None:
+    scores = [row("first", unit, 1.0, measure="laws", wrong=1.0) for unit in range(8)]
+    scores += [row("first", unit, 1.0, measure="captions", wrong=1.0) for unit in range(8)]
+    for measure in (PREFERS, RIGHT):
+        assert {figure.estimate.mean for figure in figures(measure, scores, ["first"])} == {0.5}
+
+
+def test_what_is_the_same_at_every_level_is_a_tie() -> None:
+    scores = [
+        row("first", unit, 1.0, measure="captions", level=level, wrong=wrong[unit])
+        for level, wrong in ((0.6, (1.0, 1.0, 2.0)), (0.9, (1.0, 2.0, 2.0)))
+        for unit in range(3)
+    ]
+    assert ties([*scores, row("first", 3, 1.0)]) == (1, 3)
 
 
 def test_correlation_is_of_the_weights_of_two_phenomena() -> None:

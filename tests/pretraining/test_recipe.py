@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from prophy.errors import ProPhyError
 from prophy.pretraining import recipe
-from prophy.pretraining.recipe import fit, held_out_clips, training_clips, trapezoid
+from prophy.pretraining.recipe import fit, held_out_clips, made_from, training_clips, trapezoid
 
 
-def train(checkpoint: Path, num_steps: int, cut_off_at: int | None = None) -> tuple[torch.Tensor, int]:
+def train(
+    checkpoint: Path, num_steps: int, cut_off_at: int | None = None, vae: str = "a"
+) -> tuple[torch.Tensor, int]:
     """A line fitted by AdamW on draws that depend on the step alone: its weight, and how many steps."""
     torch.manual_seed(0)
     line = torch.nn.Linear(3, 1)
@@ -25,7 +28,7 @@ def train(checkpoint: Path, num_steps: int, cut_off_at: int | None = None) -> tu
         optimiser.step()
         return {"loss": loss.item()}
 
-    progress = fit(take_step, {"line": line, "optimiser": optimiser}, checkpoint, num_steps)
+    progress = fit(take_step, {"line": line, "optimiser": optimiser}, checkpoint, num_steps, {"VAE": vae})
     return line.weight.detach().clone(), len(progress.history)
 
 
@@ -45,6 +48,33 @@ def test_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     expected, _ = train(tmp_path / "whole.pt", 3)
     actual, _ = train(tmp_path / "whole.pt", 3, cut_off_at=0)
     assert torch.equal(actual, expected)
+
+
+def test_training_does_not_go_on_with_what_it_did_not_begin_with(tmp_path: Path) -> None:
+    train(tmp_path / "whole.pt", 2)
+    with pytest.raises(ProPhyError, match="whole.pt was trained with another VAE .*; choose another run_dir"):
+        train(tmp_path / "whole.pt", 3, vae="b")
+    _, num_steps = train(tmp_path / "whole.pt", 3)
+    assert num_steps == 3
+
+
+def test_clips_of_another_sandbox_are_simulated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_clips(tmp_path, 1, seed=3)
+    written = (tmp_path / "parts.json").stat().st_mtime_ns
+    monkeypatch.setattr(recipe, "simulator", lambda: {"sandbox": "changed"})
+    training_clips(tmp_path, 1, seed=3)
+    assert (tmp_path / "parts.json").stat().st_mtime_ns > written
+
+
+def test_what_was_made_from_something_else_is_removed(tmp_path: Path) -> None:
+    made_from(tmp_path, {"VAE": "a"})
+    (tmp_path / "000000.safetensors").touch()
+    made_from(tmp_path, {"VAE": "a"})
+    assert (tmp_path / "000000.safetensors").exists()
+    made_from(tmp_path, {"VAE": "b"})
+    assert [file.name for file in tmp_path.iterdir()] == [recipe.MADE_FROM]
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero() -> None:

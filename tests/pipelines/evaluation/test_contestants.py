@@ -8,11 +8,13 @@ import torch
 import yaml
 
 from pipelines.config import load_config
-from pipelines.evaluation.contestants import Entrant, enter
+from pipelines.evaluation.contestants import Entrant, enter, notes_on_training
 from pipelines.layout import RunFolder
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.checkpoint_places import FolderStore
+from pipelines.training.record import Training, write_training
 from pipelines.training.saving import Fragment, Save
+from prophy.backbones.pretrained import resolve_pretrained
 from prophy.errors import ProPhyError
 from prophy.tiny import bundled
 from tests.backbones.small_training import one_rank
@@ -79,6 +81,69 @@ def test_a_run_that_trains_is_its_newest_checkpoint_and_another_run_in_its_place
     save(2.0)
     [other] = entered(tmp_path, contestants)
     assert other.config.checkpoint != first.config.checkpoint and exported == [1.0, 2.0]
+
+
+def test_a_run_that_goes_on_is_no_longer_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(checkpoint: Checkpoint, folder: Path) -> None:
+        shutil.copytree(bundled("branch"), folder, dirs_exist_ok=True)
+        write_training(folder, checkpoint.step, checkpoint.run)
+
+    def save(step: int) -> None:
+        part = Fragment("a", 0, {"parameter": torch.ones(3)})
+        with one_rank():
+            Save(store, step, [part], {"a": torch.Size([3])}, {"held_out": ["b", "a"]}).commit(num_to_keep=2)
+
+    monkeypatch.setattr("pipelines.training.export.export_branch", export)
+    run = tmp_path / "trained"
+    store = FolderStore(str(RunFolder(run).checkpoints))
+    save(3)
+    shutil.copytree(bundled("branch"), RunFolder(run).model)
+    write_training(RunFolder(run).model, 3, {"held_out": ["b", "a"]})
+    contestants: dict[str, dict[str, object]] = {"mine": {"checkpoint": str(run)}}
+    [entrant] = entered(tmp_path, contestants)
+    assert entrant.config.checkpoint == str(run / "model")
+    save(5)
+    [entrant] = entered(tmp_path, contestants)
+    assert entrant.config.checkpoint != str(run / "model")
+    assert entrant.trained == Training(5, ("b", "a"))
+    shutil.rmtree(RunFolder(run).checkpoints)
+    [entrant] = entered(tmp_path, contestants)
+    assert entrant.config.checkpoint == str(run / "model")
+
+
+def test_who_may_have_been_trained_on_measured_videos_is_named(tmp_path: Path) -> None:
+    folders = {}
+    for name, held_out in (("clean", ["a", "b", "c"]), ("seen", ["a", "z"]), ("old", None)):
+        folders[name] = shutil.copytree(bundled("branch"), tmp_path / name)
+        if held_out is not None:
+            write_training(folders[name], 10, {"held_out": held_out})
+    contestants: dict[str, dict[str, object]] = {
+        name: {"checkpoint": str(folder)} for name, folder in folders.items()
+    }
+    entrants = entered(tmp_path, contestants | {"backbone": {}})
+    assert notes_on_training(entrants, {"a", "b", "c"}) == [
+        "it is not known whether contestant 'old' was trained on these clips",
+        "contestant 'seen' may have been trained on 2 of these 3 videos: its run did not hold them out",
+    ]
+    assert notes_on_training(entrants, set()) == []
+
+
+def test_knobs_of_a_backbone_that_has_no_branch_are_refused(tmp_path: Path) -> None:
+    bare = resolve_pretrained("tiny")
+    with pytest.raises(ProPhyError, match="it has knobs of a branch and no branch; give it a checkpoint"):
+        entered(tmp_path, {"mine": {"pretrained": bare, "scale": 2}})
+    with pytest.raises(ProPhyError, match="it has knobs of a branch and no branch; give it a checkpoint"):
+        entered(tmp_path, {"mine": {"pretrained": bare, "strength": {"melting": 2}}})
+
+
+def test_knobs_of_a_complete_export_reach_its_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "pipelines.evaluation.contestants.branch_configs", lambda *_: [{"phenomena": ["melting"]}]
+    )
+    [entrant] = entered(tmp_path, {"off": {"scale": 0}}, checkpoint=None)
+    assert entrant.knobs is not None and entrant.knobs.scale == 0
+    with pytest.raises(ProPhyError, match="strength names 'magic', which is no phenomenon of its branch"):
+        entered(tmp_path, {"mine": {"pretrained": resolve_pretrained("tiny"), "strength": {"magic": 2}}})
 
 
 def test_a_model_in_s3_is_the_one_that_it_is_in_a_folder(tmp_path: Path) -> None:

@@ -75,6 +75,11 @@ def test_the_sandbox_needs_square_frames(tmp_path: Path) -> None:
         find_items(config)
 
 
+def test_one_frame_is_no_clip_of_the_sandbox(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=r"backbone\.num_frames is 1; raise it, or set evaluate\.clips"):
+        find_items(tiny_config(tmp_path, "backbone.num_frames=1"))
+
+
 class SmallCache:
     """Samples by name, with their captions; those that end in `wide` have another shape."""
 
@@ -166,11 +171,42 @@ def test_a_list_has_pairs_of_captions_and_of_videos(tmp_path: Path) -> None:
             "it has not as many cells as the header; quote a text that holds ',' .4 for 3.",
         ),
         ("path,caption,wrong_caption\n", r"pairs\.csv lists no pair"),
+        ("path,caption,wrong_caption\na.mp4,a ball,a  ball \n", "row 1 .*: its wrong_caption is its caption"),
+        ("path,caption,wrong_path\na.mp4,a ball,./a.mp4\n", "row 1 .*: its wrong_path is its path"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ProPhyError, match=said):
         read_pairs(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("nothing", ["nan", "None", " null ", "N/A"])
+def test_what_programs_write_where_there_is_nothing_is_nothing(tmp_path: Path, nothing: str) -> None:
+    rows = [f"a.mp4,a ball,{nothing},b.mp4,{nothing}", f"a.mp4,a ball,a cat,{nothing},{nothing}"]
+    videos, captions = read_pairs(
+        write(tmp_path, "path,caption,wrong_caption,wrong_path,kind\n" + "\n".join(rows))
+    )
+    assert [(wrong.measure, wrong.kind) for wrong in videos.wrong] == [("laws", "your videos")]
+    assert [(wrong.measure, wrong.kind) for wrong in captions.wrong] == [("captions", "your captions")]
+    with pytest.raises(ProPhyError, match="it has no 'path' or no 'caption'"):
+        read_pairs(write(tmp_path, f"path,caption,wrong_caption\na.mp4,{nothing},a cat\n"))
+
+
+def test_rows_of_a_clip_count_as_one_wherever_they_lie(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "path,caption,wrong_caption\n" + "a.mp4,a ball,a cat\nb.mp4,rain,snow\na.mp4,a ball,a dog\n"
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    with caplog.at_level(logging.INFO):
+        here = [item.unit for item in read_pairs(write(tmp_path, text))]
+    assert here == ["a.mp4", "b.mp4", "a.mp4"] == [item.unit for item in read_pairs(write(there, text))]
+    assert "3 rows of 2 clips; those of one clip count as one" in caplog.text
+
+
+def test_laws_alone_without_a_pair_are_told_by_their_key(tmp_path: Path) -> None:
+    with pytest.raises(ProPhyError, match=r"evaluate\.clips_per_law is 0, and 'laws' alone is measured"):
+        find_items(tiny_config(tmp_path, "evaluate.measures=[laws]", "evaluate.clips_per_law=0"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""The names of files of a comparison: another code of what decides their content is another file."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import Config, load_config
+from pipelines.evaluation import work
+from pipelines.evaluation.contestants import Entrant, enter
+from pipelines.evaluation.work import Denoising, Filming
+from prophy.errors import ProPhyError
+from prophy.hashing import sources_sha256
+
+Names = tuple[set[Path], set[Path], set[Path]]
+
+
+@pytest.fixture
+def names_of(tmp_path: Path) -> Callable[[], Names]:
+    """The files of scores of clips, of videos, and the videos, each time that it is called."""
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("path,caption,wrong_caption\na.mp4,a ball falls,a candle burns\n")
+    sizes = [
+        "evaluate.measures=[loss,captions,laws,videos]",
+        "evaluate.num_clips=2",
+        "evaluate.clips_per_law=1",
+        "evaluate.num_prompts=3",
+    ]
+    config: Config = load_config("tiny", [f"run_dir={tmp_path}", f"evaluate.pairs={pairs}", *sizes])
+    entrants: list[Entrant] = enter(config)[:1]
+
+    def names() -> Names:
+        clips, films = Denoising(config, entrants), Filming(config, entrants)
+        return (
+            {path for _, path in clips.files},
+            {path for _, path in films.files},
+            {path for videos in films.videos for path in videos.values()},
+        )
+
+    return names
+
+
+@pytest.mark.parametrize(
+    ("changed", "are_others"),
+    [
+        ("prophy/sandbox", (True, True, False)),
+        ("evaluation/denoising.py", (True, False, False)),
+        ("evaluation/semantics.py", (False, True, False)),
+        ("prophy/generation", (False, True, True)),
+        ("prophy/nothing", (False, False, False)),
+    ],
+)
+def test_another_code_has_other_files(
+    names_of: Callable[[], Names],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+    are_others: tuple[bool, bool, bool],
+) -> None:
+    before = names_of()
+
+    def edited(*places: Path) -> str:
+        return sources_sha256(*places) + "edited" * any(str(place).endswith(changed) for place in places)
+
+    monkeypatch.setattr(work, "sources_sha256", edited)
+    after = names_of()
+    assert tuple(not ours & theirs for ours, theirs in zip(before, after, strict=True)) == are_others
+
+
+def test_a_contestant_with_encoders_of_its_own_cannot_read_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "find_items", lambda config: [])
+    config = load_config("tiny", [f"run_dir={tmp_path}", "evaluate.clips=cache"])
+    [own, _] = enter(config)
+    assert not Denoising(config, [own]).files
+    other = replace(own, name="other", encoders="others")
+    with pytest.raises(
+        ProPhyError, match="the contestant 'other' of .* has another VAE or text encoder than"
+    ):
+        Denoising(config, [own, other])
+
+
+def test_files_that_would_be_read_otherwise_are_encoded_again(
+    names_of: Callable[[], Names], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = names_of()
+    monkeypatch.setattr(work, "FRAMES_VERSION", "another")
+    after = names_of()
+    assert before[0] - after[0], "the scores of the pair"
+    assert before[0] & after[0] and not before[1] & after[1]
