@@ -204,8 +204,10 @@ def _send(tracker: Tracker, state: _State, root: Path) -> None:
             state.sent[file] = max(row["step"] for row in rows)
 
 
-def _named(row: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name if name == "step" else f"{prefix}{name}": value for name, value in row.items()}
+def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Its numbers, by their names at a tracker."""
+    numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
+    return {name if name == "step" else f"{prefix}{name}": value for name, value in numbers.items()}
 
 
 def _save(state: _State, file: Path) -> None:

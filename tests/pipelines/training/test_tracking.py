@@ -46,7 +46,7 @@ class Server:
             raise ConnectionError("nobody is there")
 
 
-def append(file: Path, steps: Iterable[int], **values: float) -> None:
+def append(file: Path, steps: Iterable[int], **values: float | str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as rows:
         for step in steps:
@@ -70,7 +70,7 @@ def test_each_row_is_sent_once_and_restarts_go_on_in_the_same_run(
     append(root / METRICS_FILE, range(1, 3))  # the checkpoint that a restart goes on from
     with tracking.tracking(config, root):
         append(root / METRICS_FILE, range(3, 8))
-        append(root / EVALUATION_FILE, [4])
+        append(root / EVALUATION_FILE, [4], held_out="hash")
     [rows] = server.runs.values()
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6, 7]
