@@ -25,6 +25,7 @@ from pipelines.training.checkpoint_places import open_checkpoints
 from pipelines.training.checkpoint_store import CheckpointStore
 from pipelines.training.samples import describe_samples
 from pipelines.training.schedule import learning_rate_factor
+from pipelines.training.start import start_folder
 from pipelines.training.tracking import check_trackers, tracking
 from pipelines.training.watcher import evaluating
 from prophy.backbones.pretrained import (
@@ -59,9 +60,9 @@ def run(config: Config) -> Path:
     Raises:
         ProPhyError: no cache, or one that does not fit; workers cannot share its clips as
             `train.sequence_parallel` says; the backbone does not take `train.expert` or `train.noise_levels`;
-            what the run goes on from has another taxonomy; the run folder or `train.checkpoints` belongs to
-            another run, another process trains there, or it cannot be used; a tracker is not installed; or a
-            loss is not finite.
+            what the run goes on from has another taxonomy, or as `start_folder`; the run folder or
+            `train.checkpoints` belongs to another run, another process trains there, or it cannot be used; a
+            tracker is not installed; or a loss is not finite.
     """
     check_trackers(config)
     store = open_checkpoints(config.checkpoints)
@@ -75,6 +76,7 @@ def run(config: Config) -> Path:
     pinned = _at_revision(config, backbone["revision"])
     expert = load_trained_expert(model.family, model.pretrained, backbone["revision"], config.train.expert)
     expert.trained_levels(config.train.noise_levels)
+    start_folder(config.train)
     cache = open_cache(pinned)()
     tell_samples(cache)
     compare_phenomena(pinned, cache)
