@@ -55,7 +55,7 @@ def test_losses_of_other_clips_do_not_compare(
     before, now = cached("b-0", "c-0"), cached("a-0", "b-0", "c-0")
     was, held = (describe_held_out(config, cache) for cache in (before, now))
     assert was != held and held == describe_held_out(config, cached("a-0", "d-0"))
-    rows = [{"step": 5, "loss": 0.01}, {"step": 10, "held_out": was, "loss": 0.1}]
+    rows: list[dict[str, Any]] = [{"step": 5, "loss": 0.01}, {"step": 10, "held_out": was, "loss": 0.1}]
     rows += [{"step": step, "held_out": held, "loss": loss} for step, loss in ((20, 0.5), (30, 0.4))]
     write_rows(tmp_path / EVALUATION_FILE, rows)
     assert best_step(config, before, tmp_path) == 10
