@@ -11,6 +11,8 @@ SAMPLES_FOLDER = "samples"
 TENSORBOARD_FOLDER = "tensorboard"
 STOP_FILE = "stop"
 """In the folder of training: where it lies, the workers save a checkpoint, then leave."""
+BEGUN_FILE = "begun"
+"""There too: where it lies, the workers of this command have begun a step, so there may be one to save."""
 
 CHECKPOINTS = "step-" + 8 * "[0-9]"
 """Glob of the folders of checkpoints; their names sort by step."""

@@ -1,6 +1,6 @@
 """What making and encoding videos takes of a GPU, before a weight is fetched. Reads configurations alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,7 @@ class Footprint:
 def footprint(
     backbone: BackboneConfig,
     vae_config: ModelConfig,
+    cached: tuple[int, int, int],
     *,
     serve: ServeConfig,
     num_transformers: int,
@@ -56,25 +57,30 @@ def footprint(
     token_bytes: int,
     num_physical_blocks: int,
 ) -> Footprint:
-    """Counts it for clips of the configuration's size.
+    """Counts it for videos of the configuration's size.
 
     Args:
         backbone: the configuration.
         vae_config: the VAE's configuration.
+        cached: frames, height and width of the largest clip that is encoded.
         serve: how many GPUs share a served video, and how.
         num_transformers: how many there are.
         num_blocks: blocks of one.
         backbone_parameters: parameters of one, without its branch.
         branch_parameters: parameters of its branch.
-        block_bytes: what the inside of one block keeps for a sample's backward pass, in bfloat16: more than
+        block_bytes: what the inside of one block keeps for a video's backward pass, in bfloat16: more than
             it takes where there is none.
-        token_bytes: the tokens of a sample, in bfloat16.
+        token_bytes: the tokens of a video, in bfloat16.
         num_physical_blocks: their residuals are held until the backbone's blocks take them.
     """
     family = FAMILIES[backbone.family]
     item = getattr(torch, backbone.dtype).itemsize
     passes = 2 if family.guides_in_one_pass and not serve.cfg_parallel else 1
     shape = (backbone.num_frames, backbone.height, backbone.width)
+    vae = vae_cost(family, vae_config, shape, 4 if family.float32_vae else item)
+    if cached != shape:
+        of_clip = vae_cost(family, vae_config, cached, 4 if family.float32_vae else item)
+        vae = replace(vae, encode=of_clip.encode, encode_flops=of_clip.encode_flops)
     weights = backbone_parameters * (1 if backbone.storage_dtype is not None else item)
     branch = branch_parameters * item
     held = num_transformers * (weights + branch)
@@ -85,7 +91,7 @@ def footprint(
         num_transformers=num_transformers,
         transformers=held,
         text_encoder=0 if backbone.offload != "none" else _text_encoder_bytes(backbone, item),
-        vae=vae_cost(family, vae_config, shape, 4 if family.float32_vae else item),
+        vae=vae,
         denoising=passes
         * (block_bytes + (num_physical_blocks + 1) * token_bytes)
         * item

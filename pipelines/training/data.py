@@ -1,13 +1,13 @@
 """The batches of a run: those that it trains on, and those that it only measures. It knows no Ray."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.config import BackboneConfig, Config
 from pipelines.training.samples import held_out, trained_on
-from prophy.backbones.families import FAMILIES, ModelConfig
+from prophy.backbones.families import FAMILIES, Family, ModelConfig
 from prophy.backbones.pretrained import load_configs, takes_images
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
@@ -82,71 +82,104 @@ def clip_shape(backbone: BackboneConfig, num_frames: int, height: int, width: in
     Raises:
         ProPhyError: the VAE or the patches do not fit clips of this length or size.
     """
-    family = FAMILIES[backbone.family]
     vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-    size = family.latent_shape(num_frames, height, width, vae, transformer)
-    return ClipShape(
-        num_frames=num_frames,
-        latents=(family.latent_channels(transformer), *size),
-        token_grid=family.token_grid(size, transformer),
-    )
+    return _shape_of(FAMILIES[backbone.family], vae, transformer, (num_frames, height, width))
 
 
 def clip_shapes(config: Config) -> list[ClipShape]:
     """Every shape that a clip of this run may have."""
     backbone = config.backbone
-    return [
-        clip_shape(backbone, num_frames, height, width)
+    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    return [*shapes_by_clip(config, vae, transformer).values()]
+
+
+def shapes_by_clip(
+    config: Config, vae: ModelConfig, transformer: ModelConfig
+) -> dict[tuple[int, int, int], ClipShape]:
+    """Every shape that a clip of this run may have, by its frames, height and width in pixels.
+
+    Args:
+        config: the run's.
+        vae: the VAE's configuration.
+        transformer: the transformer's.
+
+    Raises:
+        ProPhyError: as `clip_shape`.
+    """
+    family = FAMILIES[config.backbone.family]
+    clips = [
+        (num_frames, *frame_shape)
         for _, num_frames in config.clip_lengths
-        for height, width in backbone.frame_shapes
+        for frame_shape in config.backbone.frame_shapes
     ]
+    return {clip: _shape_of(family, vae, transformer, clip) for clip in clips}
+
+
+def _shape_of(
+    family: Family, vae: ModelConfig, transformer: ModelConfig, clip: tuple[int, int, int]
+) -> ClipShape:
+    size = family.latent_shape(*clip, vae, transformer)
+    return ClipShape(
+        num_frames=clip[0],
+        latents=(family.latent_channels(transformer), *size),
+        token_grid=family.token_grid(size, transformer),
+    )
 
 
 def check_sharing(config: Config) -> None:
     """Checks that `train.sequence_parallel` workers can share every clip of a run.
 
     Raises:
-        ProPhyError: as `sharing_sizes`; or blocks shall be compiled, and torch.compile cannot trace the
-            backward pass of diffusers' attention among processes.
+        ProPhyError: as `sharing_sizes`.
     """
-    backbone, number = config.backbone, config.train.sequence_parallel
-    if number > 1 and backbone.compile != "none":
-        raise ProPhyError(
-            f"backbone.compile is {backbone.compile!r}, and attention that workers share "
-            f"(train.sequence_parallel, {number}) cannot be compiled; set one to 'none', or the other to 1"
-        )
-    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-    sharing_sizes(config, transformer, [prod(shape.token_grid) for shape in clip_shapes(config)])
+    backbone = config.backbone
+    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    sharing_sizes(config, transformer, shapes_by_clip(config, vae, transformer))
 
 
-def sharing_sizes(config: Config, transformer: ModelConfig, token_counts: Iterable[int]) -> list[int]:
+def sharing_sizes(
+    config: Config, transformer: ModelConfig, shapes: Mapping[tuple[int, int, int], ClipShape]
+) -> list[int]:
     """How many workers may share a clip: divisors of `train.num_workers`, 1 the first.
 
     Args:
         config: the run's.
         transformer: the backbone's configuration.
-        token_counts: N of each shape of clip.
+        shapes: see `shapes_by_clip`.
 
     Raises:
-        ProPhyError: `train.sequence_parallel` is none of them.
+        ProPhyError: `train.sequence_parallel` is none of them; or blocks shall be compiled, and torch.compile
+            cannot trace the backward pass of diffusers' attention among processes.
     """
-    train, family = config.train, FAMILIES[config.backbone.family]
-    length = config.backbone.max_sequence_length
-    reasons = {
-        size: next(
-            filter(None, (family.unshareable(size, count, length, transformer) for count in token_counts)),
-            None,
-        )
-        for size in range(1, train.num_workers + 1)
-        if train.num_workers % size == 0
-    }
-    sizes = [size for size, reason in reasons.items() if reason is None]
-    if reason := reasons[train.sequence_parallel]:
+    train, backbone, wanted = config.train, config.backbone, config.train.sequence_parallel
+    compiled = backbone.compile != "none"
+    if wanted > 1 and compiled:
         raise ProPhyError(
-            f"train.sequence_parallel is {train.sequence_parallel}, and so many workers {reason}; set it to "
-            f"{' or '.join(map(str, sizes))}"
+            f"backbone.compile is {backbone.compile!r}, and attention that workers share "
+            f"(train.sequence_parallel, {wanted}) cannot be compiled; set one to 'none', or the other to 1"
         )
-    return sizes
+    family, length = FAMILIES[backbone.family], backbone.max_sequence_length
+    counts = {clip: prod(shape.token_grid) for clip, shape in shapes.items()}
+    divisors = [size for size in range(1, train.num_workers + 1) if train.num_workers % size == 0]
+    sizes = [
+        size
+        for size in divisors
+        if not any(family.unshareable(size, count, length, transformer) for count in counts.values())
+    ]
+    if wanted not in sizes:
+        refused = f"train.sequence_parallel is {wanted}, and so many workers"
+        mend = f"set it to {' or '.join(map(str, sizes))}"
+        if reason := family.unshareable(wanted, 0, length, transformer):  # whatever the clip
+            raise ProPhyError(f"{refused} {reason}; {mend}")
+        odd = {clip: count for clip, count in counts.items() if count % wanted}
+        (num_frames, height, width), count = next(iter(odd.items()))
+        key = "height and backbone.width" if backbone.aspect_buckets is None else "aspect_buckets"
+        names = ", ".join(dict.fromkeys(f"{height}x{width}" for _, height, width in odd))
+        raise ProPhyError(
+            f"{refused} cannot share out the {count} tokens of a clip of {num_frames} frames of "
+            f"{height}x{width}; {mend}, or change {names} in backbone.{key}"
+        )
+    return [1] if compiled else sizes
 
 
 def image_share(config: Config) -> float:

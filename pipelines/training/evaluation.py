@@ -22,6 +22,7 @@ from pipelines.training.checkpoint_places import open_checkpoints
 from pipelines.training.data import build_held_out_dataset
 from pipelines.training.export import export_branch
 from pipelines.training.metrics import mean_losses, total_loss
+from pipelines.training.samples import describe_held_out
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.loading import load_pipeline
 from prophy.backbones.placement import Placement
@@ -53,6 +54,7 @@ def evaluate(config: Config, cache: PriorCache, root: Path, step: int) -> None:
         with open_checkpoints(config.checkpoints).open(step) as checkpoint:
             export_branch(checkpoint, model)
         losses = held_out_losses(config, cache, model) if train.num_held_out else {}
+        held = describe_held_out(config, cache)
         for name, value in losses.items():
             board.add_scalar(name, value, step)
         if train.sample_prompts:
@@ -60,7 +62,8 @@ def evaluate(config: Config, cache: PriorCache, root: Path, step: int) -> None:
             for index, sheet in enumerate(_make_samples(config, model, folder)):
                 board.add_image(f"sample/{index}", sheet, step, dataformats="HWC")
     with (root / EVALUATION_FILE).open("a") as file:
-        file.write(json.dumps({"step": step, **losses}) + "\n")
+        clips = {} if held is None else {"held_out": held}
+        file.write(json.dumps({"step": step, **clips, **losses}) + "\n")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipelines.config import Config, TrainConfig
-from pipelines.layout import STOP_FILE, RunFolder
+from pipelines.layout import BEGUN_FILE, STOP_FILE, RunFolder
 from pipelines.metrics import TrainingMetrics
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.checkpoint_places import open_checkpoints
@@ -113,6 +113,8 @@ def _train(loop_config: dict[str, Any]) -> None:
 
     saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, begin)
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
+        if rank == 0 and step == first_step + 1:
+            (root / BEGUN_FILE).touch()
         outputs, learning_rate = [], set_learning_rate(engine, train)
         load, later = None, [batch.to(device) for batch in batches[1:]]
         for index, batch in enumerate(batches):

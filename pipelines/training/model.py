@@ -19,6 +19,7 @@ from pipelines.config import Config
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.data import clip_shape
 from pipelines.training.saving import EveryRankError
+from pipelines.training.start import start_folder
 from prophy.backbones.families import FAMILIES
 from prophy.backbones.pretrained import (
     check_checkpoint,
@@ -31,10 +32,8 @@ from prophy.device import default_device, has_bfloat16
 from prophy.errors import ProPhyError
 from prophy.models.acceleration import accelerate, checkpoint_but_attention
 from prophy.models.checkpoint import BranchCheckpoint, load_branch
-from prophy.models.description import branches_in
 from prophy.models.physics_config import BranchConfig, PhysicsConfig
 from prophy.models.physics_transformer import PhysicsTransformer
-from prophy.models.stored import local_folder
 from prophy.models.weights import WeightFiles, empty_model, fill, keep
 from prophy.training.module import ProPhyTrainModule
 
@@ -58,15 +57,17 @@ def build_module(
         place: see `fill`.
 
     Raises:
-        ProPhyError: the branch to start from is of another backbone, or of another shape; the checkpoint
-            holds other parameters; or `train.expert` or `train.noise_levels` does not fit the backbone.
+        ProPhyError: the branch to start from is of another backbone, or of another shape, or as
+            `start_folder`; the checkpoint holds other parameters; or `train.expert` or `train.noise_levels`
+            does not fit the backbone.
     """
     backbone, train = config.backbone, config.train
     expert = load_trained_expert(backbone.family, backbone.pretrained, backbone.revision, train.expert)
     parts = ["model_index.json", "scheduler/*", f"{expert.component}/*"]
     folder = download(backbone.pretrained, backbone.revision, parts)
     transformer = _empty_transformer(config, phenomena, expert.component)
-    start = None if train.start_from is None else _start(config, phenomena, local_folder(train.start_from))
+    branch = start_folder(train)
+    start = None if branch is None else _start(config, phenomena, branch)
     module = ProPhyTrainModule(
         transformer,
         FAMILIES[backbone.family]
@@ -148,21 +149,14 @@ def _empty_transformer(config: Config, phenomena: Sequence[str], component: str)
 
 
 def _start(config: Config, phenomena: Sequence[str], folder: Path) -> BranchCheckpoint:
-    """The trained branch that a run goes on from.
+    """The trained branch that a run goes on from, which lies in `folder`.
 
     Raises:
-        ProPhyError: it is of another backbone, transformer or shape, or the backbone was trained in another
-            way.
+        ProPhyError: it is of another backbone or shape, or has another adapter.
     """
     train = config.train
     check_checkpoint(folder, config.backbone.pretrained, config.backbone.revision)
-    branches = branches_in(folder)
-    if train.expert not in branches:
-        raise ProPhyError(
-            f"the branch in {folder} was trained on {' and '.join(map(str, branches))}, and train.expert is "
-            f"{train.expert}; make them equal, or set train.start_from=null for a new branch"
-        )
-    start = load_branch(branches[train.expert])
+    start = load_branch(folder)
     theirs = BranchConfig.read(start.physics).model_dump()
     ours = _branch_of(config, phenomena).model_dump()
     if start.lora is not None:

@@ -4,6 +4,7 @@ Parameters are counted on the meta device.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from rich import box
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from pipelines.config import Config, TrainConfig
 from pipelines.generation.footprint import Footprint, footprint
-from pipelines.training.data import sharing_sizes
+from pipelines.training.data import shapes_by_clip, sharing_sizes
 from pipelines.training.model import branch_config
 from pipelines.training.states import Memory, ModelSize, model_states
 from pipelines.training.ways import SHOWN, WAYS, Way
@@ -37,7 +38,8 @@ class Plan:
     Attributes:
         train: the configuration.
         size: the model's.
-        num_tokens: tokens of a sample in the transformer.
+        clip: frames, height and width of the largest sample, which all is counted of.
+        num_tokens: its tokens in the transformer.
         text_length: tokens of the text encoder.
         flops: operations of a step, over all GPUs.
         routing_flops: those of them by which load balancing knows ahead what later micro-batches choose.
@@ -52,6 +54,7 @@ class Plan:
 
     train: TrainConfig
     size: ModelSize
+    clip: tuple[int, int, int]
     num_tokens: int
     text_length: int
     flops: int
@@ -105,12 +108,8 @@ class Plan:
         """The fastest way that fits into `gpu_memory` bytes; None if none does."""
         sizes = [size for size in self.sharing_sizes if self.train.sequence_parallel <= size]
         near = [size for size in sizes if size <= max(_GPUS_OF_A_NODE, self.train.sequence_parallel)]
-        ways = [
-            replace(way, sequence_parallel=size)
-            for size in near
-            for way in WAYS
-            if way.zero_stage in self.zero_stages
-        ]
+        ways = [replace(way, sequence_parallel=size) for size in near for way in WAYS]
+        ways = [way for way in ways if way.fits(self.train)]
         ways.sort(key=lambda way: way.offload != "none")
         return next((way for way in ways if self.total(way) <= USABLE * gpu_memory), None)
 
@@ -120,17 +119,18 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
 
     Raises:
         ProPhyError: backbone or VLM is neither a published one nor a folder, and the hub cannot be reached;
-            `train.expert` or `train.noise_levels` does not fit it, or `train.sequence_parallel` GPUs cannot
-            share a sample.
+            `train.expert` or `train.noise_levels` does not fit it; its VAE or patches do not fit a shape of
+            clips; or `train.sequence_parallel` GPUs cannot share a sample.
     """
     plan, console = make_plan(config), Console()
-    clip, train, size, gpu_memory = config.backbone, plan.train, plan.size, gpu_memory_gb * 1e9
+    train, size, gpu_memory = plan.train, plan.size, gpu_memory_gb * 1e9
+    num_frames, height, width = plan.clip
     shared = "" if train.sequence_parallel == 1 else f", each {train.sequence_parallel} of which share them,"
     console.print(
-        f"{clip.pretrained}: {_billions(size.backbone)} parameters, and {_billions(size.branch)} of the "
-        f"branch; {_billions(size.trained)} are trained\n"
-        f"a sample of {clip.num_frames} frames of {clip.height}x{clip.width} has {plan.num_tokens:,} tokens, "
-        f"and {plan.text_length} of text\n"
+        f"{config.backbone.pretrained}: {_billions(size.backbone)} parameters, and {_billions(size.branch)} "
+        f"of the branch; {_billions(size.trained)} are trained\n"
+        f"the largest sample, {num_frames} frames of {height}x{width}, has {plan.num_tokens:,} tokens, "
+        f"and {plan.text_length} of text; all are counted as that\n"
         f"a step of {train.global_batch_size} samples, {train.gradient_accumulation_steps} micro-batches of "
         f"{train.micro_batch_size} on each of {train.num_workers} GPUs{shared}, takes "
         f"{plan.flops / 1e15:.3g} PFLOP: "
@@ -145,7 +145,7 @@ def run(config: Config, gpu_memory_gb: float, price: float | None = None) -> Non
     if way is None:
         console.print("nothing fits: take more GPUs or larger ones, smaller clips, or fewer physics_layers")
     else:
-        console.print(f"advice: {way.overrides}", highlight=False, soft_wrap=True)
+        console.print(f"advice: {way.overrides(train)}", highlight=False, soft_wrap=True)
         days = train.num_steps * plan.seconds(way.gradient_checkpointing) / 86400
         hours = 24 * days * train.num_workers
         if way.sequence_parallel > 1:
@@ -223,12 +223,15 @@ def make_plan(config: Config) -> Plan:
     backbone, train = config.backbone, config.train
     family = FAMILIES[backbone.family]
     pipeline_config, vae, transformer_config = _configs(config)
-    latents = family.latent_shape(
+    served = family.latent_shape(
         backbone.num_frames, backbone.height, backbone.width, vae, transformer_config
     )
-    physics = branch_config(config.physics, latents, load_taxonomy(config.taxonomy).names)
-    t, h, w = family.token_grid(latents, transformer_config)
-    sizes = sharing_sizes(config, transformer_config, [t * h * w])
+    num_served = prod(family.token_grid(served, transformer_config))
+    physics = branch_config(config.physics, served, load_taxonomy(config.taxonomy).names)
+    shapes = shapes_by_clip(config, vae, transformer_config)
+    sizes = sharing_sizes(config, transformer_config, shapes)
+    clip, largest = max(shapes.items(), key=lambda item: prod(item[1].token_grid))
+    num_tokens, latents = prod(largest.token_grid), largest.latents[1:]
     with torch.device("meta"):
         transformer = family.classes().prophy_transformer.from_config(
             {**transformer_config, "physics": physics.model_dump(mode="json")}
@@ -236,11 +239,10 @@ def make_plan(config: Config) -> Plan:
     if train.backbone == "lora":
         transformer.add_lora(train.lora_rank, train.lora_alpha)
     transformer.train_backbone(train.backbone)
-    shape = (family.latent_channels(transformer.config), *latents)
     text = family.text(transformer.config, backbone.max_sequence_length)
     text |= family.image(transformer.config, latents)
-    timestep = (t * h * w,) if family.images(pipeline_config, transformer_config) == "first_latent" else ()
-    work = (transformer, train.micro_batch_size, shape, text, timestep)
+    timestep = (num_tokens,) if family.images(pipeline_config, transformer_config) == "first_latent" else ()
+    work = (transformer, train.micro_batch_size, largest.latents, text, timestep)
     routing_flops = 0
     if transformer.physics_branch.refinement is not None and train.gradient_accumulation_steps > 1:
         ahead = (train.gradient_accumulation_steps - 1) * train.data_parallel_size
@@ -250,20 +252,21 @@ def make_plan(config: Config) -> Plan:
     saved = kept * (2 if train.precision == "fp32" else 1)
     # Autocast keeps a copy of each trained weight until the forward pass ends, or is saved for the backward.
     copies = size.trained * (0 if train.precision == "fp32" else torch.bfloat16.itemsize)
-    checkpointed = _checkpointed(transformer, saved, t * h * w, train)
+    checkpointed = _checkpointed(transformer, saved, num_tokens, train)
     micro_batches = train.gradient_accumulation_steps * train.data_parallel_size
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     num_physical = len(transformer.physics_branch.blocks)
     blocks = transformer.config.num_layers + num_physical
-    attended = t * h * w + (backbone.max_sequence_length if family.has_text_stream else 0)
+    attended = num_tokens + (backbone.max_sequence_length if family.has_text_stream else 0)
     item = 4 if train.precision == "fp32" else 2
     recomputed = count_forward_flops(*work)
     if train.keep_attention:  # scores, and the sums of values
-        recomputed -= blocks * 4 * train.micro_batch_size * (t * h * w) ** 2 * width
+        recomputed -= blocks * 4 * train.micro_batch_size * num_tokens**2 * width
     return Plan(
         train=train,
         size=size,
-        num_tokens=t * h * w,
+        clip=clip,
+        num_tokens=num_tokens,
         text_length=backbone.max_sequence_length,
         flops=count_flops(*work) * micro_batches + routing_flops,
         routing_flops=routing_flops,
@@ -275,13 +278,14 @@ def make_plan(config: Config) -> Plan:
         footprint=footprint(
             backbone,
             vae,
+            clip,
             serve=config.serve,
             num_transformers=len(family.experts(pipeline_config)),
             num_blocks=transformer.config.num_layers,
             backbone_parameters=size.backbone,
             branch_parameters=size.branch,
-            block_bytes=kept // blocks // train.micro_batch_size,
-            token_bytes=t * h * w * width * torch.bfloat16.itemsize,
+            block_bytes=kept * num_served // num_tokens // blocks // train.micro_batch_size,
+            token_bytes=num_served * width * torch.bfloat16.itemsize,
             num_physical_blocks=num_physical,
         ),
     )

@@ -18,8 +18,14 @@ def trained_on(config: Config, cache: PriorCache) -> pa.Array:
 def describe_samples(config: Config, cache: PriorCache) -> dict[str, int | str]:
     """Number and sha256 of the ids of the samples that a run trains on: they decide what each step draws."""
     sample_ids = trained_on(config, cache)
-    [lines] = pc.binary_join(pa.ListArray.from_arrays([0, len(sample_ids)], sample_ids), "\n")
-    return {"number": len(sample_ids), "sha256": hashlib.sha256(lines.as_buffer()).hexdigest()}
+    return {"number": len(sample_ids), "sha256": _sha256(sample_ids)}
+
+
+def describe_held_out(config: Config, cache: PriorCache) -> str | None:
+    """sha256 of the ids of the samples that are held out, if any are: losses of others do not compare."""
+    if not config.train.num_held_out:
+        return None
+    return _sha256(held_out(cache.sample_ids, config.train.num_held_out))
 
 
 def held_out(sample_ids: pa.Array, num_videos: int) -> pa.Array:
@@ -34,6 +40,11 @@ def held_out(sample_ids: pa.Array, num_videos: int) -> pa.Array:
 def held_out_videos(config: Config, cache: PriorCache) -> list[str]:
     """The names of the videos that a run holds out."""
     return videos_of(held_out(cache.sample_ids, config.train.num_held_out)).unique().to_pylist()
+
+
+def _sha256(sample_ids: pa.Array) -> str:
+    [lines] = pc.binary_join(pa.ListArray.from_arrays([0, len(sample_ids)], sample_ids), "\n")
+    return hashlib.sha256(lines.as_buffer()).hexdigest()
 
 
 def videos_of(sample_ids: pa.Array) -> pa.Array:

@@ -31,6 +31,7 @@ _SECTIONS = {"backbone", "vlm", "physics", "train"}
 _FILES = {METRICS_FILE: "", EVALUATION_FILE: "evaluation/"}
 """Files of rows, and what their names of metrics begin with at a tracker."""
 _METRICS_AT_ONCE = 1000  # of MLflow's server
+_PARAMETERS_AT_ONCE = 100
 
 
 class Tracker(Protocol):
@@ -41,6 +42,9 @@ class Tracker(Protocol):
     """
 
     run_id: str
+
+    def describe(self, config: Config) -> None:
+        """Sends the configuration, where the run was not made with it."""
 
     def log(self, rows: list[dict[str, float]]) -> None:
         """Sends rows of `step` and metrics."""
@@ -55,10 +59,12 @@ class _State:
 
     Attributes:
         run_id: what the tracker calls the run.
+        described: whether it took the configuration.
         sent: the last step of each file that it took.
     """
 
     run_id: str | None = None
+    described: bool = False
     sent: dict[str, int] = field(default_factory=dict)
 
 
@@ -79,6 +85,9 @@ class WandbRun:
         )
         self._run.define_metric("*", step_metric="step")
 
+    def describe(self, config: Config) -> None:
+        """See `Tracker`."""
+
     def log(self, rows: list[dict[str, float]]) -> None:
         """See `Tracker`."""
         for row in rows:
@@ -94,19 +103,26 @@ class MlflowRun:
 
     def __init__(self, config: Config, root: Path, run_id: str | None) -> None:
         mlflow: Any = import_module("mlflow")
-        self._metric = mlflow.entities.Metric
+        self._metric, self._parameter = mlflow.entities.Metric, mlflow.entities.Param
         self._client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
         if run_id is None:
             name = config.train.tracking_project
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             self.run_id: str = self._client.create_run(experiment, run_name=config.run_dir.name).info.run_id
-            for section, values in config.model_dump(mode="json", include=_SECTIONS).items():
-                for key, value in values.items():
-                    self._client.log_param(self.run_id, f"{section}.{key}", value)
         else:
             self.run_id = run_id
             self._client.update_run(run_id, status="RUNNING")
+
+    def describe(self, config: Config) -> None:
+        """See `Tracker`."""
+        parameters = [
+            self._parameter(f"{section}.{key}", str(value))
+            for section, values in config.model_dump(mode="json", include=_SECTIONS).items()
+            for key, value in values.items()
+        ]
+        for start in range(0, len(parameters), _PARAMETERS_AT_ONCE):
+            self._client.log_batch(self.run_id, params=parameters[start : start + _PARAMETERS_AT_ONCE])
 
     def log(self, rows: list[dict[str, float]]) -> None:
         """See `Tracker`."""
@@ -174,9 +190,16 @@ def tracking(config: Config, root: Path) -> Iterator[None]:
 
 def _follow(name: str, config: Config, root: Path, ended: threading.Event) -> None:
     file = root / f"{name}.json"
-    state = _State(**json.loads(file.read_text())) if file.exists() else _State()
+    # A state of before does not say it: it was written once the configuration was sent.
+    state = _State(**{"described": True, **json.loads(file.read_text())}) if file.exists() else _State()
     tracker: Tracker | None = None
-    told, over = "", False
+    told, over = set[str](), False
+
+    def tell(error: Exception, what: str) -> None:
+        if (said := f"{name} does not take {what}: {' '.join(str(error).split())}") not in told:
+            told.add(said)
+            logger.warning("%s", said)
+
     while not over:
         over = ended.wait(LOOK_EVERY_S)  # then one last look
         try:
@@ -184,15 +207,19 @@ def _follow(name: str, config: Config, root: Path, ended: threading.Event) -> No
                 tracker = _TRACKERS[name](config, root, state.run_id)
                 state.run_id = tracker.run_id
                 _save(state, file)
+            try:
+                if not state.described:
+                    tracker.describe(config)
+                    state.described = True
+            except Exception as error:  # it may refuse a value, and take the metrics
+                tell(error, "the configuration")
             _send(tracker, state, root)
             _save(state, file)
             if over:
                 tracker.close()
         except Exception as error:  # of a network, a server, a key: no reason to end a training
             tracker = None
-            if (reason := " ".join(str(error).split())) != told:
-                told = reason
-                logger.warning("%s does not take the metrics, which stay in %s: %s", name, root, reason)
+            tell(error, f"the metrics, which stay in {root}")
 
 
 def _send(tracker: Tracker, state: _State, root: Path) -> None:
@@ -204,8 +231,10 @@ def _send(tracker: Tracker, state: _State, root: Path) -> None:
             state.sent[file] = max(row["step"] for row in rows)
 
 
-def _named(row: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name if name == "step" else f"{prefix}{name}": value for name, value in row.items()}
+def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Its numbers, by their names at a tracker."""
+    numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
+    return {name if name == "step" else f"{prefix}{name}": value for name, value in numbers.items()}
 
 
 def _save(state: _State, file: Path) -> None:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from pipelines.caching.cache import open_cache
 from pipelines.config import Config
-from pipelines.layout import STOP_FILE, RunFolder
+from pipelines.layout import BEGUN_FILE, STOP_FILE, RunFolder
 from pipelines.resources import needs_of, room_for
 from pipelines.runtime import open_run, ray_session
 from pipelines.training.checkpoint import Checkpoint, DamagedError
@@ -25,6 +25,7 @@ from pipelines.training.checkpoint_places import open_checkpoints
 from pipelines.training.checkpoint_store import CheckpointStore
 from pipelines.training.samples import describe_samples
 from pipelines.training.schedule import learning_rate_factor
+from pipelines.training.start import start_folder
 from pipelines.training.tracking import check_trackers, tracking
 from pipelines.training.watcher import evaluating
 from prophy.backbones.pretrained import (
@@ -51,7 +52,8 @@ _VISIBLE_WITHIN_S = 120.0  # a shared file system may show what another node wro
 def run(config: Config) -> Path:
     """Trains to `train.num_steps`, from the last checkpoint if there is one.
 
-    SIGTERM saves what the last whole step made, then ends the process.
+    SIGTERM saves what the last whole step made, then ends the process: at once before the first step of this
+    command, and where it comes again.
 
     Returns:
         Folder of the trained branch.
@@ -59,9 +61,9 @@ def run(config: Config) -> Path:
     Raises:
         ProPhyError: no cache, or one that does not fit; workers cannot share its clips as
             `train.sequence_parallel` says; the backbone does not take `train.expert` or `train.noise_levels`;
-            what the run goes on from has another taxonomy; the run folder or `train.checkpoints` belongs to
-            another run, another process trains there, or it cannot be used; a tracker is not installed; or a
-            loss is not finite.
+            what the run goes on from has another taxonomy, or as `start_folder`; the run folder or
+            `train.checkpoints` belongs to another run, another process trains there, or it cannot be used; a
+            tracker is not installed; or a loss is not finite.
     """
     check_trackers(config)
     store = open_checkpoints(config.checkpoints)
@@ -75,6 +77,7 @@ def run(config: Config) -> Path:
     pinned = _at_revision(config, backbone["revision"])
     expert = load_trained_expert(model.family, model.pretrained, backbone["revision"], config.train.expert)
     expert.trained_levels(config.train.noise_levels)
+    start_folder(config.train)
     cache = open_cache(pinned)()
     tell_samples(cache)
     compare_phenomena(pinned, cache)
@@ -87,7 +90,8 @@ def run(config: Config) -> Path:
     _ = build_dataset(pinned, cache, rank=0)[0]
     places = RunFolder(config.run_dir)
     root = places.training
-    with alone(root), nullcontext() if config.train.checkpoints is None else store.alone():
+    lease = nullcontext() if config.train.checkpoints is None else store.alone()
+    with alone(root), obeying_sigterm(root / STOP_FILE), lease:
         open_run(config, "train")
         step = store.set_damaged_aside()  # before one of them is evaluated
         with ray_session(config), tracking(pinned, root), evaluating(pinned, cache, root):
@@ -164,18 +168,57 @@ def _fit(trainer: "TorchTrainer", stop: Path) -> int | None:
         ProPhyError: what the user must mend.
         SystemExit: after SIGTERM.
     """
-    stop.unlink(missing_ok=True)
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.touch())
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train V1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        stop.with_name(BEGUN_FILE).unlink(missing_ok=True)
     if isinstance(outcome, str):
         raise ProPhyError(outcome)
     if stop.exists():
         logger.info("stopped on SIGTERM; the same command goes on")
         raise SystemExit(128 + signal.SIGTERM)
     return outcome
+
+
+@contextmanager
+def obeying_sigterm(stop: Path) -> Iterator[None]:
+    """Ends the block on SIGTERM: at once, unless the workers have begun a step; then these save it first.
+
+    A second SIGTERM does not wait for them, and a third one for nothing.
+
+    Args:
+        stop: the file that tells the workers.
+
+    Raises:
+        SystemExit: on SIGTERM.
+    """
+    begun, ended = stop.with_name(BEGUN_FILE), False
+    for file in (stop, begun):
+        file.unlink(missing_ok=True)
+
+    def on_sigterm(*_: object) -> None:
+        nonlocal ended
+        if begun.exists() and not stop.exists():
+            stop.touch()
+            logger.info(
+                "SIGTERM: waits until the workers have ended the step at work and saved it, and where they "
+                "wait for room, until they have it; a second SIGTERM ends this at once"
+            )
+            return
+        ended = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        logger.info("SIGTERM: ends at once; the same command goes on from the last checkpoint")
+        raise KeyboardInterrupt  # Ray lets it through where it waits
+
+    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not ended:
+            raise
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _wait_for(step: int, store: CheckpointStore) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -16,6 +17,7 @@ from pipelines.config import Config
 from pipelines.layout import EVALUATION_FILE
 from pipelines.training.checkpoint_places import open_checkpoints
 from pipelines.training.json_lines import read_rows, write_rows
+from pipelines.training.samples import describe_held_out
 from prophy.errors import ProPhyError
 from prophy.training.cache import PriorCache
 
@@ -42,7 +44,16 @@ def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
     ended, failed = threading.Event(), threading.Event()
     rows = read_rows(root / EVALUATION_FILE)
     write_rows(root / EVALUATION_FILE, rows)  # without a line that a kill cut short
-    steps, best = {row["step"] for row in rows}, best_step(config, root)
+    comparable = comparable_rows(config, cache, root)
+    if len(comparable) < len(rows):
+        logger.warning(
+            "%d of the %d rows in %s are of other held-out clips than the cache now has, or do not say of "
+            "which: the best checkpoint is looked for among the others, and what is measured from here on",
+            len(rows) - len(comparable),
+            len(rows),
+            root / EVALUATION_FILE,
+        )
+    steps, best = {row["step"] for row in comparable}, best_step(config, cache, root)
     open_checkpoints(config.checkpoints).pin(best=best)  # what a killed run was evaluating may go
     arguments = (config, cache, root, steps, best, ended, failed)
     watcher = threading.Thread(target=_watch, args=arguments, daemon=True)
@@ -56,12 +67,24 @@ def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
         raise
 
 
-def best_step(config: Config, root: Path) -> int | None:
-    """Step of the checkpoint with the lowest held-out loss (Eq. 6) of those that are still there, if any."""
+def comparable_rows(config: Config, cache: PriorCache, root: Path) -> list[dict[str, Any]]:
+    """The rows of `evaluation.jsonl` that are of the clips that are held out now.
+
+    The first ones did not say of which they are: those count only where no clips are held out.
+    """
+    held = describe_held_out(config, cache)
+    return [row for row in read_rows(root / EVALUATION_FILE) if row.get("held_out") == held]
+
+
+def best_step(config: Config, cache: PriorCache, root: Path) -> int | None:
+    """Step of the checkpoint with the lowest held-out loss (Eq. 6) of those that are still there, if any.
+
+    Losses of other clips than those that are held out now do not count.
+    """
     if not config.train.keep_best:
         return None
     steps = set(open_checkpoints(config.checkpoints).committed())
-    rows = [row for row in read_rows(root / EVALUATION_FILE) if row["step"] in steps and "loss" in row]
+    rows = [row for row in comparable_rows(config, cache, root) if row["step"] in steps and "loss" in row]
     best = min((row for row in rows if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
     return None if best is None else best["step"]
 
@@ -93,7 +116,7 @@ def _watch(
                 logger.info("evaluating step %d, as soon as there are the resources", step)
                 try:
                     ray.get(task.remote(config, cache, root, step))
-                    best = best_step(config, root)
+                    best = best_step(config, cache, root)
                     kept = "; its held-out loss is the lowest so far" if step == best else ""
                     logger.info("evaluated step %d: %s%s", step, root, kept)
                 except Exception as error:

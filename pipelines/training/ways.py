@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
+from pipelines.config import TrainConfig
+
 
 @dataclass(frozen=True)
 class Way:
@@ -12,16 +16,33 @@ class Way:
     gradient_checkpointing: bool
     sequence_parallel: int = 1
 
-    @property
-    def overrides(self) -> str:
-        """The arguments of `prophy train`."""
-        keys = {
+    def keys(self, train: TrainConfig) -> dict[str, int | str | bool]:
+        """What it sets of the section `train` of a configuration."""
+        keys: dict[str, int | str | bool] = {
             "zero_stage": self.zero_stage,
             "offload": self.offload,
-            "gradient_checkpointing": str(self.gradient_checkpointing).lower(),
+            "gradient_checkpointing": self.gradient_checkpointing,
         }
+        if train.keep_attention and not self.gradient_checkpointing:
+            keys["keep_attention"] = False
         if self.sequence_parallel > 1:
             keys["sequence_parallel"] = self.sequence_parallel
+        return keys
+
+    def fits(self, train: TrainConfig) -> bool:
+        """Whether the other keys of this configuration go with it."""
+        try:
+            TrainConfig.model_validate(train.model_dump() | self.keys(train))
+        except ValidationError:
+            return False
+        return True
+
+    def overrides(self, train: TrainConfig) -> str:
+        """The arguments of `prophy train` with this configuration."""
+        keys = {
+            key: str(value).lower() if isinstance(value, bool) else value
+            for key, value in self.keys(train).items()
+        }
         return " ".join(f"--set train.{key}={value}" for key, value in keys.items())
 
 

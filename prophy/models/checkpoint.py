@@ -15,12 +15,11 @@ from diffusers import ModelMixin
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
-from prophy.models.description import DESCRIPTION, describe
+from prophy.models.description import BACKBONE, DESCRIPTION, describe
 from prophy.models.physics_transformer import BRANCH, PhysicsTransformer
 
 _WEIGHTS = "physics_branch{suffix}.safetensors"  # the suffix is empty where one file holds all
 _ADAPTER = "pytorch_lora_weights{suffix}.safetensors"
-_BACKBONE = "backbone{suffix}.safetensors"
 _MAX_FILE = 5_000_000_000  # bytes
 
 
@@ -92,14 +91,14 @@ def write_branch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Each name in the file, and what it is called in the model.
-    names: dict[str, dict[str, str]] = {_WEIGHTS: {}, _ADAPTER: {}, _BACKBONE: {}}
+    names: dict[str, dict[str, str]] = {_WEIGHTS: {}, _ADAPTER: {}, BACKBONE: {}}
     for name in shapes:
         if name.startswith(BRANCH):
             names[_WEIGHTS][name.removeprefix(BRANCH)] = name
         elif "lora_" in name:
             names[_ADAPTER]["transformer." + name.replace(".default.", ".")] = name
         else:
-            names[_BACKBONE][name] = name
+            names[BACKBONE][name] = name
     for pattern, own in names.items():
         if own:
             sizes = {key: shapes[name] for key, name in own.items()}
@@ -154,7 +153,7 @@ def load_branch(folder: Path) -> BranchCheckpoint:
         for name, value in load_file(file).items():
             own = name.removeprefix("transformer.").removesuffix(".weight")
             state_dict[f"{own}.default.weight"] = value
-    for file in _files(folder, _BACKBONE):
+    for file in _files(folder, BACKBONE):
         state_dict |= load_file(file)
     return BranchCheckpoint(**description, state_dict=state_dict)
 

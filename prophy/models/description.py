@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from prophy.errors import ProPhyError
 
 DESCRIPTION = "physics_branch.json"
+BACKBONE = "backbone{suffix}.safetensors"  # the suffix is empty where one file holds all
 ExpertName = Literal["high_noise", "low_noise"]
 """Which transformer of a backbone with two: each is for a range of noise."""
 
@@ -70,6 +71,11 @@ def trained_on(folder: Path) -> dict[str, str | None]:
         ProPhyError: the folder holds no such branch.
     """
     return describe(folder)["backbone"]
+
+
+def has_backbone(folder: Path) -> bool:
+    """Whether the backbone was trained too, beside the branch in `folder`, where it then lies."""
+    return any(folder.glob(BACKBONE.format(suffix="*")))
 
 
 def phenomena_of(folder: Path) -> list[str]:

@@ -42,9 +42,10 @@ class FlowMatching:
     def timesteps(self, quantile: torch.Tensor) -> torch.Tensor:
         """Quantiles `[B]` in (0, 1) of the timestep's distribution -> timesteps `[B]`."""
         low, high = self._quantiles
-        sigma = torch.special.ndtri(low + quantile * (high - low)).sigmoid()
+        # Near noise alone the quantiles of the levels differ by less than float32 tells apart.
+        sigma = torch.special.ndtri(low + quantile.double() * (high - low)).sigmoid()
         shifted = self.shift * sigma / (1 + (self.shift - 1) * sigma)
-        return shifted.clamp(*self.levels) * self.num_train_timesteps
+        return (shifted.clamp(*self.levels) * self.num_train_timesteps).to(quantile.dtype)
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
         """Noise levels `[B]`, here sigma, -> timesteps `[B]`: 0 is the clip, 1 is noise alone."""
@@ -93,7 +94,9 @@ class VPrediction:
     def timesteps(self, quantile: torch.Tensor) -> torch.Tensor:
         """Quantiles `[B]` in (0, 1) of the timestep's distribution -> timesteps `[B]`, integers."""
         low, high = self.levels
-        return ((low + quantile * (high - low)) * len(self.alphas_cumprod)).long()
+        last = len(self.alphas_cumprod) - 1
+        # A sum in float32 may be rounded up to 1, which is behind the last timestep.
+        return ((low + quantile.double() * (high - low)) * (last + 1)).long().clamp(max=last)
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
         """Noise levels `[B]`, as shares of the last timestep, -> timesteps `[B]`, integers."""

@@ -111,6 +111,23 @@ def test_a_part_of_the_levels_of_velocities() -> None:
     assert levels.tolist() == [500, 750, 999]
 
 
+@pytest.mark.parametrize("least", [0.5, 0.96, 0.98, 0.999])
+def test_no_quantile_is_behind_the_last_timestep(least: float) -> None:
+    """Just below 1, where a float32 is rounded up."""
+    last = torch.tensor([1 - 2**-24])
+    assert VPrediction.from_scheduler(COGVIDEOX, (least, 1.0)).timesteps(last).tolist() == [999]
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+@pytest.mark.parametrize("least", [0.98, 0.998, 0.999])
+def test_levels_next_to_noise_alone_are_all_drawn(shift: float, least: float) -> None:
+    quantiles = (torch.arange(1000) + 0.5) / 1000
+    timesteps = FlowMatching(shift, levels=(least, 1.0)).timesteps(quantiles)
+    assert timesteps.dtype == torch.float32 and len(timesteps.unique()) > 900
+    assert 1000 * least <= timesteps.min() < 1000 * least + 0.1
+    assert timesteps.max() <= 1000.0
+
+
 @pytest.mark.parametrize("scheduler_type", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
 def test_velocity_is_the_schedulers(
     scheduler_type: type[SchedulerMixin], latents: torch.Tensor, noise: torch.Tensor

@@ -22,7 +22,7 @@ from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.data import build_dataset
 from pipelines.training.evaluation import QUANTILES, held_out_losses
 from pipelines.training.json_lines import read_rows, write_rows
-from pipelines.training.samples import held_out
+from pipelines.training.samples import describe_held_out, held_out
 from pipelines.training.train import run
 from pipelines.training.watcher import best_step, evaluating
 from prophy.errors import ProPhyError
@@ -79,6 +79,7 @@ def test_last_checkpoint_is_measured_on_held_out_clips(evaluated: Config) -> Non
     root = evaluated.run_dir / "train"
     [row] = [json.loads(line) for line in (root / EVALUATION_FILE).read_text().splitlines()]
     assert row.pop("step") == 4
+    assert row.pop("held_out") == describe_held_out(evaluated, read_cache(evaluated))
     assert row == pytest.approx(
         held_out_losses(evaluated, read_cache(evaluated), evaluated.run_dir / "model"), rel=1e-5
     )
@@ -118,10 +119,12 @@ def test_best_is_the_lowest_loss_of_those_that_are_there(evaluated: Config, tmp_
         shutil.copy(saved, folder)
     rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.3}]
     rows += [{"step": 4, "loss": 0.4}, {"step": 5, "loss": math.nan}]
-    write_rows(tmp_path / EVALUATION_FILE, rows)
-    assert best_step(config, tmp_path) == 3
+    cache = read_cache(evaluated)
+    held = describe_held_out(config, cache)
+    write_rows(tmp_path / EVALUATION_FILE, [{"held_out": held, **row} for row in rows])
+    assert best_step(config, cache, tmp_path) == 3
     other = config.train.model_copy(update={"keep_best": False})
-    assert best_step(config.model_copy(update={"train": other}), tmp_path) is None
+    assert best_step(config.model_copy(update={"train": other}), cache, tmp_path) is None
 
 
 class Unanswering(FolderStore):

@@ -1,16 +1,20 @@
 """What a plan says against DeepSpeed's estimators, and what it advises."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.config import load_config
+from pipelines.config.loading import preset_names
 from pipelines.training import plan
+from pipelines.training.data import shapes_by_clip, sharing_sizes
 from pipelines.training.plan import Plan, make_plan
 from pipelines.training.states import ModelSize, model_states
 from pipelines.training.ways import Way
@@ -140,13 +144,70 @@ def test_gpus_share_samples_where_nothing_fits_alone(wan_14b: Plan) -> None:
     assert wan_14b.sharing_sizes == [1, 2, 4, 8]
     way = wan_14b.advice(48e9)
     assert way == Way(3, "none", gradient_checkpointing=True, sequence_parallel=2)
-    assert "--set train.sequence_parallel=2" in way.overrides
+    assert "--set train.sequence_parallel=2" in way.overrides(wan_14b.train)
     halved = wan_14b.total(Way(3, "none", True)) - wan_14b.total(way)
     assert halved == pytest.approx((wan_14b.activations[True] - 2 * wan_14b.size.trained) / 2)
     # Queries, keys, values and output of 49 blocks, thrice: half of each half goes, in 8 micro-batches.
     assert wan_14b.exchanged(way) == 49 * 32760 * 5120 * 2 * 4 * 3 * 8 // 4
     with pytest.raises(ProPhyError, match="so many workers cannot share out 40 attention heads; set it to 1"):
         make_plan(load_config("wan2.1-14b", ["train.num_workers=3", "train.sequence_parallel=3"]))
+
+
+@pytest.mark.heavy
+def test_advice_is_taken_by_the_configuration() -> None:
+    """Whatever else it says: attention that is kept needs checkpoints, fewest workers whole groups."""
+    plan = make_plan(load_config("tiny", ["train.num_workers=2"]))
+    overrides = ["train.gradient_checkpointing=true", "train.keep_attention=true"]
+    keeping = replace(plan, train=load_config("tiny", ["train.num_workers=2", *overrides]).train)
+    way = keeping.advice(1e12)
+    assert way is not None and not way.gradient_checkpointing
+    advised = way.overrides(keeping.train).removeprefix("--set ").split(" --set ")
+    assert "train.keep_attention=false" in advised
+    load_config("tiny", ["train.num_workers=2", *overrides, *advised])
+
+    assert plan.sharing_sizes == [1, 2]
+    shared = Way(2, "none", True, sequence_parallel=2)
+    assert shared.fits(plan.train)
+    elastic = load_config("tiny", ["train.num_workers=2", "train.min_workers=1"]).train
+    assert not shared.fits(elastic) and replace(shared, sequence_parallel=1).fits(elastic)
+    in_8_bits = load_config("tiny", ["train.num_workers=2", "train.storage_dtype=float8_e4m3fn"]).train
+    assert not Way(3, "none", True).fits(in_8_bits)
+    compiled = make_plan(load_config("tiny", ["train.num_workers=2", "backbone.compile=regional"]))
+    assert compiled.sharing_sizes == [1]
+
+
+@pytest.mark.heavy
+def test_a_plan_is_of_the_shapes_that_train() -> None:
+    """Height and width are what a video is served in; clips are of the buckets."""
+    usual = make_plan(load_config("tiny"))
+    wide = make_plan(load_config("tiny", ["backbone.aspect_buckets=[[64,64],[64,96]]"]))
+    assert usual.clip[1:] == (64, 64) and wide.clip[1:] == (64, 96)
+    assert wide.num_tokens == 1.5 * usual.num_tokens
+    assert wide.footprint.vae.encode > usual.footprint.vae.encode
+    assert wide.footprint.vae.decode == usual.footprint.vae.decode
+    assert wide.footprint.denoising == pytest.approx(usual.footprint.denoising, rel=0.1)
+    odd = ["backbone.aspect_buckets=[[64,64],[48,80]]", "train.sequence_parallel=2"]
+    with pytest.raises(
+        ProPhyError,
+        match="75 tokens of a clip of 17 frames of 48x80; set it to 1, or change 48x80 in backbone.a",
+    ):
+        make_plan(load_config("tiny", odd))
+
+
+PRESETS = sorted(set(preset_names()) - {"tiny"})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gpus_can_share_every_shape_of_a_preset(preset: str) -> None:
+    """2, 4 and 8 of them; what has 12 heads goes to 4, and CogVideoX, whose text has 226 tokens, to 2."""
+    most = 4 if preset == "wan2.1-1.3b" else 2 if preset.startswith("cogvideox") else 8
+    config = load_config(preset, ["train.num_workers=8"])
+    family = FAMILIES[config.backbone.family]
+    published = family.published[config.backbone.pretrained]
+    with torch.device("meta"):
+        transformer = family.classes().transformer(**{**published.transformer, "num_layers": 1}).config
+    shapes = shapes_by_clip(config, published.vae, transformer)
+    assert sharing_sizes(config, transformer, shapes) == [size for size in (1, 2, 4, 8) if size <= most]
 
 
 @pytest.mark.heavy

@@ -1,8 +1,10 @@
 """Metrics at a tracker of experiments: all of them, once, in one run, whatever restarts or is away."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,9 @@ class Server:
         self.runs.setdefault(self.run_id, [])
         return self
 
+    def describe(self, config: Config) -> None:
+        self._answer()
+
     def log(self, rows: list[dict[str, float]]) -> None:
         self._answer()
         self.runs[self.run_id] += rows
@@ -46,7 +51,7 @@ class Server:
             raise ConnectionError("nobody is there")
 
 
-def append(file: Path, steps: Iterable[int], **values: float) -> None:
+def append(file: Path, steps: Iterable[int], **values: float | str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as rows:
         for step in steps:
@@ -70,7 +75,7 @@ def test_each_row_is_sent_once_and_restarts_go_on_in_the_same_run(
     append(root / METRICS_FILE, range(1, 3))  # the checkpoint that a restart goes on from
     with tracking.tracking(config, root):
         append(root / METRICS_FILE, range(3, 8))
-        append(root / EVALUATION_FILE, [4])
+        append(root / EVALUATION_FILE, [4], held_out="hash")
     [rows] = server.runs.values()
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6, 7]
@@ -92,6 +97,64 @@ def test_a_tracker_that_is_away_ends_nothing_and_gets_all_later(
     with tracking.tracking(config, root):
         pass
     assert server.runs == {"run-0": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]}
+
+
+class Mlflow:
+    """What of the package is used, and a server that refuses parameters."""
+
+    class entities:  # noqa: N801
+        @staticmethod
+        def Metric(name: str, value: float, time: int, step: int) -> tuple[str, float, int]:  # noqa: N802
+            return name, value, step
+
+        @staticmethod
+        def Param(name: str, value: str) -> str:  # noqa: N802
+            return name
+
+    def __init__(self) -> None:
+        self.num_runs, self.num_refused = 0, 0
+        self.metrics: list[Any] = []
+
+    def MlflowClient(self, uri: str) -> "Mlflow":  # noqa: N802
+        return self
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id="0")
+
+    def create_run(self, experiment: str, run_name: str) -> Any:
+        self.num_runs += 1
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"run-{self.num_runs}"))
+
+    def update_run(self, run_id: str, status: str) -> None:
+        pass
+
+    def set_terminated(self, run_id: str) -> None:
+        pass
+
+    def log_batch(
+        self, run_id: str, metrics: list[Any] | None = None, params: list[str] | None = None
+    ) -> None:
+        if params is not None:
+            self.num_refused += 1
+            raise PermissionError("no parameters")
+        self.metrics += metrics or []
+
+
+def test_what_refuses_parameters_gets_one_run_and_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Mlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    config, root = tracked(tmp_path, "mlflow")
+    append(root / METRICS_FILE, [1, 2])
+    for _ in range(3):
+        with tracking.tracking(config, root):
+            pass
+    assert server.num_runs == 1 and server.num_refused >= 3
+    assert server.metrics == [("loss", 1.0, 1), ("loss", 0.5, 2)]
+    assert json.loads((root / "mlflow.json").read_text())["run_id"] == "run-1"
+    assert "mlflow does not take the configuration: no parameters" in caplog.text
 
 
 def test_what_a_tracker_needs_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
