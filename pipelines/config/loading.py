@@ -155,9 +155,9 @@ def _read(path: Path, after: tuple[Path, ...] = ()) -> dict[str, DictConfig]:
 
 
 def _check_numbers(text: str) -> None:
-    for event in yaml.parse(text):
-        plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
-        if plain and re.fullmatch(r"[-+]?0[0-7_]+", event.value):
+    plain = (event for event in yaml.parse(text) if isinstance(event, yaml.ScalarEvent) and event.implicit[0])
+    for event in plain:
+        if re.fullmatch(r"[-+]?0[0-7_]+", event.value):
             raise ValueError(
                 f"YAML reads {event.value} as a number of base 8; write it without the 0 before it, or in "
                 "quotes if it is a text"

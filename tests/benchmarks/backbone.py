@@ -93,7 +93,7 @@ def rates(verdicts: Sequence[Sequence[PartVerdict]]) -> list[str]:
 
 def _share(values: np.ndarray) -> str:
     """A mean in per cent, with its interval where there are enough videos for one."""
-    found = estimate(values)
+    found = estimate([*values])
     between = "" if found is None else f" ({100 * found.low:.0f} to {100 * found.high:.0f})"
     return f"{100 * values.mean():.1f} %{between}"
 
@@ -146,9 +146,9 @@ def main() -> None:
     table.add_row("all of these, alone in a video", *rates(alone))
     table.add_row("two in a video, a pair never trained", *rates(in_pairs))
     true = judge_videos(true_videos(requests, SAMPLING), requests, SAMPLING)
-    for number, said in ((1, "alone"), (2, "two")):
+    for number, how_many in ((1, "alone"), (2, "two")):
         of_number = [video for video in true if len(video) == number]
-        table.add_row(f"true clips (the judge itself), {said} in a video", *rates(of_number))
+        table.add_row(f"true clips (the judge itself), {how_many} in a video", *rates(of_number))
     said = judge_videos(list(make_videos(pipeline, paraphrases, SAMPLING)), paraphrases, SAMPLING)
     table.add_row("paraphrases", *rates(said))
     console.print(table)
