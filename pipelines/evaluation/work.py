@@ -17,7 +17,7 @@ from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Item, find_items
 from pipelines.resources import guard, needs_of, room_for
 
-_VERSION = 1  # raise it when the same clips, videos and models would give other scores
+_VERSION = 2  # raise it when the same clips, videos and models would give other scores
 _ITEMS_PER_FILE = 8
 
 T = TypeVar("T")
