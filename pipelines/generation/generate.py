@@ -27,7 +27,7 @@ from prophy.images import read_image
 from prophy.places import Place, change, names, place_of, write_whole
 from prophy.sheets import film_sheet
 from prophy.stores import mendable, open_store
-from prophy.video import read_frames, write_video
+from prophy.video import WRITING_VERSION, read_frames, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -228,10 +228,11 @@ def video_spec(
 
 
 def _digest(config: Config, video: VideoSpec, model: str) -> str:
-    """All that decides a video: the model, how it computes, and what it is asked for."""
+    """All that decides a video: the model, how it computes, what it is asked for, and how it is written."""
     backbone = config.backbone
     computes = f"{backbone.dtype} {backbone.autocast} {backbone.max_sequence_length}"
-    return hashlib.sha256(f"{model} {computes} {video.model_dump_json()}".encode()).hexdigest()[:16]
+    decides = f"{model} {computes} {WRITING_VERSION} {video.model_dump_json()}"
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def _generate(config: Config, model: str, videos: list[tuple[str, str, str]]) -> None:
