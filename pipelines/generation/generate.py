@@ -17,7 +17,13 @@ import ray.data
 
 from pipelines.actors import told_by_the_first_call
 from pipelines.config import Config
-from pipelines.generation.limits import check_model, check_same_model, model_fingerprint, shape_limits
+from pipelines.generation.limits import (
+    check_batch,
+    check_model,
+    check_same_model,
+    model_fingerprint,
+    shape_limits,
+)
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
 from pipelines.resources import guard, needs_of, room_for
@@ -88,7 +94,7 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
     Raises:
         ProPhyError: no prompts, an empty one, a checkpoint of another backbone, batches with a step cache
             that would have a video depend on the others of its batch, an output that cannot be written, or
-            images that are not as many, cannot be read, or are nothing to this model.
+            images that are not as many, cannot be read, or are nothing to this model, or not in batches.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ProPhyError(f"cannot make videos from prompts {prompts}; give at least one, and none empty")
@@ -103,6 +109,7 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
         raise ProPhyError(
             f"there are {len(prompts)} prompts and {len(images)} images; give as many, or one image for all"
         )
+    check_batch(config, bool(images))
     number = config.generate.num_videos_per_prompt
     if len(images) == 1:
         images = [*images] * len(prompts)
