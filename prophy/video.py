@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from prophy.errors import ProPhyError
 from prophy.frames import SUFFIXES as SUFFIXES
@@ -35,6 +36,10 @@ from prophy.picture import PictureMaker, shown_size
 
 FRAMES_VERSION = 2
 """Raise it when a file would give other frames or measures; caches made with another are not gone on with."""
+
+
+WRITING_VERSION = 2
+"""Raise it when the same frames would be written as another video; what names videos names it too."""
 
 
 # A clock of milliseconds rounds the first moment, the last one, and how long the last frame is shown.
@@ -192,7 +197,8 @@ def read_frames(
 def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 10) -> None:
     """Writes an mp4 that every player opens: h264, yuv420p, index at the front.
 
-    Equal frames give equal bytes.
+    Its colours are BT.709 in a screen's limited range, and it says so: players guess by the size of a frame
+    where a file does not. Equal frames give equal bytes.
 
     Args:
         path: the file to write.
@@ -211,11 +217,23 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 10)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # On AVX-512 the macroblock tree reads memory that nobody wrote: bytes would differ by chance.
         stream.options = {"crf": str(crf), "mbtree": "0"}
+        stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
+        stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+            container.mux(stream.encode(_in_bt709(frame)))
         container.mux(stream.encode(None))
+
+
+def _in_bt709(frame: np.ndarray) -> VideoFrame:
+    """A picture of RGB as the encoder takes it."""
+    picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    return picture.reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        dst_color_primaries=ColorPrimaries.BT709,
+        dst_color_trc=ColorTrc.BT709,
+    )
 
 
 def _read_frames(

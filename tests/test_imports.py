@@ -44,6 +44,7 @@ LAYERS = {
             "places",
             "staging",
             "stores",
+            "token_frames",
         ),
     ),
     "pipelines": (

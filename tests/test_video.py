@@ -48,6 +48,24 @@ def test_a_written_video_is_playable_and_keeps_its_pictures(video: Path) -> None
     assert np.abs(frames.astype(float) - counting_frames(34)).mean() < 3
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (720, 1280)])
+def test_a_written_video_says_which_colours_its_numbers_are(tmp_path: Path, height: int, width: int) -> None:
+    """BT.709 in limited range, whatever the size: players guess another matrix from 720 rows on."""
+    path, red = tmp_path / "red.mp4", np.array([220, 30, 60], np.uint8)
+    write_video(path, np.broadcast_to(red, (2, height, width, 3)), FPS)
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        tags = context.colorspace, context.color_primaries, context.color_trc, context.color_range
+        assert tags == (1, 1, 1, 1)
+        frame = next(container.decode(video=0))
+        luma, blue, red_difference = (int(np.asarray(plane)[0]) for plane in frame.planes)
+    exact = 0.2126 * 220 + 0.7152 * 30 + 0.0722 * 60
+    assert luma == pytest.approx(16 + 219 / 255 * exact, abs=1)
+    assert blue == pytest.approx(128 + 224 / 255 * (60 - exact) / 1.8556, abs=1)
+    assert red_difference == pytest.approx(128 + 224 / 255 * (220 - exact) / 1.5748, abs=1)
+    assert np.abs(read_frames(path, 0.0, 1 / FPS, 2, height, width).astype(int) - red).max() <= 2
+
+
 def test_equal_frames_give_equal_bytes_whatever_lies_in_memory(tmp_path: Path) -> None:
     t, y, x = np.mgrid[:5, :32, :32]
     picture = np.stack([5 * x + 9 * t, 6 * y + 3 * t, x * y // 4], axis=-1) % 256

@@ -178,7 +178,7 @@ def _local(config: Config, uri: str) -> Iterator[str]:
 
 def _strip(frames: np.ndarray, label: str, heat: np.ndarray | None = None) -> Image.Image:
     """Some frames side by side, under a map if there is one, with a label before them."""
-    pictures = frames if heat is None else heat_overlay(frames, heat)
+    pictures = frames if heat is None else heat_overlay(frames, heat, "slices")
     width = round(_HEIGHT * frames.shape[2] / frames.shape[1])
     strip = Image.new("RGB", (_LABEL_WIDTH + _COLUMNS * width, _HEIGHT))
     ImageDraw.Draw(strip).text((4, _HEIGHT // 2 - 6), label, fill="white")

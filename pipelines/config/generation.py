@@ -48,7 +48,8 @@ class SamplingConfig(Section):
     guidance_scale_2: NonNegativeFloat | None = None
     """Likewise, for the steps of low noise of a backbone with two transformers; not for a request to choose.
 
-    Null, the default, is guidance_scale. Wan2.2-T2V-A14B was published with 4 for high noise and 3 for low.
+    Null, the default, is guidance_scale; where that is 1 or less, all steps are without guidance.
+    Wan2.2-T2V-A14B was published with 4 for high noise and 3 for low.
     """
 
     negative_prompt: str = ""

@@ -20,8 +20,8 @@ def requests_of(config: Config) -> list[Request]:
     if backbone.height != backbone.width:
         raise ProPhyError(
             f"videos are held against square simulations, and the backbone's are {backbone.width}x"
-            f"{backbone.height}; set backbone.height and backbone.width to one value, a shape of "
-            "backbone.aspect_buckets if there are any, or leave videos out of evaluate.measures"
+            f"{backbone.height}; set backbone.height and backbone.width to one value, and "
+            "backbone.aspect_buckets to null, or leave videos out of evaluate.measures"
         )
     held_out = held_out_requests(wordings=3)
     kinds = [[request for request in held_out if len(request.parts) == parts] for parts in (1, 2)]

@@ -96,7 +96,7 @@ class EncodeItems:
         if item.clip is not None and item.clip.parts:
             masks = self._simulate(item.clip).masks
             tensors |= {
-                f"mask.{name}": torch.from_numpy(mask_on_grid(mask, self._shape.token_grid))
+                f"mask.{name}": torch.from_numpy(mask_on_grid(mask, self._shape.token_grid, "tokens"))
                 for name, mask in masks.items()
             }
         content = save({name: value.contiguous().clone() for name, value in tensors.items()})
@@ -320,8 +320,8 @@ def _routing(
     found = answer.routing.phenomenon_maps[0].unflatten(0, tuple(grid)).numpy()
     maps = {name: found[..., names.index(name)] for name in masks if name in names}
     for group, scores in (
-        ("where", localization_auroc(maps, masks)),
-        ("which", discrimination_auroc(maps, masks)),
+        ("where", localization_auroc(maps, masks, "tokens")),
+        ("which", discrimination_auroc(maps, masks, "tokens")),
     ):
         if scores:
             yield score("routing", group, item.unit, float(np.mean(list(scores.values()))), level)

@@ -26,13 +26,19 @@ _ITEMS_PER_FILE = 8
 _METHOD, _OWN = Path(prophy.__file__).parent, Path(__file__).parent
 # The code that decides what lies in each kind of file.
 _SANDBOX = (_METHOD / "sandbox",)
-_ENCODE = (_OWN / "stages.py", _METHOD / "backbones/encoding.py", _METHOD / "evaluation/localization.py")
+_ENCODE = (
+    _OWN / "stages.py",
+    _METHOD / "backbones/encoding.py",
+    _METHOD / "evaluation/localization.py",
+    _METHOD / "token_frames.py",
+)
 _DENOISE = (
     _OWN / "stages.py",
     _METHOD / "evaluation/denoising.py",
     _METHOD / "evaluation/localization.py",
     _METHOD / "models",
     _METHOD / "priors/grounding.py",
+    _METHOD / "token_frames.py",
     _METHOD / "training/objectives.py",
 )
 _SAMPLE = (_OWN.parent / "generation/sampler.py", _METHOD / "generation", _METHOD / "models")

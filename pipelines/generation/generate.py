@@ -17,7 +17,13 @@ import ray.data
 
 from pipelines.actors import told_by_the_first_call
 from pipelines.config import Config
-from pipelines.generation.limits import check_model, check_same_model, model_fingerprint, shape_limits
+from pipelines.generation.limits import (
+    check_batch,
+    check_model,
+    check_same_model,
+    model_fingerprint,
+    shape_limits,
+)
 from pipelines.generation.spec import PhysicsSpec, VideoSpec
 from pipelines.pictures import save_picture
 from pipelines.resources import guard, needs_of, room_for
@@ -27,7 +33,7 @@ from prophy.images import read_image
 from prophy.places import Place, change, names, place_of, write_whole
 from prophy.sheets import film_sheet
 from prophy.stores import mendable, open_store
-from prophy.video import read_frames, write_video
+from prophy.video import WRITING_VERSION, read_frames, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +94,7 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
     Raises:
         ProPhyError: no prompts, an empty one, a checkpoint of another backbone, batches with a step cache
             that would have a video depend on the others of its batch, an output that cannot be written, or
-            images that are not as many, cannot be read, or are nothing to this model.
+            images that are not as many, cannot be read, or are nothing to this model, or not in batches.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ProPhyError(f"cannot make videos from prompts {prompts}; give at least one, and none empty")
@@ -103,6 +109,7 @@ def run(config: Config, prompts: list[str], images: Sequence[Path] = ()) -> list
         raise ProPhyError(
             f"there are {len(prompts)} prompts and {len(images)} images; give as many, or one image for all"
         )
+    check_batch(config, bool(images))
     number = config.generate.num_videos_per_prompt
     if len(images) == 1:
         images = [*images] * len(prompts)
@@ -228,10 +235,11 @@ def video_spec(
 
 
 def _digest(config: Config, video: VideoSpec, model: str) -> str:
-    """All that decides a video: the model, how it computes, and what it is asked for."""
+    """All that decides a video: the model, how it computes, what it is asked for, and how it is written."""
     backbone = config.backbone
     computes = f"{backbone.dtype} {backbone.autocast} {backbone.max_sequence_length}"
-    return hashlib.sha256(f"{model} {computes} {video.model_dump_json()}".encode()).hexdigest()[:16]
+    decides = f"{model} {computes} {WRITING_VERSION} {video.model_dump_json()}"
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def _generate(config: Config, model: str, videos: list[tuple[str, str, str]]) -> None:

@@ -4,7 +4,7 @@ import math
 
 from pipelines.config import Config, StepCache
 from pipelines.generation.spec import ShapeLimits
-from prophy.backbones.families import FAMILIES
+from prophy.backbones.families import FAMILIES, Shape
 from prophy.backbones.pretrained import (
     branch_configs,
     check_checkpoint,
@@ -25,13 +25,21 @@ def check_model(config: Config) -> None:
 
     Raises:
         ProPhyError: no such model or checkpoint, the family cannot run the model, or not with texts of this
-            length, the checkpoint was trained on another backbone, the step cache is not for this family, or
-            a second guidance scale not for this model.
+            length or videos of this shape, the checkpoint was trained on another backbone, the step cache is
+            not for this family, or a second guidance scale not for this model or without a first.
     """
     backbone = config.backbone
-    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-    FAMILIES[backbone.family].text(transformer, backbone.max_sequence_length)
-    if config.sampling.step_cache.sea is not None and not FAMILIES[backbone.family].supports_sea:
+    vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    family = FAMILIES[backbone.family]
+    family.text(transformer, backbone.max_sequence_length)
+    family.latent_shape(backbone.num_frames, backbone.height, backbone.width, vae, transformer)
+    rows, columns = _multiples(family.shape_multiples(vae, transformer))
+    if backbone.height % rows or backbone.width % columns:
+        raise ProPhyError(
+            f"{backbone.pretrained} makes no videos of {backbone.height}x{backbone.width}; set "
+            f"backbone.height to a multiple of {rows} and backbone.width to one of {columns}"
+        )
+    if config.sampling.step_cache.sea is not None and not family.supports_sea:
         raise ProPhyError(
             f"sampling.step_cache.sea wants to know each step's noise level, which the pipeline of "
             f"{backbone.family} does not tell; use first_block or taylorseer"
@@ -43,8 +51,29 @@ def check_model(config: Config) -> None:
             f"sampling.guidance_scale_2 is {second:g}, but {backbone.pretrained} has one transformer; set it "
             f"to null"
         )
+    first = config.sampling.guidance_scale
+    if second is not None and second > 1 >= first:
+        raise ProPhyError(
+            f"sampling.guidance_scale_2 is {second:g}, but a sampling.guidance_scale of {first:g} switches "
+            f"guidance off in all steps; set that above 1, or guidance_scale_2 to null"
+        )
     if config.checkpoint is not None:
         check_checkpoint(local_folder(config.checkpoint), backbone.pretrained, backbone.revision)
+
+
+def check_batch(config: Config, has_images: bool) -> None:
+    """Checks that `prophy generate` can make its videos several at once; loads no model.
+
+    Raises:
+        ProPhyError: there is no such model, or it makes videos of images one at a time.
+    """
+    backbone, size = config.backbone, config.generate.batch_size
+    _, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
+    if has_images and size > 1 and not FAMILIES[backbone.family].batches_images(transformer):
+        raise ProPhyError(
+            f"{backbone.pretrained} makes videos of images one at a time; set generate.batch_size, which is "
+            f"{size}, to 1"
+        )
 
 
 def model_fingerprint(config: Config) -> str:
@@ -82,22 +111,29 @@ def shape_limits(config: Config) -> ShapeLimits:
     """What the model of a run can make and its endpoint allows; loads no model.
 
     Raises:
-        ProPhyError: there is no such model or checkpoint.
+        ProPhyError: there is no such model or checkpoint, or it cannot make serve.max_num_frames.
     """
     backbone = config.backbone
     vae, transformer = load_configs(backbone.family, backbone.pretrained, backbone.revision)
-    frames, height, width = FAMILIES[backbone.family].shape_multiples(vae, transformer)
+    family = FAMILIES[backbone.family]
+    frames, height, width = family.shape_multiples(vae, transformer)
+    rows, columns = _multiples((frames, height, width))
+    max_num_frames, only = config.serve.max_num_frames, family.only_clip(vae, transformer)
+    if max_num_frames is not None and only is None:
+        longest = max_num_frames - (max_num_frames - 1) % frames
+        family.latent_shape(longest, backbone.height, backbone.width, vae, transformer)
     return ShapeLimits(
         frame_multiple=frames,
-        height_multiple=math.lcm(height, PIPELINE_MULTIPLE),
-        width_multiple=math.lcm(width, PIPELINE_MULTIPLE),
+        height_multiple=rows,
+        width_multiple=columns,
         token_height=height,
         token_width=width,
         sequence_parallel=config.serve.sequence_parallel,
-        max_num_frames=config.serve.max_num_frames or backbone.num_frames,
+        max_num_frames=max_num_frames or backbone.num_frames,
         max_pixels=config.serve.max_pixels or backbone.height * backbone.width,
         phenomena=_phenomena(config),
         images=takes_images(backbone.family, backbone.pretrained, backbone.revision),
+        only=only,
     )
 
 
@@ -140,6 +176,12 @@ def check_sharing(config: Config, limits: ShapeLimits) -> None:
     num_tokens = limits.num_tokens(backbone.num_frames, backbone.height, backbone.width)
     if reason := family.unshareable(number, num_tokens, backbone.max_sequence_length, transformer):
         raise ProPhyError(f"{chosen}, and so many processes {reason}; set it to another number")
+
+
+def _multiples(shape_multiples: Shape) -> tuple[int, int]:
+    """What the height and the width of a video that a pipeline makes are multiples of."""
+    _, height, width = shape_multiples
+    return math.lcm(height, PIPELINE_MULTIPLE), math.lcm(width, PIPELINE_MULTIPLE)
 
 
 def _phenomena(config: Config) -> tuple[str, ...]:

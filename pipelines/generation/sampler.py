@@ -130,12 +130,15 @@ class VideoSampler:
         """Makes a video in few steps, with guidance and VAE, so that a model that cannot run says so now.
 
         On a GPU it is as long and large as the model's own, if requests may be, so that the first finds the
-        kernels chosen and the memory proven. On a CPU, where that takes minutes, it is the smallest frame.
+        kernels chosen and the memory proven. On a CPU, where that takes minutes, it is the smallest frame,
+        except of a model that makes one shape alone.
         """
         clip = self._backbone
         num_frames, height, width = clip.num_frames, clip.height, clip.width
         allowed = num_frames <= limits.max_num_frames and height * width <= limits.max_pixels
-        if self._device.type == "cpu" or not allowed:
+        if limits.only is not None:
+            num_frames, height, width = limits.only
+        elif self._device.type == "cpu" or not allowed:
             # Wide enough for every process to have a token.
             width = limits.width_multiple * self._sequence_parallel
             num_frames, height = 1, limits.height_multiple
@@ -188,8 +191,8 @@ class VideoSampler:
             RGB frames, uint8 `[B, T, H, W, 3]`.
 
         Raises:
-            ProPhyError: the model takes no images, or one cannot be read; or the memory is not enough, and
-                what was taken is free again.
+            ProPhyError: the model takes no images, or one cannot be read; or it gives numbers that are none;
+                or the memory is not enough, and what was taken is free again.
         """
         try:
             return self._sample_batch(specs, on_step, trace, images)
@@ -259,6 +262,11 @@ class VideoSampler:
                 callback_on_step_end=report,
                 callback_on_step_end_tensor_inputs=[],
                 output_type="np",
+            )
+        if not np.isfinite(output.frames).all():
+            raise ProPhyError(
+                "the model gave numbers that are no colours (NaN or infinite); choose another checkpoint, or "
+                "set backbone.attention to native"
             )
         return (output.frames * 255).round().astype(np.uint8)
 

@@ -101,7 +101,8 @@ class ShapeLimits(BaseModel):
     A token of the transformer is `token_height` x `token_width` pixels of `frame_multiple` frames (the first
     frame has tokens of its own), and `sequence_parallel` processes share them out. `phenomena` are the names
     of its branch, in their order; without a branch, and so without physics knobs, there are none. `images`
-    says whether it makes videos of images.
+    says whether it makes videos of images. `only` is the one shape (frames, height, width) of a model that
+    has one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -116,14 +117,20 @@ class ShapeLimits(BaseModel):
     max_pixels: int
     phenomena: tuple[str, ...]
     images: Images
+    only: tuple[int, int, int] | None = None
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         """The number of frames, among those that the model can make, that comes nearest to `duration_s`.
 
         Raises:
-            ProPhyError: longer than allowed.
+            ProPhyError: longer than allowed, or another length than the only one.
         """
         frames = math.floor(duration_s * fps / self.frame_multiple + 0.5) * self.frame_multiple + 1
+        if self.only is not None and frames != self.only[0]:
+            raise ProPhyError(
+                f"{duration_s:g} s at {fps:g} frames/s are {frames} frames; this model makes {self.only[0]} "
+                f"alone, that is {self.only[0] / fps:.3g} s"
+            )
         if frames > self.max_num_frames:
             raise ProPhyError(
                 f"{duration_s:g} s at {fps:g} frames/s are {frames} frames; this model makes at most "
@@ -153,8 +160,13 @@ class ShapeLimits(BaseModel):
         """Checks a frame.
 
         Raises:
-            ProPhyError: not made of whole tokens, or larger than allowed.
+            ProPhyError: not the only size, not made of whole tokens, or larger than allowed.
         """
+        if self.only is not None and (height, width) != self.only[1:]:
+            raise ProPhyError(
+                f"size {width}x{height} does not fit this model, which makes {self.only[2]}x{self.only[1]} "
+                f"alone"
+            )
         if height % self.height_multiple or width % self.width_multiple:
             raise ProPhyError(
                 f"size {width}x{height} does not fit this model; choose a width that is a multiple of "

@@ -41,7 +41,7 @@ def draw_overlay(video: bytes, maps: bytes, spec: VideoSpec, phenomenon: str) ->
     heat = _map_of(phenomenon, maps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / VIDEO_FILE
-        write_video(path, heat_overlay(_frames(video, spec), heat), spec.fps)
+        write_video(path, heat_overlay(_frames(video, spec), heat, "tokens"), spec.fps)
         return path.read_bytes()
 
 
@@ -56,7 +56,7 @@ def draw_layer(maps: bytes, spec: VideoSpec, phenomenon: str) -> bytes:
     from prophy.evaluation.pictures import heat_layer
 
     heat = _map_of(phenomenon, maps)
-    pictures = heat_layer(heat, (spec.num_frames, *heat.shape[1:]))
+    pictures = heat_layer(heat, (spec.num_frames, *heat.shape[1:]), "tokens")
     return _save(_on_one_sheet([Image.fromarray(picture) for picture in pictures]), "png")
 
 

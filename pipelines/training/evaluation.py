@@ -145,7 +145,7 @@ def _make_samples(config: Config, model: Path, folder: Path) -> Iterator[np.ndar
             named = taxonomy.named_in(prompt, trace.phenomena)
             for name in named:
                 map_ = trace.phenomenon_maps[0, ..., index_of(name, trace.phenomena)].numpy()
-                rows[f"where {name} acts"] = heat_overlay(frames, map_)
+                rows[f"where {name} acts"] = heat_overlay(frames, map_, "tokens")
             if not named:
                 rows = {f"{prompt} (names no phenomenon)": frames}
         sheet = film_sheet(rows.items(), _COLUMNS, scale=1)

@@ -1,6 +1,7 @@
 """CogVideoX 1.0 and 1.5, text or an image to video."""
 
 from prophy.backbones.families import Classes, Family, Images, ModelConfig, Published, Shape, TextShapes
+from prophy.errors import ProPhyError
 
 
 def _unsupported(pipeline: ModelConfig, transformer: ModelConfig) -> str | None:
@@ -10,11 +11,26 @@ def _unsupported(pipeline: ModelConfig, transformer: ModelConfig) -> str | None:
     return None
 
 
-def _unfit(transformer: ModelConfig, latents: Shape) -> str | None:
-    learnt = transformer.get("sample_height", 60), transformer.get("sample_width", 90)
-    if transformer.get("use_learned_positional_embeddings") and latents[1:] != learnt:
-        return f"the transformer has learnt positions of latents of {learnt[0]}x{learnt[1]} alone"
-    return None
+def _only_latents(transformer: ModelConfig) -> Shape | None:
+    if not transformer.get("use_learned_positional_embeddings"):
+        return None
+    # Of another length diffusers would compute positions that the model never saw, without a word.
+    frames, factor = transformer.get("sample_frames", 49), transformer.get("temporal_compression_ratio", 4)
+    height, width = transformer.get("sample_height", 60), transformer.get("sample_width", 90)
+    return (frames - 1) // factor + 1, height, width
+
+
+def _text(transformer: ModelConfig, length: int) -> TextShapes:
+    places = transformer.get("max_text_seq_length", 226)
+    adds_positions = not transformer.get("use_rotary_positional_embeddings") or transformer.get(
+        "use_learned_positional_embeddings"
+    )
+    if adds_positions and length != places:
+        raise ProPhyError(
+            f"this CogVideoX adds positions to {places} tokens of text, no more and no fewer; set "
+            f"backbone.max_sequence_length, which is {length}, to {places}"
+        )
+    return {"prompt_embeds": (length, transformer["text_embed_dim"])}
 
 
 def _images(pipeline: ModelConfig, transformer: ModelConfig) -> Images:
@@ -67,7 +83,7 @@ FAMILY = Family(
         transformer["patch_size"],
         transformer["patch_size"],
     ),
-    text=lambda transformer, length: {"prompt_embeds": (length, transformer["text_embed_dim"])},
+    text=_text,
     pipelines=(
         "CogVideoXPipeline",
         "ProPhyCogVideoXPipeline",
@@ -79,7 +95,7 @@ FAMILY = Family(
     float32_vae=False,
     guides_in_one_pass=True,
     has_text_stream=True,
-    unfit=_unfit,
+    only_latents=_only_latents,
     images=_images,
     image=_image,
     published={

@@ -122,7 +122,9 @@ class Family:
         unsupported: configurations of pipeline and transformer -> why this model cannot be run, as a sentence
             goes on after its name; None if it can.
         classes: imports the classes.
-        unfit: transformer's configuration and (T, H, W) of latents -> why it cannot read them, or None.
+        only_latents: transformer's configuration -> (T, H, W) of the only latents that it can read, or None.
+        batches_images: transformer's configuration -> whether it makes videos of several images at once.
+        max_tokens: transformer's configuration -> the most tokens in each direction, or None.
         images: configurations of pipeline and transformer -> whether this model makes videos of images.
         image: transformer's configuration and (T, H, W) of a clip's latents -> shape of each tensor that its
             first frame is encoded to, by the name that `predict` has for it; of models that always take one.
@@ -144,7 +146,9 @@ class Family:
     pipelines: tuple[str, ...]
     unsupported: Callable[[ModelConfig, ModelConfig], str | None]
     classes: Callable[[], Classes]
-    unfit: Callable[[ModelConfig, Shape], str | None] = lambda transformer, latents: None
+    only_latents: Callable[[ModelConfig], Shape | None] = lambda transformer: None
+    batches_images: Callable[[ModelConfig], bool] = lambda transformer: True
+    max_tokens: Callable[[ModelConfig], int | None] = lambda transformer: None
     images: Callable[[ModelConfig, ModelConfig], Images] = lambda pipeline, transformer: "never"
     image: Callable[[ModelConfig, Shape], TextShapes] = lambda transformer, latents: {}
     experts: Callable[[ModelConfig], Mapping[ExpertName | None, Expert]] = lambda pipeline: {None: Expert()}
@@ -228,9 +232,30 @@ class Family:
                 f"take {time * patch_t} n + 1 frames, and multiples of {space} pixels"
             )
         shape = (num_frames - 1) // time + patch_t, height // space, width // space
-        if (reason := self.unfit(transformer_config, shape)) is not None:
-            raise ProPhyError(f"clips of {num_frames} frames of {height}x{width} do not fit: {reason}")
+        refused = f"clips of {num_frames} frames of {height}x{width} do not fit"
+        only = self.only_clip(vae_config, transformer_config)
+        if only is not None and only != (num_frames, height, width):
+            raise ProPhyError(
+                f"{refused}: the transformer has learnt positions of {only[0]} frames of {only[1]}x{only[2]} "
+                f"alone; set backbone.num_frames, height and width to these"
+            )
+        most = self.max_tokens(transformer_config)
+        tokens = [n // patch for n, patch in zip(shape, self.patch_size(transformer_config), strict=True)]
+        if most is not None and max(tokens) > most:
+            raise ProPhyError(
+                f"{refused}: they are {max(tokens)} tokens long, high or wide, and the transformer has "
+                f"positions of {most}; take fewer frames, or smaller ones"
+            )
         return shape
+
+    def only_clip(self, vae_config: ModelConfig, transformer_config: ModelConfig) -> Shape | None:
+        """(T, H, W) of the only clips, in frames and pixels, that a transformer can read, or None."""
+        latents = self.only_latents(transformer_config)
+        if latents is None:
+            return None
+        time, space = self.vae_factors(vae_config)
+        patch_t = self.patch_size(transformer_config)[0]
+        return (latents[0] - patch_t) * time + 1, latents[1] * space, latents[2] * space
 
     def latent_channels(self, transformer_config: ModelConfig) -> int:
         """C of the latents: what the transformer predicts, where it reads an image beside them."""

@@ -69,10 +69,15 @@ class _Folder:
         return self._hash_of(file for part in encoders for file in (self.path / part).rglob("*"))
 
     def _hash_of(self, files: Iterable[Path]) -> str:
-        """Hash of the names and the content of files in the folder."""
+        """Hash of the names and the content of files in the folder.
+
+        What begins with a dot is no part of a model: a download leaves its time in `.cache`, a clone `.git`.
+        """
         digest = hashlib.sha256()
-        for file in sorted(file for file in files if file.is_file()):
-            digest.update(f"{file.relative_to(self.path)} {file_sha256(file)}\n".encode())
+        named = {file.relative_to(self.path): file for file in files if file.is_file()}
+        for name in sorted(named):
+            if not any(part.startswith(".") for part in name.parts):
+                digest.update(f"{name} {file_sha256(named[name])}\n".encode())
         return digest.hexdigest()
 
 

@@ -119,6 +119,9 @@ FAMILY = Family(
     images=_images,
     image=_image,
     experts=_experts,
+    # Upstream repeats the embedding of one image.
+    batches_images=lambda transformer: transformer.get("image_dim") is None,
+    max_tokens=lambda transformer: transformer.get("rope_max_seq_len", 1024),
     encoders=("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor"),
     supports_sea=True,
     published={

@@ -10,48 +10,60 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from prophy.token_frames import Cells, token_centres
+
 PLOTS_PER_ROW = 3
 OPACITY = 0.75  # of a map's hottest place; where the page's slider begins
 
 
-def heat_overlay(frames: np.ndarray, heat: np.ndarray) -> np.ndarray:
+def heat_overlay(frames: np.ndarray, heat: np.ndarray, cells: Cells) -> np.ndarray:
     """Lays a map over frames.
 
     Args:
         frames: uint8 `[T, H, W, 3]`.
         heat: `[t, h, w]` on any grid.
+        cells: what a cell in time is.
 
     Returns:
         uint8 `[T, H, W, 3]`.
     """
-    layer = heat_layer(heat, frames.shape[:3])
+    layer = heat_layer(heat, frames.shape[:3], cells)
     opacity = OPACITY / 255 * layer[..., 3:].astype(np.float32)
     return (frames * (1 - opacity) + layer[..., :3] * opacity).astype(np.uint8)
 
 
-def heat_layer(heat: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+def heat_layer(heat: np.ndarray, grid: Sequence[int], cells: Cells) -> np.ndarray:
     """The colours of a map, resampled to a grid and scaled to its own range; the more heat, the more opaque.
 
     Args:
         heat: `[t, h, w]`.
         grid: `T, H, W`.
+        cells: what a cell in time is.
 
     Returns:
         RGBA, uint8 `[T, H, W, 4]`.
     """
     low, high = heat.min(), heat.max()
     scaled = ((heat - low) / max(high - low, 1e-12)).astype(np.float32)
-    for axis, size in enumerate(grid):
-        scaled = _resample(scaled, axis, size)
+    scaled = _at(scaled, 0, _places(len(heat), grid[0], cells))
+    for axis in (1, 2):
+        scaled = _at(scaled, axis, _places(heat.shape[axis], grid[axis], "slices"))
     layer: np.ndarray = mpl.colormaps["inferno"](scaled, bytes=True)
     layer[..., 3] = (255 * scaled).round()
     return layer
 
 
-def _resample(values: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Linear interpolation along one axis; old and new cells share the same extent, not their centres."""
+def _places(num_cells: int, size: int, cells: Cells) -> np.ndarray:
+    """Where the centres of `size` places are among those of the cells, from 0 to the last cell's."""
+    if cells == "tokens":
+        return np.interp(np.arange(size), token_centres(num_cells, size), np.arange(num_cells))
+    # Old and new cells share the same extent, not their centres.
+    return ((np.arange(size) + 0.5) * num_cells / size - 0.5).clip(0, num_cells - 1)
+
+
+def _at(values: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
+    """Values at places between the cells of one axis, by linear interpolation."""
     last = values.shape[axis] - 1
-    places = ((np.arange(size) + 0.5) * (last + 1) / size - 0.5).clip(0, last)
     before = places.astype(int)
     share = np.expand_dims(
         np.float32(places - before), [other for other in range(values.ndim) if other != axis]

@@ -16,6 +16,7 @@ from prophy.models.control import PhysicsTrace
 from prophy.sandbox import StoredClip, contact_sheet
 from prophy.sheets import evenly, side_by_side
 from prophy.taxonomy import index_of
+from prophy.token_frames import Cells
 
 SHOWN_CLIPS = 4
 SHOWN_FRAMES = 8
@@ -59,14 +60,14 @@ def priors_section(
     """
     scores: dict[str, list[float]] = defaultdict(list)
     for clip, row in zip(clips, rows, strict=True):
-        for phenomenon, score in localization_auroc(raw_maps(row, names), clip.masks).items():
+        for phenomenon, score in localization_auroc(raw_maps(row, names), clip.masks, "slices").items():
             scores[phenomenon].append(score)
     everything = [score for values in scores.values() for score in values]
     pictures = []
     for clip, row in list(zip(clips, rows, strict=True))[:SHOWN_CLIPS]:
         answers = {answer["question"]: answer["answer"] for answer in row["answers"]}
         for phenomenon, map_ in raw_maps(row, names).items():
-            strip = _strip(clip.frames, map_)
+            strip = _strip(clip.frames, map_, "slices")
             said = f"{phenomenon}; the VLM said: {textwrap.shorten(answers[phenomenon], SHOWN_CHARACTERS)!r}"
             pictures.append(Picture(uri=png_uri(strip), caption=said))
     return Section(
@@ -116,7 +117,7 @@ def routing_section(
     for phenomenon in phenomena:
         map_ = trace.phenomenon_maps[0, ..., index_of(phenomenon, trace.phenomena)].numpy()
         caption = f"{phenomenon}: mean {map_.mean():.2f}, from {map_.min():.2f} to {map_.max():.2f}"
-        pictures.append(Picture(uri=png_uri(_strip(frames, map_)), caption=caption))
+        pictures.append(Picture(uri=png_uri(_strip(frames, map_, "tokens")), caption=caption))
     shown = "for what the prompt names" if phenomena else "none here: the prompt names no phenomenon"
     return Section(
         title="Routing: which physics, and where",
@@ -139,6 +140,6 @@ def videos_section(title: str, text: str, videos: Mapping[str, Path]) -> Section
     )
 
 
-def _strip(frames: np.ndarray, map_: np.ndarray) -> np.ndarray:
+def _strip(frames: np.ndarray, map_: np.ndarray, cells: Cells) -> np.ndarray:
     """Some frames in a row, under a map."""
-    return side_by_side(evenly(heat_overlay(frames, map_), SHOWN_FRAMES, scale=2))
+    return side_by_side(evenly(heat_overlay(frames, map_, cells), SHOWN_FRAMES, scale=2))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from prophy.errors import ProPhyError
 from prophy.priors.recipes import SUBTRACTIONS, Negatives
+from prophy.token_frames import token_centres
 
 _SATURATED = 0.2
 """Share of a map's positive cells whose target is 1.
@@ -106,8 +107,8 @@ def resample(
 ) -> torch.Tensor:
     """Maps on the transformer's token grid: bilinear in space (averaging where it shrinks), linear in time.
 
-    The video model sees frames evenly spaced over the clip, its first and last included. The first token in
-    time holds frame 0 alone, each other the next c frames; slices and tokens are compared by their middles.
+    The video model sees frames evenly spaced over the clip, its first and last included. Tokens hold the
+    frames that `token_frames` says; slices and tokens are compared by their middles.
 
     Args:
         maps: `[K, T, H, W]`, K at least 1.
@@ -118,8 +119,7 @@ def resample(
     Returns:
         `[K, T', H', W']`.
     """
-    last = torch.linspace(0, num_frames - 1, grid[0], dtype=torch.float64)
-    frames = torch.cat([last[:1], (last[:-1] + 1 + last[1:]) / 2])
+    frames = torch.tensor(token_centres(grid[0], num_frames), dtype=torch.float64)
     weights = _interpolation(frames / max(num_frames - 1, 1), slices.mean(1)).to(maps.dtype)
     in_time = torch.einsum("js,kshw->kjhw", weights, maps)
     return F.interpolate(in_time, size=grid[1:], mode="bilinear", antialias=True)

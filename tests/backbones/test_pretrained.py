@@ -38,6 +38,17 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path / "copy"), None) != fingerprint(str(source), None)
 
 
+def test_what_a_download_or_a_clone_leaves_is_no_part_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = fingerprint(str(tmp_path), None)
+    for name in (".cache/huggingface/download/config.json.metadata", ".git/HEAD", "vae/.DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1764608251.0")
+    assert fingerprint(str(tmp_path), None) == before
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    assert fingerprint(str(tmp_path), None) != before
+
+
 def test_fingerprint_of_encoders_leaves_the_transformer_out(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pipeline_folder(), tmp_path / "copy"))
     names = [str(folder), "tiny"]

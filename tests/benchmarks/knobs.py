@@ -144,7 +144,7 @@ def of_true_clips(transformer: Any, clips: Sequence[SimulatedClip]) -> Table:
             }
             first, second = clip.phenomena
             for own, other in ((first, second), (second, first)):
-                inside = mask_on_grid(clip.masks[own], GRID)
+                inside = mask_on_grid(clip.masks[own], GRID, "tokens")
                 if not inside.any():
                     continue
                 moved = by_knob[own].mean()

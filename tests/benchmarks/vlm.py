@@ -48,9 +48,10 @@ def score(clips: list[SimulatedClip]) -> tuple[Scores, dict[str, list[float]]]:
                 PHENOMENA[index]: map_.numpy()
                 for index, map_ in zip(priors.map_phenomena, signed, strict=True)
             }
-            where = localization_auroc(maps, clip.masks)
+            where = localization_auroc(maps, clip.masks, "tokens")
             scores[name]["where"][number % 2] += where.values()
-            scores[name]["which"][number % 2] += discrimination_auroc(maps, clip.masks).values()
+            which = discrimination_auroc(maps, clip.masks, "tokens")
+            scores[name]["which"][number % 2] += which.values()
             for phenomenon, value in where.items():
                 by_phenomenon[f"{name} {phenomenon}"].append(value)
     return scores, by_phenomenon

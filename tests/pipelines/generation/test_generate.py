@@ -68,7 +68,9 @@ def test_batches(ray_cluster: None, tmp_path: Path) -> None:
             generate.run(config, ["a red ball falls"])
 
 
-def test_names_of_videos_say_how_the_model_computes(tmp_path: Path) -> None:
+def test_names_of_videos_say_how_the_model_computes_and_how_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def name(*overrides: str) -> str:
         config = tiny_config(tmp_path, *overrides)
         return generate._digest(config, generate.video_spec(config, "a red ball falls"), "fingerprint")
@@ -77,6 +79,8 @@ def test_names_of_videos_say_how_the_model_computes(tmp_path: Path) -> None:
     names = {name(), *(name(f"backbone.{change}") for change in changes)}
     assert len(names) == 4, "each change makes another video"
     assert name("backbone.compile=regional", "backbone.offload=all") in names, "these change none"
+    monkeypatch.setattr(generate, "WRITING_VERSION", generate.WRITING_VERSION + 1)
+    assert name() not in names
 
 
 def test_empty_prompts(tmp_path: Path) -> None:

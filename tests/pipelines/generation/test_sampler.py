@@ -134,6 +134,28 @@ def test_the_warm_up_is_of_the_models_own_shape_on_a_gpu(
     assert all(spec.guidance_scale > 1 and spec.num_inference_steps == 1 for spec in asked)
 
 
+def test_the_warm_up_of_a_model_that_makes_one_shape_is_of_that_shape(
+    sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[VideoSpec] = []
+    monkeypatch.setattr(sampler, "sample", lambda spec, image: asked.append(spec))
+    sampler.warm_up(LIMITS.model_copy(update={"only": (9, 32, 48), "max_num_frames": 5}))
+    assert [(spec.num_frames, spec.height, spec.width) for spec in asked] == [(9, 32, 48)]
+
+
+def test_numbers_that_are_none_make_no_video(sampler: VideoSampler) -> None:
+    weight = sampler._pipeline.transformers[0].proj_out.weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0] = torch.nan
+        with pytest.raises(ProPhyError, match="no colours .*; choose another checkpoint, or"):
+            sampler.sample(SPEC)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
 def test_a_step_cache_that_may_skip_nothing_changes_nothing(config: Config, sampler: VideoSampler) -> None:
     expected = sampler.sample(SPEC)
     for step_cache in EXACT[config.backbone.family]:

@@ -264,7 +264,9 @@ def test_the_map_is_of_what_the_prompt_names(open_page: Callable[..., Page], cli
         chosen.select_option(phenomenon)
         until(lambda: pixels(page, "film") != plain, "the map lies over the frame")
         heat = np.array(maps[phenomenon])
-        layer = heat_layer(heat, (5, *heat.shape[1:]))[0, [0, 0, -1, -1], [0, -1, 0, -1]].astype(float)
+        layer = heat_layer(heat, (5, *heat.shape[1:]), "tokens")[0, [0, 0, -1, -1], [0, -1, 0, -1]].astype(
+            float
+        )
         opaque = layer[..., 3:] / 255
         frame, drawn = (
             np.reshape(picture, (32, 32, 4))[[0, 0, -1, -1], [0, -1, 0, -1], :3]
