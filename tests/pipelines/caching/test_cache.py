@@ -47,7 +47,7 @@ def cached(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     (folder / "truncated.mp4").write_bytes(content[: len(content) // 2])
     (folder / "text.mp4").write_text("not a video\n" * 50)
     (folder / "empty.mp4").write_bytes(b"")
-    write_video(folder / "one_frame.mp4", simulate_clip(0, num_frames=1, fps=8, size=64).frames, 8)
+    write_video(folder / "one_frame.mp4", simulate_clip(0, num_frames=2, fps=8, size=64).frames[:1], 8)
     config = load_config("tiny", [f"run_dir={run_dir}", "cache.rows_per_file=2"])
     return config, cache.run(config)
 
