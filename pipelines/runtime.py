@@ -15,7 +15,7 @@ from ray.data import DataContext
 from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
-from pipelines.config import RESOLVED, Config, how_keys, to_yaml
+from pipelines.config import RESOLVED, Config, how_keys, read_saved, to_yaml
 from pipelines.layout import RunFolder
 from prophy.errors import ProPhyError
 from prophy.hashing import home
@@ -68,7 +68,7 @@ def open_run(config: Config, command: str) -> Path:
     saved = places.config(command)
     partial = saved.with_name(f"{saved.name}.{os.getpid()}")
     if saved.exists():
-        _check_same_run(_read_saved(saved, command), config, command)
+        _check_same_run(read_saved(saved, command, _SECTIONS.get(command, ())), config, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(RESOLVED + to_yaml(config))
@@ -81,27 +81,15 @@ def open_run(config: Config, command: str) -> Path:
     return folder
 
 
-def _read_saved(saved: Path, command: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(saved.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
-    sections = _SECTIONS.get(command, ())
-    if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in sections):
-        raise ProPhyError(
-            f"{saved} is not what `prophy {command}` writes there, the configuration of the run; remove it "
-            "or give it another name, or choose another run_dir"
-        )
-    return values
-
-
 def _check_same_run(saved: dict[str, Any], config: Config, command: str) -> None:
     current = config.model_dump(mode="json")
     for section in _SECTIONS.get(command, ()):
         free = how_keys(type(getattr(config, section)))
         for key, value in current[section].items():
             before = saved[section].get(key)
-            if key not in free and before != value:
+            # Beside buckets they decided nothing, and were any.
+            idle = key in ("height", "width") and current[section].get("aspect_buckets") is not None
+            if key not in free and not idle and before != value:
                 raise ProPhyError(
                     f"{config.run_dir} belongs to another run: {section}.{key} is {before!r} there "
                     f"and {value!r} here; choose another run_dir, or set it back"

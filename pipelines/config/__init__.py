@@ -9,7 +9,7 @@ from pipelines.config.base import PoolConfig, folder_or_s3, how_keys, is_url
 from pipelines.config.caching import CacheConfig, VideoLimits
 from pipelines.config.evaluation import Contestant, EvaluateConfig
 from pipelines.config.generation import GenerateConfig, SamplingConfig, StepCache
-from pipelines.config.loading import RESOLVED, key_advice, load_config, preset_names
+from pipelines.config.loading import RESOLVED, key_advice, load_config, preset_names, read_saved
 from pipelines.config.model import BackboneConfig, PhysicsConfig, VlmConfig
 from pipelines.config.printing import json_schema, section_to_yaml, to_yaml
 from pipelines.config.run import Config, RayConfig
@@ -45,6 +45,7 @@ __all__ = [
     "key_advice",
     "load_config",
     "preset_names",
+    "read_saved",
     "section_to_yaml",
     "to_yaml",
 ]

@@ -114,7 +114,8 @@ class Section(BaseModel):
     def _no_bool_is_a_number(cls, value: object, info: ValidationInfo) -> object:
         """Python would take `yes` for 1."""
         kinds = [*_kinds(cls.model_fields[info.field_name or ""].annotation)]
-        if (int in kinds or float in kinds) and bool not in kinds and _holds_bool(value):
+        is_number = any(kind in (int, float) or type(kind) is int for kind in kinds)
+        if is_number and bool not in kinds and _holds_bool(value):
             raise ValueError("give a number; YAML reads yes, no, on, off, true and false as none")
         return value
 

@@ -1,9 +1,11 @@
 """Reads a configuration: a preset or any YAML file, with what it extends, and overrides; checks all of it."""
 
 import difflib
+import os
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -76,6 +78,28 @@ def load_config(name_or_path: str, overrides: list[str] | None = None, command: 
     return config
 
 
+def read_saved(saved: Path, command: str, sections: Iterable[str]) -> dict[str, Any]:
+    """The configuration that a command wrote into its run folder.
+
+    Args:
+        saved: the file.
+        command: which wrote it.
+        sections: what it must hold.
+
+    Raises:
+        ProPhyError: it is something else, or cannot be read.
+    """
+    values: Any = None
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError):
+        values = OmegaConf.to_container(OmegaConf.load(saved), resolve=True)
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in sections):
+        raise ProPhyError(
+            f"{saved} is not what `prophy {command}` writes there, the configuration of the run; remove it "
+            "or give it another name, or choose another run_dir"
+        )
+    return values
+
+
 def _check_given(layers: dict[str, DictConfig]) -> None:
     """OmegaConf would pass over `???`, its mark of what is to be given, where another layer has a value."""
     above = list[Any]()
@@ -104,8 +128,8 @@ def _missing(values: Any) -> Iterator[tuple[int | str, ...]]:
 def _check_kept(files: list[Path], config: Config, command: str | None) -> None:
     for name in WRITES.get(command or "", ()):
         written = RunFolder(config.run_dir).config(name)
-        own = written.exists() and not written.read_text().startswith(RESOLVED)
-        if own and any(file.samefile(written) for file in files):
+        read = any(os.path.exists(written) and file.samefile(written) for file in files)
+        if read and not written.read_text("utf-8").startswith(RESOLVED):
             raise ProPhyError(
                 f"`prophy {command}` would overwrite {written}, which was read, with all values that it runs "
                 "with; give that file another name, or choose another run_dir"
@@ -157,10 +181,11 @@ def _read(path: Path, after: tuple[Path, ...] = ()) -> dict[str, DictConfig]:
 def _check_numbers(text: str) -> None:
     plain = (event for event in yaml.parse(text) if isinstance(event, yaml.ScalarEvent) and event.implicit[0])
     for event in plain:
-        if re.fullmatch(r"[-+]?0[0-7_]+", event.value):
+        if re.fullmatch(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)", event.value):
+            base = 60 if ":" in event.value else 8
             raise ValueError(
-                f"YAML reads {event.value} as a number of base 8; write it without the 0 before it, or in "
-                "quotes if it is a text"
+                f"YAML reads {event.value} as a number of base {base}; write it in base 10, without a 0 "
+                "before it, or in quotes if it is a text"
             )
 
 

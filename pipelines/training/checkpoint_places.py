@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipelines.config import read_saved
 from pipelines.layout import CHECKPOINTS, RunFolder, checkpoint_name, step_of
 from pipelines.training.checkpoint import MANIFEST, Checkpoint, DamagedError, damage_of, size_and_sha256
 from pipelines.training.checkpoint_store import CheckpointStore
@@ -36,9 +35,13 @@ def open_checkpoints(location: str) -> CheckpointStore:
 
 
 def checkpoints_of(run_dir: Path) -> CheckpointStore:
-    """The checkpoints of the run in a folder, wherever its last `prophy train` wrote them."""
+    """The checkpoints of the run in a folder, wherever its last `prophy train` wrote them.
+
+    Raises:
+        ProPhyError: the folder's train.yaml is not what `prophy train` writes.
+    """
     saved = RunFolder(run_dir).config("train")
-    train = yaml.safe_load(saved.read_text())["train"] if saved.exists() else {}
+    train = read_saved(saved, "train", ["train"])["train"] if saved.exists() else {}
     return open_checkpoints(train.get("checkpoints") or str(RunFolder(run_dir).checkpoints))
 
 

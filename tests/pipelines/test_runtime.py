@@ -47,6 +47,18 @@ def test_what_no_command_wrote_is_neither_compared_nor_overwritten(tmp_path: Pat
             open_run(tiny_config(tmp_path), "cache")
 
 
+def test_a_size_beside_buckets_and_a_text_with_a_reference_are_those_of_the_same_run(tmp_path: Path) -> None:
+    """The size decided nothing there; and YAML alone would read the text otherwise than it was."""
+    config = tiny_config(tmp_path, "backbone.aspect_buckets=[[64, 64]]")
+    backbone = config.backbone.model_copy(update={"width": 128, "revision": "${x}"})
+    before = config.model_copy(update={"backbone": backbone})
+    open_run(before, "train")
+    now = config.backbone.model_copy(update={"revision": "${x}"})
+    open_run(config.model_copy(update={"backbone": now}), "train")
+    with pytest.raises(ProPhyError, match="backbone.revision is"):
+        open_run(config, "train")
+
+
 def test_every_key_that_is_free_in_a_run_folder_is_marked() -> None:
     assert {"num_steps", "num_workers", "zero_stage", "sample_prompts"} <= how_keys(TrainConfig)
     assert not {"learning_rate", "recipe", "seed", "num_held_out"} & how_keys(TrainConfig)

@@ -245,6 +245,8 @@ def test_a_file_that_was_read_is_not_overwritten(tmp_path: Path) -> None:
         for command in ("train", "plan", "cache verify", "evaluate --ablation", None):
             load_config(path, command=command)
         load_config(path, [f"run_dir={tmp_path / 'elsewhere'}"], "cache")
+    (tmp_path / "serve.yaml").mkdir()  # which no command was given
+    load_config("tiny", [f"run_dir={tmp_path}"], "serve")
     Path(written).write_text(RESOLVED + Path(written).read_text())  # as a command leaves it
     load_config(written, command="cache")
 
@@ -271,8 +273,10 @@ def test_a_value_that_is_to_be_given_is_missed(key: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.num_steps=010", "YAML reads 010 as a number of base 8; write it without the 0"),
+        ("train.num_steps=010", "YAML reads 010 as a number of base 8; write it in base 10, without a 0"),
         ("vlm.layers=[1, 07]", "YAML reads 07 as a number of base 8"),
+        ("train.num_steps=1:30", "YAML reads 1:30 as a number of base 60"),
+        ("train.zero_stage=yes", "give a number; YAML reads yes, no"),
         ("train.num_workers=yes", r"'train.num_workers' .*: give a number; YAML reads yes, no, .*got True"),
         ("train.learning_rate=on", "'train.learning_rate' .*give a number"),
         ("vlm.layers=[1, no]", "'vlm.layers' .*give a number"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -154,7 +155,7 @@ def test_the_last_checkpoint_is_looked_for_again(
     task = SimpleNamespace(remote=lambda *arguments: arguments[-1])
     ray = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **_: task), get=evaluated.append)
     monkeypatch.setattr(watcher, "ray", ray)
-    cache: Any = None  # nobody looks into it
+    cache: Any = SimpleNamespace(sample_ids=pa.array(["a-0", "b-0", "c-0"]))
     with evaluating(config, cache, tmp_path / "run"):
         pass
     assert evaluated == expected
