@@ -80,6 +80,10 @@ def _train(loop_config: dict[str, Any]) -> None:
     config, cache = loop_config["config"], loop_config["cache"]
     train, root = config.train, RunFolder(config.run_dir).training
     rank, device = ray.train.get_context().get_world_rank(), default_device()
+    begun = root / BEGUN_FILE
+    with writing(f"remove {begun}"):  # of the workers before a restart
+        if rank == 0:
+            begun.unlink(missing_ok=True)
     precision = _precision(config, device)
 
     # 1. Data and model, as the last checkpoint left it
@@ -113,8 +117,10 @@ def _train(loop_config: dict[str, Any]) -> None:
 
     saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, begin)
     for step, (batches, semantic) in enumerate(clock.waiting_for(loader), start=first_step + 1):
-        if rank == 0 and step == first_step + 1:
-            (root / BEGUN_FILE).touch()
+        if step == first_step + 1:
+            with writing(f"write {begun}"):
+                if rank == 0:
+                    begun.touch()
         outputs, learning_rate = [], set_learning_rate(engine, train)
         load, later = None, [batch.to(device) for batch in batches[1:]]
         for index, batch in enumerate(batches):

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,8 +60,8 @@ class _State:
 
     Attributes:
         run_id: what the tracker calls the run.
-        described: whether it took the configuration.
-        sent: the last step of each file that it took.
+        described: whether it took the configuration, but for values that it refuses.
+        sent: the last step that it took of each file; of losses, for each set of held-out clips.
     """
 
     run_id: str | None = None
@@ -103,6 +104,7 @@ class MlflowRun:
 
     def __init__(self, config: Config, root: Path, run_id: str | None) -> None:
         mlflow: Any = import_module("mlflow")
+        self._refusal = mlflow.exceptions.MlflowException
         self._metric, self._parameter = mlflow.entities.Metric, mlflow.entities.Param
         self._client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
         if run_id is None:
@@ -122,7 +124,23 @@ class MlflowRun:
             for key, value in values.items()
         ]
         for start in range(0, len(parameters), _PARAMETERS_AT_ONCE):
-            self._client.log_batch(self.run_id, params=parameters[start : start + _PARAMETERS_AT_ONCE])
+            batch = parameters[start : start + _PARAMETERS_AT_ONCE]
+            if self._refused(batch) is None:
+                continue
+            for parameter in batch:  # one that is refused loses all of its batch
+                if (error := self._refused([parameter])) is not None:
+                    said = " ".join(str(error).split())
+                    logger.warning("mlflow does not take the parameter %s: %s", parameter.key, said)
+
+    def _refused(self, parameters: list[Any]) -> Exception | None:
+        """What the server says against values that it was sent; other errors are raised."""
+        try:
+            self._client.log_batch(self.run_id, params=parameters)
+        except self._refusal as error:
+            if error.get_http_status_code() != HTTPStatus.BAD_REQUEST:
+                raise
+            return error
+        return None
 
     def log(self, rows: list[dict[str, float]]) -> None:
         """See `Tracker`."""
@@ -207,12 +225,12 @@ def _follow(name: str, config: Config, root: Path, ended: threading.Event) -> No
                 tracker = _TRACKERS[name](config, root, state.run_id)
                 state.run_id = tracker.run_id
                 _save(state, file)
-            try:
-                if not state.described:
-                    tracker.describe(config)
-                    state.described = True
-            except Exception as error:  # it may refuse a value, and take the metrics
-                tell(error, "the configuration")
+                try:
+                    if not state.described:
+                        tracker.describe(config)
+                        state.described = True
+                except Exception as error:  # it may refuse that, and take the metrics
+                    tell(error, "the configuration")
             _send(tracker, state, root)
             _save(state, file)
             if over:
@@ -223,12 +241,19 @@ def _follow(name: str, config: Config, root: Path, ended: threading.Event) -> No
 
 
 def _send(tracker: Tracker, state: _State, root: Path) -> None:
-    """Sends the rows after the last one that was taken; steps that are made again are not sent again."""
+    """Sends the rows after the last one that was taken; steps that are made again are not sent again.
+
+    A checkpoint that is measured anew, on other held-out clips, is.
+    """
     for file, prefix in _FILES.items():
-        rows = [row for row in read_rows(root / file) if row["step"] > state.sent.get(file, 0)]
-        if rows:
+        series: dict[str, list[dict[str, Any]]] = {}
+        for row in read_rows(root / file):
+            name = f"{file} {row['held_out']}" if "held_out" in row else file
+            if row["step"] > state.sent.get(name, 0):
+                series.setdefault(name, []).append(row)
+        for name, rows in series.items():
             tracker.log([_named(row, prefix) for row in rows])
-            state.sent[file] = max(row["step"] for row in rows)
+            state.sent[name] = max(row["step"] for row in rows)
 
 
 def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -52,8 +52,9 @@ _VISIBLE_WITHIN_S = 120.0  # a shared file system may show what another node wro
 def run(config: Config) -> Path:
     """Trains to `train.num_steps`, from the last checkpoint if there is one.
 
-    SIGTERM saves what the last whole step made, then ends the process: at once before the first step of this
-    command, and where it comes again.
+    SIGTERM saves what the last whole step made, then ends the process: at once where it comes again, and
+    before the first step of the workers, also of those that Ray starts again. Until these have room, the
+    process waits for them.
 
     Returns:
         Folder of the trained branch.
@@ -184,7 +185,8 @@ def _fit(trainer: "TorchTrainer", stop: Path) -> int | None:
 def obeying_sigterm(stop: Path) -> Iterator[None]:
     """Ends the block on SIGTERM: at once, unless the workers have begun a step; then these save it first.
 
-    A second SIGTERM does not wait for them, and a third one for nothing.
+    Workers that Ray starts again have begun none, from the moment that they run. A second SIGTERM does not
+    wait for them, and a third one for nothing.
 
     Args:
         stop: the file that tells the workers.

@@ -16,6 +16,7 @@ import ray
 from pipelines.config import Config
 from pipelines.layout import EVALUATION_FILE
 from pipelines.training.checkpoint_places import open_checkpoints
+from pipelines.training.checkpoint_store import CheckpointStore
 from pipelines.training.json_lines import read_rows, write_rows
 from pipelines.training.samples import describe_held_out
 from prophy.errors import ProPhyError
@@ -29,6 +30,9 @@ _LAST_LOOKS = 6  # at the end of a run, where the store does not answer
 @contextmanager
 def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
     """Evaluates the newest checkpoint, then the one that is the newest by then, and at the end the last.
+
+    Before them the one that was the best so far, if its loss is of other clips than are held out now. It
+    stays until there is a loss that compares.
 
     Where nothing is held out and no sample is asked for, it does nothing. A failure is logged, and the run
     goes on. After an error in the block no more is evaluated.
@@ -54,8 +58,13 @@ def evaluating(config: Config, cache: PriorCache, root: Path) -> Iterator[None]:
             root / EVALUATION_FILE,
         )
     steps, best = {row["step"] for row in comparable}, best_step(config, cache, root)
-    open_checkpoints(config.checkpoints).pin(best=best)  # what a killed run was evaluating may go
-    arguments = (config, cache, root, steps, best, ended, failed)
+    store = open_checkpoints(config.checkpoints)
+    before = _best_of_before(config, store, steps)
+    best = before if best is None else best
+    if before is not None:
+        logger.info("step %d, the best by losses of other clips, stays until a loss compares", before)
+    store.pin(best=best, evaluating=before)  # what a killed run was evaluating may go
+    arguments = (config, cache, root, steps, best, before, ended, failed)
     watcher = threading.Thread(target=_watch, args=arguments, daemon=True)
     watcher.start()
     try:
@@ -89,16 +98,33 @@ def best_step(config: Config, cache: PriorCache, root: Path) -> int | None:
     return None if best is None else best["step"]
 
 
+def _best_of_before(config: Config, store: CheckpointStore, steps: set[int]) -> int | None:
+    """The checkpoint that is pinned as the best, if it is there and was not measured on today's clips."""
+    best = store.pinned().get("best") if config.train.keep_best else None
+    return best if best not in steps and best in store.committed() else None
+
+
+def _due(config: Config, store: CheckpointStore, before: int | None) -> Iterator[int]:
+    """The best of before, to be measured anew, then the checkpoint that is the newest by then."""
+    if config.train.num_held_out and before is not None:
+        yield before
+    yield from store.committed()[:1]
+
+
 def _watch(
     config: Config,
     cache: PriorCache,
     root: Path,
     seen: set[int],
     best: int | None,
+    before: int | None,
     ended: threading.Event,
     failed: threading.Event,
 ) -> None:
-    """Evaluates until the run has ended or failed; what is in `seen` was evaluated before."""
+    """Evaluates until the run has ended or failed; what is in `seen` was evaluated before.
+
+    Until there is a loss that compares, `best` is what it is.
+    """
     train = config.train
     task = ray.remote(_evaluate).options(
         num_cpus=train.evaluation_cpus, num_gpus=train.evaluation_gpus, max_retries=0
@@ -108,16 +134,17 @@ def _watch(
         is_last = ended.wait(store.look_every_s)
         last_looks += is_last
         try:
-            for step in store.committed()[:1]:
-                if step in seen:
+            for step in _due(config, store, before):
+                if step in seen or failed.is_set():
                     continue
                 store.pin(best=best, evaluating=step)
                 seen.add(step)
                 logger.info("evaluating step %d, as soon as there are the resources", step)
                 try:
                     ray.get(task.remote(config, cache, root, step))
-                    best = best_step(config, cache, root)
-                    kept = "; its held-out loss is the lowest so far" if step == best else ""
+                    lowest = best_step(config, cache, root)
+                    best = best if lowest is None else lowest
+                    kept = "; its held-out loss is the lowest so far" if step == lowest else ""
                     logger.info("evaluated step %d: %s%s", step, root, kept)
                 except Exception as error:
                     if not failed.is_set():

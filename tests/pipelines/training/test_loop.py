@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from pipelines.layout import BEGUN_FILE, RunFolder
 from pipelines.training import loop, saving
 from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.saving import EveryRankError, Fragment, Save
@@ -203,3 +205,41 @@ def test_workers_that_do_not_divide_the_batch_start_again_as_fewer(
     context = SimpleNamespace(get_world_size=lambda: found, get_world_rank=lambda: 0)
     monkeypatch.setattr(loop.ray.train, "get_context", lambda: context)
     assert loop.train_loop_per_worker({"config": config}) == usable
+
+
+@pytest.fixture
+def started(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of a worker without a cache; it has one step to take."""
+    config = tiny_config(tmp_path / "run")
+    RunFolder(config.run_dir).training.mkdir(parents=True)
+    context = SimpleNamespace(get_world_rank=lambda: 0)
+    monkeypatch.setattr(loop.ray.train, "get_context", lambda: context)
+    for name in ("build_dataset", "describe_samples", "MetricsLog", "TrainingMetrics", "set_learning_rate"):
+        monkeypatch.setattr(loop, name, lambda *_: None)
+    monkeypatch.setattr(loop, "read_ahead", lambda *_: [([], None)])
+    engine = SimpleNamespace(global_steps=0)
+    monkeypatch.setattr(loop, "_load", lambda *_: (engine, None, {}))
+    return {"config": config, "cache": None, "sound": None}
+
+
+def test_workers_that_ray_starts_again_have_begun_no_step(
+    started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before they load the model, which lasts."""
+    begun = RunFolder(started["config"].run_dir).training / BEGUN_FILE
+    begun.touch()
+
+    def load(*_: object) -> None:
+        assert not begun.exists()
+        raise InterruptedError("while it loads")
+
+    monkeypatch.setattr(loop, "_load", load)
+    with pytest.raises(InterruptedError):
+        loop._train(started)
+
+
+def test_a_disk_that_is_full_at_the_first_step_ends_every_rank(started: dict[str, Any]) -> None:
+    root = RunFolder(started["config"].run_dir).training
+    root.rmdir()  # cannot be written
+    with pytest.raises(EveryRankError, match=f"cannot write {root / BEGUN_FILE}: .*No such file"):
+        loop._train(started)

@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.layout import EVALUATION_FILE
 from pipelines.training import watcher
+from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.json_lines import write_rows
 from pipelines.training.samples import describe_held_out, held_out
 from pipelines.training.watcher import best_step, comparable_rows, evaluating
@@ -36,13 +37,16 @@ class Store:
     look_every_s = 0.001
 
     def __init__(self) -> None:
-        self.pinned: list[int | None] = []
+        self.pins: list[int | None] = []
 
     def committed(self) -> list[int]:
         return [30, 20, 10]
 
     def pin(self, best: int | None, evaluating: int | None = None) -> None:
-        self.pinned.append(best)
+        self.pins.append(best)
+
+    def pinned(self) -> dict[str, int]:
+        return {}
 
 
 def test_losses_of_other_clips_do_not_compare(
@@ -62,8 +66,57 @@ def test_losses_of_other_clips_do_not_compare(
     assert best_step(config, now, tmp_path) == 30
     with evaluating(config, now, tmp_path):
         pass
-    assert {*store.pinned} == {30}
+    assert {*store.pins} == {30}
     assert "2 of the 4 rows in" in caplog.text and "of other held-out clips" in caplog.text
+
+
+HELD_OUT = "train.num_held_out=1"
+SAMPLES = "train.sample_prompts=[a ball]"
+
+
+@pytest.mark.parametrize(
+    ("override", "losses", "evaluated", "best"),
+    [
+        (HELD_OUT, {10: 0.3, 60: 0.5}, [10, 60], 10),
+        (HELD_OUT, {10: 0.6, 60: 0.5}, [10, 60], 60),
+        (HELD_OUT, {60: 0.5}, [10, 60], 60),
+        (HELD_OUT, {}, [10, 60], 10),
+        (SAMPLES, {}, [60], 10),
+    ],
+    ids=["stays the best", "is beaten", "is not measured", "nothing is measured", "nothing is held out"],
+)
+def test_the_best_by_other_clips_stays_until_a_loss_compares(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    losses: dict[int, float],
+    evaluated: list[int],
+    best: int,
+) -> None:
+    """Also while it is measured, where a save removes what is too much."""
+    config, clips = tiny_config(tmp_path, override), cached("a-0", "b-0")
+    store, seen = FolderStore(config.checkpoints), list[int]()
+    for step in (10, 40, 50, 60):
+        store.commit(step, {})
+    store.pin(best=10)
+    rows: list[dict[str, Any]] = [{"step": 10, "held_out": "others", "loss": 0.1}]
+    write_rows(tmp_path / EVALUATION_FILE, rows)
+
+    def evaluate(step: int) -> None:
+        store.keep(2)
+        seen.append(step)
+        if step not in losses:
+            raise MemoryError("no room")
+        rows.append({"step": step, "held_out": describe_held_out(config, clips), "loss": losses[step]})
+        write_rows(tmp_path / EVALUATION_FILE, rows)
+
+    task = SimpleNamespace(remote=lambda *arguments: arguments[-1])
+    ray = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **_: task), get=evaluate)
+    monkeypatch.setattr(watcher, "ray", ray)
+    with evaluating(config, clips, tmp_path):
+        pass
+    assert (seen, store.pinned()) == (evaluated, {"best": best})
+    assert store.committed() == [60, 50, 10]
 
 
 def test_rows_that_name_no_clips_count_where_none_are_held_out(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,11 +76,14 @@ def test_each_row_is_sent_once_and_restarts_go_on_in_the_same_run(
     append(root / METRICS_FILE, range(1, 3))  # the checkpoint that a restart goes on from
     with tracking.tracking(config, root):
         append(root / METRICS_FILE, range(3, 8))
-        append(root / EVALUATION_FILE, [4], held_out="hash")
+        append(root / EVALUATION_FILE, [2, 4], held_out="of before")
+    with tracking.tracking(config, root):
+        append(root / EVALUATION_FILE, [2], held_out="of now")  # measured anew
     [rows] = server.runs.values()
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row for row in rows if "loss" not in row] == [{"step": 4, "evaluation/loss": 0.25}]
+    measured = [(row["step"], row["evaluation/loss"]) for row in rows if "loss" not in row]
+    assert measured == [(2, 0.5), (4, 0.25), (2, 0.5)]
 
 
 def test_a_tracker_that_is_away_ends_nothing_and_gets_all_later(
@@ -100,7 +104,12 @@ def test_a_tracker_that_is_away_ends_nothing_and_gets_all_later(
 
 
 class Mlflow:
-    """What of the package is used, and a server that refuses parameters."""
+    """What of the package is used, and a server that refuses parameters: all, or one that is too long."""
+
+    class exceptions:  # noqa: N801
+        class MlflowException(Exception):  # noqa: N818
+            def get_http_status_code(self) -> int:
+                return 400
 
     class entities:  # noqa: N801
         @staticmethod
@@ -108,12 +117,15 @@ class Mlflow:
             return name, value, step
 
         @staticmethod
-        def Param(name: str, value: str) -> str:  # noqa: N802
-            return name
+        def Param(name: str, value: str) -> SimpleNamespace:  # noqa: N802
+            return SimpleNamespace(key=name, value=value)
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int | None = None) -> None:
+        self.longest = longest
         self.num_runs, self.num_refused = 0, 0
         self.metrics: list[Any] = []
+        self.parameters: list[str] = []
+        self.logged = Event()
 
     def MlflowClient(self, uri: str) -> "Mlflow":  # noqa: N802
         return self
@@ -132,12 +144,19 @@ class Mlflow:
         pass
 
     def log_batch(
-        self, run_id: str, metrics: list[Any] | None = None, params: list[str] | None = None
+        self, run_id: str, metrics: list[Any] | None = None, params: list[Any] | None = None
     ) -> None:
         if params is not None:
-            self.num_refused += 1
-            raise PermissionError("no parameters")
-        self.metrics += metrics or []
+            if self.longest is None:
+                self.num_refused += 1
+                raise PermissionError("no parameters")
+            if any(len(parameter.value) > self.longest for parameter in params):
+                self.num_refused += 1
+                raise self.exceptions.MlflowException("too long")
+            self.parameters += [parameter.key for parameter in params]
+        if metrics is not None:
+            self.metrics += metrics
+            self.logged.set()
 
 
 def test_what_refuses_parameters_gets_one_run_and_the_metrics(
@@ -148,13 +167,34 @@ def test_what_refuses_parameters_gets_one_run_and_the_metrics(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
     config, root = tracked(tmp_path, "mlflow")
     append(root / METRICS_FILE, [1, 2])
-    for _ in range(3):
+    for step in (3, 4, 5):
+        server.logged.clear()
         with tracking.tracking(config, root):
-            pass
-    assert server.num_runs == 1 and server.num_refused >= 3
-    assert server.metrics == [("loss", 1.0, 1), ("loss", 0.5, 2)]
+            append(root / METRICS_FILE, [step])
+            assert server.logged.wait(60)  # the second of two looks at least is the last one
+    assert server.num_runs == 1 and server.num_refused == 3  # one a start
+    assert server.metrics == [("loss", 1 / step, step) for step in range(1, 6)]
     assert json.loads((root / "mlflow.json").read_text())["run_id"] == "run-1"
     assert "mlflow does not take the configuration: no parameters" in caplog.text
+
+
+def test_a_parameter_that_is_refused_is_left_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Mlflow(longest=6000)
+    monkeypatch.setitem(sys.modules, "mlflow", server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    long = f"train.sample_prompts=[{'a ball ' * 1000}]"
+    config = tiny_config(tmp_path / "run", "train.trackers=[mlflow]", long)
+    root = config.run_dir / "train"
+    root.mkdir(parents=True)
+    for _ in range(2):
+        with tracking.tracking(config, root):
+            pass
+    assert server.num_refused == 2  # the batch, then the value
+    assert {"backbone.pretrained", "train.learning_rate"} <= {*server.parameters}
+    assert len(server.parameters) == len({*server.parameters})
+    assert "mlflow does not take the parameter train.sample_prompts: too long" in caplog.text
 
 
 def test_what_a_tracker_needs_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
