@@ -88,9 +88,10 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def compare(values: Sequence[float], baseline: Sequence[float]) -> Difference | None:
     """The mean of `values` minus `baseline`, unit by unit; None for fewer than `FEWEST_UNITS` units.
 
-    Where all values are 0 or 1, or 0.5 for a tie, the interval is Tango's of paired shares, and p is McNemar's
-    exact one; where that is above 0.05 the interval reaches as far as 0. A difference of a half is half a unit
-    that differs. Else the interval is by random subsets, and p is that of the two-sided sign-flip test.
+    Where all values are 0 or 1, or 0.5 for a tie, the interval is Tango's of paired shares, and p is
+    McNemar's exact one; where that is above 0.05 the interval reaches as far as 0. A difference of a half is
+    half a unit that differs. Else the interval is by random subsets, and p is that of the two-sided sign-flip
+    test.
 
     Raises:
         ValueError: a value is not finite.
