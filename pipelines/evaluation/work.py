@@ -20,7 +20,7 @@ from pipelines.resources import guard, needs_of, room_for
 from prophy.backbones.pretrained import encoders_fingerprint, encoders_sha256
 from prophy.errors import ProPhyError
 from prophy.hashing import sources_sha256
-from prophy.video import FRAMES_VERSION
+from prophy.video import FRAMES_VERSION, WRITING_VERSION
 
 _ITEMS_PER_FILE = 8
 _METHOD, _OWN = Path(prophy.__file__).parent, Path(__file__).parent
@@ -196,7 +196,7 @@ class Filming:
                 spec_of(config, request).model_copy(update={"physics": entrant.knobs}).model_dump_json()
                 for request in requests
             ]
-            names = [_digest([sampled, entrant.identity, spec]) for spec in specs]
+            names = [_digest([sampled, WRITING_VERSION, entrant.identity, spec]) for spec in specs]
             videos = [str(evaluate.output / "videos" / f"{name}.mp4") for name in names]
             self.videos.append(dict(zip(map(unit_of, requests), map(Path, videos), strict=True)))
             for batch in _batches(range(len(requests)), 1 if alone else evaluate.batch_size):

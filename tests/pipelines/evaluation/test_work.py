@@ -111,3 +111,12 @@ def test_files_that_would_be_read_otherwise_are_encoded_again(
     after = names_of()
     assert before[0] - after[0], "the scores of the pair"
     assert before[0] & after[0] and not before[1] & after[1]
+
+
+def test_videos_that_would_be_written_otherwise_are_made_again(
+    names_of: Callable[[], Names], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = names_of()
+    monkeypatch.setattr(work, "WRITING_VERSION", "another")
+    after = names_of()
+    assert before[0] == after[0] and not before[1] & after[1] and not before[2] & after[2]
