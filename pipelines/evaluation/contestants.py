@@ -1,9 +1,10 @@
 """What is compared: which model, with which knobs. Imports no networks unless a checkpoint is exported."""
 
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.config import Config, Contestant
 from pipelines.generation.limits import check_model, model_fingerprint
@@ -151,7 +152,7 @@ def _model_of(folder: Path, output: Path) -> Path:
     """The folder of a trained branch: itself, or what a run has trained.
 
     Of a run whose newest checkpoint its `model` does not hold, that is exported into the folder of the
-    comparison.
+    comparison. Where no checkpoint can be read, `model` is taken.
     """
     places = RunFolder(folder)
     if not places.training.is_dir():
@@ -159,12 +160,21 @@ def _model_of(folder: Path, output: Path) -> Path:
     from pipelines.training.checkpoint_places import checkpoints_of
     from pipelines.training.export import export_branch, writing_model
 
-    store = checkpoints_of(folder)
-    if places.model.is_dir():
-        newest, exported = store.newest_run(), read_training(places.model)
-        if newest is None or (exported is not None and newest[0] <= exported.step):
-            return places.model
+    has_model = places.model.is_dir()
+    try:
+        store = checkpoints_of(folder)
+        newest = store.newest_run()
+    except ProPhyError as error:
+        if not has_model:
+            raise
+        logger.warning("%s is compared, whether it is the newest or not: %s", places.model, error)
+        return places.model
+    if has_model and (newest is None or _holds(places.model, *newest)):
+        return places.model
     with store.latest() as checkpoint:
+        if checkpoint is None and has_model:
+            logger.warning("%s holds no whole checkpoint: %s is compared", store.location, places.model)
+            return places.model
         if checkpoint is None:
             raise ProPhyError(f"{store.location} holds no whole checkpoint yet; wait for the first")
         model = output / "models" / f"{checkpoint_name(checkpoint.step)}-{checkpoint.fingerprint[:8]}"
@@ -173,3 +183,11 @@ def _model_of(folder: Path, output: Path) -> Path:
             with writing_model(model) as partial:
                 export_branch(checkpoint, partial)
     return model
+
+
+def _holds(model: Path, step: int, run: Mapping[str, Any]) -> bool:
+    """Whether the model of a run is of its newest checkpoint, given that one's step and what it knows."""
+    exported = read_training(model)
+    if exported is None:  # earlier versions wrote no record, and a model at the end alone
+        return step >= run.get("num_steps", step)
+    return step <= exported.step

@@ -5,6 +5,7 @@ from pipelines.generation.generate import video_spec
 from pipelines.generation.spec import VideoSpec
 from prophy.errors import ProPhyError
 from prophy.evaluation.generated import Request, fall_requests, held_out_requests
+from prophy.sandbox import FEWEST_FRAMES
 
 _FALLS = 240  # of which more prompts take the same first ones
 _STRIDE = 7  # prime to the numbers of held-out combinations: neighbours are of different phenomena
@@ -14,7 +15,7 @@ def requests_of(config: Config) -> list[Request]:
     """Things alone, pairs and falls in turn, each kind spread over all that there are.
 
     Raises:
-        ProPhyError: the frames are not square.
+        ProPhyError: the frames are not square, or there is only one.
     """
     backbone, number = config.backbone, config.evaluate.num_prompts
     if backbone.height != backbone.width:
@@ -22,6 +23,11 @@ def requests_of(config: Config) -> list[Request]:
             f"videos are held against square simulations, and the backbone's are {backbone.width}x"
             f"{backbone.height}; set backbone.height and backbone.width to one value, and "
             "backbone.aspect_buckets to null, or leave videos out of evaluate.measures"
+        )
+    if backbone.num_frames < FEWEST_FRAMES:
+        raise ProPhyError(
+            "videos are held against simulations of what happens, and backbone.num_frames is 1; raise it, or "
+            "leave videos out of evaluate.measures"
         )
     held_out = held_out_requests(wordings=3)
     kinds = [[request for request in held_out if len(request.parts) == parts] for parts in (1, 2)]

@@ -17,10 +17,10 @@ from pipelines.config import Config
 from pipelines.evaluation.contestants import Entrant
 from pipelines.evaluation.items import Item, find_items
 from pipelines.resources import guard, needs_of, room_for
-from prophy.backbones.pretrained import encoders_fingerprint
+from prophy.backbones.pretrained import encoders_fingerprint, encoders_sha256
 from prophy.errors import ProPhyError
 from prophy.hashing import sources_sha256
-from prophy.video import FRAMES_VERSION
+from prophy.video import FRAMES_VERSION, WRITING_VERSION
 
 _ITEMS_PER_FILE = 8
 _METHOD, _OWN = Path(prophy.__file__).parent, Path(__file__).parent
@@ -69,9 +69,9 @@ class Denoising:
     def __init__(self, config: Config, entrants: Sequence[Entrant]) -> None:
         self._config, self._entrants = config, entrants
         evaluate, items = config.evaluate, find_items(config)
-        if evaluate.clips == "cache":
-            _check_encoders(config, entrants)
         self.videos = {item.unit for item in items if item.clip is not None and item.clip.sample is not None}
+        if self.videos:
+            _check_encoders(config, entrants)
         code = sources_sha256(*_DENOISE)
         self._encode_code, self._sandbox_code = sources_sha256(*_ENCODE), sources_sha256(*_SANDBOX)
         self._rows: list[dict[str, Any]] = []
@@ -151,15 +151,21 @@ class Denoising:
 
 
 def _check_encoders(config: Config, entrants: Sequence[Entrant]) -> None:
-    backbone = config.backbone
-    own = encoders_fingerprint(backbone.family, backbone.pretrained, backbone.revision)
     for entrant in entrants:
-        if entrant.encoders != own:
+        if not _encodes_alike(config, entrant):
             raise ProPhyError(
                 f"the contestant {entrant.name!r} of evaluate.contestants has another VAE or text encoder "
                 "than backbone.pretrained, which encoded the cache; set its pretrained to a model with the "
                 "same ones, or evaluate.clips to 'sandbox'"
             )
+
+
+def _encodes_alike(config: Config, entrant: Entrant) -> bool:
+    ours, theirs = config.backbone, entrant.config.backbone
+    if encoders_fingerprint(ours.family, ours.pretrained, ours.revision) == entrant.encoders:
+        return True
+    # The same files have another fingerprint in a folder than on the hub.
+    return len({encoders_sha256(one.family, one.pretrained, one.revision) for one in (ours, theirs)}) == 1
 
 
 class Filming:
@@ -190,7 +196,7 @@ class Filming:
                 spec_of(config, request).model_copy(update={"physics": entrant.knobs}).model_dump_json()
                 for request in requests
             ]
-            names = [_digest([sampled, entrant.identity, spec]) for spec in specs]
+            names = [_digest([sampled, WRITING_VERSION, entrant.identity, spec]) for spec in specs]
             videos = [str(evaluate.output / "videos" / f"{name}.mp4") for name in names]
             self.videos.append(dict(zip(map(unit_of, requests), map(Path, videos), strict=True)))
             for batch in _batches(range(len(requests)), 1 if alone else evaluate.batch_size):

@@ -34,6 +34,7 @@ from pipelines.training.engine import (
 )
 from pipelines.training.metrics import MetricsLog, StepClock, mean_losses, peak_memory
 from pipelines.training.model import build_module, share_samples
+from pipelines.training.record import never_trained_on
 from pipelines.training.samples import describe_samples, held_out_videos
 from pipelines.training.saving import EveryRankError, Save, latest_on_every_rank, writing
 from prophy.backbones.families import FAMILIES
@@ -42,6 +43,7 @@ from prophy.errors import ProPhyError
 from prophy.models.acceleration import check_attention
 from prophy.models.checkpoint import lora_config
 from prophy.models.eight_bits import keep_in
+from prophy.models.stored import local_folder
 from prophy.training.cache import PriorCache
 from prophy.training.cost import count_flops
 from prophy.training.data import TrainBatch
@@ -91,6 +93,9 @@ def _train(loop_config: dict[str, Any]) -> None:
     samples = describe_samples(config, cache)
     with latest_on_every_rank(store, loop_config["sound"]) as checkpoint:
         engine, ema, flops = _load(config, cache, rank, checkpoint)
+        start = None if train.start_from is None else local_folder(train.start_from)
+        before = None if checkpoint is None else checkpoint.run
+        unseen = never_trained_on(held_out_videos(config, cache), before, start)
     first_step = engine.global_steps
     log = None
     if rank == 0:
@@ -112,7 +117,7 @@ def _train(loop_config: dict[str, Any]) -> None:
         transformer = engine.module.transformer
         run = {"backbone": loop_config["backbone"], "physics": transformer.config["physics"]}
         run |= {"lora": lora_config(transformer), "samples": samples, "num_steps": train.num_steps}
-        run["held_out"] = held_out_videos(config, cache)
+        run["held_out"] = unseen
         return begin_save(engine, ema, store, run)
 
     saves = _Saves(train, first_step, root / STOP_FILE if rank == 0 else None, begin)

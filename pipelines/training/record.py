@@ -1,13 +1,13 @@
 """What is written beside an exported model: after how many steps, and which videos it never trained on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config
-from prophy.backbones.pretrained import resolve_pretrained
+from prophy.backbones.pretrained import download
 from prophy.models.stored import local_folder
 
 RECORD = "training.json"
@@ -34,20 +34,44 @@ def write_training(folder: Path, step: int, run: Mapping[str, Any]) -> None:
 
 
 def read_training(folder: Path) -> Training | None:
-    """What an export says; None where it says nothing, as those of earlier versions."""
-    if not (folder / RECORD).is_file():
+    """What an export says; None where it says nothing, as those of earlier versions.
+
+    Another program's file of this name says nothing either.
+    """
+    try:
+        said = json.loads((folder / RECORD).read_text())
+        step, held_out = int(said["step"]), said["held_out"]
+        return Training(step, None if held_out is None else tuple(held_out))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    said = json.loads((folder / RECORD).read_text())
-    held_out = said["held_out"]
-    return Training(said["step"], None if held_out is None else tuple(held_out))
+
+
+def never_trained_on(
+    videos: Sequence[str], run: Mapping[str, Any] | None, start: Path | None
+) -> list[str] | None:
+    """Those of the held-out videos that no earlier step was trained on; None where that is not known.
+
+    Args:
+        videos: what the run holds out from here on.
+        run: what the checkpoint that it resumes from knows of it.
+        start: the export that a new run goes on from.
+    """
+    if run is not None:
+        before = run.get("held_out")
+    elif start is not None:
+        trained = read_training(start)
+        before = None if trained is None else trained.held_out
+    else:
+        before = videos
+    return None if before is None else [video for video in videos if video in set(before)]
 
 
 def find_training(config: Config) -> Training | None:
     """That of the checkpoint of a run, or of its backbone where that is a complete export.
 
     Raises:
-        ProPhyError: as `local_folder` and `resolve_pretrained`.
+        ProPhyError: as `local_folder` and `download`.
     """
     if config.checkpoint is not None:
         return read_training(local_folder(config.checkpoint))
-    return read_training(Path(resolve_pretrained(config.backbone.pretrained)))
+    return read_training(download(config.backbone.pretrained, config.backbone.revision, [RECORD]))

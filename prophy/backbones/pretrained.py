@@ -170,6 +170,13 @@ def encoders_fingerprint(family: str, pretrained: str, revision: str | None) -> 
     return _source(pretrained, revision).encoders_fingerprint(FAMILIES[family].encoders)
 
 
+def encoders_sha256(family: str, pretrained: str, revision: str | None) -> str:
+    """As `encoders_fingerprint`, of the files alone: the same wherever they lie. They are fetched first."""
+    encoders = FAMILIES[family].encoders
+    folder = download(pretrained, revision, [f"{part}/*" for part in encoders])
+    return _Folder(folder).encoders_fingerprint(encoders)
+
+
 def vlm_fingerprint(pretrained: str, revision: str | None) -> str:
     """As `fingerprint`, of a vision-language model.
 

@@ -132,6 +132,15 @@ def test_two_experts_or_a_router_that_gives_all_the_same_have_no_correlation() -
     assert correlate(weights, np.full((12, 3), 1 / 3)) is None
 
 
+def test_a_unit_that_a_router_gives_all_the_same_leaves_the_correlation_its_ends() -> None:
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.dirichlet([1.0, 1.0, 1.0], 6), rng.dirichlet([1.0, 1.0, 1.0], 6)
+    ours[0] = 1 / 3
+    found = correlate(ours, theirs)
+    assert found is not None
+    assert -1 <= found.low < found.high <= 1
+
+
 def test_yes_and_no_are_compared_by_mcnemar() -> None:
     ours = [1.0] * 9 + [0.0] + [1.0] * 10
     theirs = [0.0] * 9 + [1.0] + [1.0] * 10
@@ -166,6 +175,14 @@ def test_the_interval_of_paired_shares_is_tangos() -> None:
 
     assert far(found.low) == pytest.approx(1.96, abs=1e-3)
     assert far(found.high) == pytest.approx(-1.96, abs=1e-3)
+
+
+def test_a_tie_of_both_is_a_pair_that_does_not_differ() -> None:
+    ours, theirs = [0.0] * 2 + [1.0] * 97, [1.0] * 99
+    assert compare([*ours, 0.5], [*theirs, 0.5]) == compare([*ours, 1.0], [*theirs, 1.0])
+    found = compare([0.5] + [1.0] * 99, [1.0] * 100)
+    assert found is not None
+    assert found.low < -0.02 and found.high > 0.01 and found.p_value == 1.0, "half a unit that differs"
 
 
 def test_pairs_see_a_difference_that_the_spread_of_units_would_hide() -> None:

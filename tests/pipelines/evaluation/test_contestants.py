@@ -1,6 +1,8 @@
 """Who is compared: names, knobs, folders, and mistakes in them."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,44 @@ def test_a_run_that_goes_on_is_no_longer_its_model(tmp_path: Path, monkeypatch: 
     shutil.rmtree(RunFolder(run).checkpoints)
     [entrant] = entered(tmp_path, contestants)
     assert entrant.config.checkpoint == str(run / "model")
+
+
+@pytest.mark.parametrize(
+    ("newest", "is_taken"),
+    [
+        ((3, {"num_steps": 3}), True),
+        ((3, {}), True),
+        ((3, {"num_steps": 9}), False),
+        (None, True),
+        (ProPhyError("no keys"), True),
+    ],
+)
+def test_a_model_without_a_record_is_that_of_a_run_that_ended_or_cannot_be_asked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    newest: tuple[int, dict[str, int]] | ProPhyError | None,
+    is_taken: bool,
+) -> None:
+    def newest_run(store: FolderStore) -> tuple[int, dict[str, int]] | None:
+        if isinstance(newest, ProPhyError):
+            raise newest
+        return newest
+
+    exported: list[str] = []
+
+    @contextmanager
+    def latest(store: FolderStore) -> Iterator[None]:
+        exported.append(store.location)
+        yield None
+
+    monkeypatch.setattr(FolderStore, "newest_run", newest_run)
+    monkeypatch.setattr(FolderStore, "latest", latest)
+    run = tmp_path / "trained"
+    shutil.copytree(bundled("branch"), RunFolder(run).model)
+    RunFolder(run).training.mkdir()
+    [entrant] = entered(tmp_path, {"mine": {"checkpoint": str(run)}})
+    assert entrant.config.checkpoint == str(run / "model"), "also where all checkpoints are damaged"
+    assert (not exported) == is_taken
 
 
 def test_who_may_have_been_trained_on_measured_videos_is_named(tmp_path: Path) -> None:

@@ -35,3 +35,5 @@ def test_what_cannot_be_asked_is_one_sentence(tmp_path: Path) -> None:
         requests_of(tiny_config(tmp_path, "evaluate.num_prompts=5000"))
     with pytest.raises(ProPhyError, match=r"are 80x64; set backbone\.height and .* one value, .*, or leave"):
         requests_of(tiny_config(tmp_path, "backbone.width=80"))
+    with pytest.raises(ProPhyError, match=r"backbone\.num_frames is 1; raise it, or leave videos out of"):
+        requests_of(tiny_config(tmp_path, "backbone.num_frames=1"))

@@ -1,6 +1,8 @@
 """The names of files of a comparison: another code of what decides their content is another file."""
 
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,12 @@ import pytest
 from pipelines.config import Config, load_config
 from pipelines.evaluation import work
 from pipelines.evaluation.contestants import Entrant, enter
+from pipelines.evaluation.items import Clip, Item
 from pipelines.evaluation.work import Denoising, Filming
+from prophy.backbones.pretrained import encoders_fingerprint
 from prophy.errors import ProPhyError
 from prophy.hashing import sources_sha256
+from prophy.tiny.pipeline import pipeline_folder
 
 Names = tuple[set[Path], set[Path], set[Path]]
 
@@ -67,18 +72,35 @@ def test_another_code_has_other_files(
     assert tuple(not ours & theirs for ours, theirs in zip(before, after, strict=True)) == are_others
 
 
-def test_a_contestant_with_encoders_of_its_own_cannot_read_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sample", "changed", "is_refused"),
+    [
+        ("a-0", None, False),
+        ("a-0", "transformer/config.json", False),
+        ("a-0", "vae/config.json", True),
+        ("a-0", "tokenizer/tokenizer.json", True),
+        (None, "vae/config.json", False),
+    ],
+)
+def test_a_contestant_reads_the_cache_if_its_encoders_are_the_same_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: str | None, changed: str | None, is_refused: bool
 ) -> None:
-    monkeypatch.setattr(work, "find_items", lambda config: [])
+    items = [Item(unit="a", clip=Clip(sample=sample), caption="a ball falls")]
+    monkeypatch.setattr(work, "find_items", lambda config: items)
     config = load_config("tiny", [f"run_dir={tmp_path}", "evaluate.clips=cache"])
+    folder = shutil.copytree(pipeline_folder(), tmp_path / "export")
+    if changed is not None:
+        with (folder / changed).open("a") as file:
+            file.write(" ")
     [own, _] = enter(config)
-    assert not Denoising(config, [own]).files
-    other = replace(own, name="other", encoders="others")
-    with pytest.raises(
-        ProPhyError, match="the contestant 'other' of .* has another VAE or text encoder than"
-    ):
-        Denoising(config, [own, other])
+    backbone = config.backbone.model_copy(update={"pretrained": str(folder)})
+    encoders = encoders_fingerprint("wan", str(folder), None)
+    other = replace(
+        own, name="other", config=config.model_copy(update={"backbone": backbone}), encoders=encoders
+    )
+    said = "the contestant 'other' of .* has another VAE or text encoder than"
+    with pytest.raises(ProPhyError, match=said) if is_refused else nullcontext():
+        assert Denoising(config, [own, other]).files
 
 
 def test_files_that_would_be_read_otherwise_are_encoded_again(
@@ -89,3 +111,12 @@ def test_files_that_would_be_read_otherwise_are_encoded_again(
     after = names_of()
     assert before[0] - after[0], "the scores of the pair"
     assert before[0] & after[0] and not before[1] & after[1]
+
+
+def test_videos_that_would_be_written_otherwise_are_made_again(
+    names_of: Callable[[], Names], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = names_of()
+    monkeypatch.setattr(work, "WRITING_VERSION", "another")
+    after = names_of()
+    assert before[0] == after[0] and not before[1] & after[1] and not before[2] & after[2]
