@@ -41,8 +41,11 @@ async def at_once(spec: VideoSpec, image: bytes | None) -> AsyncGenerator[Genera
         write_video(path, moving_square(spec.num_frames, spec.height, spec.width), spec.fps)
         files = {VIDEO_FILE: path.read_bytes(), THUMBNAIL_FILE: b"webp"}
     if spec.physics is not None and spec.physics.return_maps:
+        tokens = (spec.num_frames - 1) // 4 + 1
         maps = PhysicsMaps(
-            semantic_weights=[1.0], token_grid=[1, 1, 2], maps={name: [[[0.0, 1.0]]] for name in PHENOMENA}
+            semantic_weights=[1.0],
+            token_grid=[tokens, 1, 2],
+            maps={name: [[[0.0, 1.0]]] * tokens for name in PHENOMENA},
         )
         files[MAPS_FILE] = maps.model_dump_json().encode()
     yield GenerationStep(1.0, VideoResult(files, DURATIONS))

@@ -186,10 +186,10 @@ def test_a_plan_is_of_the_shapes_that_train() -> None:
     assert wide.footprint.vae.encode > usual.footprint.vae.encode
     assert wide.footprint.vae.decode == usual.footprint.vae.decode
     assert wide.footprint.denoising == pytest.approx(usual.footprint.denoising, rel=0.1)
-    odd = ["backbone.aspect_buckets=[[64,64],[48,80]]", "train.sequence_parallel=2"]
+    odd = ["backbone.aspect_buckets=[[64,64],[56,72]]", "train.sequence_parallel=2"]
     with pytest.raises(
         ProPhyError,
-        match="75 tokens of a clip of 17 frames of 48x80; set it to 1, or change 48x80 in backbone.a",
+        match="315 tokens of a clip of 17 frames of 56x72; set it to 1, or change 56x72 in backbone.a",
     ):
         make_plan(load_config("tiny", odd))
 
