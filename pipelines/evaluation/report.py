@@ -96,8 +96,9 @@ def _tied(config: Config, scores: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     length = config.backbone.max_sequence_length
     return [
-        f"{same} of {number} wrong captions and clips are the same as the right one to the model, and count "
-        f"as half: a text is cut after {length} tokens (backbone.max_sequence_length)"
+        f"{same} of {number} wrong captions and clips are the same as the right one to all contestants, and "
+        f"count as half: two videos show the same, or a text is cut after {length} tokens "
+        "(backbone.max_sequence_length)"
     ]
 
 

@@ -79,7 +79,7 @@ def only_finite(scores: Iterable[Row]) -> tuple[list[Row], dict[str, tuple[int, 
 
 
 def ties(scores: Iterable[Row]) -> tuple[int, int]:
-    """How many wrong captions and clips are, at every level, the very right one to a contestant; of how many.
+    """How many wrong captions and clips are, at all levels, the right one to all contestants; of how many.
 
     Those of one unit in one group count as one.
     """

@@ -19,7 +19,7 @@ from prophy.hashing import sources_sha256
 from prophy.sandbox import BACKGROUND, COLOURS, SCENES, SIDES, Part, Scene, play_parts
 from prophy.tiny import build_once
 
-SOURCES = (Path(sandbox.__file__).parent, Path(__file__))
+_SOURCES = (Path(sandbox.__file__).parent, Path(__file__))
 """What decides how examples look, and verdicts by them."""
 
 _EXAMPLES = 8  # of each scene in each colour
@@ -58,7 +58,7 @@ class ClipJudge:
         self._looks = [Sighting(scene, colour) for scene in SCENES for colour in COLOURS]
         shape: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "size": size}
         folder = build_once(
-            "clip-judge", json.dumps([shape, sources_sha256(*SOURCES)]), partial(_write_examples, **shape)
+            "clip-judge", json.dumps([shape, sources_sha256(*_SOURCES)]), partial(_write_examples, **shape)
         )
         with np.load(folder / _EXAMPLES_FILE) as examples:
             self._pictures, self._votes = examples["pictures"], examples["votes"]

@@ -101,7 +101,7 @@ def test_captions_that_are_cut_to_the_same_are_told(config: Config, caplog: pyte
     with caplog.at_level(logging.WARNING):
         html = unescape(report.write(config, ["first"], rows, {}).read_text())
     said = (
-        "3 of 36 wrong captions and clips are the same as the right one to the model, and count as half: a "
+        "3 of 36 wrong captions and clips are the same as the right one to all contestants, and count as half"
     )
     assert said in html and said in caplog.text
 
