@@ -101,7 +101,9 @@ def best_step(config: Config, cache: PriorCache, root: Path) -> int | None:
 def _best_of_before(config: Config, store: CheckpointStore, steps: set[int]) -> int | None:
     """The checkpoint that is pinned as the best, if it is there and was not measured on today's clips."""
     best = store.pinned().get("best") if config.train.keep_best else None
-    return best if best not in steps and best in store.committed() else None
+    if best is None or best in steps:
+        return None
+    return best if best in store.committed() else None
 
 
 def _due(config: Config, store: CheckpointStore, before: int | None) -> Iterator[int]:

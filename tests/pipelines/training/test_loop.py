@@ -216,6 +216,7 @@ def started(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(loop.ray.train, "get_context", lambda: context)
     for name in ("build_dataset", "describe_samples", "MetricsLog", "TrainingMetrics", "set_learning_rate"):
         monkeypatch.setattr(loop, name, lambda *_: None)
+    monkeypatch.setattr(loop, "held_out_videos", lambda *_: [])
     monkeypatch.setattr(loop, "read_ahead", lambda *_: [([], None)])
     engine = SimpleNamespace(global_steps=0)
     monkeypatch.setattr(loop, "_load", lambda *_: (engine, None, {}))

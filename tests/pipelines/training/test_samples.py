@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.layout import EVALUATION_FILE
+from pipelines.layout import EVALUATION_FILE, checkpoint_name
 from pipelines.training import watcher
 from pipelines.training.checkpoint_places import FolderStore
 from pipelines.training.json_lines import write_rows
@@ -97,6 +97,7 @@ def test_the_best_by_other_clips_stays_until_a_loss_compares(
     config, clips = tiny_config(tmp_path, override), cached("a-0", "b-0")
     store, seen = FolderStore(config.checkpoints), list[int]()
     for step in (10, 40, 50, 60):
+        (Path(config.checkpoints) / checkpoint_name(step)).mkdir(parents=True)
         store.commit(step, {})
     store.pin(best=10)
     rows: list[dict[str, Any]] = [{"step": 10, "held_out": "others", "loss": 0.1}]
