@@ -59,7 +59,9 @@ def differences(compiled: ModelMixin, eager: ModelMixin, latents: torch.Tensor) 
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("family", ["wan", "cogvideox1.5-5b"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["wan", pytest.param("cogvideox1.5-5b", marks=pytest.mark.slow)], indirect=True
+)
 def test_compiled_blocks_are_whole_graphs_that_every_step_takes_again(
     family: str, backbone: ModelMixin, transformer: PhysicsTransformer
 ) -> None:

@@ -166,6 +166,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_read_only_and_then_full(
     tiny_cache: Config,
     disk: Path,
