@@ -37,6 +37,7 @@ def test_writes_a_vae_that_is_measured_and_normalises_its_latents(whole: Path) -
         assert sheet.height > 4 * 64
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_cut_off_as_if_it_had_not_been(whole: Path, tmp_path: Path) -> None:
     recipe = VaeRecipe(num_steps=5, **SMALL)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:

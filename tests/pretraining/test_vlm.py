@@ -66,6 +66,7 @@ def test_a_packed_sequence_equals_separate_ones(clips: list[SimulatedClip]) -> N
     assert packed.loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_cut_off_as_if_it_had_not_been(tmp_path: Path) -> None:
     recipe = VlmRecipe(num_steps=3, num_held_out=1, batch_size=1, warmup_steps=1, validate_every=2)
     whole = pretrain_vlm(tmp_path / "whole", recipe, WISA)

@@ -87,7 +87,7 @@ def test_plan_of_what_is_beside_training(wan_14b: Plan) -> None:
     assert 0.3 < wan_14b.recomputed_flops / wan_14b.flops < 0.4
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_gpus_that_share_a_video_share_what_a_step_takes() -> None:
     alone, shared = (
         make_plan(load_config("tiny", [f"serve.sequence_parallel={number}"])).footprint for number in (1, 2)
@@ -101,7 +101,7 @@ def test_gpus_that_share_a_video_share_what_a_step_takes() -> None:
     assert apart.denoising == guided.denoising // 2 and apart.processes_per_replica == 2
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_attention_that_is_kept_is_not_computed_again(wan_14b: Plan) -> None:
     """An output of 32,760 x 5,120 in each of 40 + 9 blocks."""
     overrides = [f"train.num_workers={GPUS}", "train.keep_attention=true"]
@@ -210,7 +210,7 @@ def test_gpus_can_share_every_shape_of_a_preset(preset: str) -> None:
     assert sharing_sizes(config, transformer, shapes) == [size for size in (1, 2, 4, 8) if size <= most]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_eight_bits_take_less_and_leave_out_zero_3() -> None:
     without, stored = (
         make_plan(load_config("tiny", ["train.num_workers=2", *extra]))
