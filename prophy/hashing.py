@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def file_sha256(path: Path) -> str:
             with suppress(OSError):
                 _write_at_once(note, digest)
     return digest
+
+
+def files_sha256(folder: Path, files: Iterable[Path]) -> str:
+    """One SHA-256, in hexadecimal, of the content of files in a folder, and of their names there."""
+    digest = hashlib.sha256()
+    for name in sorted(file.relative_to(folder) for file in files if file.is_file()):
+        digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
 
 
 def sources_sha256(*places: Path) -> str:

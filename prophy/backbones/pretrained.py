@@ -1,6 +1,5 @@
 """Where pretrained models come from: names, fingerprints, configurations, files. Imports no networks."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 from prophy.backbones.families import FAMILIES, Expert, Images, ModelConfig
 from prophy.errors import ProPhyError
-from prophy.hashing import file_sha256
+from prophy.hashing import files_sha256
 from prophy.models.description import ExpertName, branches_in, phenomena_of, trained_on
 from prophy.models.stored import local_folder
 from prophy.stores import is_in_s3
@@ -73,12 +72,9 @@ class _Folder:
 
         What begins with a dot is no part of a model: a download leaves its time in `.cache`, a clone `.git`.
         """
-        digest = hashlib.sha256()
-        named = {file.relative_to(self.path): file for file in files if file.is_file()}
-        for name in sorted(named):
-            if not any(part.startswith(".") for part in name.parts):
-                digest.update(f"{name} {file_sha256(named[name])}\n".encode())
-        return digest.hexdigest()
+        depth = len(self.path.parts)
+        own = (file for file in files if not any(part[0] == "." for part in file.parts[depth:]))
+        return files_sha256(self.path, own)
 
 
 @dataclass(frozen=True)

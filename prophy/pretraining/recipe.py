@@ -3,7 +3,6 @@
 It does not know what is trained.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import torch
 
 from prophy import sandbox
 from prophy.errors import ProPhyError
-from prophy.hashing import file_sha256, sources_sha256
+from prophy.hashing import files_sha256, sources_sha256
 from prophy.sandbox import SCENES, Part, SimulatedClip, simulate_clip
 
 logger = logging.getLogger(__name__)
@@ -57,9 +56,7 @@ def simulator() -> dict[str, str]:
 
 def folder_sha256(folder: Path) -> str:
     """One SHA-256, in hexadecimal, of the names and the content of all files in a folder."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    content = [f"{file.relative_to(folder)} {file_sha256(file)}" for file in files]
-    return hashlib.sha256("\n".join(content).encode()).hexdigest()
+    return files_sha256(folder, folder.rglob("*"))
 
 
 def made_from(folder: Path, sources: Mapping[str, object]) -> None:

@@ -109,8 +109,8 @@ def held_clips(
     """
     if num_frames < FEWEST_FRAMES:
         raise ProPhyError(
-            f"num_frames is {num_frames}, and a clip has {FEWEST_FRAMES} frames or more, as in one nothing "
-            "happens; raise it"
+            f"simulate.num_frames is {num_frames}, and in one frame nothing happens; set it to "
+            f"{FEWEST_FRAMES} or more"
         )
     manifest, seeds = folder / MANIFEST, _seeds(seed, num_clips)
     if not manifest.exists():

@@ -32,7 +32,7 @@ def test_constants_and_tracks_of_any_length_are_numbers(scene: Scene, num_frames
 def test_one_frame_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a clip has 2 frames or more, not 1: in one nothing happens"):
         clip(SCENES[0], 1, 8.0)
-    with pytest.raises(ProPhyError, match="num_frames is 1, and a clip has 2 frames or more, .*; raise it"):
+    with pytest.raises(ProPhyError, match="simulate.num_frames is 1, .*; set it to 2 or more"):
         write_dataset(tmp_path, num_clips=1, seed=0, num_frames=1, fps=8.0, size=32)
     assert not any(tmp_path.iterdir())
 
