@@ -5,7 +5,6 @@ BIN := .venv/bin
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 
 # One process per core, each with a Ray of its own where it needs one; files with a Ray come first, as ordered.
-# One more is no quicker: it keeps the cores busy with a further Ray.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-unit check bench chaos gpu

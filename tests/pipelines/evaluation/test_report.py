@@ -51,6 +51,7 @@ def test_every_figure_has_its_interval(config: Config) -> None:
     config.evaluate.output.mkdir(parents=True)
     found = tables(report.write(config, ["first", "second"], scores(["first", "second"], 12), {}))
     assert len(found) == 5
+    detectable = list[str]()
     for header, *rows in found:
         assert rows
         for row in rows:
@@ -63,7 +64,9 @@ def test_every_figure_has_its_interval(config: Config) -> None:
             else:
                 assert re.fullmatch(INTERVAL, difference), cells
                 assert cells["pairs"].isdecimal()
-                assert not cells["detectable"] or float(cells["detectable"]) > 0
+                detectable.append(cells["detectable"])
+    said = [float(value) for value in detectable if value]
+    assert len(said) > len(detectable) / 2 and min(said) > 0, detectable
 
 
 def test_what_has_no_interval_is_not_in_the_report(config: Config) -> None:
